@@ -1,0 +1,97 @@
+"""The dataset the driver reads: tokenised prompts by row index."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vexact.data.rows import ColumnNames, Row
+from vexact.data.sources import load_rows
+from vexact.data.template import PromptFormat, tokenize, truncate
+from vexact.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+class PromptDataset:
+    """Tokenised prompts, all checked at construction: ``dataset[i].row == i``.
+
+    ``num_filtered`` counts the prompts that ``filter_overlong_prompts`` removed.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Any, form: PromptFormat | None = None) -> None:
+        """Tokenise and apply the length limit.
+
+        Args:
+            rows: parsed rows.
+            tokenizer: a ``transformers`` tokenizer.
+            form: template and length settings.
+
+        Raises:
+            ValueError: a prompt is too long (``truncation="error"``), every prompt is, or one cannot be formatted.
+        """
+        if not rows:
+            raise ValueError("the dataset has no rows; set data.train_files and data.val_files to files with rows")
+        form = form or PromptFormat()
+        all_ids = tokenize(rows, tokenizer, form)
+        self._prompts: list[Prompt] = []
+        for number, (row, ids) in enumerate(zip(rows, all_ids)):
+            if not ids:
+                raise ValueError(f"row {number}: the prompt {row.text!r:.80} tokenises to nothing")
+            limited = _limit(number, ids, form)
+            if limited is not None:
+                self._prompts.append(_prompt(len(self._prompts), row, limited))
+        self.num_filtered = len(rows) - len(self._prompts)
+        _report_filter(self.num_filtered, len(rows), form, all_ids)
+
+    @classmethod
+    def from_files(
+        cls,
+        files: str | Path | Sequence[str | Path],
+        tokenizer: Any,
+        *,
+        columns: ColumnNames | None = None,
+        form: PromptFormat | None = None,
+        max_samples: int = -1,
+    ) -> PromptDataset:
+        """Read ``files`` (see ``load_rows``) and tokenise them. Raises ValueError as both parts do."""
+        return cls(load_rows(files, columns, max_samples), tokenizer, form)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, row: int) -> Prompt:
+        return self._prompts[row]
+
+
+def _prompt(index: int, row: Row, ids: list[int]) -> Prompt:
+    return Prompt(index, tuple(ids), row.text, row.data_source, row.ground_truth, row.extra_info)
+
+
+def _limit(number: int, ids: list[int], form: PromptFormat) -> list[int] | None:
+    """``ids`` within the limit, or None for a prompt to leave out."""
+    if len(ids) <= form.max_prompt_length:
+        return ids
+    if form.filter_overlong_prompts:
+        return None
+    if form.truncation == "error":
+        raise ValueError(
+            f"row {number}: the prompt has {len(ids)} tokens, more than "
+            f"data.max_prompt_length={form.max_prompt_length}; "
+            "raise data.max_prompt_length, or set data.filter_overlong_prompts=true to leave such rows out, "
+            "or data.truncation=left|right|middle to cut them"
+        )
+    return truncate(ids, form.max_prompt_length, form.truncation)
+
+
+def _report_filter(dropped: int, total: int, form: PromptFormat, all_ids: list[list[int]]) -> None:
+    if dropped == total:
+        shortest = min(map(len, all_ids))
+        raise ValueError(
+            f"all {total} prompts are longer than data.max_prompt_length={form.max_prompt_length} "
+            f"(the shortest has {shortest} tokens); raise data.max_prompt_length"
+        )
+    if dropped:
+        log.warning("left out %d of %d prompts longer than %d tokens", dropped, total, form.max_prompt_length)
