@@ -1,0 +1,36 @@
+"""Advantages, policy losses, KL penalties and loss aggregation: pure functions on packed tensors."""
+
+from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
+from vexact.algorithms.aggregate import LOSS_AGG_MODES, Denominators, aggregate, check_agg_mode, token_weights
+from vexact.algorithms.dapo import informative_groups, overlong_penalty
+from vexact.algorithms.kl import KL_ESTIMATORS, kl_penalty
+from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
+from vexact.algorithms.registry import (
+    ADVANTAGE_ESTIMATORS,
+    FIXED_AGG_MODES,
+    POLICY_LOSSES,
+    advantage_estimator,
+    policy_loss,
+)
+
+__all__ = [
+    "ADVANTAGE_ESTIMATORS",
+    "FIXED_AGG_MODES",
+    "KL_ESTIMATORS",
+    "LOSS_AGG_MODES",
+    "POLICY_LOSSES",
+    "AdvantageConfig",
+    "AdvantageInputs",
+    "Denominators",
+    "PolicyLossConfig",
+    "PolicyLossInputs",
+    "PolicyLossOutput",
+    "advantage_estimator",
+    "aggregate",
+    "check_agg_mode",
+    "informative_groups",
+    "kl_penalty",
+    "overlong_penalty",
+    "policy_loss",
+    "token_weights",
+]
