@@ -57,7 +57,7 @@ class Sample:
     @property
     def inv_temperature(self) -> float:
         """The fp32 factor every raw logit is multiplied by before the log-softmax."""
-        return float(np.float32(1.0 / self.temperature)) if self.temperature > 0 else 1.0
+        return float(np.float32(1.0) / np.float32(self.temperature)) if self.temperature > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,32 @@
+"""Batch-invariant operators: a row's bits depend on that row alone.
+
+CUDA tensors run Triton kernels, CPU tensors run their plain-torch twins; each is imported on first use.
+"""
+
+from vexact.ops.attention import PackedMetadata, PagedMetadata, attention, write_kv
+from vexact.ops.embedding import embedding
+from vexact.ops.linear import linear
+from vexact.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_one_pass
+from vexact.ops.logprob import token_logprobs
+from vexact.ops.rms_norm import add_rms_norm, rms_norm
+from vexact.ops.rope import rope
+from vexact.ops.sampling import SamplingTensors, sample
+from vexact.ops.swiglu import swiglu
+
+__all__ = [
+    "PackedMetadata",
+    "PagedMetadata",
+    "SamplingTensors",
+    "add_rms_norm",
+    "attention",
+    "embedding",
+    "linear",
+    "linear_cross_entropy",
+    "linear_cross_entropy_one_pass",
+    "rms_norm",
+    "rope",
+    "sample",
+    "swiglu",
+    "token_logprobs",
+    "write_kv",
+]

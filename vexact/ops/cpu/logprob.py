@@ -1,0 +1,24 @@
+"""CPU twin of token_logprobs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vexact.ops.cpu.reduce import tree_sum
+
+
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, inv_temperature: Tensor, min_logit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, V) fp32 -> logprobs, lse, entropy, each (B,) fp32."""
+    z = logits * inv_temperature.unsqueeze(1)
+    top = z.amax(-1, keepdim=True)
+    shifted = z - top
+    weights = torch.exp(shifted).masked_fill_(logits < min_logit.unsqueeze(1), 0.0)
+    total = tree_sum(weights)
+    log_total = torch.log(total)
+    # H = log sum w - (sum w * (z - max)) / sum w; underflowed weights contribute 0 even where z is -inf
+    entropy = log_total - tree_sum(weights * shifted.clamp_min(-1e4)) / total
+    lse = top.squeeze(1) + log_total
+    return z.gather(1, token_ids.unsqueeze(1)).squeeze(1) - lse, lse, entropy

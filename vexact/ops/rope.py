@@ -1,0 +1,42 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), rotate-half layout as in Hugging Face models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vexact.ops.dispatch import backend
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys by their absolute positions; fp32 arithmetic, one rounding.
+
+    Args:
+        q: (T, Hq, D). k: (T, Hkv, D). positions: (T,) int64.
+        cos_sin: (P, D) fp32, cosines in the first D/2 columns and sines in the last.
+    """
+    return _Rope.apply(q, k, positions, cos_sin)
+
+
+def rope_reference(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """One tensor (T, heads, D) rotated in fp64."""
+    cos, sin = cos_sin.double()[positions].unsqueeze(1).chunk(2, dim=-1)
+    first, second = x.double().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(positions, cos_sin)
+        return backend("rope", q).forward(q.contiguous(), k.contiguous(), positions, cos_sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        positions, cos_sin = ctx.saved_tensors
+        dq, dk = backend("rope", dq).forward(dq.contiguous(), dk.contiguous(), positions, cos_sin, True)
+        return dq, dk, None, None
