@@ -1,0 +1,122 @@
+"""Rotary position embedding in Triton: queries and keys in one launch, forward and inverse.
+
+Elementwise: fp32 arithmetic without contraction, one rounding, so no tile shape or batch can change a bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rotate(
+    in_ptr,  # (heads, 2 * HALF), one token
+    out_ptr,
+    cos,  # (BLOCK_HALF,) fp32
+    sin,
+    NUM_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    lanes = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (heads < NUM_HEADS) & (lanes < HALF)
+    offsets = heads * (2 * HALF) + lanes
+    first = tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(in_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    tl.store(out_ptr + offsets, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=mask)
+    tl.store(out_ptr + offsets + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_positions"])
+def _rope_kernel(
+    q_ptr,  # (T, HQ, 2 * HALF), token stride q_stride
+    k_ptr,  # (T, HKV, 2 * HALF), token stride k_stride
+    positions_ptr,  # (T,)
+    cos_sin_ptr,  # (P, 2 * HALF) fp32
+    q_out_ptr,  # (T, HQ, 2 * HALF) contiguous
+    k_out_ptr,  # (T, HKV, 2 * HALF) contiguous
+    q_stride,
+    k_stride,
+    num_positions,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HQ: tl.constexpr,
+    BLOCK_HKV: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_HALF)
+    # A position outside the table gives NaN, which every later check sees, instead of another row's angle.
+    readable = (lanes < HALF) & (position >= 0) & (position < num_positions)
+    angles = cos_sin_ptr + position * (2 * HALF) + lanes
+    cos = tl.load(angles, mask=readable, other=float("nan"))
+    sin = tl.load(angles + HALF, mask=readable, other=float("nan"))
+    if INVERSE:
+        sin = -sin
+    _rotate(
+        q_ptr + token * q_stride, q_out_ptr + token * (HQ * 2 * HALF), cos, sin, HQ, HALF, BLOCK_HQ, BLOCK_HALF
+    )
+    _rotate(
+        k_ptr + token * k_stride, k_out_ptr + token * (HKV * 2 * HALF), cos, sin, HKV, HALF, BLOCK_HKV, BLOCK_HALF
+    )
+
+
+def launch_config(num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
+    """Tile of one token and its warp count."""
+    block_hq, block_half = triton.next_power_of_2(num_q_heads), triton.next_power_of_2(head_dim // 2)
+    return {
+        "BLOCK_HQ": block_hq,
+        "BLOCK_HKV": triton.next_power_of_2(num_kv_heads),
+        "BLOCK_HALF": block_half,
+        "num_warps": min(8, max(1, block_hq * block_half // 256)),
+    }
+
+
+def forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Rotates the two halves of every head by the angle of its token: ``(a, b) -> (a cos - b sin, b cos + a sin)``.
+
+    Args:
+        q: (T, Hq, D) and k: (T, Hkv, D); views of a fused projection are read in place, without a copy.
+        positions: (T,) integer. cos_sin: (P, D) fp32, cosines first.
+        inverse: rotate by the negative angle, which is also the gradient.
+
+    Returns:
+        Contiguous q' and k' of the input dtype.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    q, k = _packed_heads(q), _packed_heads(k)
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    _rope_kernel[(num_tokens,)](
+        q,
+        k,
+        positions.contiguous(),
+        cos_sin.contiguous(),
+        q_out,
+        k_out,
+        q.stride(0),
+        k.stride(0),
+        cos_sin.shape[0],
+        HQ=num_q_heads,
+        HKV=num_kv_heads,
+        HALF=head_dim // 2,
+        INVERSE=inverse,
+        **launch_config(num_q_heads, num_kv_heads, head_dim),
+        enable_fp_fusion=False,
+    )
+    return q_out, k_out
+
+
+def _packed_heads(x: Tensor) -> Tensor:
+    """``x`` (T, heads, D) with one token's heads adjacent in memory; copies only if they are not."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -1,0 +1,394 @@
+"""Sampling in Triton: kept-set threshold, Gumbel-max draw and the log-probability the trainer will compute.
+
+Every reduction over the vocabulary here is exact in any order (maximum, count, fixed-point integer mass), so programs
+are free to split a row, and a row's token and threshold depend on that row and its parameters alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vexact.ops.kernels.philox import philox_4x32_10
+
+_THRESHOLD_BLOCK = 4096
+_THRESHOLD_WARPS = 16
+_DRAW_BLOCK = 2048
+_DRAW_CHUNK = 8192
+_DRAW_WARPS = 4
+# Probabilities relative to the largest are summed as multiples of 2^-40: 2^22 tokens of weight one fit an int64.
+_MASS_ONE = tl.constexpr(1099511627776.0)
+_KEY_OF_NOTHING = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def _order_key(x):
+    """An int32 that orders as the fp32 ``x`` does; -0 and +0 share one key."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _load_row(row_ptr, columns, vocab_size):
+    return tl.load(row_ptr + columns, mask=columns < vocab_size, other=float("-inf"))
+
+
+@triton.jit
+def _mass(x, inv_temperature, max_z):
+    """exp(z - max z) in fixed point."""
+    return (tl.exp(x * inv_temperature - max_z) * _MASS_ONE).to(tl.int64)
+
+
+@triton.jit
+def _row_range(row_ptr, vocab_size, BLOCK: tl.constexpr):
+    """Smallest and largest logit of a row."""
+    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _load_row(row_ptr, columns, vocab_size)
+        largest = tl.maximum(largest, x)
+        smallest = tl.minimum(smallest, tl.where(columns < vocab_size, x, float("inf")))
+    return tl.min(smallest, 0), tl.max(largest, 0)
+
+
+@triton.jit
+def _kept_weight(row_ptr, vocab_size, key, inv_temperature, max_z, BLOCK: tl.constexpr):
+    """Number and total mass of the tokens whose order key is at least ``key``."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    mass = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _load_row(row_ptr, columns, vocab_size)
+        kept = (_order_key(x) >= key) & (columns < vocab_size)
+        count += kept.to(tl.int32)
+        mass += tl.where(kept, _mass(x, inv_temperature, max_z), 0)
+    return tl.sum(count, 0), tl.sum(mass, 0)
+
+
+@triton.jit
+def _search(
+    row_ptr,
+    vocab_size,
+    low,  # int64 key, known to satisfy: weight(key >= low) >= target
+    high,  # int64 key, known not to
+    low_count,
+    low_weight,
+    target,  # int64
+    inv_temperature,
+    max_z,
+    BY_MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Largest key, up to tokens that do not exist, whose tokens at or above it weigh at least ``target``.
+
+    Each pass quarters the bracket. It ends when one token is left between the bounds, which is always before the
+    bracket closes unless tokens tie.
+    """
+    high_count = tl.zeros((), tl.int32)
+    while (high - low > 1) & (low_count - high_count > 1) & (low_weight > target):
+        width = high - low
+        pivot1 = low + width // 4
+        pivot2 = low + width // 2
+        pivot3 = low + (width * 3) // 4
+        count1 = tl.zeros((BLOCK,), tl.int32)
+        count2 = tl.zeros((BLOCK,), tl.int32)
+        count3 = tl.zeros((BLOCK,), tl.int32)
+        mass1 = tl.zeros((BLOCK,), tl.int64)
+        mass2 = tl.zeros((BLOCK,), tl.int64)
+        mass3 = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, vocab_size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = _load_row(row_ptr, columns, vocab_size)
+            key = tl.where(columns < vocab_size, _order_key(x), _KEY_OF_NOTHING)
+            above1 = key >= pivot1.to(tl.int32)
+            above2 = key >= pivot2.to(tl.int32)
+            above3 = key >= pivot3.to(tl.int32)
+            count1 += above1.to(tl.int32)
+            count2 += above2.to(tl.int32)
+            count3 += above3.to(tl.int32)
+            if BY_MASS:
+                mass = _mass(x, inv_temperature, max_z)
+                mass1 += tl.where(above1, mass, 0)
+                mass2 += tl.where(above2, mass, 0)
+                mass3 += tl.where(above3, mass, 0)
+        n1 = tl.sum(count1, 0)
+        n2 = tl.sum(count2, 0)
+        n3 = tl.sum(count3, 0)
+        w1 = n1.to(tl.int64)
+        w2 = n2.to(tl.int64)
+        w3 = n3.to(tl.int64)
+        if BY_MASS:
+            w1 = tl.sum(mass1, 0)
+            w2 = tl.sum(mass2, 0)
+            w3 = tl.sum(mass3, 0)
+        # Weights fall from pivot 1 to pivot 3: the new bounds are the two neighbours that disagree.
+        high, high_count = _pick(w3 < target, pivot3, n3, high, high_count)
+        high, high_count = _pick(w2 < target, pivot2, n2, high, high_count)
+        high, high_count = _pick(w1 < target, pivot1, n1, high, high_count)
+        low_weight = tl.where(w1 >= target, w1, low_weight)
+        low, low_count = _pick(w1 >= target, pivot1, n1, low, low_count)
+        low_weight = tl.where(w2 >= target, w2, low_weight)
+        low, low_count = _pick(w2 >= target, pivot2, n2, low, low_count)
+        low_weight = tl.where(w3 >= target, w3, low_weight)
+        low, low_count = _pick(w3 >= target, pivot3, n3, low, low_count)
+    return low, low_count
+
+
+@triton.jit
+def _pick(condition, key, count, other_key, other_count):
+    return tl.where(condition, key, other_key), tl.where(condition, count, other_count)
+
+
+@triton.jit
+def _smallest_kept(row_ptr, vocab_size, key, inv_temperature, max_z, log_min_p, BLOCK: tl.constexpr):
+    """Smallest logit whose order key is at least ``key`` and whose probability is at least min_p times the largest."""
+    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _load_row(row_ptr, columns, vocab_size)
+        kept = (_order_key(x) >= key) & (x * inv_temperature - max_z >= log_min_p) & (columns < vocab_size)
+        smallest = tl.minimum(smallest, tl.where(kept, x, float("inf")))
+    return tl.min(smallest, 0)
+
+
+@triton.jit
+def _threshold_kernel(
+    logits_ptr,  # (B, V) fp32
+    temperature_ptr,  # (B,) fp32
+    top_k_ptr,  # (B,) int32
+    top_p_ptr,  # (B,) fp32
+    min_p_ptr,  # (B,) fp32
+    inv_temperature_ptr,  # (B,) fp32, written
+    min_logit_ptr,  # (B,) fp32, written
+    vocab_size,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    sampled = temperature > 0.0
+    inv_temperature = tl.div_rn(1.0, tl.where(sampled, temperature, 1.0))
+    tl.store(inv_temperature_ptr + row, inv_temperature)
+
+    by_count = sampled & (top_k > 0) & (top_k < vocab_size)
+    by_mass = sampled & (top_p < 1.0)
+    by_ratio = sampled & (min_p > 0.0)
+    threshold = tl.full((), float("-inf"), tl.float32)
+    if by_count | by_mass | by_ratio:
+        row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
+        smallest, largest = _row_range(row_ptr, vocab_size, BLOCK)
+        max_z = largest * inv_temperature
+        low = _order_key(smallest).to(tl.int64)
+        high = _order_key(largest).to(tl.int64) + 1
+        if by_count:
+            count = vocab_size + tl.zeros((), tl.int32)
+            wanted = top_k.to(tl.int64)
+            low, count = _search(
+                row_ptr, vocab_size, low, high, count, count.to(tl.int64), wanted, inv_temperature, max_z, False, BLOCK
+            )
+        if by_mass:
+            count, mass = _kept_weight(row_ptr, vocab_size, low, inv_temperature, max_z, BLOCK)
+            wanted = tl.ceil(top_p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64)
+            low, count = _search(
+                row_ptr, vocab_size, low, high, count, mass, wanted, inv_temperature, max_z, True, BLOCK
+            )
+        log_min_p = tl.where(by_ratio, tl.log(tl.where(by_ratio, min_p, 1.0)), float("-inf"))
+        threshold = _smallest_kept(row_ptr, vocab_size, low, inv_temperature, max_z, log_min_p, BLOCK)
+    tl.store(min_logit_ptr + row, threshold)
+
+
+@triton.jit
+def _negative_log(u):
+    """-log(u) for u in (0, 1), with small relative error also where u is close to 1."""
+    return -tl.log(u)
+
+
+@triton.jit
+def gumbel_from_bits(bits):
+    """Standard Gumbel noise from uint32 words: u = ((r >> 9) + 1/2) / 2^23, exact in fp32, and -log(-log u)."""
+    u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(_negative_log(u))
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,  # (B, V) fp32
+    temperature_ptr,  # (B,) fp32
+    inv_temperature_ptr,  # (B,) fp32
+    min_logit_ptr,  # (B,) fp32
+    seed_ptr,  # (B,) int64
+    position_ptr,  # (B,) int64
+    best_score_ptr,  # (B, S) fp32, written
+    best_token_ptr,  # (B, S) int32, written
+    vocab_size,
+    num_chunks,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    chunk = tl.program_id(1)
+    sampled = tl.load(temperature_ptr + row) > 0.0
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    min_logit = tl.load(min_logit_ptr + row)
+    seed = tl.load(seed_ptr + row)
+    position = tl.load(position_ptr + row)
+    row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
+
+    best_score = tl.full((BLOCK // 4, 4), float("-inf"), tl.float32)
+    lanes = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    best_token = chunk * CHUNK + lanes
+    for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, vocab_size), BLOCK):
+        columns = start + lanes
+        x = _load_row(row_ptr, columns, vocab_size)
+        score = x * inv_temperature
+        if sampled:
+            score += _noise(start // 4, seed, position, BLOCK)
+        score = tl.where((x >= min_logit) & (columns < vocab_size), score, float("-inf"))
+        # Columns grow from step to step, so a strict comparison keeps the lowest index of a tie.
+        better = score > best_score
+        best_score = tl.where(better, score, best_score)
+        best_token = tl.where(better, columns, best_token)
+    _store_best(best_score_ptr, best_token_ptr, row * num_chunks + chunk, best_score, best_token)
+
+
+@triton.jit
+def _noise(first_counter, seed, position, BLOCK: tl.constexpr):
+    """Gumbel noise (BLOCK // 4, 4) for the vocabulary entries from 4 * first_counter on."""
+    counter = (first_counter + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = tl.zeros((BLOCK // 4,), tl.uint32)
+    r0, r1, r2, r3 = philox_4x32_10(
+        counter,
+        zero + _low_word(position),
+        zero + _low_word(position >> 32),
+        zero,
+        _low_word(seed),
+        _low_word(seed >> 32),
+    )
+    # join appends an axis: (even, odd) words last, so the lanes come out in the order 0, 1, 2, 3.
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+    return gumbel_from_bits(tl.reshape(words, (BLOCK // 4, 4)))
+
+
+@triton.jit
+def _low_word(value):
+    return (value & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def _store_best(score_ptr, token_ptr, slot, score, token):
+    best = tl.max(tl.max(score, 1), 0)
+    lowest = tl.min(tl.min(tl.where(score == best, token, 0x7FFFFFFF), 1), 0)
+    tl.store(score_ptr + slot, best)
+    tl.store(token_ptr + slot, lowest)
+
+
+@triton.jit
+def _choose_kernel(
+    best_score_ptr,  # (B, S) fp32
+    best_token_ptr,  # (B, S) int32
+    token_ptr,  # (B,) int64, written
+    num_chunks,
+    BLOCK_S: tl.constexpr,
+):
+    row = tl.program_id(0)
+    chunks = tl.arange(0, BLOCK_S)
+    mask = chunks < num_chunks
+    score = tl.load(best_score_ptr + row * num_chunks + chunks, mask=mask, other=float("-inf"))
+    token = tl.load(best_token_ptr + row * num_chunks + chunks, mask=mask, other=0x7FFFFFFF)
+    best = tl.max(score, 0)
+    lowest = tl.min(tl.where(score == best, token, 0x7FFFFFFF), 0)
+    tl.store(token_ptr + row, lowest.to(tl.int64))
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row by Gumbel-max over the kept set, its log-probability and the smallest kept logit.
+
+    No host synchronisation; the launches depend on the shape only, so they can be captured in a CUDA graph. A row that
+    uses no filter costs nothing in the threshold kernel.
+
+    Args:
+        logits: (B, V) fp32 contiguous. temperature, top_p, min_p: (B,) fp32, temperature 0 = greedy, top_p >= 1 and
+            min_p <= 0 = off. top_k: (B,) int32, <= 0 = off. seed, position: (B,) int64.
+
+    Returns:
+        token_ids (B,) int64, logprobs (B,) fp32, min_logit (B,) fp32 (-inf keeps every token).
+    """
+    from vexact.ops.kernels.logprob import token_logprobs
+
+    logits = logits.contiguous()
+    inv_temperature, min_logit = thresholds(logits, temperature, top_k, top_p, min_p)
+    token_ids = draw(logits, temperature, inv_temperature, min_logit, seed, position)
+    logprobs, _, _ = token_logprobs(logits, token_ids, inv_temperature, min_logit)
+    return token_ids, logprobs, min_logit
+
+
+def thresholds(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Per row 1 / temperature (1 if greedy, IEEE division) and the smallest kept logit (-inf without filters)."""
+    num_rows, vocab_size = logits.shape
+    inv_temperature = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    min_logit = torch.empty_like(inv_temperature)
+    _threshold_kernel[(num_rows,)](
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        inv_temperature,
+        min_logit,
+        vocab_size,
+        BLOCK=min(_THRESHOLD_BLOCK, triton.next_power_of_2(vocab_size)),
+        num_warps=_THRESHOLD_WARPS,
+        enable_fp_fusion=False,
+    )
+    return inv_temperature, min_logit
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    inv_temperature: Tensor,
+    min_logit: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Token ids (B,) int64: the largest of z + Gumbel noise over {logit >= min_logit}, or of the logits if greedy."""
+    num_rows, vocab_size = logits.shape
+    num_chunks = triton.cdiv(vocab_size, _DRAW_CHUNK)
+    best_score = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
+    best_token = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    _draw_kernel[(num_rows, num_chunks)](
+        logits,
+        temperature,
+        inv_temperature,
+        min_logit,
+        seed,
+        position,
+        best_score,
+        best_token,
+        vocab_size,
+        num_chunks,
+        CHUNK=_DRAW_CHUNK,
+        BLOCK=_DRAW_BLOCK,
+        num_warps=_DRAW_WARPS,
+        enable_fp_fusion=False,
+    )
+    _choose_kernel[(num_rows,)](
+        best_score, best_token, token_ids, num_chunks, BLOCK_S=triton.next_power_of_2(num_chunks), num_warps=1
+    )
+    return token_ids
