@@ -1,0 +1,240 @@
+"""The rollout engine: continuous batching over a paged KV cache, with bits that no knob can change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vexact.rollout.batch import Batch, build_batch
+from vexact.rollout.block_manager import BlockManager
+from vexact.rollout.engine_config import EngineConfig
+from vexact.rollout.finish import Finisher
+from vexact.rollout.intake import Intake, expand
+from vexact.rollout.loading import Loaded, load
+from vexact.rollout.runner import ModelRunner, kv_page_bytes
+from vexact.rollout.sampler import StepOutput
+from vexact.rollout.sampling_params import SamplingParams
+from vexact.rollout.scheduler import Scheduler
+from vexact.rollout.state import SlotState
+from vexact.rollout.stats import EngineStats
+from vexact.rollout.stop_strings import Tokenizer
+from vexact.rollout.weights import copy_weights
+from vexact.types import Sample
+
+INVALID_VERSION = -1
+
+
+class Engine:
+    """Generates samples whose log-probabilities are, bit for bit, those of the training forward.
+
+    A request's tokens and log-probabilities depend on the weights, its prompt, its parameters, the sampling seed and its
+    request id, and on nothing else: not on batch mates, page size, chunking, caching, preemption or arrival order.
+
+    Example::
+
+        engine = Engine("path/to/model", max_num_seqs=64)
+        samples = engine.generate([[1, 2, 3]], SamplingParams(n=4, max_tokens=32))
+    """
+
+    def __init__(
+        self,
+        model_path: str | None = None,
+        *,
+        model: Any = None,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        **config: Any,
+    ) -> None:
+        """Either ``model_path`` (a Hugging Face directory) or a ready ``model``; ``config`` are EngineConfig fields.
+
+        ``eos_token_ids`` defaults to the generation config's, else the model config's.
+
+        Raises ValueError for a bad field, or if the KV cache cannot hold one page.
+        """
+        self.config = EngineConfig(**config)
+        loaded = load(
+            model_path,
+            model=model,
+            tokenizer=tokenizer,
+            eos_token_ids=eos_token_ids,
+            dtype=dtype,
+            device=device,
+            batch_invariant=self.config.batch_invariant,
+        )
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.weights_version = 0
+        self._build(loaded)
+
+    def _build(self, loaded: Loaded) -> None:
+        config, model = self.config, loaded.model
+        self.max_model_len = config.max_model_len or model.config.max_position_embeddings
+        if self.max_model_len > model.config.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} exceeds the model's max_position_embeddings="
+                f"{model.config.max_position_embeddings}; lower max_model_len"
+            )
+        config.check_model_len(self.max_model_len)
+        device = loaded.device
+        self.num_pages = config.resolve_num_pages(
+            page_bytes=kv_page_bytes(model, config.page_size),
+            max_model_len=self.max_model_len,
+            free_device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        )
+        self._state = SlotState(config.max_num_seqs, self.max_model_len, config.page_size)
+        self._blocks = BlockManager(self.num_pages, config.page_size)
+        self._scheduler = Scheduler(
+            self._state,
+            self._blocks,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._runner = ModelRunner(model, num_pages=self.num_pages, page_size=config.page_size, device=device)
+        self._intake = Intake(
+            self._blocks,
+            seed=config.seed,
+            max_model_len=self.max_model_len,
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=loaded.eos_token_ids,
+            tokenizer=loaded.tokenizer,
+            hash_pages=config.enable_prefix_caching,
+        )
+        self._finisher = Finisher(self._state, loaded.tokenizer)
+        self._stats = EngineStats()
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self._scheduler.has_unfinished
+
+    def add_request(
+        self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
+    ) -> list[str]:
+        """Queue one prompt; returns the ids of its n samples (the request's own id if n is 1, else ``id/0 .. id/n-1``).
+
+        Raises ValueError, naming the value and the knob, for a request that could never run or an id in use.
+        """
+        self._check_weights()
+        requests = self._intake.make(prompt_token_ids, sampling_params, request_id)
+        for request in requests:
+            self._scheduler.add(request)
+        return [request.request_id for request in requests]
+
+    def step(self) -> list[Sample]:
+        """Schedule, run one forward pass, sample; returns the samples that ended."""
+        started = time.perf_counter()
+        schedule = self._scheduler.schedule()
+        if not schedule.slots.size:
+            return []
+        self._stats.max_used_pages = max(self._stats.max_used_pages, self._blocks.num_used)
+        batch = build_batch(self._state, schedule)
+        inputs = self._runner.prepare(batch)
+        execute_started = time.perf_counter()
+        output = self._runner.execute(inputs)
+        execute_seconds = time.perf_counter() - execute_started
+        self._scheduler.commit(schedule)
+        samples = self._collect(batch, output) if output is not None else []
+        if samples and not self.has_unfinished:
+            self.check_idle()
+        self._stats.record(
+            num_tokens=len(batch.sample_slots),
+            step_seconds=time.perf_counter() - started,
+            execute_seconds=execute_seconds,
+        )
+        return samples
+
+    def _collect(self, batch: Batch, output: StepOutput) -> list[Sample]:
+        slots = batch.sample_slots
+        self._state.append_sampled(slots, output.token_ids, output.logprobs, output.min_logits)
+        samples = []
+        for slot, ending in self._finisher.endings(slots, output.token_ids):
+            request = self._state.request(slot)
+            self._scheduler.release(request)
+            self._intake.forget(request)
+            samples.append(self._finisher.sample(request, ending, self.weights_version))
+        return samples
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[str] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[Sample]:
+        """Sample every prompt to its end. Returns a flat list, prompt-major, n samples per prompt.
+
+        Args:
+            sampling_params: one for all prompts, or one per prompt.
+            request_ids: one per prompt; the sampled tokens depend on them. Default: a counter of this engine.
+            on_step: called after every step with (samples finished, tokens sampled) so far in this call.
+
+        Raises:
+            ValueError: lengths that do not match, or a request that could never run (then none is started).
+            RuntimeError: requests added by ``add_request`` are still unfinished.
+        """
+        if self.has_unfinished:
+            raise RuntimeError("generate() needs an idle engine; step() until has_unfinished is False or abort_all()")
+        params = expand("sampling_params", sampling_params, len(prompts))
+        ids = expand("request_ids", request_ids, len(prompts))
+        order: list[str] = []
+        finished: dict[str, Sample] = {}
+        num_tokens_before = self._stats.num_tokens
+        try:
+            for prompt, prompt_params, request_id in zip(prompts, params, ids):
+                order += self.add_request(prompt, prompt_params, request_id)
+            while self.has_unfinished:
+                finished.update((sample.request_id, sample) for sample in self.step())
+                if on_step is not None:
+                    on_step(len(finished), self._stats.num_tokens - num_tokens_before)
+        finally:
+            self.abort_all()  # only an error or an interrupt leaves anything to abort
+        return [finished[request_id] for request_id in order]
+
+    def abort_all(self) -> list[str]:
+        """Drop every unfinished request; returns their ids."""
+        requests = self._scheduler.release_all()
+        for request in requests:
+            self._intake.forget(request)
+        return [request.request_id for request in requests]
+
+    def check_idle(self) -> None:
+        """With no request left, every page is free or cached and no slot is held. Raises KVIntegrityError."""
+        self._blocks.check_idle(self._state.num_held_slots)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Overwrite the model's parameters and forget the prefix cache.
+
+        Raises:
+            RuntimeError: requests are unfinished; their samples would mix two versions.
+            ValueError: names, shapes or dtypes do not match the model; the engine then refuses to generate until an update
+                succeeds, because some parameters are new and some old.
+        """
+        if self.has_unfinished:
+            raise RuntimeError("update_weights() with unfinished requests: finish them, or abort_all() first")
+        self.weights_version = INVALID_VERSION
+        self._blocks.clear_cache()
+        copy_weights(self.model, named_tensors)
+        self.weights_version = version
+
+    def _check_weights(self) -> None:
+        if self.weights_version == INVALID_VERSION:
+            raise RuntimeError("the last update_weights() failed half way; update the weights before generating")
+
+    def stats(self) -> dict[str, float]:
+        """``rollout/*`` metrics since the last call."""
+        scheduler = self._scheduler
+        metrics = self._stats.metrics(
+            num_pages=self.num_pages,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queried=scheduler.num_prefix_queried,
+            num_prefix_hits=scheduler.num_prefix_hits,
+        )
+        self._stats = EngineStats()
+        scheduler.reset_counters()
+        return metrics

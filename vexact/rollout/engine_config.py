@@ -1,0 +1,78 @@
+"""The engine's knobs. None of them may change a sampled token or a bit of a log-probability, except the seed
+and ``batch_invariant=False``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_CPU_KV_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Memory and scheduling limits of one engine.
+
+    The number of KV pages is ``num_pages`` if given, else ``kv_cache_bytes``, else 256 MiB on CPU or
+    ``gpu_memory_utilization`` of the free device memory, and never more than ``max_num_seqs`` full sequences need.
+
+    Raises ``ValueError`` naming the field, its value and the fix.
+    """
+
+    page_size: int = 16  # tokens per KV page
+    num_pages: int | None = None
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.5  # fraction of the memory that is free when the engine is built
+    max_num_seqs: int = 256  # requests that run at once
+    max_num_batched_tokens: int = 8192  # tokens per forward pass, decode and prefill together
+    max_model_len: int | None = None  # None: the model's max_position_embeddings
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    batch_invariant: bool = True  # False: stock torch operators, a deliberate baseline that is not exact
+    attn_impl: str = "triton-invariant"
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
+            self._check_positive(name)
+        for name in ("num_pages", "kv_cache_bytes", "max_model_len"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r} must be in (0, 1]: it is the fraction of the "
+                "free device memory given to the KV cache"
+            )
+        if self.num_pages is not None and self.kv_cache_bytes is not None:
+            raise ValueError(
+                f"num_pages={self.num_pages} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache; set one"
+            )
+
+    def _check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer")
+
+    def check_model_len(self, max_model_len: int) -> None:
+        """Without chunking every prompt (and every recomputed request) has to fit one forward pass."""
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_model_len={max_model_len} and "
+                "enable_chunked_prefill=False; raise max_num_batched_tokens, lower max_model_len or enable chunking"
+            )
+
+    def resolve_num_pages(self, *, page_bytes: int, max_model_len: int, free_device_bytes: int | None) -> int:
+        """Number of KV pages; ``page_bytes`` covers keys and values of all layers, ``None`` free bytes means CPU."""
+        if self.num_pages is not None:
+            return self.num_pages
+        budget = self.kv_cache_bytes
+        if budget is None and free_device_bytes is not None:
+            budget = int(free_device_bytes * self.gpu_memory_utilization)
+        if budget is None:
+            budget = DEFAULT_CPU_KV_CACHE_BYTES
+        if budget < page_bytes:
+            raise ValueError(
+                f"a KV cache of {budget} bytes cannot hold one page of {page_bytes} bytes; raise kv_cache_bytes "
+                f"(or gpu_memory_utilization), or lower page_size={self.page_size}"
+            )
+        most_useful = self.max_num_seqs * -(-max_model_len // self.page_size)
+        return min(budget // page_bytes, most_useful)

@@ -1,0 +1,126 @@
+"""Prompts in, validated requests out: everything that can be wrong with a request is said here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from vexact.rollout.block_manager import BlockManager
+from vexact.rollout.request import Request, request_seed
+from vexact.rollout.sampling_params import SamplingParams
+from vexact.rollout.stop_strings import StopStringChecker, Tokenizer
+
+T = TypeVar("T")
+
+
+class Intake:
+    """Builds the requests of one engine and keeps their ids unique."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        seed: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        tokenizer: Tokenizer | None,
+        hash_pages: bool,
+    ) -> None:
+        self._blocks = blocks
+        self._seed = seed
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._hash_pages = hash_pages
+        self._in_use: set[str] = set()
+        self._counter = 0
+
+    def make(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None) -> list[Request]:
+        """The n requests of one prompt. Raises ValueError for one that could never run."""
+        token_ids = self._prompt_array(prompt)
+        if request_id is None:
+            request_id = str(self._counter)
+            self._counter += 1
+        self._check_fits(request_id, len(token_ids), params)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"request {request_id!r}: stop={params.stop!r} needs an engine with a tokenizer")
+        ids = [request_id] if params.n == 1 else [f"{request_id}/{index}" for index in range(params.n)]
+        used = self._in_use.intersection(ids)
+        if used:
+            raise ValueError(f"request id {sorted(used)[0]!r} is already running; ids must be unique")
+        self._in_use.update(ids)
+        keys: list[bytes] = []
+        if self._hash_pages:
+            self._blocks.extend_keys(keys, token_ids, (len(token_ids) - 1) // self._blocks.page_size)
+        prompt_token_ids = tuple(token_ids.tolist())
+        return [self._request(sample_id, prompt_token_ids, token_ids, params, list(keys)) for sample_id in ids]
+
+    def _request(
+        self,
+        request_id: str,
+        prompt_token_ids: tuple[int, ...],
+        token_ids: np.ndarray,
+        params: SamplingParams,
+        page_keys: list[bytes],
+    ) -> Request:
+        stop_token_ids = tuple(params.stop_token_ids or ())
+        checker = None
+        if params.stop:
+            assert self._tokenizer is not None
+            checker = StopStringChecker(self._tokenizer, tuple(params.stop))
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            seed=request_seed(self._seed if params.seed is None else params.seed, request_id),
+            stop_ids=stop_token_ids if params.ignore_eos else stop_token_ids + self._eos_token_ids,
+            token_ids=token_ids,
+            page_keys=page_keys,
+            stop_checker=checker,
+        )
+
+    def forget(self, request: Request) -> None:
+        """Its id may be used again."""
+        self._in_use.discard(request.request_id)
+
+    def _prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
+        token_ids = np.asarray(prompt)
+        if token_ids.ndim != 1 or token_ids.size == 0:
+            raise ValueError(f"a prompt must be a non-empty list of token ids, got shape {token_ids.shape}")
+        if token_ids.dtype.kind not in "iu":
+            raise ValueError(f"a prompt must hold integers, got {token_ids.dtype}; tokenise the text first")
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self._vocab_size:
+            bad = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"prompt token id {bad} is outside the vocabulary of {self._vocab_size}; is the tokenizer this model's?"
+            )
+        return token_ids.astype(np.int64)
+
+    def _check_fits(self, request_id: str, num_prompt: int, params: SamplingParams) -> None:
+        total = num_prompt + params.max_tokens
+        if total > self._max_model_len:
+            raise ValueError(
+                f"request {request_id!r}: {num_prompt} prompt tokens + max_tokens={params.max_tokens} = {total} exceed "
+                f"max_model_len={self._max_model_len}; shorten the prompt, lower max_tokens or raise max_model_len"
+            )
+        needed = self._blocks.pages_for(total - 1)  # the last sampled token is never fed back
+        if needed > self._blocks.num_pages:
+            raise ValueError(
+                f"request {request_id!r}: {num_prompt} prompt tokens + max_tokens={params.max_tokens} need {needed} KV "
+                f"pages of {self._blocks.page_size} tokens but the engine has {self._blocks.num_pages}; raise num_pages "
+                "(or kv_cache_bytes, or gpu_memory_utilization), or lower max_tokens"
+            )
+
+
+def expand(name: str, value: T | Sequence[T] | None, count: int) -> list[T]:
+    """One value per prompt: a list or tuple is checked for length, anything else is repeated."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count  # type: ignore[list-item]
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} prompts; give one per prompt")
+    return list(value)

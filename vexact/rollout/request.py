@@ -1,0 +1,64 @@
+"""One sequence being generated, and the seed that makes its tokens its own."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vexact.rollout.block_manager import CachedPage
+from vexact.rollout.sampling_params import SamplingParams
+from vexact.rollout.stop_strings import StopStringChecker
+
+NO_SLOT = -1
+
+
+def request_seed(seed: int, request_id: str) -> int:
+    """Signed 64-bit sampling seed of a request: a hash, so it depends on nothing but these two values."""
+    digest = hashlib.blake2b(f"{seed}\0{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Event-level state of a sequence. While it holds a slot, its tokens live in ``SlotState``; the arrays here are
+    what it starts from: the prompt, or everything sampled before it was preempted.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    stop_ids: tuple[int, ...]  # stop_token_ids, and the model's eos unless ignored
+    token_ids: np.ndarray  # (N,) int64, prompt then sampled
+    page_keys: list[bytes]  # chain keys of the full pages hashed so far
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N - prompt,) float32
+    min_logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N - prompt,) float32
+    stop_checker: StopStringChecker | None = None
+    slot: int = NO_SLOT
+    pages: list[int] = field(default_factory=list)
+    prefix: list[CachedPage] = field(default_factory=list)  # cache entries that stand for pages[: len(prefix)]
+    cacheable: bool = True  # False after a key collision: its later pages must not be registered
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens when it last waited for a slot."""
+        return len(self.token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        return self.num_prompt_tokens + self.params.max_tokens
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Most tokens whose keys and values it ever stores: the last sampled token is never fed back."""
+        return self.max_total_tokens - 1
+
+    @property
+    def parent_entry(self) -> CachedPage | None:
+        return self.prefix[-1] if self.prefix else None

@@ -1,0 +1,37 @@
+"""Hidden states of the sampled rows to tokens, log-probabilities and truncation thresholds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vexact.ops.sampling import SamplingTensors, sample
+
+
+class StepOutput(NamedTuple):
+    """What one step sampled, on the host, in the order of ``Batch.sample_rows``."""
+
+    token_ids: np.ndarray  # (S,) int64
+    logprobs: np.ndarray  # (S,) float32
+    min_logits: np.ndarray  # (S,) float32
+
+
+def sample_tokens(logits: Tensor, params: SamplingTensors) -> Tensor:
+    """Sample a token per row of ``logits`` (S, V) fp32.
+
+    Returns (3, S) int32: token ids, then the bits of the fp32 log-probabilities and of the fp32 thresholds, so that one
+    copy brings all three to the host.
+    """
+    sampled = sample(logits, params)
+    return torch.stack(
+        [sampled.token_ids.to(torch.int32), sampled.logprobs.view(torch.int32), sampled.min_logit.view(torch.int32)]
+    )
+
+
+def to_host(packed: Tensor) -> StepOutput:
+    """Wait for the device and unpack the result of ``sample_tokens``."""
+    host = packed.cpu().numpy()
+    return StepOutput(host[0].astype(np.int64), host[1].view(np.float32), host[2].view(np.float32))

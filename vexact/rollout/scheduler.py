@@ -1,0 +1,258 @@
+"""Which sequences compute how many tokens in the next step, and who has to give pages back."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from vexact.rollout.block_manager import BlockManager, CachedPage, page_tokens
+from vexact.rollout.request import Request
+from vexact.rollout.state import SlotState
+
+
+class Schedule(NamedTuple):
+    """One step's work: decodes first, then prefill chunks, each in admission order."""
+
+    slots: np.ndarray  # (B,) int64
+    num_new: np.ndarray  # (B,) int64, at least 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.num_new.sum())
+
+
+class Scheduler:
+    """First come, first served continuous batching with chunked prefill and preemption by recomputation.
+
+    Why it cannot deadlock: pages are granted in admission order and the last admitted request is the one preempted, so
+    the first admitted always advances; when nothing runs, the head of the queue finds every page available, and a
+    request that needs more than all pages was refused before it got here.
+    """
+
+    def __init__(
+        self,
+        state: SlotState,
+        blocks: BlockManager,
+        *,
+        max_num_batched_tokens: int,
+        enable_chunked_prefill: bool,
+        enable_prefix_caching: bool,
+    ) -> None:
+        self._state = state
+        self._blocks = blocks
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._chunked = enable_chunked_prefill
+        self._caching = enable_prefix_caching
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # admission order
+        self._running_slots: np.ndarray | None = None  # slots of _running; None after a change
+        self.num_preemptions = 0
+        self.num_prefix_queried = 0
+        self.num_prefix_hits = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def schedule(self) -> Schedule:
+        """Grant pages to running requests, split the token budget, then admit. Changes nothing but page ownership."""
+        preempted = self._grow_running()
+        running = self._take_budget()
+        if preempted or not self._waiting or not self._state.num_free_slots:
+            return running
+        return self._admit(running)
+
+    def _slots(self) -> np.ndarray:
+        if self._running_slots is None:
+            self._running_slots = np.array([request.slot for request in self._running], np.int64)
+        return self._running_slots
+
+    def _grow_running(self) -> bool:
+        """Give every running request the pages its known tokens need; returns whether somebody was preempted."""
+        state = self._state
+        slots = self._slots()
+        short = state.num_pages[slots] * state.page_size < state.num_tokens[slots]
+        num_before = self.num_preemptions
+        for slot in slots[short].tolist():
+            request = state.requests[slot]
+            if request is None:  # preempted for one of its elders a moment ago
+                break
+            self._grow(request)
+        return self.num_preemptions > num_before
+
+    def _grow(self, request: Request) -> None:
+        while self._blocks.num_available == 0:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return
+        self._state.append_page(request.slot, self._blocks.allocate())
+
+    def _preempt(self, request: Request) -> None:
+        self._drop(request)
+        self._waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def release(self, request: Request) -> None:
+        """Take a finished or aborted request out, wherever it is."""
+        if request.slot >= 0:
+            self._drop(request)
+        else:
+            self._waiting.remove(request)
+
+    def _drop(self, request: Request) -> None:
+        self._state.unbind(request)
+        self._blocks.release(request.pages)
+        request.pages.clear()
+        request.prefix.clear()
+        self._running.remove(request)
+        self._running_slots = None
+
+    def _take_budget(self) -> Schedule:
+        """Split the token budget over the running requests: those with one token left (decodes) come first."""
+        slots = self._slots()
+        remaining = self._state.num_tokens[slots] - self._state.num_computed[slots]
+        if slots.size <= self._max_num_batched_tokens and remaining.sum() == slots.size:
+            return Schedule(slots, remaining)
+        order = np.argsort(remaining > 1, kind="stable")
+        slots, remaining = slots[order], remaining[order]
+        left = self._max_num_batched_tokens - (np.cumsum(remaining) - remaining)
+        num_new = np.clip(left, 0, remaining)
+        if not self._chunked:
+            num_new[num_new < remaining] = 0
+        some = num_new > 0
+        return Schedule(slots[some], num_new[some])
+
+    def _admit(self, running: Schedule) -> Schedule:
+        """Admit waiting requests in order while slots, pages and budget last.
+
+        A request whose next missing prefix page is being computed in this very step is passed over: one step later the
+        page is a cache hit. It keeps its place and its claim on a slot.
+        """
+        budget = self._max_num_batched_tokens - running.num_tokens
+        in_progress = self._keys_in_progress(running)
+        deferred: list[Request] = []
+        admitted: list[tuple[int, int]] = []
+        while self._waiting and budget > 0 and self._state.num_free_slots > len(deferred):
+            request = self._waiting[0]
+            prefix = self._match(request)
+            if self._next_key(request, len(prefix)) in in_progress:
+                deferred.append(self._waiting.popleft())
+                continue
+            hit = len(prefix) * self._blocks.page_size
+            num_new = min(budget, request.num_tokens - hit)
+            if not self._fits(request, prefix) or (not self._chunked and hit + num_new < request.num_tokens):
+                break
+            self._start(self._waiting.popleft(), prefix)
+            in_progress.update(self._chunk_keys(request, hit, hit + num_new))
+            admitted.append((request.slot, num_new))
+            budget -= num_new
+        self._waiting.extendleft(reversed(deferred))
+        if not admitted:
+            return running
+        new = np.array(admitted, np.int64)
+        return Schedule(np.concatenate([running.slots, new[:, 0]]), np.concatenate([running.num_new, new[:, 1]]))
+
+    def _match(self, request: Request) -> list[CachedPage]:
+        """Longest cached prefix in full pages that leaves at least one token to compute."""
+        if not self._caching:
+            return []
+        page_size = self._blocks.page_size
+        num_pages = (request.num_tokens - 1) // page_size
+        self._blocks.extend_keys(request.page_keys, request.token_ids, num_pages)
+        prefix: list[CachedPage] = []
+        for index, key in enumerate(request.page_keys[:num_pages]):
+            tokens = page_tokens(request.token_ids, index, page_size)
+            entry = self._blocks.lookup(key, tokens, prefix[-1] if prefix else None)
+            if entry is None:
+                break
+            prefix.append(entry)
+        return prefix
+
+    def _next_key(self, request: Request, index: int) -> bytes | None:
+        """Key of the first page it would have to compute itself although it could be shared."""
+        if not self._caching or index >= (request.num_tokens - 1) // self._blocks.page_size:
+            return None
+        return request.page_keys[index]
+
+    def _chunk_keys(self, request: Request, start: int, stop: int) -> list[bytes]:
+        """Keys of the pages that become full when tokens ``start .. stop - 1`` are computed."""
+        if not request.cacheable:
+            return []
+        page_size = self._blocks.page_size
+        return request.page_keys[start // page_size : stop // page_size]
+
+    def _keys_in_progress(self, running: Schedule) -> set[bytes]:
+        """Keys of the pages that the running requests fill in this step."""
+        keys: set[bytes] = set()
+        if not self._caching:
+            return keys
+        start = self._state.num_computed[running.slots]
+        stop = start + running.num_new
+        filling = start // self._state.page_size != stop // self._state.page_size
+        for slot, first, last in zip(*(array[filling].tolist() for array in (running.slots, start, stop))):
+            keys.update(self._chunk_keys(self._state.request(slot), first, last))
+        return keys
+
+    def _fits(self, request: Request, prefix: list[CachedPage]) -> bool:
+        """Whether all its known tokens get pages now, and every running request could still cross a page edge."""
+        missing = self._blocks.pages_for(request.num_tokens) - len(prefix)
+        revived = sum(not self._blocks.is_used(entry.page) for entry in prefix)
+        return self._blocks.num_available - revived - missing >= len(self._running)
+
+    def _start(self, request: Request, prefix: list[CachedPage]) -> None:
+        request.pages = [self._blocks.acquire(entry) for entry in prefix]
+        missing = self._blocks.pages_for(request.num_tokens) - len(prefix)
+        request.pages += [self._blocks.allocate() for _ in range(missing)]
+        request.prefix = prefix
+        self._state.bind(request, num_computed=len(prefix) * self._blocks.page_size)
+        self._running.append(request)
+        self._running_slots = None
+        self.num_prefix_queried += request.num_tokens
+        self.num_prefix_hits += len(prefix) * self._blocks.page_size
+
+    def commit(self, schedule: Schedule) -> None:
+        """The step has run: its tokens are in the cache, and its newly full pages can be found by others."""
+        state = self._state
+        before = state.num_computed[schedule.slots]
+        after = before + schedule.num_new
+        state.num_computed[schedule.slots] = after
+        if self._caching:
+            crossed = before // state.page_size != after // state.page_size
+            for slot, computed in zip(schedule.slots[crossed].tolist(), after[crossed].tolist()):
+                self._register(state.request(slot), computed // state.page_size)
+
+    def _register(self, request: Request, num_full_pages: int) -> None:
+        token_ids = self._state.token_ids[request.slot]
+        self._blocks.extend_keys(request.page_keys, token_ids, num_full_pages)
+        while request.cacheable and len(request.prefix) < num_full_pages:
+            index = len(request.prefix)
+            tokens = page_tokens(token_ids, index, self._blocks.page_size)
+            entry = self._blocks.register(request.pages[index], request.page_keys[index], tokens, request.parent_entry)
+            if entry is None:
+                request.cacheable = False
+            else:
+                request.prefix.append(entry)
+
+    def release_all(self) -> list[Request]:
+        """Drop every request, waiting or running; returns them."""
+        requests = [*self._running, *self._waiting]
+        for request in requests:
+            self.release(request)
+        return requests
+
+    def reset_counters(self) -> None:
+        self.num_preemptions = self.num_prefix_queried = self.num_prefix_hits = 0

@@ -1,0 +1,56 @@
+"""One host-to-device copy per step, however many arrays the step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 16  # bytes; keeps every device view aligned for vector loads
+
+
+class StagingBuffer:
+    """Packs numpy arrays into one pinned buffer and hands back device views of one copy of it.
+
+    The buffer is reused, so a step's copy must have finished before the next upload; the engine waits for the sampled
+    tokens of every step, which is later on the same stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = self._new(1 << 16)
+
+    def _new(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def upload(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Device tensors with the values, shapes and dtypes of ``arrays``."""
+        offsets, total = _layout(arrays)
+        if total > self._host.numel():
+            self._host = self._new(2 * total)
+        host = self._host.numpy()
+        for name, array in arrays.items():
+            view = host[offsets[name] : offsets[name] + array.nbytes].view(array.dtype)
+            view.reshape(array.shape)[...] = array
+        device = self._host[:total].to(self._device, non_blocking=True)
+        return {
+            name: device[offsets[name] : offsets[name] + array.nbytes].view(_torch_dtype(array)).view(array.shape)
+            for name, array in arrays.items()
+        }
+
+
+def _layout(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
+    offsets: dict[str, int] = {}
+    total = 0
+    for name, array in arrays.items():
+        offsets[name] = total
+        total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, total
+
+
+_TORCH_DTYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return _TORCH_DTYPES[array.dtype.name]
