@@ -1,0 +1,44 @@
+"""Which operators a model runs on: the invariant ones, or torch's own for a deliberate baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import vexact.ops as invariant
+from vexact.ops import stock
+
+OPS = ("invariant", "stock")
+STOCK_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
+INVARIANT_ATTENTION = ("triton-invariant",)
+
+
+@dataclass(frozen=True, slots=True)
+class OpSet:
+    """The operators a decoder calls, with the signatures of :mod:`vexact.ops`."""
+
+    linear: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    rope: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    embedding: Callable[..., Any]
+    attention: Callable[..., Any]
+
+
+def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet:
+    """Builds the operator set.
+
+    Raises:
+        ValueError: unknown ``ops`` or ``attn_impl``.
+    """
+    if ops not in OPS:
+        raise ValueError(f"unknown operator set {ops!r}; use one of {', '.join(OPS)}")
+    if attn_impl not in STOCK_ATTENTION + INVARIANT_ATTENTION:
+        known = ", ".join(INVARIANT_ATTENTION + STOCK_ATTENTION)
+        raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
+    source: Any = invariant if ops == "invariant" else stock
+    attention_source: Any = stock if ops == "stock" or attn_impl in STOCK_ATTENTION else invariant
+    names = ("linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "embedding")
+    return OpSet(*(getattr(source, name) for name in names), attention=attention_source.attention)
