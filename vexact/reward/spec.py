@@ -1,0 +1,135 @@
+"""Which function grades, and what its return value means."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from vexact.reward.graders import compute_score
+
+ScoreFunction = Callable[..., Any]
+
+
+class RewardError(RuntimeError):
+    """Grading as a whole cannot go on; the message names the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """The function to call: the built-in graders, or ``name`` in the Python file ``path``."""
+
+    path: str | None = None  # custom_reward_function.path
+    name: str = "compute_score"  # custom_reward_function.name
+    kwargs: dict[str, Any] = field(default_factory=dict)  # custom_reward_function.reward_kwargs
+
+    @property
+    def is_custom(self) -> bool:
+        return self.path is not None
+
+
+class GradeRequest(NamedTuple):
+    """What the function is called with."""
+
+    data_source: str
+    solution_str: str
+    ground_truth: Any
+    extra_info: dict[str, Any] | None = None
+
+
+class Outcome(NamedTuple):
+    """What came of one call. ``kind`` groups errors of one sort; ``traceback`` is for the first of them."""
+
+    status: Literal["ok", "error", "timeout"]
+    value: float = 0.0
+    extra: dict[str, float] | None = None
+    kind: str = ""
+    message: str = ""
+    traceback: str = ""
+    seconds: float = 0.0
+
+
+def load_function(spec: RewardSpec) -> ScoreFunction:
+    """The function that ``spec`` names, with its file executed under a module name of its own.
+
+    Raises:
+        RewardError: no such file, no such function, or the file fails when it is imported.
+    """
+    if spec.path is None:
+        return compute_score
+    path = Path(spec.path).expanduser().resolve()
+    if not path.is_file():
+        raise RewardError(f"custom_reward_function.path={spec.path!r} is not a file (looked for {path})")
+    module_spec = importlib.util.spec_from_file_location("vexact_custom_reward", path)
+    if module_spec is None or module_spec.loader is None:
+        raise RewardError(f"custom_reward_function.path={spec.path!r} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may raise anything
+        raise RewardError(f"importing {path} failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, spec.name, None)
+    if not callable(function):
+        defined = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise RewardError(
+            f"{path} has no function {spec.name!r}; functions there: {', '.join(defined) or 'none'}. "
+            "Set custom_reward_function.name"
+        )
+    return function
+
+
+def call(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]) -> Outcome:
+    """Call the function as verl does and interpret what it returns; raises whatever it raises."""
+    data_source, solution, truth, extra_info = request
+    result = function(
+        data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=extra_info, **kwargs
+    )
+    if inspect.iscoroutine(result):
+        import asyncio  # slow to import, rarely needed
+
+        result = asyncio.run(result)
+    return interpret(result)
+
+
+def interpret(result: Any) -> Outcome:
+    """A finite number, or a dict with a finite ``score``; further numeric keys are kept, other keys are dropped."""
+    if not isinstance(result, dict):
+        value = _number(result)
+        if value is None:
+            return _bad(f"the grader returned {result!r:.80}; it must return a finite number or a dict with 'score'")
+        return Outcome("ok", value)
+    if "score" not in result:
+        return _bad(f"the grader returned a dict without the key 'score'; its keys: {', '.join(map(str, result))}")
+    extra: dict[str, float] = {}
+    for key, item in result.items():
+        value = _number(item)
+        if value is not None:
+            extra[str(key)] = value
+        elif key == "score" or _is_numeric(item):
+            return _bad(f"the grader returned {key}={item!r:.80}; it must be a finite number")
+    return Outcome("ok", extra.pop("score"), extra)
+
+
+def _is_numeric(item: Any) -> bool:
+    return isinstance(item, (int, float)) or hasattr(item, "__float__")
+
+
+def _number(item: Any) -> float | None:
+    """``item`` as a finite float; None when it is not one (text is never taken for a number)."""
+    if isinstance(item, str) or not _is_numeric(item):
+        return None
+    try:
+        value = float(item)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # arrays and tensors of several elements
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _bad(message: str) -> Outcome:
+    return Outcome("error", kind="bad value", message=message)
