@@ -1,0 +1,115 @@
+"""`actor_rollout_ref.actor.*`: the policy update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vexact.config.fields import opt, section
+from vexact.env import ATTENTION, TRITON_INVARIANT
+
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "half": "float16", "float": "float32"}
+KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "low_var_kl+", "k3+"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+DTYPE_HELP = "auto is bfloat16 on a GPU and float32 on the CPU."
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = opt(1e-6, "Peak learning rate of AdamW.", ge=0)
+    weight_decay: float = opt(0.01, "Decoupled weight decay.", ge=0)
+    betas: tuple[float, ...] = opt((0.9, 0.999), "Decay rates of AdamW's two moments.", ge=0, le=1)
+    eps: float = opt(1e-8, "AdamW's denominator term.", gt=0)
+    lr_warmup_steps: int = opt(-1, "Optimizer steps of linear warm-up; -1 uses lr_warmup_steps_ratio.", ge=-1)
+    lr_warmup_steps_ratio: float = opt(0.0, "Warm-up as a share of all optimizer steps.", ge=0, le=1)
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = opt("constant", "Shape after the warm-up.")
+    min_lr_ratio: float = opt(0.0, "Where cosine and linear end, as a share of lr.", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    loss_mode: Literal["vanilla", "gspo", "reinforce"] = opt(
+        "vanilla",
+        "vanilla is PPO's clipped loss, with clip-higher and dual clip.",
+        refused=dict.fromkeys(
+            ("sapo", "clip_cov", "kl_cov", "geo_mean", "cispo", "dppo_tv", "dppo_kl", "dro", "bypass_mode"),
+            "this loss is not built in; use vanilla, gspo or reinforce",
+        ),
+        aliases={"ppo": "vanilla", "gpg": "reinforce"},
+    )
+
+
+@dataclass(frozen=True)
+class FSDPConfig:
+    dtype: Dtype = opt(
+        "auto",
+        f"Compute type of the training forward; must equal the rollout's. {DTYPE_HELP}",
+        verl="bfloat16",
+        aliases=DTYPE_ALIASES,
+    )
+    model_dtype: Literal["float32"] = opt(
+        "float32", "Type of the master weights and optimizer state.", aliases=DTYPE_ALIASES
+    )
+    reshard_after_forward: bool = opt(True, "Free gathered weights after each layer's forward.")
+
+
+@dataclass(frozen=True)
+class ActorSection:
+    strategy: Literal["fsdp2", "fsdp"] = opt(
+        "fsdp2",
+        "Sharding of the trainer; both spellings mean PyTorch's fully_shard.",
+        verl="fsdp",
+        refused={"megatron": "only FSDP2 is built in", "veomni": "only FSDP2 is built in"},
+    )
+    attn_implementation: str = opt(
+        TRITON_INVARIANT,
+        f"Attention of the training forward, one of: {', '.join(ATTENTION)}. VEOMNI_ATTN_IMPLEMENTATION sets it.",
+        verl="flash_attention_2",
+    )
+    ppo_mini_batch_size: int | None = opt(
+        None,
+        "Prompts per optimizer step (times rollout.n sequences); null takes the whole batch: one step, exactly "
+        "on-policy.",
+        verl=256,
+        ge=1,
+    )
+    ppo_micro_batch_size_per_gpu: int | None = opt(
+        None, "Sequences per forward; null packs by tokens. Never changes results.", ge=1
+    )
+    use_dynamic_bsz: bool = opt(True, "Pack sequences up to ppo_max_token_len_per_gpu tokens per forward.", verl=False)
+    ppo_max_token_len_per_gpu: int = opt(
+        16384, "Tokens per packed forward. Lower it when memory runs out; results stay.", ge=1
+    )
+    ppo_epochs: int = opt(
+        1, "Passes over each rollout batch; only the first update of the first pass is on-policy.", ge=1
+    )
+    clip_ratio: float = opt(0.2, "PPO clip range.", ge=0)
+    clip_ratio_low: float | None = opt(None, "Lower clip range; null takes clip_ratio.", verl=0.2, ge=0)
+    clip_ratio_high: float | None = opt(None, "Upper clip range (clip-higher); null takes clip_ratio.", verl=0.2, ge=0)
+    clip_ratio_c: float = opt(3.0, "Dual-clip bound for negative advantages.", gt=1)
+    loss_agg_mode: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = opt("token-mean", "How token losses become one number; denominators are global, whatever the micro-batch.")
+    loss_scale_factor: int | None = opt(
+        None, "Divisor of seq-mean-token-sum-norm; null takes data.max_response_length.", ge=1
+    )
+    policy_loss: PolicyLossConfig = section(PolicyLossConfig, "Which loss.")
+    entropy_coeff: float = opt(0.0, "Weight of the entropy bonus.", ge=0)
+    use_kl_loss: bool = opt(False, "Add a KL term towards the initial policy to the loss.")
+    kl_loss_coef: float = opt(0.001, "Weight of that term.", ge=0)
+    kl_loss_type: KLKind = opt(
+        "low_var_kl",
+        "KL estimator; a trailing + takes the gradient of k2.",
+        refused={"full": "the full-vocabulary KL is not built in; use low_var_kl"},
+    )
+    grad_clip: float = opt(1.0, "Largest gradient norm.", gt=0)
+    optim: OptimConfig = section(OptimConfig, "Optimizer and schedule.")
+    fsdp_config: FSDPConfig = section(FSDPConfig, "Types and sharding.")
+
+    @property
+    def clip_low(self) -> float:
+        return self.clip_ratio if self.clip_ratio_low is None else self.clip_ratio_low
+
+    @property
+    def clip_high(self) -> float:
+        return self.clip_ratio if self.clip_ratio_high is None else self.clip_ratio_high

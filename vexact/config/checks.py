@@ -1,0 +1,155 @@
+"""Rules that tie several keys together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vexact.config.fields import ConfigError
+from vexact.config.schema import Config
+from vexact.env import attention_warning, check_attention
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+TASK_PREFIX = "reasoning_gym:"
+
+
+def check(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: keys contradict each other; all contradictions are named at once.
+    """
+    problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config), *_run(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def attention_notices(config: Config) -> list[str]:
+    """A warning when rollout and trainer attention cannot agree; raises ValueError when one of them cannot be used."""
+    rollout, trainer = config.rollout.attn_impl, config.actor.attn_implementation
+    check_attention(rollout, f"{ROLLOUT}.attn_impl")
+    check_attention(trainer, f"{ACTOR}.attn_implementation")
+    warning = attention_warning(rollout, trainer)
+    return [] if warning is None else [warning]
+
+
+def _sources(config: Config) -> Iterator[str]:
+    if not config.model.path:
+        yield (
+            "actor_rollout_ref.model.path is not set: give a checkpoint directory (config.json and safetensors), or "
+            "make a small one with `vexact prepare tiny`"
+        )
+    elif not (Path(config.model.path).expanduser() / "config.json").is_file():
+        yield (
+            f"actor_rollout_ref.model.path={config.model.path}: no config.json there; give a Hugging Face checkpoint "
+            "directory, or make a small one with `vexact prepare tiny`"
+        )
+    if not config.data.train_files and not config.trainer.val_only:
+        yield (
+            "data.train_files is not set: give a parquet or JSONL file, or a task such as "
+            f"{TASK_PREFIX}chain_sum?size=2000&seed=1"
+        )
+    for key, files in (("train_files", config.data.train_files), ("val_files", config.data.val_files)):
+        for name in files:
+            if not name.startswith(TASK_PREFIX) and not Path(name).expanduser().exists():
+                yield f"data.{key}={name}: no such file; paths are relative to {Path.cwd()}"
+    path = config.reward.custom_reward_function.path
+    if path is not None and not Path(path).expanduser().is_file():
+        yield f"reward.custom_reward_function.path={path}: no such file"
+
+
+def _batches(config: Config) -> Iterator[str]:
+    batch, mini = config.data.train_batch_size, config.mini_batch_prompts
+    if batch % mini:
+        yield (
+            f"{ACTOR}.ppo_mini_batch_size={mini} does not divide data.train_batch_size={batch}: every optimizer step "
+            f"must see equally many prompts; try {_nearest_divisor(batch, mini)}"
+        )
+    grouped = config.algorithm.adv_estimator in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+    if grouped and config.rollout.n < 2:
+        yield (
+            f"{ROLLOUT}.n={config.rollout.n}: {config.algorithm.adv_estimator} compares the samples of a prompt with "
+            "each other; use n of at least 2, or algorithm.adv_estimator=reinforce_plus_plus"
+        )
+    if config.algorithm.filter_groups.enable and config.rollout.n < 2:
+        yield (
+            f"algorithm.filter_groups.enable=true needs several samples per prompt, and {ROLLOUT}.n={config.rollout.n}"
+        )
+    if not config.actor.use_dynamic_bsz and config.actor.ppo_micro_batch_size_per_gpu is None:
+        yield f"{ACTOR}.use_dynamic_bsz=false needs {ACTOR}.ppo_micro_batch_size_per_gpu (sequences per forward)"
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    data, rollout = config.data, config.rollout
+    needed = data.max_prompt_length + data.max_response_length
+    if config.max_model_len < needed:
+        yield (
+            f"{ROLLOUT}.max_model_len={config.max_model_len} is less than data.max_prompt_length + "
+            f"data.max_response_length = {data.max_prompt_length} + {data.max_response_length} = {needed}; raise it or "
+            "leave it null"
+        )
+    if config.actor.use_dynamic_bsz and config.actor.ppo_max_token_len_per_gpu < needed:
+        yield (
+            f"{ACTOR}.ppo_max_token_len_per_gpu={config.actor.ppo_max_token_len_per_gpu} cannot hold one sequence of "
+            f"{needed} tokens (data.max_prompt_length + data.max_response_length); set it to at least {needed}"
+        )
+    if rollout.num_pages is not None and rollout.num_pages * rollout.page_size < config.max_model_len:
+        yield (
+            f"{ROLLOUT}.num_pages={rollout.num_pages} of {rollout.page_size} tokens cannot hold one sequence of "
+            f"{config.max_model_len} tokens; set it to at least {-(-config.max_model_len // rollout.page_size)}"
+        )
+    if rollout.num_pages is not None and rollout.kv_cache_bytes is not None:
+        yield f"{ROLLOUT}.num_pages and {ROLLOUT}.kv_cache_bytes both size the key-value cache; set one of them"
+    if not rollout.enable_chunked_prefill and rollout.max_num_batched_tokens < config.max_model_len:
+        yield (
+            f"{ROLLOUT}.max_num_batched_tokens={rollout.max_num_batched_tokens} is less than one sequence of "
+            f"{config.max_model_len} tokens and enable_chunked_prefill=false; raise it or turn chunking on"
+        )
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
+    if overlong.enable and not 0 < overlong.len <= data.max_response_length:
+        yield (
+            f"reward.reward_kwargs.overlong_buffer_cfg.len={overlong.len} must lie between 1 and "
+            f"data.max_response_length={data.max_response_length}"
+        )
+
+
+def _policy(config: Config) -> Iterator[str]:
+    actor, rollout = config.actor, config.rollout
+    if actor.fsdp_config.dtype != rollout.dtype and config.trainer.exactness == "strict":
+        yield (
+            f"{ACTOR}.fsdp_config.dtype={actor.fsdp_config.dtype} and {ROLLOUT}.dtype={rollout.dtype} differ, so no "
+            "log-probability can agree; make them equal, or set trainer.exactness=warn for a deliberate baseline"
+        )
+    if len(actor.optim.betas) != 2:
+        yield f"{ACTOR}.optim.betas={list(actor.optim.betas)}: AdamW takes two, e.g. '[0.9,0.999]'"
+    if actor.clip_low >= 1:
+        yield f"{ACTOR}.clip_ratio_low={actor.clip_low}: must be below 1, the ratio cannot fall under 0"
+    if rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature == 0:
+        yield (
+            f"{ROLLOUT}.val_kwargs.do_sample=true with temperature=0 is greedy; set val_kwargs.temperature, e.g. "
+            "1.0, or do_sample=false"
+        )
+    if rollout.val_kwargs.n > 1 and not rollout.val_kwargs.do_sample:
+        yield (
+            f"{ROLLOUT}.val_kwargs.n={rollout.val_kwargs.n} greedy samples would all be equal; set "
+            "val_kwargs.do_sample=true and val_kwargs.temperature=1.0, or n=1"
+        )
+
+
+def _run(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
+        yield (
+            f"trainer.resume_mode={trainer.resume_mode} and trainer.resume_from_path={trainer.resume_from_path}: "
+            "resume_path needs a path, and a path needs resume_mode=resume_path"
+        )
+    for name, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
+        if value == 0:
+            yield f"trainer.{name}=0: use -1 for never, or a number of steps"
+    if trainer.val_only and not config.data.val_files:
+        yield "trainer.val_only=true needs data.val_files"
+
+
+def _nearest_divisor(batch: int, mini: int) -> int:
+    divisors = [size for size in range(1, batch + 1) if batch % size == 0]
+    return min(divisors, key=lambda size: abs(size - mini))

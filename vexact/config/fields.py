@@ -1,0 +1,240 @@
+"""How a configuration key is declared (`opt`, `section`) and how plain YAML values become typed sections (`build`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+UNSET: Any = object()
+
+
+class ConfigError(ValueError):
+    """The user's configuration is wrong; the message names the key, the value and the fix."""
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    verl: Any = UNSET,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    why: str = "",
+    refused: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Any:
+    """Declare one key.
+
+    Args:
+        default: its value when nobody sets it.
+        help: one sentence for the documentation, with the unit.
+        verl: verl's default where it differs from ours.
+        ge, gt, le: the range a number must lie in.
+        why: why the range ends where it does, when that is not obvious.
+        refused: values that verl knows and we cannot honour, each with the reason.
+        aliases: other spellings of a value.
+    """
+    metadata = {
+        "help": help,
+        "verl": verl,
+        "range": {"ge": ge, "gt": gt, "le": le},
+        "why": why,
+        "refused": dict(refused or {}),
+        "aliases": dict(aliases or {}),
+    }
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(kind: type, help: str) -> Any:
+    """Declare a nested section."""
+    return dataclasses.field(default_factory=kind, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One key of the schema, flattened: what the documentation and the spelling help iterate over."""
+
+    key: str  # dotted, e.g. "data.train_files"
+    hint: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
+    """Every key below a section, in declaration order."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from leaves(hints[item.name], f"{key}.")
+        else:
+            yield Leaf(key, hints[item.name], getattr(kind(), item.name), item.metadata)
+
+
+def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A section from a nested mapping whose keys are all known.
+
+    Raises:
+        ConfigError: a value has the wrong type or lies outside its range.
+    """
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for item in dataclasses.fields(kind):
+        if item.name not in values:
+            continue
+        key, value, hint = f"{prefix}{item.name}", values[item.name], hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{key}={value!r}: {key} is a section; set one of its keys, such as {_first_key(hint, key)}"
+                )
+            arguments[item.name] = build(typing.cast(type, hint), value, f"{key}.")
+        else:
+            arguments[item.name] = _checked(key, value, hint, item.metadata)
+    return kind(**arguments)
+
+
+def unknown_keys(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names in ``values`` that the schema does not have (a wholly unknown subtree is named by its leaves)."""
+    hints = typing.get_type_hints(kind)
+    known = {item.name for item in dataclasses.fields(kind)}
+    found = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            found += list(flatten({key: value}))
+        elif dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            found += unknown_keys(typing.cast(type, hints[name]), value, f"{key}.")
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping to dotted names; an empty mapping is a leaf."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
+def nearest(key: str, known: list[str], limit: int = 3) -> list[str]:
+    """The known keys most like ``key``: the same last word in another place counts as near."""
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    similar = difflib.get_close_matches(key, known, n=limit, cutoff=0.8)
+    leaf_names = sorted({name.rsplit(".", 1)[-1] for name in known})
+    close_leaves = difflib.get_close_matches(leaf, leaf_names, n=limit, cutoff=0.75)
+    by_leaf = [name for close in close_leaves for name in known if name.rsplit(".", 1)[-1] == close]
+    by_leaf.sort(key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())
+    return list(dict.fromkeys(same_leaf + similar + by_leaf))[:limit]
+
+
+def type_name(hint: Any) -> str:
+    """A type as documentation and messages call it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(part) for part in arguments)
+    if origin is Literal:
+        return " | ".join(str(part) for part in arguments)
+    if origin is tuple:
+        return f"list of {type_name(arguments[0])}"
+    names = {
+        int: "whole number",
+        float: "number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+        dict: "mapping",
+    }
+    return names[origin or hint]
+
+
+def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    if isinstance(value, str):
+        if value in metadata["refused"]:
+            raise ConfigError(f"{key}={value}: not supported: {metadata['refused'][value]}")
+        value = metadata["aliases"].get(value, value)
+    converted = convert(value, hint)
+    if converted is UNSET:
+        raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}{_example(key, hint)}")
+    _check_range(key, converted, metadata)
+    return converted
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """``value`` as ``hint``, or UNSET. Only lossless conversions: 8.0 is a whole number, "8" and True are not."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        candidates = (convert(value, part) for part in arguments)
+        return next((item for item in candidates if item is not UNSET), UNSET)
+    if origin is Literal:
+        return value if value in arguments and not isinstance(value, bool) else UNSET
+    if origin is tuple:
+        items = [convert(item, arguments[0]) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        return UNSET if UNSET in items else tuple(items)
+    if origin is dict:
+        return dict(value) if isinstance(value, Mapping) else UNSET
+    return _scalar(value, hint)
+
+
+def _scalar(value: Any, hint: Any) -> Any:
+    if hint is type(None):
+        return None if value is None else UNSET
+    if hint is bool:
+        return value if isinstance(value, bool) else UNSET
+    if isinstance(value, bool) or value is None:
+        return UNSET
+    if hint is int:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return int(value) if whole else UNSET
+    if hint is float:
+        return float(value) if isinstance(value, (int, float)) else UNSET
+    return str(value) if isinstance(value, (str, int, float)) else UNSET
+
+
+def _check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    bounds = metadata["range"]
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        inside = (
+            (bounds["ge"] is None or number >= bounds["ge"])
+            and (bounds["gt"] is None or number > bounds["gt"])
+            and (bounds["le"] is None or number <= bounds["le"])
+        )
+        if not inside:
+            why = f" ({metadata['why']})" if metadata["why"] else ""
+            raise ConfigError(f"{key}={value!r}: must be {describe_range(bounds)}{why}")
+
+
+def describe_range(bounds: Mapping[str, float | None]) -> str:
+    """``{"ge": 0, "le": 1}`` to ``">= 0 and <= 1"``."""
+    if bounds["ge"] is not None and bounds["ge"] == bounds["le"]:
+        return f"{bounds['ge']:g}"
+    signs = {"ge": ">=", "gt": ">", "le": "<="}
+    return " and ".join(f"{signs[name]} {bound:g}" for name, bound in bounds.items() if bound is not None)
+
+
+def _example(key: str, hint: Any) -> str:
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    examples = {int: "8", float: "0.5", bool: "true", str: "name"}
+    for part in parts:
+        if part in examples:
+            return f", e.g. {key}={examples[part]}"
+        if typing.get_origin(part) is tuple:
+            return f", e.g. '{key}=[a,b]'"
+    return ""
+
+
+def _first_key(kind: Any, key: str) -> str:
+    return next(leaves(kind, f"{key}.")).key

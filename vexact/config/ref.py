@@ -1,0 +1,14 @@
+"""`actor_rollout_ref.ref.*`: the reference policy of a KL term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vexact.config.fields import opt
+
+
+@dataclass(frozen=True)
+class RefSection:
+    log_prob_max_token_len_per_gpu: int | None = opt(
+        None, "Tokens per reference forward; null takes actor.ppo_max_token_len_per_gpu.", verl=16384, ge=1
+    )

@@ -1,0 +1,81 @@
+"""`actor_rollout_ref.rollout.*`: the sampling engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vexact.config.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
+from vexact.config.fields import opt, section
+from vexact.env import ATTENTION, TRITON_INVARIANT
+
+
+@dataclass(frozen=True)
+class ValidationSampling:
+    n: int = opt(1, "Samples per validation prompt (mean@n).", ge=1)
+    do_sample: bool = opt(False, "False decodes greedily, whatever the temperature.")
+    temperature: float = opt(0.0, "Temperature of validation samples; 0 is greedy.", ge=0)
+    top_p: float = opt(1.0, "Nucleus mass.", gt=0, le=1)
+    top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
+    min_p: float = opt(0.0, "Keep tokens of at least this share of the largest probability.", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    name: Literal["vexact"] = opt(
+        "vexact",
+        "The rollout engine.",
+        verl="required",
+        refused=dict.fromkeys(
+            ("vllm", "sglang", "trtllm", "hf"),
+            "this version samples with its own engine only, because others do not give the trainer's bits; "
+            "for a deliberate baseline set actor_rollout_ref.rollout.batch_invariant=false",
+        ),
+    )
+    batch_invariant: bool = opt(
+        True, "False samples with stock operators: a baseline that shows the mismatch this project removes."
+    )
+    attn_impl: str = opt(
+        TRITON_INVARIANT, f"Attention of the rollout, one of: {', '.join(ATTENTION)}. INFER_FA_IMPL sets it."
+    )
+    dtype: Dtype = opt(
+        "auto",
+        f"Compute type of the rollout; must equal the trainer's. {DTYPE_HELP}",
+        verl="bfloat16",
+        aliases=DTYPE_ALIASES,
+    )
+    n: int = opt(8, "Samples per prompt.", verl=1, ge=1)
+    temperature: float = opt(
+        1.0,
+        "Sampling temperature of training rollouts.",
+        gt=0,
+        why="0 is greedy: every sample of a group would be equal",
+    )
+    top_p: float = opt(1.0, "Nucleus mass; the trainer renormalises over the same kept tokens.", gt=0, le=1)
+    top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
+    min_p: float = opt(0.0, "Keep tokens of at least this share of the largest probability.", ge=0, le=1)
+    ignore_eos: bool = opt(False, "Sample on past the end-of-sequence token.")
+    stop: tuple[str, ...] = opt((), "Strings that end a response.")
+    stop_token_ids: tuple[int, ...] = opt((), "Token ids that end a response, besides the end-of-sequence token.")
+    seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0)
+    page_size: int = opt(16, "Tokens per key-value page.", ge=1)
+    num_pages: int | None = opt(None, "Pages in the key-value cache; null sizes it in bytes.", ge=1)
+    kv_cache_bytes: int | None = opt(
+        None,
+        "Memory for the key-value cache in bytes; null is 256 MiB on the CPU, gpu_memory_utilization on a GPU.",
+        ge=1,
+    )
+    gpu_memory_utilization: float = opt(
+        0.5,
+        "Share of the free GPU memory the key-value cache takes when neither num_pages nor kv_cache_bytes is set.",
+        gt=0,
+        le=1,
+    )
+    max_num_seqs: int = opt(256, "Most requests decoded at once.", ge=1)
+    max_num_batched_tokens: int = opt(8192, "Most tokens per engine step.", ge=1)
+    max_model_len: int | None = opt(
+        None, "Longest prompt plus response; null takes data.max_prompt_length + max_response_length.", ge=2
+    )
+    enable_chunked_prefill: bool = opt(True, "Mix pieces of long prompts with decoding. Never changes results.")
+    enable_prefix_caching: bool = opt(True, "Share the pages of equal prefixes. Never changes results.")
+    val_kwargs: ValidationSampling = section(ValidationSampling, "Sampling during validation.")

@@ -1,0 +1,42 @@
+"""`trainer.*`: the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vexact.config.fields import opt
+
+ONE_PROCESS = "this version trains in one process; several GPUs and nodes are not supported yet"
+Sink = Literal["console", "jsonl", "wandb", "tensorboard"]
+
+
+@dataclass(frozen=True)
+class TrainerSection:
+    project_name: str = opt("vexact", "First part of the run's name.", verl="verl_examples")
+    experiment_name: str = opt("default", "Second part of the run's name.", verl="gsm8k")
+    default_local_dir: str | None = opt(
+        None, "Run directory; null is runs/<project>/<experiment>.", verl="checkpoints/<project>/<experiment>"
+    )
+    seed: int = opt(42, "The one seed: data order, sampling and initialisation.", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes the GPU if there is one.", verl="cuda")
+    exactness: Literal["strict", "warn", "off"] = opt(
+        "strict", "On a log-probability whose bits differ: stop, log and go on, or do not look."
+    )
+    total_epochs: int = opt(30, "Passes over the training rows.", ge=1)
+    total_training_steps: int | None = opt(None, "Stop after so many steps, whatever total_epochs says.", ge=1)
+    logger: tuple[Sink, ...] = opt(
+        ("console", "jsonl"), "Where metrics go.", verl="[console,wandb]", aliases={"file": "jsonl"}
+    )
+    samples_per_step: int = opt(16, "Samples written to samples/step_N.jsonl each step; -1 writes all, 0 none.", ge=-1)
+    save_freq: int = opt(-1, "Checkpoint every so many steps; -1 only at the end.", ge=-1)
+    keep_last: int | None = opt(2, "Checkpoints to keep; null keeps all.", ge=1)
+    test_freq: int = opt(-1, "Validate every so many steps; -1 only at the end.", ge=-1)
+    val_before_train: bool = opt(True, "Validate before the first step.")
+    val_only: bool = opt(False, "Validate and stop.")
+    resume_mode: Literal["auto", "disable", "resume_path"] = opt(
+        "auto", "Go on from the run directory's latest checkpoint, start anew, or go on from resume_from_path."
+    )
+    resume_from_path: str | None = opt(None, "Checkpoint directory for resume_mode=resume_path.")
+    nnodes: int = opt(1, "Machines.", ge=1, le=1, why=ONE_PROCESS)
+    n_gpus_per_node: int = opt(1, "GPUs per machine.", verl=8, ge=1, le=1, why=ONE_PROCESS)

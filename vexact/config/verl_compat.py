@@ -1,0 +1,199 @@
+"""Keys that verl has and we do not: refused with the reason, moved to our key, or dropped with a notice.
+
+A verl script that leaves such a key at a value that means what we do anyway keeps working.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from vexact.config.fields import ConfigError
+
+_ROLLOUT = "actor_rollout_ref.rollout"
+_ACTOR = "actor_rollout_ref.actor"
+_MODEL = "actor_rollout_ref.model"
+_ONE_DEVICE = "this version runs the model on one device"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A key whose other values we cannot honour. ``harmless`` values mean what we do anyway."""
+
+    key: str  # a name, or a pattern with * for a subtree
+    harmless: tuple[Any, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A key that has no effect here, and why."""
+
+    key: str
+    reason: str
+
+
+REFUSED = (
+    Refused(
+        "critic.enable", (None, False), "there is no critic in this version; use a critic-free algorithm.adv_estimator"
+    ),
+    Refused("critic.*", (), "there is no critic in this version; use a critic-free algorithm.adv_estimator"),
+    Refused("trainer.critic_warmup", (0,), "there is no critic in this version"),
+    Refused("data.custom_cls.path", (None,), "write your rows to parquet or JSONL, or use a reasoning_gym: task"),
+    Refused("data.custom_cls.name", (None,), "write your rows to parquet or JSONL, or use a reasoning_gym: task"),
+    Refused("data.tokenizer", (None,), f"set {_MODEL}.tokenizer_path"),
+    Refused(f"{_MODEL}.override_config", ({},), "change config.json of the checkpoint"),
+    Refused(f"{_MODEL}.override_config.*", (), "change config.json of the checkpoint"),
+    Refused(f"{_ACTOR}.shuffle", (False,), "mini-batches follow the order of the batch"),
+    Refused("algorithm.lam", (1, None), "lam belongs to GAE, which needs a critic"),
+    Refused(f"{_ROLLOUT}.tensor_model_parallel_size", (1,), _ONE_DEVICE),
+    Refused(f"{_ROLLOUT}.pipeline_model_parallel_size", (1,), _ONE_DEVICE),
+    Refused(f"{_ROLLOUT}.data_parallel_size", (1,), _ONE_DEVICE),
+    Refused(f"{_ROLLOUT}.expert_parallel_size", (1,), _ONE_DEVICE),
+    Refused(
+        f"{_ROLLOUT}.do_sample", (True,), "greedy training rollouts would give every sample of a group the same text"
+    ),
+    Refused(
+        f"{_ROLLOUT}.calculate_log_probs", (True,), "the rollout's log-probabilities are the old log-probabilities here"
+    ),
+    Refused(
+        f"{_ROLLOUT}.logprobs_mode",
+        ("processed_logprobs", None),
+        "log-probabilities are those after temperature and truncation",
+    ),
+    Refused(f"{_ROLLOUT}.multi_turn.enable", (False,), "multi-turn rollouts are not supported yet"),
+    Refused(f"{_ROLLOUT}.multi_turn.*", (None,), "multi-turn rollouts are not supported yet"),
+    Refused(
+        f"{_ROLLOUT}.repetition_penalty", (1, None), "it would make a token's probability depend on more than the model"
+    ),
+    Refused(f"{_ROLLOUT}.prompt_length", (None,), "set data.max_prompt_length"),
+    Refused(f"{_ROLLOUT}.response_length", (None,), "set data.max_response_length"),
+    Refused(f"{_ROLLOUT}.engine_kwargs.vexact.max_cache_blocks", (None,), f"set {_ROLLOUT}.num_pages"),
+    Refused(f"{_ROLLOUT}.engine_kwargs.vexact.attn_impl", (None,), f"set {_ROLLOUT}.attn_impl"),
+    Refused(
+        f"{_ROLLOUT}.engine_kwargs.*",
+        (None,),
+        "the only engine is vexact; its keys lie directly in the rollout section",
+    ),
+    Refused(f"{_ACTOR}.ulysses_sequence_parallel_size", (1,), "sequence parallelism is not supported yet"),
+    Refused(f"{_ACTOR}.entropy_from_logits_with_chunking", (False, True), "the entropy is always computed in chunks"),
+    Refused(f"{_ACTOR}.fsdp_config.param_offload", (False,), "offloading is not supported yet"),
+    Refused(f"{_ACTOR}.fsdp_config.optimizer_offload", (False,), "offloading is not supported yet"),
+    Refused(f"{_ACTOR}.fsdp_config.offload_policy", (False,), "offloading is not supported yet"),
+    Refused(f"{_ACTOR}.fsdp_config.fsdp_size", (-1, 1), _ONE_DEVICE),
+    Refused(f"{_ACTOR}.optim.clip_grad", (None,), f"set {_ACTOR}.grad_clip"),
+    Refused("actor_rollout_ref.ref.fsdp_config.param_offload", (False,), "offloading is not supported yet"),
+    Refused(f"{_MODEL}.lora_rank", (0,), "LoRA is not supported yet"),
+    Refused(f"{_MODEL}.trust_remote_code", (False,), "models are defined here; code from a checkpoint is never run"),
+    Refused("data.trust_remote_code", (False,), "code from a checkpoint is never run"),
+    Refused(f"{_MODEL}.use_remove_padding", (True,), "sequences are always packed without padding"),
+    Refused(f"{_MODEL}.use_liger", (False,), "the operators must be the ones the rollout uses"),
+    Refused(f"{_MODEL}.enable_activation_offload", (False,), "offloading is not supported yet"),
+    Refused(f"{_MODEL}.external_lib", (None,), "nothing is patched from outside"),
+    Refused(
+        "algorithm.rollout_correction.rollout_is",
+        (None, False),
+        "rollout and trainer agree bit for bit: nothing to correct",
+    ),
+    Refused(
+        "algorithm.rollout_correction.rollout_rs",
+        (None, False),
+        "rollout and trainer agree bit for bit: nothing to correct",
+    ),
+    Refused(
+        "reward.reward_model.enable", (False,), "reward models are not supported yet; use reward.custom_reward_function"
+    ),
+    Refused(
+        "reward.sandbox_fusion.url",
+        (None,),
+        "there is no sandbox client; call yours from reward.custom_reward_function",
+    ),
+    Refused("data.image_key", (None, "images"), "only text is supported"),
+    Refused("data.video_key", (None, "videos"), "only text is supported"),
+    Refused("model_engine", ("dp", "fsdp", "fsdp2"), "only FSDP2 is built in"),
+)
+
+UNUSED = (
+    Unused("trainer.balance_batch", "results never depend on how sequences are packed"),
+    Unused("trainer.use_v1", "there is one trainer"),
+    Unused("trainer.v1.*", "there is one trainer"),
+    Unused("trainer.max_critic_ckpt_to_keep", "there is no critic"),
+    Unused("trainer.log_val_generations", "samples are written to samples/ in the run directory"),
+    Unused("trainer.rollout_data_dir", "samples are written to samples/ in the run directory"),
+    Unused("trainer.validation_data_dir", "samples are written to samples/ in the run directory"),
+    Unused("algorithm.kl_ctrl.horizon", "the coefficient is fixed"),
+    Unused("algorithm.kl_ctrl.target_kl", "the coefficient is fixed"),
+    Unused("data.val_batch_size", "the engine batches validation prompts itself"),
+    Unused("data.validation_shuffle", "the order of validation rows changes nothing"),
+    Unused("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu", "reference forwards are packed by tokens"),
+    Unused("data.return_raw_chat", "chats are templated while loading"),
+    Unused("data.dataloader_num_workers", "rows are tokenised up front"),
+    Unused("data.filter_overlong_prompts_workers", "rows are tokenised in one process"),
+    Unused("data.gen_batch_size", "refills ask for what is missing"),
+    Unused(f"{_MODEL}.use_fused_kernels", "the loss is always fused"),
+    Unused(f"{_MODEL}.fused_kernel_options.*", "the loss is always fused"),
+    Unused(f"{_MODEL}.lora_alpha", "LoRA is off"),
+    Unused(f"{_MODEL}.target_modules", "LoRA is off"),
+    Unused(f"{_ACTOR}.use_torch_compile", "operators are compiled ahead of use"),
+    Unused("actor_rollout_ref.ref.use_torch_compile", "operators are compiled ahead of use"),
+    Unused(f"{_ACTOR}.checkpoint.*", "a checkpoint always holds model, optimizer and data position"),
+    Unused(f"{_ACTOR}.fsdp_config.forward_prefetch", "prefetching is PyTorch's default"),
+    Unused(f"{_ACTOR}.fsdp_config.full_determinism", "runs are always deterministic"),
+    Unused(f"{_ACTOR}.data_loader_seed", "there is one seed, trainer.seed"),
+    Unused(f"{_ROLLOUT}.full_determinism", "runs are always deterministic"),
+    Unused(f"{_ROLLOUT}.mode", "there is one mode"),
+    Unused(f"{_ROLLOUT}.enforce_eager", "this version does not capture graphs"),
+    Unused(f"{_ROLLOUT}.cudagraph_capture_sizes", "this version does not capture graphs"),
+    Unused(f"{_ROLLOUT}.free_cache_engine", "the cache stays allocated"),
+    Unused(f"{_ROLLOUT}.load_format", "weights come from the trainer"),
+    Unused(f"{_ROLLOUT}.disable_log_stats", "statistics are always reported"),
+    Unused(f"{_ROLLOUT}.log_prob_*", "there is no old-log-prob pass"),
+    Unused("actor_rollout_ref.ref.log_prob_use_dynamic_bsz", "reference forwards are packed by tokens"),
+    Unused(f"{_ROLLOUT}.agent.*", "rollouts are single-turn"),
+    Unused(f"{_ROLLOUT}.checkpoint_engine.*", "weights stay in one process"),
+    Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),
+    Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
+    Unused("algorithm.rollout_correction.*", "rollout and trainer agree bit for bit: nothing to correct"),
+    Unused("global_profiler.*", "profiling is not built in"),
+    Unused("ray_kwargs.*", "this version trains in one process, without Ray"),
+)
+
+MOVED = {
+    "trainer.max_actor_ckpt_to_keep": "trainer.keep_last",
+    "custom_reward_function.path": "reward.custom_reward_function.path",
+    "custom_reward_function.name": "reward.custom_reward_function.name",
+    "reward_model.reward_manager": "reward.reward_manager.name",
+    f"{_ACTOR}.veomni.attn_implementation": f"{_ACTOR}.attn_implementation",
+}
+
+
+def translate(key: str, value: Any) -> tuple[str | None, str | None]:
+    """What to do with a key the schema does not have.
+
+    Returns:
+        (our key or None when it is dropped, a notice or None).
+
+    Raises:
+        ConfigError: verl honours this value and we cannot.
+        KeyError: neither verl nor we know the key.
+    """
+    if key in MOVED:
+        return MOVED[key], f"{key} is called {MOVED[key]} here"
+    for refused in REFUSED:
+        if fnmatchcase(key, refused.key):
+            _require_harmless(refused, key, value)
+            return None, None
+    for unused in UNUSED:
+        if fnmatchcase(key, unused.key):
+            return None, f"{key}={value} has no effect: {unused.reason}"
+    raise KeyError(key)
+
+
+def _require_harmless(refused: Refused, key: str, value: Any) -> None:
+    # True == 1 in Python, but a size of True is not a size of 1
+    if any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in refused.harmless):
+        return
+    accepted = " or ".join("null" if item is None else str(item).lower() for item in refused.harmless)
+    fix = f"remove it or set {key}={accepted}" if accepted else "remove it"
+    raise ConfigError(f"{key}={value}: not supported: {refused.reason}; {fix}")

@@ -1,0 +1,137 @@
+"""The only reader of environment variables."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+TRITON_INVARIANT = "triton-invariant"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionImpl:
+    """One attention implementation under the name users know it by."""
+
+    invariant: bool  # its result for a row never depends on the rest of the batch
+    package: str | None = None  # the import it needs; None is built in
+
+
+ATTENTION: Mapping[str, AttentionImpl] = MappingProxyType(
+    {
+        TRITON_INVARIANT: AttentionImpl(invariant=True),
+        "sdpa": AttentionImpl(invariant=False),
+        "flash_attention_2": AttentionImpl(invariant=False, package="flash_attn"),
+        "flash_attention_3": AttentionImpl(invariant=False, package="flash_attn_interface"),
+        "fa-invariant": AttentionImpl(invariant=True, package="flash_attn_interface"),
+        "fa-invariant-cute": AttentionImpl(invariant=True, package="flash_attn.cute"),
+    }
+)
+WANDB_MODES = ("online", "offline", "disabled", "shared")
+
+
+def check_attention(name: str, key: str) -> None:
+    """
+    Args:
+        name: the implementation asked for.
+        key: the setting that asked for it, for the message.
+
+    Raises:
+        ValueError: no such name, its package is absent, or this version cannot use it.
+    """
+    if name not in ATTENTION:
+        raise ValueError(f"{key}={name}: unknown attention implementation; known: {', '.join(ATTENTION)}")
+    package = ATTENTION[name].package
+    if package is None:
+        return
+    if not _installed(package):
+        raise ValueError(f"{key}={name} needs the package {package}, which is not installed; use {TRITON_INVARIANT}")
+    raise ValueError(
+        f"{key}={name}: {package} is installed, but this version has no adapter for it; use {TRITON_INVARIANT} or sdpa"
+    )
+
+
+def attention_warning(rollout: str, trainer: str) -> str | None:
+    """What to tell the user at the start when the two sides' attention cannot agree bit for bit; None when it can."""
+    if rollout == trainer and ATTENTION[rollout].invariant:
+        return None
+    return (
+        f"attention of rollout and trainer is not bit-identical: {rollout} (rollout) and {trainer} (trainer); "
+        f"use {TRITON_INVARIANT} for both, or trainer.exactness=warn for a deliberate baseline"
+    )
+
+
+def attention_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """INFER_FA_IMPL and VEOMNI_ATTN_IMPLEMENTATION as configuration overrides.
+
+    Raises:
+        ValueError: one of them names something unknown or unusable.
+    """
+    keys = {
+        "INFER_FA_IMPL": "actor_rollout_ref.rollout.attn_impl",
+        "VEOMNI_ATTN_IMPLEMENTATION": "actor_rollout_ref.actor.attn_implementation",
+    }
+    overrides = []
+    for variable, key in keys.items():
+        name = environ.get(variable, "")
+        if name:
+            check_attention(name, variable)
+            overrides.append(f"{key}={name}")
+    return overrides
+
+
+def path_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """model_dir, train_path and test_path, which the getting-started script takes, as configuration overrides.
+
+    Raises:
+        ValueError: train_path or test_path is set without model_dir, whose tokenizer and templates they belong to.
+    """
+    model, train, test = (environ.get(name, "") for name in ("model_dir", "train_path", "test_path"))
+    if not model:
+        if train or test:
+            raise ValueError(
+                "train_path or test_path is set, model_dir is not: set model_dir to a Hugging Face checkpoint directory"
+            )
+        return []
+    overrides = [f"actor_rollout_ref.model.path={model}"]
+    if train:
+        overrides.append(f"data.train_files={train}")
+    if test:
+        overrides.append(f"data.val_files={test}")
+    return overrides
+
+
+def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
+    """WANDB_MODE when set; else online with an API key in the environment and offline without: never a prompt.
+
+    Raises:
+        ValueError: WANDB_MODE is not one of W&B's modes.
+    """
+    mode = environ.get("WANDB_MODE", "")
+    if not mode:
+        return "online" if environ.get("WANDB_API_KEY") else "offline"
+    if mode not in WANDB_MODES:
+        raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(WANDB_MODES)}")
+    return mode
+
+
+def debug(environ: Mapping[str, str] = os.environ) -> bool:
+    """VEXACT_DEBUG: show tracebacks of user errors."""
+    return environ.get("VEXACT_DEBUG", "") not in ("", "0")
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> str:
+    """Where prepared models and data go by default: VEXACT_CACHE, XDG_CACHE_HOME/vexact or ~/.cache/vexact."""
+    if environ.get("VEXACT_CACHE"):
+        return environ["VEXACT_CACHE"]
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "vexact")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name is absent
+        return False
