@@ -1,11 +1,16 @@
-"""Correct bfloat16 for Triton's interpreter.
+"""Correct bfloat16 and a sequential matrix product for Triton's interpreter.
 
-Triton's interpreter (`TRITON_INTERPRET=1`, all releases 3.4 to 3.9) keeps bfloat16 tensors as raw uint16 words and then does integer
-arithmetic on them, and its float32 -> bfloat16 cast truncates. `install()` wraps the builder operations so that every bfloat16
-operand is widened to float32, and every bfloat16 result is rounded to nearest even, which is what the hardware does.
+Triton's interpreter (`TRITON_INTERPRET=1`, all releases 3.4 to 3.9) keeps bfloat16 tensors as raw uint16 words
+and then does integer arithmetic on them, and its float32 -> bfloat16 cast truncates. `install()` wraps the builder
+operations so that every bfloat16 operand is widened to float32, and every bfloat16 result is rounded to nearest even,
+which is what the hardware does.
 
-Call it once, after setting `TRITON_INTERPRET=1` and before launching a kernel. Not covered: bfloat16 atomics, and reductions or scans
-with a user-defined combine function over bfloat16 (cast to float32 first).
+It also replaces the matrix product, for every floating dtype. numpy hands it to a BLAS whose order of additions follows
+the number of rows, so equal rows of a tall and a short tile differ in the last bit. Here K is walked in order from the
+accumulator on, as on the tensor cores, so tests of tile-shape independence mean something.
+
+Call it once, after setting `TRITON_INTERPRET=1` and before launching a kernel. Not covered: bfloat16 atomics, and
+reductions or scans with a user-defined combine function over bfloat16 (cast to float32 first).
 """
 
 from __future__ import annotations
@@ -94,7 +99,7 @@ def _install_casts(builder: type) -> None:
 
 def _install_arithmetic(builder: type) -> None:
     plain_binary, plain_unary, plain_ternary = builder.binary_op, builder.unary_op, builder.ternary_op
-    plain_dot, plain_fma = builder.create_dot, builder.create_fma
+    plain_fma = builder.create_fma
 
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
         if op in _BITWISE or not (_is_bf16(left) and _is_bf16(right)):
@@ -110,16 +115,43 @@ def _install_arithmetic(builder: type) -> None:
             return plain_ternary(self, a, b, c, op)
         return _narrow(plain_ternary(self, _widen(a), _widen(b), _widen(c), op))
 
-    def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, max_imprecise: Any) -> Any:
-        result = plain_dot(self, _widen(a), _widen(b), _widen(acc), precision, max_imprecise)
-        return _narrow(result) if _is_bf16(acc) else result
-
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         result = plain_fma(self, _widen(x), _widen(y), _widen(z))
         return _narrow(result) if _is_bf16(z) else result
 
     builder.binary_op, builder.unary_op, builder.ternary_op = binary_op, unary_op, ternary_op
-    builder.create_dot, builder.create_fma = create_dot, create_fma
+    builder.create_fma = create_fma
+
+
+def _install_dot(builder: type) -> None:
+    plain_dot = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, max_imprecise: Any) -> Any:
+        left, right, total = _widen(a), _widen(b), _widen(acc)
+        if any(handle.dtype.scalar not in _FLOATS for handle in (left, right, total)):
+            return plain_dot(self, left, right, total, precision, max_imprecise)
+        result = _Handle(_sequential_dot(left.data, right.data, total.data), total.dtype.scalar)
+        return _narrow(result) if _is_bf16(acc) else result
+
+    builder.create_dot = create_dot
+
+
+def _sequential_dot(left: np.ndarray, right: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total (..., M, N) + left (..., M, K) @ right (..., K, N), one K after another."""
+    result = total.copy()
+    left, right = left.astype(total.dtype), right.astype(total.dtype)
+    product = np.empty_like(result)
+    for k in range(left.shape[-1]):
+        np.multiply(left[..., :, k : k + 1], right[..., k : k + 1, :], out=product)
+        result += product
+    return result
+
+
+def _install_constants(builder: type) -> None:
+    def get_bf16(self: Any, value: float) -> Any:
+        return _Handle(float_to_bf16_bits(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+    builder.get_bf16 = get_bf16
 
 
 def install() -> None:
@@ -130,5 +162,7 @@ def install() -> None:
     builder._bf16_is_correct = True
     _install_casts(builder)
     _install_arithmetic(builder)
+    _install_dot(builder)
+    _install_constants(builder)
     reduce_ops.sum, reduce_ops.min_max = _wrap_reduction(reduce_ops.sum), _wrap_reduction(reduce_ops.min_max)
     scan_ops.cumsum, scan_ops.cumprod = _wrap_reduction(scan_ops.cumsum), _wrap_reduction(scan_ops.cumprod)
