@@ -44,7 +44,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         head_dim = self.config.head_dim
         qkv = self.ops.linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
-        q, k, v = (part.unflatten(1, (-1, head_dim)) for part in qkv.split(self.config.qkv_sizes, dim=1))  # (T, heads, D)
+        q, k, v = (
+            part.unflatten(1, (-1, head_dim)) for part in qkv.split(self.config.qkv_sizes, dim=1)
+        )  # (T, heads, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.ops.rope(q, k, positions, cos_sin)

@@ -27,7 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
         ValueError: mismatching inner sizes or dtypes.
     """
     if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear: x has K={x.shape[-1]} but weight is {tuple(weight.shape)}, expected (N, {x.shape[-1]})")
+        raise ValueError(
+            f"linear: x has K={x.shape[-1]} but weight is {tuple(weight.shape)}, expected (N, {x.shape[-1]})"
+        )
     if x.dtype != weight.dtype:
         raise ValueError(f"linear: x is {x.dtype} but weight is {weight.dtype}; cast one of them")
     rows = x.reshape(-1, x.shape[-1])

@@ -61,8 +61,8 @@ def linear_cross_entropy_one_pass(
 ) -> OnePass:
     """Forward and backward at once for losses that are elementwise in the log-probability.
 
-    ``dloss(logprobs_chunk, tokens)`` returns d loss / d logprob for the tokens in the slice, so each chunk's gradient is
-    taken while its logits are still there and nothing is recomputed.
+    ``dloss(logprobs_chunk, tokens)`` returns d loss / d logprob for the tokens in the slice, so each chunk's gradient
+    is taken while its logits are still there and nothing is recomputed.
     """
     inv_temperature, min_logit = _per_token(hidden, targets, inv_temperature, min_logit)
     op = backend("linear_cross_entropy", hidden)

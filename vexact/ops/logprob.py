@@ -11,7 +11,7 @@ from vexact.ops.dispatch import backend
 
 
 class TokenLogprobs(NamedTuple):
-    """Per row, fp32 (B,): log-probability of the given token, log-sum-exp and entropy (nats) of the kept distribution."""
+    """Per row, fp32 (B,): log-probability of the given token; log-sum-exp and entropy (nats) of the kept set."""
 
     logprobs: Tensor
     lse: Tensor
@@ -31,7 +31,9 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, inv_temperature: Tensor, m
         ValueError: logits are not fp32.
     """
     if logits.dtype != torch.float32:
-        raise ValueError(f"token_logprobs: logits are {logits.dtype}; they must stay fp32 (linear(..., out_dtype=fp32))")
+        raise ValueError(
+            f"token_logprobs: logits are {logits.dtype}; they must stay fp32 (linear(..., out_dtype=fp32))"
+        )
     return TokenLogprobs(*backend("logprob", logits).token_logprobs(logits, token_ids, inv_temperature, min_logit))
 
 

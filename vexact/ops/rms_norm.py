@@ -14,8 +14,8 @@ from vexact.ops.dispatch import backend
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x * rsqrt(mean(x^2) + eps))`` over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    The statistics and the product with ``rsqrt`` are fp32; the normalised row is rounded to the dtype of ``x`` before it
-    is multiplied by ``weight``, as Hugging Face models do.
+    The statistics and the product with ``rsqrt`` are fp32; the normalised row is rounded to the dtype of ``x`` before
+    it is multiplied by ``weight``, as Hugging Face models do.
 
     Args:
         x: (..., D). weight: (D,).

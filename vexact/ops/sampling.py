@@ -37,8 +37,8 @@ def sample(logits: Tensor, params: SamplingTensors) -> SampledTokens:
     """Gumbel-max sampling (Gumbel 1954; Maddison et al. 2014) over the kept set {logit >= min_logit}.
 
     Noise is Philox4x32-10 (Salmon et al. 2011) keyed by seed, with (vocabulary index, position) as the counter. Filters
-    apply in the order top-k, top-p, min-p; logits equal to the threshold are all kept. Greedy rows ignore the filters and
-    report the log-probability at temperature 1.
+    apply in the order top-k, top-p, min-p; logits equal to the threshold are all kept. Greedy rows ignore the filters
+    and report the log-probability at temperature 1.
 
     Args:
         logits: (B, V) fp32, unscaled.

@@ -30,8 +30,8 @@ class PackedMetadata:
 class PagedMetadata:
     """B requests, each with some new query tokens and all its keys in pages.
 
-    Page ``block_table[b, i]`` holds keys ``i*page_size ... (i+1)*page_size - 1`` of request b. Entries past the last page
-    are -1 and never read.
+    Page ``block_table[b, i]`` holds keys ``i*page_size ... (i+1)*page_size - 1`` of request b. Entries past the
+    last page are -1 and never read.
     """
 
     cu_seqlens_q: Tensor  # (B+1,) int32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -29,4 +31,4 @@ def attention_reference(
 
 def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     ends = cu_seqlens.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
