@@ -46,9 +46,11 @@ def test_a_shared_page_returns_only_with_its_last_reference():
     (entry,) = cache_sequence(blocks, tokens, [page])
     assert blocks.acquire(entry) == page
     blocks.release([page])
-    assert blocks.num_used == 1 and blocks.num_available == 2
+    assert blocks.num_used == 1
+    assert blocks.num_available == 2
     blocks.release([page])
-    assert blocks.num_used == 0 and find(blocks, tokens) == [entry]
+    assert blocks.num_used == 0
+    assert find(blocks, tokens) == [entry]
     blocks.check_idle(0)
 
 
@@ -76,7 +78,8 @@ def test_least_recently_used_page_is_evicted_and_the_tail_before_its_prefix():
     blocks.release(old_pages)
     blocks.release(new_pages)
     assert blocks.allocate() == old_pages[1]
-    assert len(find(blocks, old)) == 1 and len(find(blocks, new)) == 2
+    assert len(find(blocks, old)) == 1
+    assert len(find(blocks, new)) == 2
     revived = blocks.acquire(find(blocks, old)[0])  # used again: now the newest
     blocks.release([revived])
     assert blocks.allocate() == new_pages[1]

@@ -37,4 +37,5 @@ def test_stop_conditions_become_tuples():
     assert params.stop == ("END",)
     assert params.stop_token_ids == (4, 5)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
-    assert SamplingParams().stop == () and SamplingParams().stop_token_ids == ()
+    assert SamplingParams().stop == ()
+    assert SamplingParams().stop_token_ids == ()

@@ -65,7 +65,8 @@ def check_batch(state, schedule, batch):
         assert batch.cu_seqlens_q[b : b + 2].tolist() == [row, row + num_new]
         assert batch.seqused_k[b] == start + num_new
         pages = state.request(slot).pages
-        assert batch.block_table[b, : len(pages)].tolist() == pages and (batch.block_table[b, len(pages) :] == -1).all()
+        assert batch.block_table[b, : len(pages)].tolist() == pages
+        assert (batch.block_table[b, len(pages) :] == -1).all()
         for position in range(start, start + num_new):
             assert batch.positions[row] == position
             assert batch.input_ids[row] == state.token_ids[slot, position]
@@ -114,7 +115,8 @@ def test_siblings_wait_one_step_and_share_the_prefix():
     assert engine.run() == {"g0": 10, "other": 6}
     assert engine.run() == {"g0": 1, "other": 1, "g1": 2, "g2": 2}
     shared = requests[0].pages[:2]
-    assert requests[1].pages[:2] == shared and requests[2].pages[:2] == shared
+    assert requests[1].pages[:2] == shared
+    assert requests[2].pages[:2] == shared
     assert len({request.pages[2] for request in requests}) == 3
     assert not set(shared) & set(other.pages)
     assert engine.scheduler.num_prefix_hits == 16

@@ -93,7 +93,8 @@ class BlockManager:
         Returns the entry that now stands for this prefix (another page's if it was computed twice), or None if the key
         is taken by a different prefix; the caller then must not register the pages that follow.
         """
-        assert self._refs[page] > 0 and self._entries[page] is None
+        assert self._refs[page] > 0
+        assert self._entries[page] is None
         if key in self._index:
             return self.lookup(key, tokens, parent)
         entry = CachedPage(key, tokens, parent, page)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vexact.models.decoder import CausalLM
 from vexact.rollout.batch import Batch, build_batch
 from vexact.rollout.block_manager import BlockManager
 from vexact.rollout.engine_config import EngineConfig
@@ -31,8 +33,8 @@ INVALID_VERSION = -1
 class Engine:
     """Generates samples whose log-probabilities are, bit for bit, those of the training forward.
 
-    A request's tokens and log-probabilities depend on the weights, its prompt, its parameters, the sampling seed and its
-    request id, and on nothing else: not on batch mates, page size, chunking, caching, preemption or arrival order.
+    A request's tokens and log-probabilities depend on the weights, its prompt, its parameters, the sampling seed and
+    its request id, and on nothing else: not on batch mates, page size, chunking, caching, preemption or arrival order.
 
     Example::
 
@@ -42,9 +44,9 @@ class Engine:
 
     def __init__(
         self,
-        model_path: str | None = None,
+        model_path: str | Path | None = None,
         *,
-        model: Any = None,
+        model: CausalLM | None = None,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] | None = None,
         dtype: str | torch.dtype = "float32",
@@ -60,12 +62,12 @@ class Engine:
         self.config = EngineConfig(**config)
         loaded = load(
             model_path,
+            self.config,
             model=model,
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
             dtype=dtype,
             device=device,
-            batch_invariant=self.config.batch_invariant,
         )
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -181,7 +183,7 @@ class Engine:
         if self.has_unfinished:
             raise RuntimeError("generate() needs an idle engine; step() until has_unfinished is False or abort_all()")
         params = expand("sampling_params", sampling_params, len(prompts))
-        ids = expand("request_ids", request_ids, len(prompts))
+        ids = [None] * len(prompts) if request_ids is None else expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
         num_tokens_before = self._stats.num_tokens
@@ -212,8 +214,8 @@ class Engine:
 
         Raises:
             RuntimeError: requests are unfinished; their samples would mix two versions.
-            ValueError: names, shapes or dtypes do not match the model; the engine then refuses to generate until an update
-                succeeds, because some parameters are new and some old.
+            ValueError: names, shapes or dtypes do not match the model; the engine then refuses to generate until an
+                update succeeds, because some parameters are new and some old.
         """
         if self.has_unfinished:
             raise RuntimeError("update_weights() with unfinished requests: finish them, or abort_all() first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -112,15 +112,15 @@ class Intake:
         if needed > self._blocks.num_pages:
             raise ValueError(
                 f"request {request_id!r}: {num_prompt} prompt tokens + max_tokens={params.max_tokens} need {needed} KV "
-                f"pages of {self._blocks.page_size} tokens but the engine has {self._blocks.num_pages}; raise num_pages "
-                "(or kv_cache_bytes, or gpu_memory_utilization), or lower max_tokens"
+                f"pages of {self._blocks.page_size} tokens but the engine has {self._blocks.num_pages}; raise "
+                "num_pages (or kv_cache_bytes, or gpu_memory_utilization), or lower max_tokens"
             )
 
 
-def expand(name: str, value: T | Sequence[T] | None, count: int) -> list[T]:
+def expand(name: str, value: T | Sequence[T], count: int) -> list[T]:
     """One value per prompt: a list or tuple is checked for length, anything else is repeated."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * count  # type: ignore[list-item]
+    if not isinstance(value, list | tuple):
+        return [cast(T, value)] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries for {count} prompts; give one per prompt")
     return list(value)

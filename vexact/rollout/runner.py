@@ -1,13 +1,13 @@
-"""Runs the model on a batch. ``prepare`` moves data, ``execute`` computes: a captured graph replaces only the latter."""
+"""Runs the model on a batch. ``prepare`` moves data, ``execute`` computes: a captured graph replaces the latter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vexact.models.decoder import CausalLM
 from vexact.ops.attention.metadata import PagedMetadata
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.batch import Batch
@@ -46,7 +46,7 @@ class RunnerInputs:
 class ModelRunner:
     """Owns the KV cache of one model."""
 
-    def __init__(self, model: Any, *, num_pages: int, page_size: int, device: torch.device) -> None:
+    def __init__(self, model: CausalLM, *, num_pages: int, page_size: int, device: torch.device) -> None:
         self._model = model
         self._device = device
         self._staging = StagingBuffer(device) if device.type == "cuda" else None
@@ -91,24 +91,24 @@ class ModelRunner:
         return to_host(sample_tokens(self._model.logits(hidden), inputs.sampling))
 
 
-def kv_page_bytes(model: Any, page_size: int) -> int:
+def kv_page_bytes(model: CausalLM, page_size: int) -> int:
     """Bytes of keys and values of one page over all layers."""
     config = model.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return per_token * page_size * model.lm_head_weight.element_size()
 
 
 def allocate_kv_caches(
-    model: Any, *, num_pages: int, page_size: int, device: torch.device
+    model: CausalLM, *, num_pages: int, page_size: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Per layer, zeroed keys and values (num_pages, page_size, Hkv, D) in the model's dtype.
 
     Zeroed because attention may multiply a masked position's value by a weight of 0, and 0 * NaN is NaN.
     """
     config = model.config
-    shape = (num_pages, page_size, config.num_key_value_heads, config.head_dim)
+    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
     dtype = model.lm_head_weight.dtype
     return [
         (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(config.num_hidden_layers)
+        for _ in range(config.num_layers)
     ]

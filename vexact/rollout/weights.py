@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
-def copy_weights(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+def copy_weights(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Overwrite every parameter of ``model``. The iterable is consumed one tensor at a time.
 
     Raises:

@@ -1,0 +1,157 @@
+"""No knob of the engine may change a token or a bit, and the bits are those of the packed training forward."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from rollout_models import VOCAB, bits, tiny_model, training_logprobs
+
+from vexact.rollout import Engine, SamplingParams
+
+MAX_LEN = 208
+NUM_REQUESTS = 14
+NUM_CASES = 60
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def workload():
+    """Requests whose prompts cross page and key-block edges, many sharing a prefix, with every kind of sampling."""
+    rng = random.Random(7)
+    shared = [rng.randrange(VOCAB - 1) for _ in range(150)]
+    requests = []
+    for index in range(NUM_REQUESTS):
+        keep = rng.choice([0, 16, 33, 63, 64, 65, 127, 128, 129])
+        tail = rng.randint(1, 20)
+        prompt = shared[:keep] + [rng.randrange(VOCAB - 1) for _ in range(tail)]
+        params = SamplingParams(
+            n=rng.choice([1, 1, 3]),
+            max_tokens=rng.choice([1, 5, 9, 17, 33]),
+            temperature=rng.choice([0.0, 0.6, 0.7, 1.0, 1.3]),
+            top_k=rng.choice([-1, -1, 1, 5, 40]),
+            top_p=rng.choice([1.0, 1.0, 0.5, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
+            seed=rng.choice([None, None, 3]),
+            stop_token_ids=rng.choice([None, [5, 6]]),
+            ignore_eos=rng.random() < 0.5,
+        )
+        requests.append((f"r{index}", prompt, params))
+    return requests
+
+
+def fingerprint(sample):
+    return (sample.token_ids, bits(sample.logprobs), bits(sample.min_logits), sample.finish_reason, sample.stop_reason)
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """One request at a time, one page per sequence, nothing shared."""
+    engine = Engine(
+        model=model, page_size=MAX_LEN, max_num_seqs=1, max_model_len=MAX_LEN, enable_prefix_caching=False, seed=11
+    )
+    expected = {}
+    for request_id, prompt, params in workload():
+        for sample in engine.generate([prompt], params, [request_id]):
+            expected[sample.request_id] = sample
+    return expected
+
+
+def draw_engine(rng):
+    page_size = rng.choice([1, 2, 3, 8, 16, 24, 64, 100])
+    pages_of_longest = -(-(150 + 20 + 33) // page_size)
+    return {
+        "page_size": page_size,
+        "num_pages": max(1, int(pages_of_longest * rng.choice([1.0, 1.2, 2.0, 6.0]))),
+        "max_num_seqs": rng.choice([1, 2, 5, 16, 64]),
+        "max_num_batched_tokens": rng.choice([1 if page_size > 8 else 13, 7, 31, 64, 100, 4096]),
+        "enable_prefix_caching": rng.random() < 0.7,
+    }
+
+
+@pytest.mark.parametrize("case", range(NUM_CASES))
+def test_no_knob_changes_a_bit(model, reference, case):
+    rng = random.Random(case)
+    knobs = draw_engine(rng)
+    if rng.random() < 0.15:
+        knobs |= {"enable_chunked_prefill": False, "max_num_batched_tokens": MAX_LEN}
+    engine = Engine(model=model, max_model_len=MAX_LEN, seed=11, **knobs)
+    requests = rng.sample(workload(), rng.randint(4, 10))
+    samples = engine.generate(*map(list, zip(*((prompt, params, rid) for rid, prompt, params in requests))))
+    assert len(samples) == sum(params.n for _, _, params in requests)
+    for sample in samples:
+        assert fingerprint(sample) == fingerprint(reference[sample.request_id]), (knobs, sample.request_id)
+
+
+def test_the_drawn_cases_do_preempt_share_and_chunk(model):
+    """The randomised test proves little if its knobs never bite."""
+    totals = {"rollout/preemptions": 0.0, "rollout/prefix_hit_ratio": 0.0}
+    for case in range(4):
+        rng = random.Random(case)
+        engine = Engine(model=model, max_model_len=MAX_LEN, page_size=8, num_pages=30, max_num_batched_tokens=50)
+        requests = rng.sample(workload(), 8)
+        engine.generate([prompt for _, prompt, _ in requests], [params for _, _, params in requests])
+        stats = engine.stats()
+        totals = {name: value + stats[name] for name, value in totals.items()}
+    assert totals["rollout/preemptions"] > 3
+    assert totals["rollout/prefix_hit_ratio"] > 0.2
+
+
+def test_the_packed_training_forward_has_the_same_bits(model, reference):
+    samples = list(reference.values())
+    assert sum(len(sample.token_ids) for sample in samples) > 150
+    assert any((sample.min_logits > -1e30).any() for sample in samples), "no truncated sample in the workload"
+    for sample, logprobs in zip(samples, training_logprobs(model, samples)):
+        assert bits(sample.logprobs) == bits(logprobs), sample.request_id
+
+
+def test_bf16_and_an_untied_head_match_the_training_forward():
+    model = tiny_model(dtype=torch.bfloat16, tie_word_embeddings=False)
+    engine = Engine(model=model, page_size=4, num_pages=60, max_model_len=MAX_LEN, max_num_batched_tokens=23)
+    requests = workload()[:6]
+    samples = engine.generate([prompt for _, prompt, _ in requests], [params for _, _, params in requests])
+    assert engine.stats()["rollout/preemptions"] > 0
+    for sample, logprobs in zip(samples, training_logprobs(model, samples)):
+        assert bits(sample.logprobs) == bits(logprobs)
+
+
+def test_arrival_during_decoding_changes_nothing(model, reference):
+    engine = Engine(model=model, page_size=8, num_pages=60, max_model_len=MAX_LEN, max_num_batched_tokens=40, seed=11)
+    rng = random.Random(3)
+    waiting = workload()
+    finished = []
+    while waiting or engine.has_unfinished:
+        if waiting and rng.random() < 0.4:
+            request_id, prompt, params = waiting.pop(rng.randrange(len(waiting)))
+            engine.add_request(prompt, params, request_id)
+        finished += engine.step()
+    assert sorted(sample.request_id for sample in finished) == sorted(reference)
+    for sample in finished:
+        assert fingerprint(sample) == fingerprint(reference[sample.request_id])
+
+
+def test_two_seeds_or_two_ids_give_different_tokens(model):
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    tokens = [
+        Engine(model=model, max_model_len=64, seed=seed).generate([[1, 2, 3]], params, [name])[0].token_ids
+        for seed, name in ((0, "a"), (1, "a"), (0, "b"))
+    ]
+    assert len(set(tokens)) == 3
+
+
+def test_the_stock_operators_are_not_exact():
+    """The baseline must be able to fail, or the comparison above proves nothing."""
+    exact, stock = tiny_model(), tiny_model(ops="stock")
+    engine = Engine(model=stock, max_model_len=MAX_LEN, batch_invariant=False)
+    prompts = [prompt for _, prompt, _ in workload()]
+    samples = engine.generate(prompts, SamplingParams(max_tokens=16, ignore_eos=True))
+    different = sum(
+        one != other
+        for sample, logprobs in zip(samples, training_logprobs(exact, samples))
+        for one, other in zip(bits(sample.logprobs), bits(logprobs))
+    )
+    assert different > 0

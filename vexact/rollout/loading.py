@@ -1,0 +1,75 @@
+"""What an engine needs from a checkpoint directory or from a ready model: weights, tokenizer, end-of-text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vexact.models import load_model
+from vexact.models.decoder import CausalLM
+from vexact.rollout.engine_config import EngineConfig
+from vexact.rollout.stop_strings import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model on its device and what belongs to it."""
+
+    model: CausalLM
+    device: torch.device
+    tokenizer: Tokenizer | None
+    eos_token_ids: tuple[int, ...]
+
+
+def load(
+    model_path: str | Path | None,
+    config: EngineConfig,
+    *,
+    model: CausalLM | None,
+    tokenizer: Tokenizer | None,
+    eos_token_ids: Sequence[int] | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+) -> Loaded:
+    """Load from ``model_path``, or wrap ``model`` as it is (then ``dtype``, ``device`` and the operators are its own).
+
+    Raises ValueError unless exactly one of the two is given, or for an unknown dtype.
+    """
+    if (model_path is None) == (model is None):
+        raise ValueError("Engine needs exactly one of model_path=<directory> and model=<a loaded model>")
+    if model is None:
+        assert model_path is not None
+        model = load_model(
+            model_path,
+            dtype=_torch_dtype(dtype),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            ops="invariant" if config.batch_invariant else "stock",
+            attn_impl=config.attn_impl,
+        )
+        tokenizer = tokenizer or _load_tokenizer(Path(model_path))
+    eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
+    return Loaded(model, model.lm_head_weight.device, tokenizer, tuple(eos))
+
+
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer, or None if it ships none: token ids in, token ids out then."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # a second of import time that a ready model does not need
+
+    return AutoTokenizer.from_pretrained(directory)
