@@ -1,0 +1,214 @@
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vexact.report import Reporter, write_samples
+from vexact.report.console import HEADER_EVERY, ConsoleSink
+from vexact.report.jsonl import read_metrics
+from vexact.report.sink import RunInfo
+from vexact.types import Prompt, Sample, SampleGroup, Score, StepStats
+
+ROW = {
+    "critic/score/mean": 0.28125,
+    "response_length/mean": 3.02,
+    "actor/entropy": 1.234,
+    "actor/grad_norm": 0.567,
+    "bitwise/tokens_compared": 262144.0,
+    "bitwise/tokens_different": 0.0,
+    "timing_s/gen": 1.5,
+    "timing_s/update_actor": 2.25,
+    "perf/throughput": 1234.4,
+}
+
+
+def plain_console(run, **options):
+    text = io.StringIO()
+    return ConsoleSink(run, Console(file=text, highlight=False, **{"width": 60, **options})), text
+
+
+def test_unknown_logger_lists_the_known(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"trainer\.logger names 'mlflow', which is unknown; use console, jsonl, wandb"
+    ):
+        Reporter(["console", "mlflow"], tmp_path)
+
+
+@pytest.mark.parametrize(("logger", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_missing_package_names_the_extra(tmp_path, monkeypatch, logger, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"package {logger} is not installed: pip install 'vexact\[{logger}\]'"):
+        Reporter(["jsonl", logger], tmp_path)
+
+
+def test_jsonl_has_one_flushed_object_per_step(tmp_path):
+    with Reporter(["jsonl"], tmp_path / "run") as reporter:
+        reporter.log(StepStats(1, {"a/b": 0.5, "c": float("nan"), "d": float("inf")}))
+        (record,) = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert record.pop("time") > 1.6e9
+    assert record == {"step": 1, "a/b": 0.5, "c": None, "d": None}
+
+
+def test_resumed_jsonl_continues_without_duplicates(tmp_path):
+    with Reporter(["jsonl"], tmp_path) as reporter:
+        for step in range(1, 6):
+            reporter.log(StepStats(step, {"value": float(step)}))
+    path = tmp_path / "metrics.jsonl"
+    before = read_metrics(path)
+    path.write_text(path.read_text() + '{"step": 6, "val')  # killed while writing
+    with Reporter(["jsonl"], tmp_path, resume_step=3) as reporter:
+        for step in range(4, 7):
+            reporter.log(StepStats(step, {"value": float(10 * step)}))
+    records = read_metrics(path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[:3] == before[:3]
+    assert [record["value"] for record in records[3:]] == [40.0, 50.0, 60.0]
+
+
+def test_a_new_run_keeps_the_old_file(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        with Reporter(["jsonl"], tmp_path) as reporter:
+            reporter.log(StepStats(1, {"value": value}))
+    values = [
+        read_metrics(tmp_path / name)[0]["value"] for name in ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")
+    ]
+    assert values == [1.0, 2.0, 3.0]
+
+
+def test_broken_jsonl_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not valid JSON"):
+        Reporter(["jsonl"], tmp_path, resume_step=1)
+
+
+def test_plain_rows_align_and_show_the_mismatch(tmp_path):
+    sink, text = plain_console(RunInfo(tmp_path, total_steps=120))
+    sink.step(StepStats(1, ROW))
+    sink.step(StepStats(2, {**ROW, "bitwise/tokens_different": 17.0, "critic/score/mean": -0.5}))
+    sink.step(StepStats(3, {"critic/score/mean": 1.0}))
+    header, first, second, third = text.getvalue().splitlines()
+    end = header.index("mismatch") + len("mismatch")
+    assert first[:end].endswith(" 0 / 262144")
+    assert second[:end].endswith(" 17 / 262144")
+    assert third[:end].endswith("not compared")
+    assert len({len(line) for line in (header, first, second, third)}) == 1
+    assert first.split()[:5] == ["1/120", "0.281", "3.0", "1.234", "0.567"]
+    assert first.split()[-4:-1] == ["1.50", "2.25", "1234"]
+    assert "\x1b" not in text.getvalue()
+
+
+def test_header_is_repeated(tmp_path):
+    sink, text = plain_console(RunInfo(tmp_path))
+    for step in range(1, 2 * HEADER_EVERY + 2):
+        sink.step(StepStats(step, ROW))
+    lines = text.getvalue().splitlines()
+    assert [number for number, line in enumerate(lines) if "mismatch" in line] == [
+        0,
+        HEADER_EVERY + 1,
+        2 * HEADER_EVERY + 2,
+    ]
+
+
+def test_plain_plan_stages_and_validation(tmp_path):
+    sink, text = plain_console(RunInfo(tmp_path, total_steps=3))
+    sink.plan([("step", "16 prompts x 8 samples"), ("run directory", "runs/[demo]")], ["raise the page count"])
+    sink.stage(1, "gen")
+    sink.step(StepStats(1, ROW))
+    sink.stage(2, "gen")
+    sink.step(StepStats(2, {"val-core/add/acc/mean@1": 0.8125}))
+    sink.step(StepStats(3, ROW | {"val-core/add/acc/mean@1": 0.9}))
+    lines = text.getvalue().splitlines()
+    assert lines[:4] == [
+        "step           16 prompts x 8 samples",
+        "run directory  runs/[demo]",
+        "note: raise the page count",
+        "step 1: gen ...",
+    ]
+    assert lines[6:] == [
+        "step 2: val-core/add/acc/mean@1 = 0.8125",
+        lines[7],
+        "step 3: val-core/add/acc/mean@1 = 0.9000",
+    ]
+    assert lines[7].split()[0] == "3/3"
+
+
+def test_terminal_shows_live_stage_and_progress(tmp_path):
+    sink, text = plain_console(RunInfo(tmp_path, total_steps=4), force_terminal=True, width=160)
+    sink.plan([("run directory", "runs/demo")], [])
+    sink.stage(1, "gen")
+    sink.stage(1, "update_actor")
+    sink.step(StepStats(1, ROW))
+    sink._progress.refresh()
+    sink.close()
+    sink.close()
+    shown = text.getvalue()
+    for expected in ("runs/demo", "step 1 · update_actor", "0 / 262144", "1/4"):
+        assert expected in shown
+
+
+def test_tensorboard_writes_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_step in (None, 1):
+        with Reporter(["tensorboard"], tmp_path, resume_step=resume_step) as reporter:
+            for step in (1, 2) if resume_step is None else (2, 3):
+                reporter.log(StepStats(step, {"critic/score/mean": step + (resume_step or 0) / 2}))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("critic/score/mean")]
+    assert found == [(1, 1.0), (2, 2.5), (3, 3.5)]
+
+
+def test_wandb_runs_offline_and_keeps_its_id(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for resume_step in (None, 1):
+        with Reporter(
+            ["wandb"], tmp_path, project="p", experiment="e", config={"a": 1}, resume_step=resume_step
+        ) as reporter:
+            reporter.log(StepStats(2 if resume_step else 1, {"critic/score/mean": 0.5}))
+    run_id = (tmp_path / "wandb_run_id").read_text().strip()
+    folders = sorted(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
+    assert folders
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == len(folders), "no run under another id"
+    assert sum(len(list(folder.glob("*.wandb"))) for folder in folders) == len(folders)
+
+
+def test_a_new_wandb_run_gets_a_new_id(tmp_path, monkeypatch):
+    import types
+
+    calls = []
+    run = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+    fake = types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs) or run, Settings=lambda **kwargs: kwargs)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for resume_step in (None, 4, None):
+        Reporter(["wandb"], tmp_path, resume_step=resume_step).close()
+    ids = [call["id"] for call in calls]
+    assert ids[0] == ids[1] != ids[2]
+    assert {(call["mode"], call["resume"], call["dir"]) for call in calls} == {("offline", "allow", str(tmp_path))}
+
+
+def test_samples_are_dumped(tmp_path):
+    values = np.zeros(2, np.float32)
+
+    def sample(text=None):
+        return Sample("req-1", (1, 2, 3), (7, 8), values, values, 1.0, "stop", 4, text=text)
+
+    prompt = Prompt(3, (1, 2, 3), "1+1=", "add", "2")
+    scores = (Score(1.0, {"acc": 1.0}), Score(0.0, status="error", message="boom"))
+    groups = [SampleGroup(prompt, (sample("2"), sample()), scores)]
+    path = write_samples(tmp_path, 5, groups, decode=lambda ids: "·".join(map(str, ids)))
+    assert path == tmp_path / "samples/step_5.jsonl"
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == {
+        "row": 3, "data_source": "add", "prompt": "1+1=", "response": "2", "ground_truth": "2", "score": 1.0,
+        "extra": {"acc": 1.0}, "status": "ok", "finish_reason": "stop", "num_prompt_tokens": 3, "num_tokens": 2,
+        "weights_version": 4, "request_id": "req-1",
+    }  # fmt: skip
+    assert (second["response"], second["message"]) == ("7·8", "boom")
+    assert len(write_samples(tmp_path, 6, groups * 3, limit=3).read_text().splitlines()) == 3
+    assert write_samples(tmp_path, 7, groups, limit=0) is None
+    assert sorted(file.name for file in path.parent.iterdir()) == ["step_5.jsonl", "step_6.jsonl"]

@@ -1,0 +1,149 @@
+"""Every metric name and what it means: the source of ``docs/metrics.md``."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+_SPREAD = "{mean,max,min}"
+
+# Section -> name -> meaning. ``{a,b}`` stands for several names, ``<x>`` for any text.
+METRICS: dict[str, dict[str, str]] = {
+    "Exactness": {
+        "bitwise/tokens_compared": "Sampled tokens whose fp32 log-probability was compared as 32-bit patterns, rollout "
+        "against the training forward of the first optimizer step.",
+        "bitwise/tokens_different": "How many of them differ in any bit. Expected: 0.",
+        "bitwise/sequences_different": "Samples with at least one such token. Expected: 0.",
+        "bitwise/max_ulp": "Largest distance in units in the last place. Expected: 0.",
+        "bitwise/max_abs_logprob_diff": "Largest absolute difference of log-probabilities (nats). Expected: 0.",
+        "bitwise/first_different_position": "Position in the response of the first different token; -1: none.",
+        "bitwise/weights_checksum_ok": "1 when the rollout's weights have the checksum of the trainer's after a sync.",
+        "training/rollout_probs_diff_valid": "1 when probabilities were compared in this step.",
+        "training/rollout_probs_diff_{max,mean,std}": "Absolute difference of *probabilities* exp(log-prob) of rollout and "
+        "training, as in verl. Expected: exactly 0.",
+        "training/rollout_actor_probs_pearson_corr": "Correlation of the two sides' probabilities. Expected: 1.",
+        "rollout_corr/kl": "Mean of rollout log-prob minus training log-prob (nats). Expected: exactly 0.",
+        "rollout_corr/k3_kl": "Mean of r - 1 - log r with r = training / rollout probability. Expected: exactly 0.",
+        "rollout_corr/{training_ppl,rollout_ppl}": "Perplexity of the responses on either side; equal when exact.",
+        "rollout_corr/<name>": "verl's further measures of the rollout-training gap.",
+    },
+    "Reward": {
+        f"critic/score/{_SPREAD}": "What the grader gave per sample. The name is verl's; there need be no critic.",
+        f"critic/rewards/{_SPREAD}": "Score after shaping (overlong penalty, KL in the reward), per sample.",
+        f"critic/advantages/{_SPREAD}": "Advantage per response token.",
+        "reward/error_ratio": "Share of samples whose grader raised, crashed or returned no number; they score 0.",
+        "reward/timeout_ratio": "Share of samples whose grader ran longer than reward.timeout_s; they score 0.",
+        "reward/time_s/{mean,max}": "Seconds the grader took per sample.",
+        "reward/frac_zero_std_groups": "Share of prompts whose samples all got the same score: they teach "
+        "a group-relative algorithm nothing.",
+        "reward/<key>/mean": "Mean of a further numeric key that the grader returned.",
+    },
+    "Policy": {
+        "actor/pg_loss": "Policy loss of the step. Near 0 at the first on-policy update by construction.",
+        "actor/loss": "What was differentiated: policy loss, entropy bonus and KL term.",
+        "actor/entropy": "Mean entropy of the sampling distribution per response token (nats).",
+        "actor/entropy_loss": "The entropy that entered the loss (nats).",
+        "actor/kl_loss": "KL to the reference policy in the loss. Exactly 0 in the first step when the reference is "
+        "the initial policy.",
+        "actor/kl_coef": "Coefficient of that term.",
+        "actor/reward_kl_penalty": "Mean KL subtracted from the reward.",
+        "actor/reward_kl_penalty_coeff": "Its coefficient.",
+        "actor/ppo_kl": "Mean of rollout log-prob minus current log-prob (nats); exactly 0 in an on-policy update.",
+        "actor/pg_clipfrac": "Share of tokens whose ratio was clipped from above; exactly 0 in an on-policy update.",
+        "actor/pg_clipfrac_lower": "Share of tokens cut by dual clipping.",
+        "actor/grad_norm": "Gradient norm before clipping.",
+        "actor/lr": "Learning rate of the last optimizer step.",
+        "actor/skipped_steps": "Optimizer steps skipped because the gradient was not finite. Expected: 0.",
+        "actor/<name>": "Further quantities of the chosen policy loss.",
+    },
+    "Lengths": {
+        f"response_length/{_SPREAD}": "Tokens per response.",
+        "response_length/clip_ratio": "Share of responses that reached data.max_response_length.",
+        f"prompt_length/{_SPREAD}": "Tokens per prompt.",
+        "prompt_length/clip_ratio": "Share of prompts that reached data.max_prompt_length.",
+    },
+    "Rollout": {
+        "rollout/kv_usage": "Peak share of key-value pages in use.",
+        "rollout/preemptions": "Requests that were pushed out for lack of pages and recomputed.",
+        "rollout/prefix_hit_ratio": "Share of prompt tokens whose keys and values were already there.",
+        "rollout/decode_tokens_per_s": "Sampled tokens per second of generation.",
+        "rollout/num_tokens": "Sampled tokens.",
+        "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds).",
+        "rollout/<name>": "Further counters of the engine.",
+    },
+    "Time and speed": {
+        "timing_s/step": "Wall-clock seconds of the whole step.",
+        "timing_s/gen": "Seconds generating.",
+        "timing_s/reward": "Seconds grading.",
+        "timing_s/ref": "Seconds computing reference log-probabilities.",
+        "timing_s/adv": "Seconds computing advantages.",
+        "timing_s/update_actor": "Seconds training (forward, audit, backward, optimizer).",
+        "timing_s/update_weights": "Seconds moving the new weights into the rollout.",
+        "timing_s/sync_weights": "The same as timing_s/update_weights.",
+        "timing_s/testing": "Seconds of validation.",
+        "timing_s/save_checkpoint": "Seconds writing a checkpoint.",
+        "timing_s/<stage>": "Seconds of a further stage.",
+        "perf/total_num_tokens": "Prompt and response tokens of the step.",
+        "perf/time_per_step": "Seconds per step.",
+        "perf/throughput": "Tokens per second and GPU (per process on a CPU).",
+        "perf/mfu": "Model FLOPs utilisation, where the peak of the device is known.",
+        "perf/{max_memory_allocated_gb,max_memory_reserved_gb,cpu_memory_used_gb}": "Memory in GiB.",
+        "training/global_step": "The step.",
+        "training/epoch": "Epoch of the step's first prompt.",
+        "training/<name>": "Further counters of the training loop.",
+    },
+    "Validation": {
+        "val-core/<data_source>/{acc,reward}/mean@<k>": "Mean over prompts of the mean over k samples; acc where the "
+        "grader returns it, else the score.",
+        "val-aux/<data_source>/<key>/mean@<k>": "The same for the grader's other keys.",
+    },
+}
+
+
+def describe(name: str) -> str | None:
+    """The meaning of a metric, from the first entry that fits; None for a name the reference lacks.
+
+    >>> describe("timing_s/gen")
+    'Seconds generating.'
+    """
+    for pattern, meaning in _patterns():
+        if pattern.fullmatch(name):
+            return meaning
+    return None
+
+
+def render() -> str:
+    """The text of ``docs/metrics.md``."""
+    lines = [
+        "# Metrics",
+        "",
+        "Every step writes these to each sink of `trainer.logger`. Names are verl's where the meaning is the same.",
+        "`{a,b}` stands for several names, `<x>` for any text. In `metrics.jsonl` a value that is not finite is null.",
+        "This page is written from `vexact/report/names.py`: `python -m vexact.report.names > docs/metrics.md`.",
+    ]
+    for section, metrics in METRICS.items():
+        lines += ["", f"## {section}", "", "| metric | meaning |", "|---|---|"]
+        lines += [f"| `{name}` | {meaning} |" for name, meaning in metrics.items()]
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((_pattern(name), meaning) for metrics in METRICS.values() for name, meaning in metrics.items())
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{[^}]*\}|<[^>]*>)", name)
+    return re.compile("".join(map(_part, parts)))
+
+
+def _part(part: str) -> str:
+    if part.startswith("{"):
+        return "(?:" + "|".join(map(re.escape, part[1:-1].split(","))) + ")"
+    return ".+" if part.startswith("<") else re.escape(part)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(render())

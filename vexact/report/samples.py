@@ -1,0 +1,74 @@
+"""``samples/step_N.jsonl``: what the model wrote and what it got for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vexact.types import Sample, SampleGroup, Score
+
+
+def write_samples(
+    run_dir: str | Path,
+    step: int,
+    groups: Sequence[SampleGroup],
+    decode: Callable[[Sequence[int]], str] | None = None,
+    limit: int = -1,
+    stem: str = "step",
+) -> Path | None:
+    """Write one JSON object per sample; the file appears only once it is complete.
+
+    Args:
+        groups: scored groups.
+        decode: token ids to text, for samples that carry no text.
+        limit: at most so many samples; -1 writes all, 0 writes no file.
+        stem: "step", or "val" for a validation.
+
+    Returns:
+        The file, or None for ``limit=0``.
+    """
+    if limit == 0:
+        return None
+    path = Path(run_dir) / "samples" / f"{stem}_{step}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in islice(_records(groups, decode), None if limit < 0 else limit):
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def _records(groups: Sequence[SampleGroup], decode: Callable[[Sequence[int]], str] | None) -> Iterable[dict[str, Any]]:
+    for group in groups:
+        for index, sample in enumerate(group.samples):
+            score = group.scores[index] if group.scores else None
+            yield {
+                "row": group.prompt.row,
+                "data_source": group.prompt.data_source,
+                "prompt": group.prompt.text,
+                "response": _text(sample, decode),
+                "ground_truth": group.prompt.ground_truth,
+                **_score_fields(score),
+                "finish_reason": sample.finish_reason,
+                "num_prompt_tokens": len(sample.prompt_token_ids),
+                "num_tokens": len(sample.token_ids),
+                "weights_version": sample.weights_version,
+                "request_id": sample.request_id,
+            }
+
+
+def _text(sample: Sample, decode: Callable[[Sequence[int]], str] | None) -> str | None:
+    if sample.text is None and decode is not None:
+        return decode(sample.token_ids)
+    return sample.text
+
+
+def _score_fields(score: Score | None) -> dict[str, Any]:
+    if score is None:
+        return {"score": None}
+    fields: dict[str, Any] = {"score": score.value, "extra": score.extra, "status": score.status}
+    return fields | ({"message": score.message} if score.message else {})
