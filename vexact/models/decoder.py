@@ -161,12 +161,14 @@ class CausalLM(nn.Module):
         Returns:
             (T, H), or :class:`LinearCrossEntropy` with fields (R,) fp32.
         """
-        x, residual = self.ops.embedding(input_ids, self.embed_tokens.weight), None
+        x: Tensor = self.ops.embedding(input_ids, self.embed_tokens.weight)
+        residual: Tensor | None = None
         caches = kv_caches if kv_caches is not None else [None] * len(self.layers)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
             x, residual = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]
         if targets is None:
             return hidden

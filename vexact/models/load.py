@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -97,7 +98,7 @@ def _write_shards(directory: Path, shards: list[dict[str, Tensor]]) -> None:
     if len(shards) == 1:
         save_file(shards[0], directory / "model.safetensors", metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, directory / file, metadata)
@@ -127,7 +128,7 @@ class _Checkpoint(Mapping[str, Tensor]):
                 f"model directory {directory} has no weights (*.safetensors); "
                 "convert the checkpoint with transformers' save_pretrained"
             )
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in files:
             handle = safe_open(file, framework="pt")
             self._files |= dict.fromkeys(handle.keys(), handle)

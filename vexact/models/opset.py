@@ -41,4 +41,5 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
     source: Any = invariant if ops == "invariant" else stock
     attention_source: Any = stock if ops == "stock" or attn_impl in STOCK_ATTENTION else invariant
     names = ("linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "embedding")
-    return OpSet(*(getattr(source, name) for name in names), attention=attention_source.attention)
+    chosen = {name: getattr(source, name) for name in names}
+    return OpSet(**chosen, attention=attention_source.attention)

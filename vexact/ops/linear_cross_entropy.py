@@ -100,10 +100,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        if dlogprobs is None and dentropy is None:
-            return None, None, None, None, None
         hidden = ctx.saved_tensors[0]
         if dlogprobs is None:
+            if dentropy is None:
+                return None, None, None, None, None
             dlogprobs = torch.zeros_like(dentropy)
         op = backend("linear_cross_entropy", hidden)
         dhidden, dweight = op.backward(dlogprobs, dentropy, *ctx.saved_tensors)

@@ -36,9 +36,10 @@ def packed_backward(
         if causal:
             offset = (lengths_k[chunk] - lengths_q[chunk])[:, None, None]
             mask &= torch.arange(rows_k.shape[1]) <= torch.arange(rows_q.shape[1]).unsqueeze(1) + offset
-        grads = _dense_backward(
-            *(t[rows_q].float() for t in (dout, q, lse, delta)), k[rows_k].float(), v[rows_k].float(), mask, scale
-        )
+        padded = [
+            t[rows].float() for t, rows in zip((dout, q, lse, delta, k, v), [rows_q] * 4 + [rows_k] * 2, strict=True)
+        ]
+        grads = _dense_backward(*padded, mask=mask, scale=scale)
         for target, rows, valid, grad in zip(
             (dq, dk, dv), (rows_q, rows_k, rows_k), (valid_q, valid_k, valid_k), grads, strict=True
         ):
@@ -47,7 +48,7 @@ def packed_backward(
 
 
 def _dense_backward(
-    dout: Tensor, q: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+    dout: Tensor, q: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Padded (B, L, heads, D) tensors; mask (B, Lq, Lk)."""
     num_kv_heads = k.shape[2]
