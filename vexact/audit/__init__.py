@@ -1,0 +1,6 @@
+"""Proof that rollout and training agree."""
+
+from vexact.audit.audit import Audit, ExactnessError
+from vexact.audit.compare import Comparison, compare
+
+__all__ = ["Audit", "Comparison", "ExactnessError", "compare"]

@@ -1,0 +1,73 @@
+"""The per-step audit: what was sampled is what is trained, or the run says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from vexact.audit.compare import Comparison, compare
+from vexact.audit.mismatch_metrics import mismatch_metrics
+from vexact.types import Sample
+
+log = logging.getLogger(__name__)
+
+
+class ExactnessError(RuntimeError):
+    """Rollout and trainer disagree in at least one bit; ``comparison`` says where."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        super().__init__(describe(comparison))
+
+
+class Audit:
+    """Compares the first optimizer step's forward with the rollout; give :meth:`check` to ``Actor.update``.
+
+    Under ``strict`` an unequal bit raises before any weight changes; under ``warn`` it is logged; ``off`` looks at nothing.
+    """
+
+    def __init__(self, exactness: str) -> None:
+        if exactness not in ("strict", "warn", "off"):
+            raise ValueError(f"trainer.exactness={exactness!r}; use strict, warn or off")
+        self.exactness = exactness
+        self._samples: Sequence[Sample] = ()
+        self._metrics: dict[str, float] = {}
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """The samples that the next update trains on, in its order."""
+        self._samples = samples
+        self._metrics = {}
+
+    def check(self, indices: list[int], logprobs: list[np.ndarray]) -> None:
+        """
+        Raises:
+            ExactnessError: bits differ and exactness is strict.
+        """
+        if self.exactness == "off":
+            return
+        samples = [self._samples[i] for i in indices]
+        comparison = compare(samples, logprobs)
+        self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
+        if comparison.tokens_different:
+            if self.exactness == "strict":
+                raise ExactnessError(comparison)
+            log.warning("%s", describe(comparison))
+
+    def metrics(self) -> dict[str, float]:
+        """``bitwise/*``, ``training/rollout_probs_diff_*`` and ``rollout_corr/*`` of the last check."""
+        return self._metrics
+
+
+def describe(comparison: Comparison) -> str:
+    """One paragraph naming the first unequal token and the size of the disagreement."""
+    first = comparison.first
+    assert first is not None, "only a failed comparison has something to describe"
+    return (
+        f"rollout and trainer disagree: {comparison.tokens_different} of {comparison.tokens_compared} log-probabilities "
+        f"in {comparison.sequences_different} sequences have other bits (largest gap "
+        f"{comparison.max_abs_logprob_diff:.3g}, {comparison.max_ulp} ulp). First: request {first.request_id}, response "
+        f"position {first.position}, token {first.token_id}, rollout {first.rollout!r}, trainer {first.trainer!r} "
+        f"({first.ulp} ulp). No weight was changed by this step unless trainer.exactness=warn."
+    )

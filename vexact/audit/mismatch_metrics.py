@@ -1,0 +1,63 @@
+"""verl's mismatch metrics. At zero they are necessary, not sufficient: ``bitwise/*`` is the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_BOUND = 20.0  # verl clamps log-ratios to +-20 before exponentiating
+
+
+def mismatch_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray]) -> dict[str, float]:
+    """``training/rollout_probs_diff_*`` (in probability space) and ``rollout_corr/*`` (d = trainer - rollout log-prob).
+
+    Args:
+        rollout, trainer: per sequence (R,) fp32 log-probabilities of the same tokens.
+    """
+    if not rollout:
+        return {"training/rollout_probs_diff_valid": 0.0}
+    a, b = (np.concatenate(side).astype(np.float64) for side in (trainer, rollout))
+    return _probability_metrics(np.exp(a), np.exp(b)) | _token_metrics(a - b) | _sequence_metrics(rollout, trainer)
+
+
+def _probability_metrics(trainer: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
+    diff = np.abs(trainer - rollout)
+    prefix = "training/rollout_probs_diff"
+    metrics = {
+        f"{prefix}_valid": 1.0,
+        f"{prefix}_max": float(diff.max()),
+        f"{prefix}_mean": float(diff.mean()),
+        f"{prefix}_std": float(diff.std(ddof=1)) if len(diff) > 1 else 0.0,
+    }
+    if trainer.std() > 0 and rollout.std() > 0:
+        metrics["training/rollout_actor_probs_pearson_corr"] = float(np.corrcoef(trainer, rollout)[0, 1])
+    return metrics
+
+
+def _token_metrics(d: np.ndarray) -> dict[str, float]:
+    ratio = np.exp(np.clip(d, -_BOUND, _BOUND))
+    return {
+        "rollout_corr/kl": float((-d).mean()) + 0.0,
+        "rollout_corr/k3_kl": float((np.expm1(d) - d).mean()),
+        "rollout_corr/chi2_token": float((ratio**2).mean()) - 1.0,
+    }
+
+
+def _sequence_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray]) -> dict[str, float]:
+    mean_r = np.array([x.astype(np.float64).mean() for x in rollout])
+    mean_t = np.array([x.astype(np.float64).mean() for x in trainer])
+    sums = np.array([(t.astype(np.float64) - r).sum() for t, r in zip(trainer, rollout, strict=True)])
+    gap = mean_r - mean_t
+    return {
+        "rollout_corr/training_ppl": float(np.exp(-mean_t).mean()),
+        "rollout_corr/rollout_ppl": float(np.exp(-mean_r).mean()),
+        "rollout_corr/training_log_ppl": float((-mean_t).mean()),
+        "rollout_corr/rollout_log_ppl": float((-mean_r).mean()),
+        "rollout_corr/log_ppl_diff": float(gap.mean()),
+        "rollout_corr/log_ppl_abs_diff": float(np.abs(gap).mean()),
+        "rollout_corr/log_ppl_diff_max": float(gap.max()),
+        "rollout_corr/log_ppl_diff_min": float(gap.min()),
+        "rollout_corr/ppl_ratio": float(np.exp(gap).mean()),
+        "rollout_corr/chi2_seq": float(np.exp(2 * np.clip(sums, -_BOUND, _BOUND)).mean()) - 1.0,
+    }
