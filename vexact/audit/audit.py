@@ -19,13 +19,16 @@ class ExactnessError(RuntimeError):
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
-        super().__init__(describe(comparison))
+        super().__init__(
+            f"{describe(comparison)}. The weights are as they were before this step; "
+            "trainer.exactness=warn logs such differences and goes on"
+        )
 
 
 class Audit:
     """Compares the first optimizer step's forward with the rollout; give :meth:`check` to ``Actor.update``.
 
-    Under ``strict`` an unequal bit raises before any weight changes; under ``warn`` it is logged; ``off`` looks at nothing.
+    Under ``strict`` an unequal bit raises before any weight changes; under ``warn`` it is logged; ``off`` skips it.
     """
 
     def __init__(self, exactness: str) -> None:
@@ -65,9 +68,9 @@ def describe(comparison: Comparison) -> str:
     first = comparison.first
     assert first is not None, "only a failed comparison has something to describe"
     return (
-        f"rollout and trainer disagree: {comparison.tokens_different} of {comparison.tokens_compared} log-probabilities "
-        f"in {comparison.sequences_different} sequences have other bits (largest gap "
-        f"{comparison.max_abs_logprob_diff:.3g}, {comparison.max_ulp} ulp). First: request {first.request_id}, response "
-        f"position {first.position}, token {first.token_id}, rollout {first.rollout!r}, trainer {first.trainer!r} "
-        f"({first.ulp} ulp). No weight was changed by this step unless trainer.exactness=warn."
+        f"rollout and trainer disagree: {comparison.tokens_different} of {comparison.tokens_compared} "
+        f"log-probabilities in {comparison.sequences_different} sequences have other bits (largest gap "
+        f"{comparison.max_abs_logprob_diff:.3g}, {comparison.max_ulp} ulp). First: request {first.request_id}, "
+        f"response position {first.position}, token {first.token_id}, rollout {first.rollout!r}, "
+        f"trainer {first.trainer!r} ({first.ulp} ulp)"
     )

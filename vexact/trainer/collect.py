@@ -1,0 +1,116 @@
+"""Stages 1-4 of a step: prompts, samples, scores, and under dynamic sampling the groups worth training on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from vexact.algorithms import informative_groups
+from vexact.config import Config
+from vexact.reward.spec import GradeRequest
+from vexact.rollout import SamplingParams
+from vexact.trainer.workers import Workers
+from vexact.types import Prompt, Sample, SampleGroup, Score
+
+Timer = Callable[[str], AbstractContextManager[None]]
+
+
+class DynamicSamplingError(RuntimeError):
+    """Dynamic sampling ran out of generation batches."""
+
+
+class Collector:
+    """Fills a step with scored groups. Its only state, the data cursor, is the caller's to keep."""
+
+    def __init__(self, config: Config, workers: Workers, timer: Timer) -> None:
+        self.config, self.workers, self.timer = config, workers, timer
+        rollout = config.rollout
+        self.sampling = SamplingParams(
+            n=rollout.n,
+            max_tokens=config.data.max_response_length,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            stop=list(rollout.stop) or None,
+            stop_token_ids=list(rollout.stop_token_ids) or None,
+            ignore_eos=rollout.ignore_eos,
+        )
+
+    def collect(self, step: int, cursor: int) -> tuple[list[SampleGroup], list[SampleGroup], int]:
+        """Samples until ``train_batch_size`` groups are there.
+
+        Returns:
+            The groups to train on, all groups that were sampled, and the cursor after the prompts consumed.
+
+        Raises:
+            DynamicSamplingError: ``filter_groups.max_num_gen_batches`` did not yield enough groups.
+        """
+        wanted, settings = self.config.data.train_batch_size, self.config.algorithm.filter_groups
+        kept: list[SampleGroup] = []
+        everything: list[SampleGroup] = []
+        num_batches = 0
+        while len(kept) < wanted:
+            if settings.enable and num_batches and num_batches == settings.max_num_gen_batches:
+                raise DynamicSamplingError(
+                    f"after {num_batches} generation batches only {len(kept)} of {wanted} prompts have samples that "
+                    "differ in score; the data is too easy or too hard for this model, or raise "
+                    f"algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches} (0 never gives up)"
+                )
+            groups = self._batch(step, num_batches, self.workers.order.take(cursor, wanted))
+            cursor, num_batches = cursor + wanted, num_batches + 1
+            everything += groups
+            kept += self._informative(groups) if settings.enable else groups
+        return kept[:wanted], everything, cursor
+
+    def _batch(self, step: int, number: int, rows: Sequence[int]) -> list[SampleGroup]:
+        prompts = [self.workers.train_data[row] for row in rows]
+        ids = [f"step{step}-{number * len(rows) + i}-row{row}" for i, row in enumerate(rows)]
+        with self.timer("gen"):
+            groups = sample_groups(self.workers, prompts, self.sampling, ids)
+        with self.timer("reward"):
+            return score_groups(self.workers, groups)
+
+    def _informative(self, groups: list[SampleGroup]) -> list[SampleGroup]:
+        metric = self.config.algorithm.filter_groups.metric or "score"
+        values = [[_metric(score, metric) for score in group.scores] for group in groups]
+        return [groups[i] for i in informative_groups(values)]
+
+
+def sample_groups(
+    workers: Workers, prompts: Sequence[Prompt], sampling: SamplingParams, request_ids: Sequence[str]
+) -> list[SampleGroup]:
+    """n samples of every prompt."""
+    samples = workers.engine.generate([prompt.token_ids for prompt in prompts], sampling, request_ids)
+    return [
+        SampleGroup(prompt, tuple(samples[i * sampling.n : (i + 1) * sampling.n])) for i, prompt in enumerate(prompts)
+    ]
+
+
+def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[SampleGroup]:
+    """The same groups with scores."""
+    flat = [(group.prompt, sample) for group in groups for sample in group.samples]
+    texts = decode(workers, [sample for _, sample in flat])
+    requests = [
+        GradeRequest(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
+        for (prompt, _), text in zip(flat, texts, strict=True)
+    ]
+    scores = iter(workers.rewards.score(requests))
+    return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
+
+
+def decode(workers: Workers, samples: Sequence[Sample]) -> list[str]:
+    """Responses as text, without special tokens."""
+    texts: list[str] = workers.tokenizer.batch_decode(
+        [list(sample.token_ids) for sample in samples], skip_special_tokens=True
+    )
+    return texts
+
+
+def _metric(score: Score, name: str) -> float:
+    if name == "score":
+        return score.value
+    if name not in score.extra and score.status == "ok":
+        known = ", ".join(["score", *score.extra])
+        raise ValueError(f"algorithm.filter_groups.metric={name}: the reward returned no such key, only {known}")
+    return score.extra.get(name, 0.0)

@@ -1,0 +1,150 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vexact.audit import Audit, ExactnessError
+from vexact.config import Config
+from vexact.report import Reporter, Timers, write_samples
+from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
+from vexact.trainer.advantages import train_sequences
+from vexact.trainer.checkpoint import CheckpointStore, Progress, load_checkpoint
+from vexact.trainer.collect import Collector
+from vexact.trainer.evaluate import evaluate
+from vexact.trainer.workers import Workers
+from vexact.types import SampleGroup, StepStats
+from vexact.weights import sync_weights
+
+log = logging.getLogger(__name__)
+
+
+class Driver:
+    """Runs the steps; owns the step number and the data cursor and nothing else."""
+
+    def __init__(
+        self,
+        config: Config,
+        workers: Workers,
+        reporter: Reporter,
+        store: CheckpointStore,
+        audit: Audit,
+        total_steps: int,
+        progress: Progress,
+    ) -> None:
+        self.config, self.workers, self.reporter, self.store = config, workers, reporter, store
+        self.audit, self.total_steps, self.progress = audit, total_steps, progress
+        self.timers = Timers(on_enter=reporter.stage)
+        self.collector = Collector(config, workers, self.timers)
+
+    def run(self) -> None:
+        """All steps from where the run stands to ``total_steps``, with validation and checkpoints when due."""
+        sync_weights(self.workers.actor, self.workers.engine, self.progress.step)
+        trainer = self.config.trainer
+        if trainer.val_only or (trainer.val_before_train and self.progress.step == 0):
+            self._report_validation(0)
+        if trainer.val_only:
+            return
+        for step in range(self.progress.step + 1, self.total_steps + 1):
+            self._step(step)
+
+    def _step(self, step: int) -> None:
+        workers = self.workers
+        with self.timers("step"):
+            # 1-4: prompts, samples at weights version step-1, scores, groups worth training on
+            groups, sampled, cursor = self.collector.collect(step, self.progress.data_cursor)
+            rollout_metrics = workers.engine.stats() | workers.rewards.take_metrics()
+            # 5-6: reference log-probabilities if a KL term is on, advantages
+            with self.timers("adv"):
+                sequences, reward_metrics = train_sequences(self.config, groups, workers.reference)
+            # 7: pack, forward, audit the bits, loss, backward, optimizer step
+            self.audit.begin([sequence.sample for sequence in sequences])
+            with self.timers("update_actor"):
+                actor_metrics = self._update(step, sequences)
+            # 8: the rollout gets version step, checksummed
+            with self.timers("update_weights"):
+                sync_metrics = sync_weights(workers.actor, workers.engine, step)
+            self.progress = Progress(step, cursor)
+            # 9: validation and checkpoint when due
+            validation = self._validate_if_due(step)
+            self._save_if_due(step)
+        # 10: report
+        timing = self.timers.take()
+        self._write_samples(step, sampled)
+        samples = [sequence.sample for sequence in sequences]
+        data = self.config.data
+        metrics = {
+            "training/global_step": float(step),
+            "training/epoch": float(workers.order.epoch(max(cursor - 1, 0))),
+            **score_metrics(sampled),
+            **reward_metrics,
+            **advantage_metrics(sequences),
+            **length_metrics(samples, data.max_prompt_length, data.max_response_length),
+            **actor_metrics,
+            **self.audit.metrics(),
+            **rollout_metrics,
+            **sync_metrics,
+            **perf_metrics(sum(sample.num_tokens for sample in samples), timing["timing_s/step"]),
+            **timing,
+            **validation,
+        }
+        self.reporter.log(StepStats(step, metrics))
+
+    def _update(self, step: int, sequences: Sequence) -> dict[str, float]:
+        try:
+            return self.workers.actor.update(sequences, self.audit.check)
+        except ExactnessError:
+            self.reporter.log(StepStats(step, {"training/global_step": float(step), **self.audit.metrics()}))
+            raise
+
+    def _validate_if_due(self, step: int) -> dict[str, float]:
+        every = self.config.trainer.test_freq
+        if not (step == self.total_steps or (every > 0 and step % every == 0)):
+            return {}
+        with self.timers("testing"):
+            return self._validate(step)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        metrics, groups = evaluate(self.config, self.workers)
+        self._write_samples(step, groups, stem="val")
+        return metrics
+
+    def _report_validation(self, step: int) -> None:
+        with self.timers("testing"):
+            metrics = self._validate(step)
+        if metrics:
+            self.reporter.log(StepStats(step, metrics | self.timers.take()))
+
+    def _save_if_due(self, step: int) -> None:
+        every = self.config.trainer.save_freq
+        if not (step == self.total_steps or (every > 0 and step % every == 0)):
+            return
+        with self.timers("save_checkpoint"):
+            actor = self.workers.actor
+            path = self.store.save(
+                self.progress, actor.state_dict(), actor.model.config, self.workers.tokenizer.save_pretrained
+            )
+        log.info("saved %s", path)
+
+    def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
+        decode = self.workers.tokenizer.decode
+        write_samples(self.config.run_dir, step, groups, decode, self.config.trainer.samples_per_step, stem)
+
+
+def resume_point(config: Config, store: CheckpointStore, workers: Workers) -> Progress:
+    """Restores the trainer as ``resume_mode`` says and returns where the run stands."""
+    trainer = config.trainer
+    if trainer.resume_mode == "disable":
+        return Progress(0, 0)
+    if trainer.resume_mode == "resume_path":
+        from pathlib import Path
+
+        path: Path | None = Path(str(trainer.resume_from_path)).expanduser()
+    else:
+        path = store.latest()
+    if path is None:
+        return Progress(0, 0)
+    progress, state = load_checkpoint(path)
+    workers.actor.load_state_dict(state)
+    return progress

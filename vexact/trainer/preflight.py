@@ -1,0 +1,60 @@
+"""What is checked before the first step, while a mistake is still cheap."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vexact.config import Config
+from vexact.env import attention_warning
+from vexact.reward.spec import GradeRequest
+from vexact.trainer.workers import Workers
+
+log = logging.getLogger(__name__)
+_DRY_RUN_ROWS = 8
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("trainer.device=cuda, but torch sees no GPU here; use trainer.device=cpu or auto")
+    return torch.device(name)
+
+
+def exactness_in_force(config: Config) -> tuple[str, list[str]]:
+    """``trainer.exactness``, except that a deliberate baseline is logged instead of stopped at its first token."""
+    rollout, actor = config.rollout, config.actor
+    inexact = not rollout.batch_invariant or attention_warning(rollout.attn_impl, actor.attn_implementation)
+    if config.trainer.exactness == "strict" and inexact:
+        why = "the attention pair is not bit-identical" if rollout.batch_invariant else "batch_invariant=false"
+        return "warn", [f"{why}: differences are counted and the run goes on, as with trainer.exactness=warn"]
+    return config.trainer.exactness, []
+
+
+def check_rewards(config: Config, workers: Workers) -> None:
+    """Grades the ground truths and an empty answer of the first rows.
+
+    Raises:
+        RewardError: the grader fails on every one of them.
+    """
+    prompts = [workers.train_data[row] for row in range(min(_DRY_RUN_ROWS, len(workers.train_data)))]
+    requests = [
+        GradeRequest(prompt.data_source, answer, prompt.ground_truth, prompt.extra_info)
+        for prompt in prompts
+        for answer in (_as_text(prompt.ground_truth), "")
+    ]
+    scores = workers.rewards.score(requests)
+    workers.rewards.take_metrics()
+    right, empty = [score.value for score in scores[::2]], [score.value for score in scores[1::2]]
+    if max(right) <= min(empty):
+        log.info("reward dry run: no ground truth scores above an empty answer (ground truths may be unformatted)")
+
+
+def _as_text(truth: object) -> str:
+    return truth if isinstance(truth, str) else str(truth)

@@ -1,0 +1,176 @@
+"""Everything a run needs, built from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vexact.algorithms import PolicyLossConfig
+from vexact.config import Config
+from vexact.data import ColumnNames, DataOrder, PromptDataset, PromptFormat
+from vexact.models import load_model
+from vexact.reward.pool import RewardPool
+from vexact.reward.spec import RewardSpec
+from vexact.rollout import Engine
+from vexact.training import Actor, ActorConfig, OptimConfig, Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """One process holds both engines: the rollout's weights are its own copy, in the compute dtype."""
+
+    tokenizer: Any
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+    order: DataOrder
+    engine: Engine
+    actor: Actor
+    reference: Reference | None
+    rewards: RewardPool
+
+    def close(self) -> None:
+        """Ends the reward processes."""
+        self.rewards.close()
+
+
+def build_workers(config: Config, device: torch.device, total_steps: int | None = None) -> Workers:
+    """Reads data and model and starts the reward processes; data first, since its mistakes are the cheapest to find.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user has to fix, named.
+    """
+    tokenizer = load_tokenizer(config)
+    train_data = _dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
+    val_data = None
+    if config.data.val_files:
+        val_data = _dataset(config, tokenizer, config.data.val_files, config.data.val_max_samples)
+    engine = _engine(config, tokenizer, device)
+    return Workers(
+        tokenizer=tokenizer,
+        train_data=train_data,
+        val_data=val_data,
+        order=DataOrder(len(train_data), config.data_seed, config.data.shuffle),
+        engine=engine,
+        actor=_actor(config, device, total_steps or num_steps(config, len(train_data))),
+        reference=_reference(config, device) if config.needs_reference else None,
+        rewards=_rewards(config),
+    )
+
+
+def num_steps(config: Config, num_rows: int) -> int:
+    """Training steps of the whole run: ``total_training_steps``, else as many as ``total_epochs`` hold."""
+    if config.trainer.total_training_steps is not None:
+        return config.trainer.total_training_steps
+    return max(1, config.trainer.total_epochs * num_rows // config.data.train_batch_size)
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The checkpoint's tokenizer, with ``custom_chat_template`` put in.
+
+    Raises:
+        ValueError: the directory holds none.
+    """
+    from transformers import AutoTokenizer
+
+    path = config.model.tokenizer_path or config.model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer in {path} ({str(error).splitlines()[0]}); put tokenizer.json there or set "
+            "actor_rollout_ref.model.tokenizer_path"
+        ) from error
+    if config.model.custom_chat_template is not None:
+        tokenizer.chat_template = config.model.custom_chat_template
+    return tokenizer
+
+
+def _dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
+    data = config.data
+    columns = ColumnNames(prompt=data.prompt_key, answer=data.answer_key, data_source=data.reward_fn_key)
+    form = PromptFormat(
+        max_prompt_length=data.max_prompt_length,
+        truncation=data.truncation,
+        filter_overlong_prompts=data.filter_overlong_prompts,
+        apply_chat_template_kwargs=data.apply_chat_template_kwargs,
+    )
+    return PromptDataset.from_files(files, tokenizer, columns=columns, form=form, max_samples=max_samples)
+
+
+def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
+    rollout = config.rollout
+    return Engine(
+        config.model.path,
+        tokenizer=tokenizer,
+        dtype=config.dtype(device.type),
+        device=device,
+        page_size=rollout.page_size,
+        num_pages=rollout.num_pages,
+        kv_cache_bytes=rollout.kv_cache_bytes,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_num_seqs=rollout.max_num_seqs,
+        max_num_batched_tokens=rollout.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        enable_chunked_prefill=rollout.enable_chunked_prefill,
+        enable_prefix_caching=rollout.enable_prefix_caching,
+        seed=config.rollout_seed,
+        batch_invariant=rollout.batch_invariant,
+        attn_impl=rollout.attn_impl,
+    )
+
+
+def _actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
+    actor, optim = config.actor, config.actor.optim
+    return ActorConfig(
+        ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
+        ppo_max_token_len_per_gpu=actor.ppo_max_token_len_per_gpu,
+        ppo_epochs=actor.ppo_epochs,
+        shuffle=actor.shuffle,
+        data_loader_seed=config.data_seed,
+        loss_mode=actor.policy_loss.loss_mode,
+        clip=PolicyLossConfig(
+            clip_ratio_low=actor.clip_low, clip_ratio_high=actor.clip_high, clip_ratio_c=actor.clip_ratio_c
+        ),
+        loss_agg_mode=actor.loss_agg_mode,
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
+        entropy_coeff=actor.entropy_coeff,
+        use_kl_loss=actor.use_kl_loss,
+        kl_loss_coef=actor.kl_loss_coef,
+        kl_loss_type=actor.kl_loss_type,
+        grad_clip=actor.grad_clip,
+        enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
+        dtype=config.dtype(device.type),
+        optim=OptimConfig(
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            lr_warmup_steps=optim.lr_warmup_steps,
+            lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
+            lr_scheduler_type=optim.lr_scheduler_type,
+            min_lr_ratio=optim.min_lr_ratio,
+            total_training_steps=total_steps,
+        ),
+    )
+
+
+def _actor(config: Config, device: torch.device, total_steps: int) -> Actor:
+    model = load_model(config.model.path, device=device, attn_impl=config.actor.attn_implementation)
+    return Actor(model, _actor_config(config, device, total_steps), device)
+
+
+def _reference(config: Config, device: torch.device) -> Reference:
+    budget = config.ref.log_prob_max_token_len_per_gpu or config.actor.ppo_max_token_len_per_gpu
+    dtype = config.dtype(device.type)
+    model = load_model(
+        config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
+    )
+    return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype), device)
+
+
+def _rewards(config: Config) -> RewardPool:
+    custom = config.reward.custom_reward_function
+    spec = RewardSpec(custom.path, custom.name, custom.reward_kwargs)
+    return RewardPool(config.reward.num_workers, spec, config.reward.timeout_s)
