@@ -1,0 +1,225 @@
+"""Backward of attention over packed sequences, without atomics: every gradient element is written by one program.
+
+With P = exp(S - lse), dP = dO V^T, delta = rowsum(dO * O) and dS = P * (dP - delta) (Dao, "FlashAttention-2", 2023, algorithm 2):
+
+    dV = P^T dO        dK = scale * dS^T Q        dQ = scale * dS K
+
+`prepare_kernel` computes delta once. `keys_kernel` owns a block of keys and walks the query rows that see it, for all query heads
+of the group; `queries_kernel` owns a block of query rows and walks the keys it sees. Both recompute P from lse, both skip what
+the causal mask hides, and both visit blocks in a fixed order, so gradients are the same bits on every run.
+"""
+
+import triton
+import triton.language as tl
+
+from vexact.ops.kernels.attention.rows import find_sequence
+from vexact.ops.kernels.attention.walk import load_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def prepare_kernel(
+    dout, out, lse, delta, lse2, num_rows,
+    NUM_HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta (Hq, T) = rowsum(dout * out) and lse2 (Hq, T) = lse * log2(e), +inf for rows that see no key so that P is 0.
+
+    dout, out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Heads come first in the results so that the other kernels
+    read consecutive rows.
+    """
+    head = tl.program_id(0) % NUM_HEADS
+    row = tl.program_id(0) // NUM_HEADS * ROWS + tl.arange(0, ROWS)
+    offs_dv = tl.arange(0, DV_PAD)
+    inside = row < num_rows
+    flat = row.to(tl.int64) * NUM_HEADS + head
+    pointers = flat[:, None] * DV + offs_dv[None, :]
+    mask = inside[:, None] & (offs_dv < DV)[None, :]
+    product = tl.load(dout + pointers, mask=mask, other=0.0).to(tl.float32)
+    product *= tl.load(out + pointers, mask=mask, other=0.0).to(tl.float32)
+    log_sum = tl.load(lse + flat, mask=inside, other=0.0)
+    target = head.to(tl.int64) * num_rows + row
+    tl.store(delta + target, tl.sum(product, 1), mask=inside)
+    tl.store(lse2 + target, tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E), mask=inside)
+
+
+@triton.jit
+def walk_queries(
+    dk, dv, k, v, q_base, do_base, delta, lse2, begin, end, q_len, keys, shift, c, stride_qt, stride_dot,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the query rows in [begin, end) to dK and dV; scores are transposed, (BLOCK_N, BLOCK_M)."""
+    offs_d = tl.arange(0, D_PAD)
+    offs_dv = tl.arange(0, DV_PAD)
+    offs_m = tl.arange(0, BLOCK_M)
+    for start in tl.range(begin, end, BLOCK_M):
+        row = start + offs_m
+        inside = row < q_len
+        first = tl.cast(start, tl.int64)
+        q_rows = q_base + first * stride_qt + offs_m[:, None] * stride_qt + offs_d[None, :]
+        q = load_tile(q_rows, inside, offs_d, D, D_PAD, True)
+        row_lse = tl.load(lse2 + row, mask=inside, other=float("inf"))
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.math.exp2(s * c - row_lse[None, :])
+        if MASKED:
+            p = tl.where(keys[:, None] <= row[None, :] + shift, p, 0.0)
+        do_rows = do_base + first * stride_dot + offs_m[:, None] * stride_dot + offs_dv[None, :]
+        do = load_tile(do_rows, inside, offs_dv, DV, DV_PAD, True)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        row_delta = tl.load(delta + row, mask=inside, other=0.0)
+        ds = p * (dp - row_delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_rows"])
+def keys_kernel(
+    dout, q, k, v, delta, lse2, dk, dv, cu_seqlens_q, cu_seqlens_k, c, scale,
+    num_sequences, num_tiles, num_rows, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dK (Tk, Hkv, D) and dV (Tk, Hkv, DV) of BLOCK_N keys of one key/value head, both contiguous.
+
+    dout (T, NUM_HEADS, DV) contiguous; q, k, v with free token and head strides; delta, lse2 (NUM_HEADS, num_rows) fp32.
+    Keys that no query sees get 0.
+    """
+    KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
+    pid = tl.program_id(0)
+    kv_head = (pid % KV_HEADS).to(tl.int64)
+    sequence, block = find_sequence(cu_seqlens_k, num_sequences, pid // KV_HEADS, BLOCK_N)
+    k_start = tl.load(cu_seqlens_k + sequence).to(tl.int64)
+    kv_len = (tl.load(cu_seqlens_k + sequence + 1) - k_start).to(tl.int32)
+    first_key = block * BLOCK_N
+    if first_key >= kv_len:
+        return
+    q_start = tl.load(cu_seqlens_q + sequence).to(tl.int64)
+    q_len = (tl.load(cu_seqlens_q + sequence + 1) - q_start).to(tl.int32)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, D_PAD)
+    offs_dv = tl.arange(0, DV_PAD)
+    key_rows = k_start + keys
+    k_tile = load_tile(
+        k + kv_head * stride_kh + key_rows[:, None] * stride_kt + offs_d[None, :], keys < kv_len, offs_d, D, D_PAD, True
+    )
+    v_tile = load_tile(
+        v + kv_head * stride_vh + key_rows[:, None] * stride_vt + offs_dv[None, :],
+        keys < kv_len,
+        offs_dv,
+        DV,
+        DV_PAD,
+        True,
+    )
+    shift = kv_len - q_len
+    if CAUSAL:
+        begin = tl.maximum(first_key - shift, 0) // BLOCK_M * BLOCK_M
+        middle = (tl.maximum(first_key + BLOCK_N - 1 - shift, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    else:
+        begin = 0
+        middle = 0
+    middle = tl.minimum(middle, q_len)
+    dk_acc = tl.zeros((BLOCK_N, D_PAD), tl.float32)
+    dv_acc = tl.zeros((BLOCK_N, DV_PAD), tl.float32)
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        q_base = q + q_start * stride_qt + head * stride_qh
+        do_base = dout + (q_start * NUM_HEADS + head) * DV
+        row_base = head * num_rows + q_start
+        if CAUSAL:
+            dk_acc, dv_acc = walk_queries(
+                dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base, begin, middle, q_len,
+                keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, True,
+            )  # fmt: skip
+        dk_acc, dv_acc = walk_queries(
+            dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base, middle, q_len, q_len,
+            keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, False,
+        )  # fmt: skip
+    flat = (key_rows * KV_HEADS + kv_head)[:, None]
+    inside = (keys < kv_len)[:, None]
+    dk_value = (dk_acc * scale).to(dk.dtype.element_ty)
+    tl.store(dk + flat * D + offs_d[None, :], dk_value, mask=inside & (offs_d < D)[None, :])
+    tl.store(dv + flat * DV + offs_dv[None, :], dv_acc.to(dv.dtype.element_ty), mask=inside & (offs_dv < DV)[None, :])
+
+
+@triton.jit
+def walk_keys(
+    dq, q, do, row_lse, row_delta, limit, k_base, v_base, begin, end, kv_len, c, stride_kt, stride_vt,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys in [begin, end) to dQ; row r sees the keys below limit[r]."""
+    offs_d = tl.arange(0, D_PAD)
+    offs_dv = tl.arange(0, DV_PAD)
+    offs_n = tl.arange(0, BLOCK_N)
+    for start in tl.range(begin, end, BLOCK_N):
+        keys = start + offs_n
+        inside = keys < kv_len
+        first = tl.cast(start, tl.int64)
+        k_rows = k_base + first * stride_kt + offs_n[:, None] * stride_kt + offs_d[None, :]
+        v_rows = v_base + first * stride_vt + offs_n[:, None] * stride_vt + offs_dv[None, :]
+        k = load_tile(k_rows, inside, offs_d, D, D_PAD, MASKED)
+        v = load_tile(v_rows, inside, offs_dv, DV, DV_PAD, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        p = tl.math.exp2(s * c - row_lse[:, None])
+        if MASKED:
+            p = tl.where(keys[None, :] < limit[:, None], p, 0.0)
+        ds = p * (dp - row_delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_rows"])
+def queries_kernel(
+    dout, q, k, v, delta, lse2, dq, cu_seqlens_q, cu_seqlens_k, c, scale,
+    num_sequences, num_tiles, num_rows, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dQ (T, NUM_HEADS, D), contiguous, of BLOCK_M query rows of one head. The heaviest tiles start first."""
+    pid = tl.program_id(0)
+    head = (pid % NUM_HEADS).to(tl.int64)
+    sequence, block = find_sequence(cu_seqlens_q, num_sequences, num_tiles - 1 - pid // NUM_HEADS, BLOCK_M)
+    q_start = tl.load(cu_seqlens_q + sequence).to(tl.int64)
+    q_len = (tl.load(cu_seqlens_q + sequence + 1) - q_start).to(tl.int32)
+    first_row = block * BLOCK_M
+    if first_row >= q_len:
+        return
+    k_start = tl.load(cu_seqlens_k + sequence).to(tl.int64)
+    kv_len = (tl.load(cu_seqlens_k + sequence + 1) - k_start).to(tl.int32)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < q_len
+    offs_d = tl.arange(0, D_PAD)
+    offs_dv = tl.arange(0, DV_PAD)
+    q_rows = q_start + rows
+    q_tile = load_tile(
+        q + head * stride_qh + q_rows[:, None] * stride_qt + offs_d[None, :], inside, offs_d, D, D_PAD, True
+    )
+    do_rows = dout + ((q_rows * NUM_HEADS + head) * DV)[:, None] + offs_dv[None, :]
+    do_tile = load_tile(do_rows, inside, offs_dv, DV, DV_PAD, True)
+    row_lse = tl.load(lse2 + head * num_rows + q_rows, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + head * num_rows + q_rows, mask=inside, other=0.0)
+    limit = tl.full((BLOCK_M,), 0, tl.int32) + kv_len
+    end = kv_len
+    full_end = kv_len // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        shift = kv_len - q_len + 1
+        limit = tl.minimum(rows + shift, kv_len)
+        end = tl.maximum(tl.minimum(first_row + BLOCK_M, q_len) - 1 + shift, 0)
+        full_end = tl.maximum(first_row + shift, 0) // BLOCK_N * BLOCK_N
+    kv_head = head // GROUP
+    k_base = k + k_start * stride_kt + kv_head * stride_kh
+    v_base = v + k_start * stride_vt + kv_head * stride_vh
+    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    acc = walk_keys(
+        acc, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, 0, full_end, kv_len, c, stride_kt, stride_vt,
+        BLOCK_N, D, DV, D_PAD, DV_PAD, False,
+    )  # fmt: skip
+    acc = walk_keys(
+        acc, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, full_end, end, kv_len, c, stride_kt, stride_vt,
+        BLOCK_N, D, DV, D_PAD, DV_PAD, True,
+    )  # fmt: skip
+    pointers = dq + ((q_rows * NUM_HEADS + head) * D)[:, None] + offs_d[None, :]
+    tl.store(pointers, (acc * scale).to(dq.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])

@@ -1,0 +1,84 @@
+"""The forward kernel that walks a sequence's chunks one after another: training, prefill, chunked prefill.
+
+One program computes one tile of query rows. Keys are packed rows (PAGE_SIZE 0) or pages of a cache behind a block table.
+"""
+
+import triton
+import triton.language as tl
+
+from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates
+from vexact.ops.kernels.attention.step import finish
+from vexact.ops.kernels.attention.walk import load_tile, walk_sequence
+
+
+@triton.jit
+def load_queries(
+    q, row, head, valid, stride_qt, stride_qh, D: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """A (BLOCK_M, D_PAD) tile of query rows; rows that are not valid read as 0."""
+    offs_d = tl.arange(0, D_PAD)
+    pointers = q + (row.to(tl.int64) * stride_qt + head * stride_qh)[:, None] + offs_d[None, :]
+    return load_tile(pointers, valid, offs_d, D, D_PAD, True)
+
+
+@triton.jit
+def store_rows(
+    out, lse, value, lse_value, row, head, valid, NUM_HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr
+):  # fmt: skip
+    """Write finished rows to out (T, NUM_HEADS, DV) and lse (T, NUM_HEADS)."""
+    offs_dv = tl.arange(0, DV_PAD)
+    flat = row.to(tl.int64) * NUM_HEADS + head
+    tl.store(lse + flat, lse_value, mask=valid)
+    mask = valid[:, None] & (offs_dv < DV)[None, :]
+    tl.store(out + flat[:, None] * DV + offs_dv[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table", "skip_up_to"])
+def forward_kernel(
+    q, k, v, out, lse, cu_seqlens_q, kv_lengths, table, c,
+    num_sequences, num_tiles, stride_table, skip_up_to,
+    stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of query rows.
+
+    q (T, NUM_HEADS, D); k (Tk, Hkv, D) and v (Tk, Hkv, DV), or with PAGE_SIZE > 0 (pages, PAGE_SIZE, Hkv, ...);
+    kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if paged;
+    out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are left alone.
+    The heaviest tiles of a causal sequence start first.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
+    HEAD_TILES: tl.constexpr = NUM_HEADS // TILE_HEADS
+    pid = tl.program_id(0)
+    first_head = pid % HEAD_TILES * TILE_HEADS
+    sequence, block = find_sequence(cu_seqlens_q, num_sequences, num_tiles - 1 - pid // HEAD_TILES, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_q + sequence)
+    q_len = tl.load(cu_seqlens_q + sequence + 1) - q_start
+    first = block * BLOCK_Q
+    if (first >= q_len) | (q_len <= skip_up_to):
+        return
+    kv_head = (first_head // GROUP).to(tl.int64)
+    k_base = k + kv_head * stride_kh
+    v_base = v + kv_head * stride_vh
+    if PAGE_SIZE == 0:
+        k_start = tl.load(kv_lengths + sequence)
+        kv_len = tl.load(kv_lengths + sequence + 1) - k_start
+        k_base += k_start.to(tl.int64) * stride_kt
+        v_base += k_start.to(tl.int64) * stride_vt
+    else:
+        kv_len = tl.load(kv_lengths + sequence)
+        table += sequence.to(tl.int64) * stride_table
+    position, tile_head, valid = row_coordinates(first, BLOCK_M, BLOCK_Q, TILE_HEADS, q_len)
+    limit, end, full_end = key_limits(position, valid, first, q_len, kv_len, BLOCK_Q, BLOCK_N, CAUSAL)
+    head = first_head + tile_head
+    q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
+    m, l, acc = walk_sequence(
+        q_tile, limit, c, k_base, v_base, table, end, full_end, kv_len,
+        stride_kp, stride_kt, stride_vp, stride_vt,
+        BLOCK_M, BLOCK_N, CHUNK, ONE_CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+    )  # fmt: skip
+    value, lse_value = finish(m, tl.max(l, 1), acc, c)
+    store_rows(out, lse, value, lse_value, q_start + position, head, valid, NUM_HEADS, DV, DV_PAD)

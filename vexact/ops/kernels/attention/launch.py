@@ -1,0 +1,168 @@
+"""Launch configurations as data, and the few numbers every launch derives from its tensors.
+
+`KEY_BLOCKS` decides bits: it may depend on the dtype and the head dimensions, never on the batch, the GPU or the kernel.
+Every other table is free: it was chosen for speed by `benchmarks/attention.py --sweep`, and any entry gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlocks:
+    """Keys per online-softmax step and keys per partial state (a multiple of it)."""
+
+    block_n: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and columns of a tile, warps and pipeline stages of a program. `block_n` is read by the backward only."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    block_n: int = 0
+
+
+# (element bytes, padded max(head_dim, value_head_dim)) -> key blocks
+KEY_BLOCKS: dict[tuple[int, int], KeyBlocks] = {
+    (2, 32): KeyBlocks(64, 2048),
+    (2, 64): KeyBlocks(64, 2048),
+    (2, 128): KeyBlocks(64, 2048),
+    (2, 256): KeyBlocks(32, 2048),
+    (4, 32): KeyBlocks(32, 2048),
+    (4, 64): KeyBlocks(32, 2048),
+    (4, 128): KeyBlocks(32, 2048),
+    (4, 256): KeyBlocks(32, 2048),
+}
+
+FORWARD: dict[tuple[int, int], Tile] = {
+    (2, 32): Tile(128, 4, 3),
+    (2, 64): Tile(128, 4, 3),
+    (2, 128): Tile(128, 8, 3),
+    (2, 256): Tile(128, 8, 2),
+    (4, 32): Tile(64, 4, 2),
+    (4, 64): Tile(64, 4, 2),
+    (4, 128): Tile(32, 4, 2),
+    (4, 256): Tile(32, 8, 1),
+}
+
+# Rows of the decode tile follow the work; these are the warps and stages.
+DECODE: dict[tuple[int, int], Tile] = {
+    (2, 32): Tile(16, 4, 3),
+    (2, 64): Tile(16, 4, 3),
+    (2, 128): Tile(16, 4, 3),
+    (2, 256): Tile(16, 4, 3),
+    (4, 32): Tile(16, 4, 2),
+    (4, 64): Tile(16, 4, 2),
+    (4, 128): Tile(16, 4, 2),
+    (4, 256): Tile(16, 4, 2),
+}
+MAX_DECODE_ROWS = 64
+
+# block_m query rows walked by a program that owns block_n keys.
+BACKWARD_KEYS: dict[tuple[int, int], Tile] = {
+    (2, 32): Tile(64, 4, 2, 128),
+    (2, 64): Tile(64, 8, 2, 128),
+    (2, 128): Tile(64, 8, 2, 128),
+    (2, 256): Tile(32, 8, 1, 64),
+    (4, 32): Tile(32, 4, 1, 32),
+    (4, 64): Tile(32, 4, 1, 32),
+    (4, 128): Tile(32, 8, 1, 32),
+    (4, 256): Tile(16, 8, 1, 16),
+}
+
+# block_n keys walked by a program that owns block_m query rows.
+BACKWARD_QUERIES: dict[tuple[int, int], Tile] = {
+    (2, 32): Tile(128, 4, 2, 64),
+    (2, 64): Tile(128, 8, 2, 64),
+    (2, 128): Tile(128, 8, 2, 64),
+    (2, 256): Tile(64, 8, 1, 32),
+    (4, 32): Tile(32, 4, 1, 32),
+    (4, 64): Tile(32, 4, 1, 32),
+    (4, 128): Tile(32, 8, 1, 32),
+    (4, 256): Tile(16, 8, 1, 16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """What the heads of one call look like; everything in it is a compile-time constant of the kernels."""
+
+    num_heads: int
+    num_kv_heads: int
+    dim: int
+    value_dim: int
+    element_bytes: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def dim_pad(self) -> int:
+        return padded(self.dim)
+
+    @property
+    def value_dim_pad(self) -> int:
+        return padded(self.value_dim)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Index into the tables."""
+        return self.element_bytes, max(32, self.dim_pad, self.value_dim_pad)
+
+
+@cache
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that holds `dim` columns."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
+    """Shape of the heads of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
+
+    Raises:
+        ValueError: dtypes differ or are not fp32, bf16 or fp16; the head counts do not divide; a head dimension is above 256;
+            the last dimension of a tensor is not contiguous.
+    """
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; q, k and v must share fp32, bf16 or fp16")
+    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
+    if num_kv_heads == 0 or num_heads % num_kv_heads or v.shape[-2] != num_kv_heads:
+        raise ValueError(f"attention: {num_heads} query heads over {num_kv_heads} key and {v.shape[-2]} value heads")
+    if q.shape[-1] != k.shape[-1] or max(q.shape[-1], v.shape[-1]) > 256:
+        raise ValueError(
+            f"attention: head dims q {q.shape[-1]}, k {k.shape[-1]}, v {v.shape[-1]}; q = k, all at most 256"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"attention: {name} has last stride {tensor.stride(-1)}; call .contiguous()")
+    return HeadShape(num_heads, num_kv_heads, q.shape[-1], v.shape[-1], q.element_size())
+
+
+def exponent_scale(softmax_scale: float) -> float:
+    """`c` of the kernels: scores times `c` are base-2 exponents.
+
+    Raises:
+        ValueError: the scale is not a positive finite number (masking with -inf needs its sign).
+    """
+    if not (0.0 < softmax_scale < math.inf):
+        raise ValueError(f"attention: softmax_scale is {softmax_scale}; it must be positive and finite")
+    return softmax_scale * LOG2E
+
+
+def heads_per_tile(group: int, block_m: int) -> int:
+    """The most query heads of a group that one tile of block_m rows can hold evenly."""
+    return max(heads for heads in range(1, min(group, block_m) + 1) if group % heads == 0)

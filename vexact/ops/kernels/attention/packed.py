@@ -1,0 +1,140 @@
+"""Host side of attention over packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vexact.ops.kernels.attention.backward import keys_kernel, prepare_kernel, queries_kernel
+from vexact.ops.kernels.attention.forward import forward_kernel
+from vexact.ops.kernels.attention.launch import (
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    FORWARD,
+    KEY_BLOCKS,
+    KeyBlocks,
+    Tile,
+    exponent_scale,
+    head_shape,
+)
+
+PREPARE_ROWS = 32
+
+
+def packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    *,
+    tile: Tile | None = None,
+    key_blocks: KeyBlocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of sequences laid end to end.
+
+    Args:
+        q: (T, Hq, D). k: (Tk, Hkv, D). v: (Tk, Hkv, Dv). fp32, bf16 or fp16; the last dimension is contiguous.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device; they cover all rows.
+        max_seqlen_q: not needed, kept for symmetry: the grid follows T and B. max_seqlen_k: no sequence has more keys.
+        tile: launch configuration, free of influence on the bits. key_blocks: decides the bits; for tests and sweeps.
+
+    Returns:
+        out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys: 0 and -inf.
+
+    Raises:
+        ValueError: see `head_shape` and `exponent_scale`.
+    """
+    shape = head_shape(q, k, v)
+    tile = tile or FORWARD[shape.key]
+    blocks = key_blocks or KEY_BLOCKS[shape.key]
+    out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    num_tiles = q.shape[0] // tile.block_m + num_sequences
+    scale = exponent_scale(softmax_scale)
+    if q.shape[0] == 0 or num_sequences == 0:
+        return out, lse
+    forward_kernel[(num_tiles * shape.num_heads,)](
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
+        num_sequences, num_tiles, 0, 0,
+        q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
+        NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
+        BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=blocks.chunk, ONE_CHUNK=max_seqlen_k <= blocks.chunk,
+        D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
+        PAGE_SIZE=0, CAUSAL=causal, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def packed_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    *,
+    keys_tile: Tile | None = None,
+    queries_tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `packed_forward` by q, k and v, the same bits on every run and for every batch around a sequence.
+
+    Args:
+        dout, out: (T, Hq, Dv). lse: (T, Hq) fp32. The others as in the forward.
+        keys_tile, queries_tile: launch configurations; unlike in the forward they decide the last bits.
+
+    Returns:
+        dq (T, Hq, D), dk (Tk, Hkv, D), dv (Tk, Hkv, Dv), contiguous, in the dtype of q.
+
+    Raises:
+        ValueError: see `head_shape` and `exponent_scale`.
+    """
+    shape = head_shape(q, k, v)
+    keys_tile = keys_tile or BACKWARD_KEYS[shape.key]
+    queries_tile = queries_tile or BACKWARD_QUERIES[shape.key]
+    scale = exponent_scale(softmax_scale)
+    dq, dk, dv = (torch.empty(tensor.shape, dtype=q.dtype, device=q.device) for tensor in (q, k, v))
+    num_rows, num_sequences = q.shape[0], cu_seqlens_q.shape[0] - 1
+    if num_sequences == 0:
+        return dq, dk, dv
+    delta = torch.empty((shape.num_heads, num_rows), dtype=torch.float32, device=q.device)
+    lse2 = torch.empty_like(delta)
+    dout, out = dout.contiguous(), out.contiguous()
+    lengths = (cu_seqlens_q, cu_seqlens_k)
+    strides = tuple(tensor.stride(axis) for tensor in (q, k, v) for axis in range(2))
+    constants = dict(
+        NUM_HEADS=shape.num_heads, GROUP=shape.group,
+        D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad, CAUSAL=causal,
+    )  # fmt: skip
+    if num_rows:
+        prepare_kernel[(-(-num_rows // PREPARE_ROWS) * shape.num_heads,)](
+            dout, out, lse, delta, lse2, num_rows,
+            NUM_HEADS=shape.num_heads, DV=shape.value_dim, DV_PAD=shape.value_dim_pad, ROWS=PREPARE_ROWS, num_warps=4,
+        )  # fmt: skip
+        num_tiles = num_rows // queries_tile.block_m + num_sequences
+        queries_kernel[(num_tiles * shape.num_heads,)](
+            dout, q, k, v, delta, lse2, dq, *lengths, scale, softmax_scale,
+            num_sequences, num_tiles, num_rows, *strides, **constants,
+            BLOCK_M=queries_tile.block_m, BLOCK_N=queries_tile.block_n,
+            num_warps=queries_tile.num_warps, num_stages=queries_tile.num_stages,
+        )  # fmt: skip
+    if k.shape[0]:
+        num_tiles = k.shape[0] // keys_tile.block_n + num_sequences
+        keys_kernel[(num_tiles * shape.num_kv_heads,)](
+            dout, q, k, v, delta, lse2, dk, dv, *lengths, scale, softmax_scale,
+            num_sequences, num_tiles, num_rows, *strides, **constants,
+            BLOCK_M=keys_tile.block_m, BLOCK_N=keys_tile.block_n,
+            num_warps=keys_tile.num_warps, num_stages=keys_tile.num_stages,
+        )  # fmt: skip
+    return dq, dk, dv
