@@ -50,7 +50,6 @@ class FSDPConfig:
     model_dtype: Literal["float32"] = opt(
         "float32", "Type of the master weights and optimizer state.", aliases=DTYPE_ALIASES
     )
-    reshard_after_forward: bool = opt(True, "Free gathered weights after each layer's forward.")
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,13 @@ class ActorSection:
         verl=256,
         ge=1,
     )
-    ppo_micro_batch_size_per_gpu: int | None = opt(
-        None, "Sequences per forward; null packs by tokens. Never changes results.", ge=1
-    )
-    use_dynamic_bsz: bool = opt(True, "Pack sequences up to ppo_max_token_len_per_gpu tokens per forward.", verl=False)
     ppo_max_token_len_per_gpu: int = opt(
         16384, "Tokens per packed forward. Lower it when memory runs out; results stay.", ge=1
     )
     ppo_epochs: int = opt(
         1, "Passes over each rollout batch; only the first update of the first pass is on-policy.", ge=1
     )
+    shuffle: bool = opt(False, "Shuffle sequences between mini-batches.")
     clip_ratio: float = opt(0.2, "PPO clip range.", ge=0)
     clip_ratio_low: float | None = opt(None, "Lower clip range; null takes clip_ratio.", verl=0.2, ge=0)
     clip_ratio_high: float | None = opt(None, "Upper clip range (clip-higher); null takes clip_ratio.", verl=0.2, ge=0)

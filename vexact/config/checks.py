@@ -75,8 +75,6 @@ def _batches(config: Config) -> Iterator[str]:
         yield (
             f"algorithm.filter_groups.enable=true needs several samples per prompt, and {ROLLOUT}.n={config.rollout.n}"
         )
-    if not config.actor.use_dynamic_bsz and config.actor.ppo_micro_batch_size_per_gpu is None:
-        yield f"{ACTOR}.use_dynamic_bsz=false needs {ACTOR}.ppo_micro_batch_size_per_gpu (sequences per forward)"
 
 
 def _lengths(config: Config) -> Iterator[str]:
@@ -88,7 +86,7 @@ def _lengths(config: Config) -> Iterator[str]:
             f"data.max_response_length = {data.max_prompt_length} + {data.max_response_length} = {needed}; raise it or "
             "leave it null"
         )
-    if config.actor.use_dynamic_bsz and config.actor.ppo_max_token_len_per_gpu < needed:
+    if config.actor.ppo_max_token_len_per_gpu < needed:
         yield (
             f"{ACTOR}.ppo_max_token_len_per_gpu={config.actor.ppo_max_token_len_per_gpu} cannot hold one sequence of "
             f"{needed} tokens (data.max_prompt_length + data.max_response_length); set it to at least {needed}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,67 +79,73 @@ def _parse(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _compose(pairs: list[tuple[str, str]], config_name: str) -> dict[str, Any]:
-    """Nested plain values. Every key is forced in (++), so that the schema, not Hydra, judges unknown ones."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    """Nested plain values. Unknown keys are let through: the schema judges them, not Hydra."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    recipe = next((value for key, value in reversed(pairs) if key == "recipe"), None)
-    settings = [_hydra_override(key, value) for key, value in pairs if key != "recipe"]
-    from_file = recipe is not None and recipe.endswith((".yaml", ".yml"))
-    if recipe is not None and not from_file and recipe not in recipes():
-        raise ConfigError(
-            f"recipe={recipe}: no such recipe; known: {', '.join(recipes())}, or a .yaml file of your own"
-        )
-    group = [f"recipe={recipe}"] if recipe is not None and not from_file else []
-    GlobalHydra.instance().clear()
+    recipe = next((value for key, value in reversed(pairs) if key == "recipe"), "")
+    from_file = recipe.endswith((".yaml", ".yml"))
     try:
-        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-            composed: Any = compose(config_name, overrides=group + settings)
-            if from_file:
-                base = OmegaConf.merge(compose(config_name), _recipe_file(str(recipe)))
-                OmegaConf.set_struct(base, False)
-                for setting in settings:
-                    key = setting.removeprefix("++").split("=", 1)[0]
-                    OmegaConf.update(base, key, OmegaConf.select(composed, key), merge=False)
-                composed = base
-        plain = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+        tree = OmegaConf.create(_tree(config_name, "" if from_file else recipe))
+        if from_file:
+            tree.merge_with(_recipe_file(recipe))
+        for key, value in pairs:
+            if key != "recipe":
+                OmegaConf.update(tree, key, _value(key, value), force_add=True)
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{error}".strip()) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def _hydra_override(key: str, value: str) -> str:
-    """`++key=value`, quoted when Hydra's grammar would choke on an unquoted path or sentence."""
+@lru_cache(maxsize=8)
+def _tree(config_name: str, recipe: str) -> str:
+    """The files of the tree composed by Hydra, as YAML, without any override."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    if recipe and recipe not in recipes():
+        raise ConfigError(
+            f"recipe={recipe}: no such recipe; known: {', '.join(recipes())}, or a .yaml file of your own"
+        )
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        return OmegaConf.to_yaml(compose(config_name, overrides=[f"recipe={recipe}"] if recipe else []))
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override in Hydra's grammar; text that is no such value, like many paths, stands for itself."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser = OverridesParser.create()
-    text = f"++{key}={value}"
     try:
-        parsed = parser.parse_override(text)
+        parsed = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException as error:
-        if value[:1] in "[{'\"":
-            raise ConfigError(
-                f"{key}={value}: unbalanced brackets or quotes; quote the argument in the shell, e.g. '{key}=[a,b]'"
-            ) from error
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"++{key}='{quoted}'"
+        if text[:1] in "[{'\"":
+            fix = f"quote the argument in the shell, e.g. '{key}=[a,b]'"
+            raise ConfigError(f"{key}={text}: unbalanced brackets or quotes; {fix}") from error
+        return text
     if parsed.is_sweep_override():
-        raise ConfigError(f"{key}={value}: several values; write a list as '{key}=[{value}]'")
-    return text
+        raise ConfigError(f"{key}={text}: several values; write a list as '{key}=[{text}]'")
+    return parsed.value()
 
 
 def _recipe_file(name: str) -> Any:
-    from omegaconf import OmegaConf
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
 
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(f"recipe={name}: no such file; known recipes: {', '.join(recipes())}")
-    return OmegaConf.load(path)
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe={name}: not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"recipe={name}: must hold keys such as `trainer:`, it holds a list")
+    return loaded
 
 
 def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -14,6 +14,7 @@ from vexact.config.fields import ConfigError
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
 _MODEL = "actor_rollout_ref.model"
+_PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens; results do not depend on it"
 _ONE_DEVICE = "this version runs the model on one device"
 
 
@@ -45,7 +46,6 @@ REFUSED = (
     Refused("data.tokenizer", (None,), f"set {_MODEL}.tokenizer_path"),
     Refused(f"{_MODEL}.override_config", ({},), "change config.json of the checkpoint"),
     Refused(f"{_MODEL}.override_config.*", (), "change config.json of the checkpoint"),
-    Refused(f"{_ACTOR}.shuffle", (False,), "mini-batches follow the order of the batch"),
     Refused("algorithm.lam", (1, None), "lam belongs to GAE, which needs a critic"),
     Refused(f"{_ROLLOUT}.tensor_model_parallel_size", (1,), _ONE_DEVICE),
     Refused(f"{_ROLLOUT}.pipeline_model_parallel_size", (1,), _ONE_DEVICE),
@@ -126,7 +126,7 @@ UNUSED = (
     Unused("algorithm.kl_ctrl.target_kl", "the coefficient is fixed"),
     Unused("data.val_batch_size", "the engine batches validation prompts itself"),
     Unused("data.validation_shuffle", "the order of validation rows changes nothing"),
-    Unused("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu", "reference forwards are packed by tokens"),
+    Unused("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu", _PACKED),
     Unused("data.return_raw_chat", "chats are templated while loading"),
     Unused("data.dataloader_num_workers", "rows are tokenised up front"),
     Unused("data.filter_overlong_prompts_workers", "rows are tokenised in one process"),
@@ -135,6 +135,9 @@ UNUSED = (
     Unused(f"{_MODEL}.fused_kernel_options.*", "the loss is always fused"),
     Unused(f"{_MODEL}.lora_alpha", "LoRA is off"),
     Unused(f"{_MODEL}.target_modules", "LoRA is off"),
+    Unused(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", _PACKED),
+    Unused(f"{_ACTOR}.use_dynamic_bsz", _PACKED),
+    Unused(f"{_ACTOR}.fsdp_config.reshard_after_forward", "weights of one device are never gathered"),
     Unused(f"{_ACTOR}.use_torch_compile", "operators are compiled ahead of use"),
     Unused("actor_rollout_ref.ref.use_torch_compile", "operators are compiled ahead of use"),
     Unused(f"{_ACTOR}.checkpoint.*", "a checkpoint always holds model, optimizer and data position"),
@@ -149,7 +152,7 @@ UNUSED = (
     Unused(f"{_ROLLOUT}.load_format", "weights come from the trainer"),
     Unused(f"{_ROLLOUT}.disable_log_stats", "statistics are always reported"),
     Unused(f"{_ROLLOUT}.log_prob_*", "there is no old-log-prob pass"),
-    Unused("actor_rollout_ref.ref.log_prob_use_dynamic_bsz", "reference forwards are packed by tokens"),
+    Unused("actor_rollout_ref.ref.log_prob_use_dynamic_bsz", _PACKED),
     Unused(f"{_ROLLOUT}.agent.*", "rollouts are single-turn"),
     Unused(f"{_ROLLOUT}.checkpoint_engine.*", "weights stay in one process"),
     Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),

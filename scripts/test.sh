@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Sets up if needed, then lint, format, types and tests. Arguments go to pytest: bash scripts/test.sh tests/config -k plan
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="$(bash scripts/setup.sh)"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+stage() { # NAME COMMAND...
+  local name="$1" start="$SECONDS"; shift
+  "$@" || { printf 'test: %s failed after %s s\n' "$name" "$((SECONDS - start))" >&2; exit 1; }
+  printf 'test: %s passed in %s s\n' "$name" "$((SECONDS - start))" >&2
+}
+
+stage lint "$python" -m ruff check --quiet .
+stage format "$python" -m ruff format --check --quiet .
+stage types "$python" -m mypy --no-error-summary
+stage tests "$python" -m pytest "$@"

@@ -1,0 +1,152 @@
+"""Rules across keys, and the start-up plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vexact.config import Config, ConfigError, load_config
+from vexact.config.plan import ModelShape, build_plan, kv_cache_tokens
+
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+TINY = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 16,
+    "vocab_size": 10,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "train.jsonl").touch()
+    return [f"actor_rollout_ref.model.path={tmp_path}", f"data.train_files={tmp_path}/train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([f"{ACTOR}.ppo_mini_batch_size=12"], "does not divide data.train_batch_size=32"),
+        ([f"{ACTOR}.ppo_mini_batch_size=12"], "try 8"),
+        ([f"{ACTOR}.ppo_mini_batch_size=64"], "try 32"),
+        ([f"{ROLLOUT}.n=1"], "grpo compares the samples of a prompt"),
+        (
+            [f"{ROLLOUT}.max_model_len=600"],
+            "is less than data.max_prompt_length + data.max_response_length = 512 + 512 = 1024",
+        ),
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=1000"], "cannot hold one sequence of 1024 tokens"),
+        ([f"{ROLLOUT}.num_pages=63"], "set it to at least 64"),
+        ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
+        ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),
+        ([f"{ROLLOUT}.dtype=bf16"], "differ, so no log-probability can agree"),
+        ([f"{ROLLOUT}.val_kwargs.do_sample=true"], "with temperature=0 is greedy"),
+        ([f"{ROLLOUT}.val_kwargs.n=4"], "greedy samples would all be equal"),
+        ([f"{ACTOR}.optim.betas=[0.9]"], "AdamW takes two"),
+        ([f"{ACTOR}.clip_ratio=1.0"], "must be below 1"),
+        (["trainer.resume_mode=resume_path"], "resume_path needs a path"),
+        (["trainer.save_freq=0"], "use -1 for never"),
+        (["trainer.val_only=true"], "needs data.val_files"),
+        (["data.val_files=nowhere.parquet"], "data.val_files=nowhere.parquet: no such file"),
+        (["reward.custom_reward_function.path=nowhere.py"], "nowhere.py: no such file"),
+        (["reward.reward_kwargs.overlong_buffer_cfg.enable=true"], "must lie between 1 and"),
+        (["actor_rollout_ref.model.path=nowhere"], "no config.json there"),
+    ],
+)
+def test_contradiction_is_named(base: list[str], overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([*base, *overrides])
+    assert expected in str(caught.value)
+
+
+def test_missing_model_and_data_say_how_to_get_them() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([])
+    assert "vexact prepare tiny" in str(caught.value)
+    assert "reasoning_gym:" in str(caught.value)
+
+
+def test_unequal_types_are_allowed_in_a_deliberate_baseline(base: list[str]) -> None:
+    assert load_config([*base, f"{ROLLOUT}.dtype=bf16", "trainer.exactness=warn"]).rollout.dtype == "bfloat16"
+
+
+def test_attention_pair_that_cannot_agree_gets_one_warning(base: list[str]) -> None:
+    assert load_config(base).notices == ()
+    notices = load_config([*base, f"{ROLLOUT}.attn_impl=sdpa"]).notices
+    assert len(notices) == 1
+    assert "sdpa (rollout) and triton-invariant (trainer)" in notices[0]
+
+
+def test_unknown_attention_lists_the_known_ones(base: list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"attn_impl=flash: unknown attention implementation; known: triton-invariant, sdpa"
+    ):
+        load_config([*base, f"{ROLLOUT}.attn_impl=flash"])
+
+
+def test_mini_batch_defaults_to_the_batch(base: list[str]) -> None:
+    config = load_config([*base, "data.train_batch_size=12"])
+    assert (config.mini_batch_prompts, config.optimizer_steps_per_rollout) == (12, 1)
+    config = load_config([*base, "data.train_batch_size=12", f"{ACTOR}.ppo_mini_batch_size=4", f"{ACTOR}.ppo_epochs=2"])
+    assert config.optimizer_steps_per_rollout == 6
+
+
+def test_seeds_follow_the_one_seed_unless_set(base: list[str]) -> None:
+    config = load_config([*base, "trainer.seed=3", "data.seed=4"])
+    assert (config.data_seed, config.rollout_seed) == (4, 3)
+
+
+def test_model_shape_counts_parameters_like_the_model() -> None:
+    from vexact.models import ModelConfig, random_model
+
+    sizes = {
+        **TINY,
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 64,
+    }
+    model = random_model(ModelConfig.from_hf_dict(sizes), seed=0)
+    exact = sum(parameter.numel() for parameter in model.parameters())
+    qk_norms = 2 * TINY["num_hidden_layers"] * TINY["head_dim"]  # type: ignore[operator]
+    assert ModelShape.of(sizes).num_parameters == exact - qk_norms
+
+
+def test_plan_counts_and_advises(base: list[str]) -> None:
+    config = load_config([*base, f"{ACTOR}.ppo_mini_batch_size=8", "data.train_batch_size=16", "trainer.save_freq=5"])
+    plan = build_plan(config, "cpu")
+    rows = dict(plan.rows)
+    assert rows["step"] == "16 prompts x 8 samples = 128 sequences"
+    assert rows["updates"] == "2 optimizer steps per rollout, 1 of 2 exactly on-policy"
+    assert "data.train_batch_size=16" in rows["changed keys"]
+    assert rows["run directory"] == "runs/vexact/default"
+    assert len(plan.advice) == 1
+    assert "only 1 of 2 updates" in plan.advice[0]
+
+
+def test_plan_warns_of_a_cache_smaller_than_a_sequence(base: list[str]) -> None:
+    plan = build_plan(load_config([*base, f"{ROLLOUT}.kv_cache_bytes=10000"]), "cpu")
+    assert any("holds 64 tokens, less than one sequence of 1024" in sentence for sentence in plan.advice)
+
+
+def test_cache_tokens_follow_type_pages_and_demand() -> None:
+    shape = ModelShape.of(TINY)  # 32 values per token: 128 bytes in float32, 64 in bfloat16
+    assert kv_cache_tokens(Config(), "cuda", shape) is None
+    small = load_config([f"{ROLLOUT}.kv_cache_bytes=65536"], checked=False)
+    assert (kv_cache_tokens(small, "cpu", shape), kv_cache_tokens(small, "cuda", shape)) == (512, 1024)
+    few = load_config([f"{ROLLOUT}.max_num_seqs=1"], checked=False)
+    assert kv_cache_tokens(few, "cpu", shape) == 1024
+
+
+def test_plan_names_a_checkpoint_that_is_no_decoder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ConfigError, match="has no 'num_hidden_layers'"):
+        ModelShape.read(str(tmp_path))

@@ -1,0 +1,23 @@
+"""Deselects tests whose hardware is absent, so that a skip always means a gap."""
+
+from __future__ import annotations
+
+import pytest
+
+GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needs = {
+        item: max((GPUS_NEEDED[mark.name] for mark in item.iter_markers() if mark.name in GPUS_NEEDED), default=0)
+        for item in items
+    }
+    if not any(needs.values()):
+        return
+    import torch
+
+    available = torch.cuda.device_count()
+    absent = [item for item in items if needs[item] > available]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if needs[item] <= available]

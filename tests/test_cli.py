@@ -1,0 +1,140 @@
+"""Exit codes and what errors look like."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vexact import cli
+from vexact.commands import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+
+
+def test_user_error_is_one_message_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "trainer.exactnes=off"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert (
+        output.err
+        == "vexact train: unknown key trainer.exactnes; did you mean trainer.exactness?\n(--debug shows where)\n"
+    )
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_debug_shows_the_traceback(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VEXACT_DEBUG", "1" if how == "variable" else "0")
+    with pytest.raises(ValueError, match="exactnes"):
+        cli.main(["train", "trainer.exactnes=off", *(["--debug"] if how == "flag" else [])])
+
+
+def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(KeyboardInterrupt(), monkeypatch)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(RuntimeError("a bug"), monkeypatch)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train"])
+
+
+def test_full_disk_and_our_named_exceptions_are_user_errors() -> None:
+    ours = type("MismatchError", (Exception,), {"__module__": "vexact.audit.compare"})
+    assert cli.is_user_error(ours("token 3 differs"))
+    assert cli.is_user_error(OSError(errno.ENOSPC, "No space left on device"))
+    assert not cli.is_user_error(OSError(errno.EIO, "Input/output error"))
+    assert not cli.is_user_error(KeyError("x"))
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["train", "--nonsense"], ["generate"]])
+def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: vexact" in capsys.readouterr().err
+
+
+def test_exit_code_of_the_command_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "run", lambda arguments: 1)
+    assert cli.main(["train"]) == 1
+
+
+def test_environment_sits_between_recipe_and_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(
+        train, "load_config", lambda overrides: seen.append(overrides) or (_ for _ in ()).throw(ValueError("stop"))
+    )
+    monkeypatch.setenv("INFER_FA_IMPL", "sdpa")
+    monkeypatch.setenv("model_dir", str(tmp_path))
+    assert cli.main(["train", "--from_env", "a=1"]) == 2
+    assert cli.main(["train", "a=1"]) == 2
+    attention = "actor_rollout_ref.rollout.attn_impl=sdpa"
+    assert seen == [[attention, f"actor_rollout_ref.model.path={tmp_path}", "a=1"], [attention, "a=1"]]
+
+
+def test_dry_run_prints_configuration_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = (
+        '"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8'
+    )
+    (tmp_path / "config.json").write_text(f"{{{sizes}}}")
+    (tmp_path / "rows.jsonl").touch()
+    overrides = [
+        f"actor_rollout_ref.model.path={tmp_path}",
+        f"data.train_files={tmp_path}/rows.jsonl",
+        "trainer.device=cpu",
+    ]
+    assert cli.main(["train", "--dry_run", *overrides]) == 0
+    output = capsys.readouterr().out
+    assert f"path: {tmp_path}" in output
+    assert "32 prompts x 8 samples = 256 sequences" in output
+
+
+def test_module_and_interrupt_end_to_end() -> None:
+    """A real process: the exit code of Ctrl-C, and no traceback."""
+    code = (
+        "import sys, time\n"
+        "from vexact import cli\n"
+        "from vexact.commands import train\n"
+        "def run(arguments):\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(60)\n"
+        "train.run = run\n"
+        "sys.exit(cli.main(['train']))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, "\ninterrupted\n")
+
+
+def test_python_m_vexact_is_the_same_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "vexact", "train", "x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("vexact train: 'x' is not an override")

@@ -1,0 +1,44 @@
+"""`import vexact` and the command line's own imports touch nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "triton", "transformers", "hydra", "omegaconf", "numpy", "wandb", "ray", "pyarrow")
+
+
+def loaded_after(statement: str) -> list[str]:
+    """Modules that a fresh interpreter holds after ``statement``, which must print nothing itself."""
+    code = f"import sys; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stderr == ""
+    assert result.stdout.count("\n") == 1
+    return result.stdout.split()
+
+
+def test_import_vexact_loads_nothing_else() -> None:
+    assert loaded_after("import vexact") == ["vexact"]
+
+
+def test_command_line_starts_light() -> None:
+    roots = {name.split(".")[0] for name in loaded_after("import vexact.cli; vexact.cli.parser()")}
+    assert roots.isdisjoint(HEAVY)
+
+
+def test_packages_patch_nothing_and_touch_no_device() -> None:
+    code = (
+        "import torch; "
+        "before = {name: getattr(torch, name) for name in ('matmul', 'mm', 'log_softmax', 'softmax', 'sum')}; "
+        "import vexact.ops, vexact.models, vexact.rollout, vexact.training, vexact.algorithms; "
+        "changed = [name for name, value in before.items() if getattr(torch, name) is not value]; "
+        "assert not changed, changed; assert not torch.cuda.is_initialized()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -1,0 +1,191 @@
+"""Shell scripts: syntax, safety habits, and what set-up decides, with stand-ins for every outside command."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"])
+names = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@names
+def test_syntax_and_habits(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+    text = script.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert script.stat().st_mode & stat.S_IXUSR
+    assert len(lines) <= 2 or "set -euo pipefail" in lines
+    assert [line for line in lines if re.search(r"(?<!\")\$[@*]|\$[@*](?!\")", line)] == [], "unquoted arguments"
+    assert re.search(r"\b(pkill|killall|rm -rf|sudo|curl|wget)\b", text) is None
+
+
+def test_ci_runs_exactly_the_test_script() -> None:
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(commands) == 1
+    assert commands[0].endswith('scripts/test.sh"')
+
+
+def test_the_wheel_carries_the_whole_hydra_tree() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert 'package_dir={"vexact.configs": "configs"}' in setup
+    patterns = re.search(r'"vexact.configs": \[(.*?)\]', setup)
+    assert patterns is not None
+    globs = re.findall(r'"([^"]+)"', patterns[1])
+    shipped = {path for pattern in globs for path in (ROOT / "configs").glob(pattern)}
+    assert shipped == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
+
+
+def test_set_up_names_only_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    target = re.search(r"\$root\[\$2,([\w,]+)\]", (ROOT / "scripts" / "setup.sh").read_text())
+    assert target is not None
+    assert {*target[1].split(","), "cpu", "gpu"} <= set(extras)
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+FAKE_PYTHON = r"""
+case "$*" in
+  *version_info*) exit 0 ;;
+  *torch.version.cuda*) exit "${FAKE_NO_CUDA:-0}" ;;
+  *find_spec*) echo "$FAKE_ABSENT" ;;
+  *"-m venv"*) echo "venv $*" >>"$FAKE_LOG"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
+  *"pip install"*) echo "install $*" >>"$FAKE_LOG"; exit "${FAKE_INSTALL_CODE:-0}" ;;
+  *"pip config"*) ;;
+  *) echo "unexpected: $*" >>"$FAKE_LOG"; exit 9 ;;
+esac
+"""
+
+
+class Machine:
+    """A machine whose Python, pip and nvidia-smi only write down what they are asked."""
+
+    def __init__(self, folder: Path, gpu: bool) -> None:
+        self.folder, self.log = folder, folder / "log"
+        self.system = executable(folder / "bin" / "python3", FAKE_PYTHON)
+        if gpu:
+            executable(folder / "bin" / "nvidia-smi", "exit 0")
+        self.log.touch()
+
+    def set_up(self, code: int = 0, **variables: str) -> tuple[str, str, str]:
+        """Run scripts/setup.sh; returns (the Python it names, what was asked for, its messages)."""
+        self.log.write_text("")
+        environment = {
+            "PATH": f"{self.folder}/bin:/usr/bin:/bin",
+            "HOME": str(self.folder),
+            "FAKE_LOG": str(self.log),
+            "VEXACT_VENV": str(self.folder / "venv"),
+            **variables,
+        }
+        script = ROOT / "scripts" / "setup.sh"
+        result = subprocess.run(
+            ["bash", script], env=environment, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert result.returncode == code, result.stderr
+        return result.stdout.strip(), self.log.read_text(), result.stderr
+
+
+@pytest.fixture
+def cpu(tmp_path: Path) -> Machine:
+    return Machine(tmp_path, gpu=False)
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Machine:
+    return Machine(tmp_path, gpu=True)
+
+
+def test_fresh_cpu_machine_gets_a_venv_once(cpu: Machine) -> None:
+    python, asked, _ = cpu.set_up(FAKE_ABSENT="torch hydra")
+    assert python == f"{cpu.folder}/venv/bin/python"
+    assert asked.count("venv") >= 1
+    assert "[cpu,dev,wandb,tensorboard,tasks,smollm2]" in asked
+    assert "--system-site-packages" not in asked
+    again, asked, messages = cpu.set_up(FAKE_ABSENT="torch hydra")
+    assert (again, asked, messages) == (python, "", "")
+
+
+def test_offline_gpu_machine_with_everything_installs_nothing(gpu: Machine) -> None:
+    python, asked, messages = gpu.set_up(FAKE_ABSENT="")
+    assert (python, asked) == (str(gpu.system), "")
+    assert "which has all required packages" in messages
+
+
+def test_gpu_machine_lends_its_torch(gpu: Machine) -> None:
+    _, asked, _ = gpu.set_up(FAKE_ABSENT="hydra")
+    assert "--system-site-packages" in asked
+    assert "[gpu,dev," in asked
+
+
+def test_gpu_machine_without_torch_gets_its_own(gpu: Machine) -> None:
+    _, asked, _ = gpu.set_up(FAKE_ABSENT="torch", FAKE_NO_CUDA="1")
+    assert "--system-site-packages" not in asked
+    assert "[gpu,dev," in asked
+
+
+def test_active_environment_with_everything_is_left_alone(cpu: Machine) -> None:
+    active = cpu.folder / "active"
+    executable(active / "bin" / "python", FAKE_PYTHON)
+    python, asked, _ = cpu.set_up(VIRTUAL_ENV=str(active), FAKE_ABSENT="")
+    assert (python, asked) == (f"{active}/bin/python", "")
+
+
+def test_failed_install_names_what_is_missing(cpu: Machine) -> None:
+    _, _, messages = cpu.set_up(code=1, FAKE_ABSENT="torch hydra", FAKE_INSTALL_CODE="1")
+    assert "still missing: torch hydra" in messages
+    assert "setup.log" in messages
+
+
+def test_uv_is_used_where_present(cpu: Machine) -> None:
+    executable(cpu.folder / "bin" / "uv", 'echo "uv $*" >>"$FAKE_LOG"')
+    _, asked, _ = cpu.set_up(FAKE_ABSENT="torch")
+    assert f"uv pip install -q --python {cpu.folder}/venv/bin/python -e {ROOT}[cpu," in asked
+
+
+FAKE_RUN = 'if [[ "$*" == *vexact* ]]; then printf "%s\\n" "$*" "--" >>"$FAKE_LOG"; else exit 9; fi'
+
+
+def started(tmp_path: Path, *arguments: str, **variables: str) -> list[str]:
+    """What examples/getting_started/run_qwen3_1b7.sh runs, from a foreign working directory."""
+    venv = tmp_path / "venv"
+    python = executable(venv / "bin" / "python", f'case "$*" in *version_info*|*find_spec*) exit 0;; esac\n{FAKE_RUN}')
+    log = tmp_path / "log"
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": str(venv),
+        "FAKE_LOG": str(log),
+        "VEXACT_CACHE": str(tmp_path / "cache"),
+        **variables,
+    }
+    script = ROOT / "examples" / "getting_started" / "run_qwen3_1b7.sh"
+    subprocess.run(["bash", script, *arguments], cwd=elsewhere, env=environment, check=True, timeout=30)
+    assert python.exists()
+    return log.read_text().split("--\n")[:-1]
+
+
+def test_main_job_without_a_model_prepares_and_trains_the_tiny_one(tmp_path: Path) -> None:
+    prepare, train = started(tmp_path, "trainer.experiment_name=two words")
+    assert prepare.startswith("-m vexact prepare tiny --out")
+    assert "-m vexact train recipe=tiny_arithmetic" in train
+    assert train.endswith("trainer.experiment_name=two words\n")
+
+
+def test_main_job_with_a_model_trains_it(tmp_path: Path) -> None:
+    (train,) = started(tmp_path, "trainer.seed=1", model_dir="/m", train_path="/t.parquet")
+    assert train == "-m vexact train --from_env recipe=qwen3_1b7 trainer.seed=1\n"

@@ -1,0 +1,54 @@
+"""The command `vexact`: arguments, exit codes, and how errors look.
+
+Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+
+from vexact import __version__, env
+from vexact.commands import generate, prepare, train
+
+_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+    except Exception as error:
+        if not is_user_error(error) or arguments.debug or env.debug():
+            raise
+        sys.stderr.write(f"vexact {arguments.command}: {error}\n(--debug shows where)\n")
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with every command."""
+    root = argparse.ArgumentParser(
+        prog="vexact",
+        description="Exact reinforcement learning for language models: what is sampled is what is trained.",
+    )
+    root.add_argument("--version", action="version", version=f"vexact {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (train, prepare, generate):
+        command = module.add_parser(commands)
+        command.add_argument("--debug", action="store_true", help="show the traceback of a user error (VEXACT_DEBUG=1)")
+        command.set_defaults(run=module.run)
+    return root
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether the message alone serves the user: bad values and files, a full disk, every named exception of ours."""
+    if isinstance(error, _USER_ERRORS) or type(error).__module__.split(".")[0] == "vexact":
+        return True
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

@@ -1,0 +1,1 @@
+"""One module per subcommand: `add_parser` declares its arguments, `run` does it and returns the exit code."""

@@ -1,0 +1,19 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" to "cuda" or "cpu".
+
+    Raises:
+        ValueError: "cuda" is asked for and PyTorch finds no GPU.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("device=cuda: PyTorch finds no GPU here; use device=cpu or auto")
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    return name

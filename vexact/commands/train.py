@@ -1,0 +1,50 @@
+"""`vexact train`: compose the configuration and run the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vexact import env
+from vexact.config import load_config
+
+EPILOG = """\
+examples:
+  vexact train recipe=tiny_arithmetic trainer.total_training_steps=5
+  vexact train actor_rollout_ref.model.path=DIR data.train_files=train.parquet 'trainer.logger=[console,wandb]'
+
+docs/configuration.md lists every key.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model by reinforcement learning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides; later ones win")
+    parser.add_argument(
+        "--from_env", action="store_true", help="take model and data from model_dir, train_path and test_path"
+    )
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
+    config = load_config([*overrides, *arguments.overrides])
+    if arguments.dry_run:
+        from vexact.commands.device import resolve_device
+        from vexact.config.plan import build_plan
+
+        plan = build_plan(config, resolve_device(config.trainer.device))
+        sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")
+        return 0
+    from vexact.trainer.launch import run as launch
+
+    return launch(config)
