@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vexact.ops.kernels.linear_pointer import matmul_pointer_kernel
-from vexact.ops.kernels.linear_tiles import Layout, Tile, select_tile
+from vexact.ops.kernels.linear_select import select_tile
+from vexact.ops.kernels.linear_tiles import Layout, Tile
 from vexact.ops.kernels.linear_tma import matmul_tma_kernel
 
 

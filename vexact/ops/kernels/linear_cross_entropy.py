@@ -1,0 +1,217 @@
+"""Fused linear cross-entropy: log-prob and entropy of every token from hidden states, without a T x V matrix.
+
+The forward walks the tokens in chunks: fp32 logits from the linear kernel, then the row kernel of ``logprob``. The
+backward walks the vocabulary in slices instead: a slice's logits are recomputed and turned into gradients in the
+epilogue of the product, its part of dweight is complete at once, and only the small dhidden is accumulated (fp32). The
+one-pass form has the logits of a token chunk at hand, but must accumulate dweight; it collects the gradients of several
+chunks first, so that the large fp32 buffer is touched a few times only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vexact.ops.kernels.linear import matmul, multiprocessors, operand_descriptor, use_descriptors
+from vexact.ops.kernels.linear_cross_entropy_grad import dlogits_kernel, matmul_dlogits_kernel
+from vexact.ops.kernels.logprob import token_logprobs
+
+WORKSPACE_BYTES = 1280 << 20  # one chunk of logits or of their gradients
+ONE_PASS_LOGITS_BYTES = 320 << 20
+ONE_PASS_GRADIENT_BYTES = 960 << 20
+ROW_MULTIPLE = 128
+COLUMN_MULTIPLE = 256
+DLOGITS_TILE = (128, 256, 64, 8)  # rows, columns, depth, column-group height
+DLOGITS_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatistics:
+    """What the gradient of a row needs beside its logits; all (T,), fp32 but for ``targets``."""
+
+    targets: Tensor
+    inv_temperature: Tensor
+    min_logit: Tensor
+    lse: Tensor
+    entropy: Tensor
+    dlogprobs: Tensor
+    dentropy: Tensor | None
+
+    def pointers(self) -> tuple[Tensor, ...]:
+        """The arguments of the gradient kernels, in their order."""
+        dentropy = self.dlogprobs if self.dentropy is None else self.dentropy
+        return (
+            self.targets,
+            self.inv_temperature,
+            self.min_logit,
+            self.lse,
+            self.entropy,
+            self.dlogprobs,
+            dentropy,
+        )
+
+
+def balanced_chunks(total: int, limit: int, multiple: int) -> Iterator[slice]:
+    """Slices of nearly equal length, at most ``limit`` (at least ``multiple``), cut at multiples of ``multiple``."""
+    count = triton.cdiv(total, max(limit, multiple))
+    size = triton.cdiv(triton.cdiv(total, max(count, 1)), multiple) * multiple
+    for start in range(0, total, max(size, 1)):
+        yield slice(start, min(start + size, total))
+
+
+def padded(columns: int) -> int:
+    """``columns`` rounded up so that every row of a workspace starts at an address descriptors accept."""
+    return triton.cdiv(columns, 16) * 16
+
+
+def forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: Tensor, min_logit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (T, H), weight (V, H), the rest (T,) -> log-prob of the target, log-sum-exp, entropy: (T,) fp32."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    width = padded(vocabulary)
+    results = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)]
+    workspace: Tensor | None = None
+    for chunk in balanced_chunks(tokens, WORKSPACE_BYTES // (4 * width), ROW_MULTIPLE):
+        rows = chunk.stop - chunk.start
+        if workspace is None:
+            workspace = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
+        logits = matmul(hidden[chunk], weight, workspace[:rows, :vocabulary], layout="forward")
+        values = token_logprobs(logits, targets[chunk], inv_temperature[chunk], min_logit[chunk])
+        for result, value in zip(results, values, strict=True):
+            result[chunk] = value
+    return results[0], results[1], results[2]
+
+
+def backward(
+    dlogprobs: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor,
+    min_logit: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the forward: dhidden (T, H) and dweight (V, H), in the dtypes of what they belong to."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    rows = RowStatistics(targets, inv_temperature, min_logit, lse, entropy, dlogprobs, dentropy)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if not tokens:
+        return torch.empty_like(hidden), dweight.zero_()
+    dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    workspace: Tensor | None = None
+    # fp32 logits are stored beside their gradients when the epilogue cannot make them.
+    bytes_per_column = tokens * (hidden.element_size() + (0 if _fuses_gradient(hidden, weight) else 4))
+    for columns in balanced_chunks(vocabulary, WORKSPACE_BYTES // bytes_per_column, COLUMN_MULTIPLE):
+        count = columns.stop - columns.start
+        if workspace is None:
+            workspace = torch.empty(tokens, padded(count), dtype=hidden.dtype, device=hidden.device)
+        dlogits = _recomputed_dlogits(hidden, weight[columns], rows, columns.start, workspace[:, :count])
+        matmul(dlogits.t(), hidden.t(), dweight[columns], layout="grad_weight")
+        matmul(dlogits, weight[columns].t(), dhidden, layout="grad_input", accumulate=True)
+    return dhidden.to(hidden.dtype), dweight
+
+
+def one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor,
+    min_logit: Tensor,
+    dloss: Callable[[Tensor, slice], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward and backward at once, for a loss that is a sum over tokens of a function of the token's log-prob.
+
+    ``dloss(logprobs of a chunk, its slice of the tokens)`` returns the loss's derivative by each log-prob, (chunk,)
+    fp32. Returns log-probs (T,) fp32, entropies (T,) fp32, dhidden (T, H) and dweight (V, H).
+    """
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    width = padded(vocabulary)
+    logprobs, entropies = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    dhidden = torch.empty_like(hidden)
+    groups = list(balanced_chunks(tokens, ONE_PASS_GRADIENT_BYTES // (hidden.element_size() * width), ROW_MULTIPLE))
+    total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if len(groups) != 1 else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if total is None else total
+    gradients, workspace = None, None
+    for group in groups:
+        size = group.stop - group.start
+        if gradients is None:
+            gradients = torch.empty(size, width, dtype=hidden.dtype, device=hidden.device)
+        for chunk in balanced_chunks(size, ONE_PASS_LOGITS_BYTES // (4 * width), ROW_MULTIPLE):
+            at = slice(group.start + chunk.start, group.start + chunk.stop)
+            rows = at.stop - at.start
+            if workspace is None:
+                workspace = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
+            logits = matmul(hidden[at], weight, workspace[:rows, :vocabulary], layout="forward")
+            values = token_logprobs(logits, targets[at], inv_temperature[at], min_logit[at])
+            logprobs[at], lse, entropies[at] = values
+            statistics = RowStatistics(
+                targets[at], inv_temperature[at], min_logit[at], lse, entropies[at], dloss(logprobs[at], at), None
+            )
+            _stored_dlogits(logits, statistics, 0, gradients[chunk, :vocabulary])
+        dlogits = gradients[:size, :vocabulary]
+        matmul(dlogits, weight.t(), dhidden[group], layout="grad_input")
+        matmul(dlogits.t(), hidden[group].t(), dweight, layout="grad_weight", accumulate=total is not None)
+    del gradients, workspace
+    return logprobs, entropies, dhidden, dweight.to(weight.dtype)
+
+
+def _fuses_gradient(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the recomputing product can turn logits into gradients in its epilogue."""
+    k_major = hidden.stride(1) == 1 and weight.stride(1) == 1
+    return k_major and hidden.dtype != torch.float32 and use_descriptors(hidden, weight)
+
+
+def _recomputed_dlogits(hidden: Tensor, weight: Tensor, rows: RowStatistics, first_column: int, out: Tensor) -> Tensor:
+    """Gradients (T, N) of the logits of the vocabulary slice ``weight`` (N, H), written into ``out``."""
+    (tokens, size), count = hidden.shape, weight.shape[0]
+    if not _fuses_gradient(hidden, weight):
+        logits = torch.empty(tokens, padded(count), dtype=torch.float32, device=hidden.device)[:, :count]
+        return _stored_dlogits(matmul(hidden, weight, logits, layout="forward"), rows, first_column, out)
+    block_m, block_n, block_k, group_m = DLOGITS_TILE
+    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(count, block_n)
+    matmul_dlogits_kernel[(min(tiles, multiprocessors(hidden.device)),)](
+        operand_descriptor(hidden, block_m, block_k)[0],
+        operand_descriptor(weight, block_n, block_k)[0],
+        TensorDescriptor(out, list(out.shape), list(out.stride()), [block_m, block_n // 4]),
+        *rows.pointers(),
+        tokens,
+        count,
+        size,
+        first_column,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=group_m,
+        HAS_DENTROPY=rows.dentropy is not None,
+        num_warps=8,
+        num_stages=4,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def _stored_dlogits(logits: Tensor, rows: RowStatistics, first_column: int, out: Tensor) -> Tensor:
+    """Gradients of fp32 ``logits`` (T, N), written into ``out``."""
+    tokens, count = logits.shape
+    dlogits_kernel[(tokens, triton.cdiv(count, DLOGITS_BLOCK))](
+        logits,
+        out,
+        *rows.pointers(),
+        count,
+        logits.stride(0),
+        out.stride(0),
+        first_column,
+        BLOCK=DLOGITS_BLOCK,
+        HAS_DENTROPY=rows.dentropy is not None,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return out
