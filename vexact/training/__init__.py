@@ -1,0 +1,9 @@
+"""Training: packing, forward with fused linear cross-entropy, policy loss, optimizer, reference policy."""
+
+from vexact.training.actor import Actor
+from vexact.training.config import ActorConfig, OptimConfig
+from vexact.training.reference import Reference
+from vexact.training.sft import SupervisedConfig, supervised_steps
+from vexact.training.state import ActorState
+
+__all__ = ["Actor", "ActorConfig", "ActorState", "OptimConfig", "Reference", "SupervisedConfig", "supervised_steps"]

@@ -1,0 +1,179 @@
+"""The policy being trained: packs sequences, computes the loss, steps, and hands out its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vexact.algorithms import Denominators
+from vexact.models import CausalLM
+from vexact.training.batch import PolicyTargets, TokenSequence, policy_targets, token_sequence
+from vexact.training.config import ActorConfig
+from vexact.training.forward import group_batch, micro_batches, prepare, scatter_by_sequence, score, token_scores
+from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
+from vexact.training.optimizer import Optimizer, unsharded
+from vexact.training.ranks import Ranks
+from vexact.training.state import ActorState, gather_state, restore_state
+from vexact.types import TrainSequence
+
+Audit = Callable[[list[int], list[np.ndarray]], None]
+
+
+class Actor:
+    """Trains ``model`` in place. With several ranks every rank makes the same calls with its own sequences.
+
+    The rollout's log-probabilities are the old log-probabilities, so there is no pass that recomputes them. In the
+    first optimizer step of an ``update`` the forward must reproduce them bit for bit; the audit callback checks it.
+    """
+
+    def __init__(self, model: CausalLM, config: ActorConfig, device: torch.device | str | None = None) -> None:
+        """Raises ValueError when the mini-batch cannot be split over the ranks, or sharding is off but needed."""
+        self.config, self.model = config, model
+        self.ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
+        if config.ppo_mini_batch_size % self.ranks.world_size:
+            raise ValueError(
+                f"actor.ppo_mini_batch_size={config.ppo_mini_batch_size} sequences do not divide evenly over "
+                f"{self.ranks.world_size} ranks; make it a multiple of {self.ranks.world_size}"
+            )
+        model.gradient_checkpointing = config.enable_gradient_checkpointing
+        prepare(model, self.ranks, config.torch_dtype, config.fsdp)
+        self.optimizer = Optimizer(model.parameters(), config.optim)
+        self.num_updates = 0
+
+    def update(self, sequences: Sequence[TrainSequence], audit: Audit | None = None) -> dict[str, float]:
+        """One PPO update: ``ppo_epochs`` passes in mini-batches, one optimizer step each.
+
+        ``audit(indices, logprobs)`` is called once per rank, after the first mini-batch's backward and before any
+        weight changes, with this rank's sequence indices and their training log-probabilities (fp32 (R,) arrays, same
+        order). What it raises leaves the weights untouched.
+
+        Returns the means over the optimizer steps by verl's metric names, plus ``actor/skipped_steps``. Raises
+        ValueError for a sequence that does not fit the token budget, and for missing reference log-probabilities.
+        """
+        self._check(sequences)
+        lr = self.config.optim.lr_at(self.num_updates)
+        self.optimizer.set_lr(lr)
+        steps = []
+        for epoch in range(self.config.ppo_epochs):
+            for indices in self._mini_batches(len(sequences), epoch):
+                steps.append(self._step(sequences, indices, audit))
+                audit = None
+        self.num_updates += 1
+        return _mean_metrics(steps) | {"actor/lr": lr} | self._coefficients()
+
+    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training."""
+        names = [s.sample.request_id for s in sequences]
+        tokens = [token_sequence(s) for s in sequences]
+        return score(self.model, tokens, names, self.config.ppo_max_token_len_per_gpu, self.ranks)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its model name: whole, in the compute dtype, one at a time.
+
+        All ranks iterate together, since sharded parameters are gathered. The tensors may share the actor's memory:
+        copy what outlives the next update.
+        """
+        for name, parameter in self.model.named_parameters():
+            yield name, unsharded(parameter.detach()).to(self.config.torch_dtype)
+
+    def state_dict(self) -> ActorState:
+        """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""
+        return gather_state(self.model, self.optimizer, self.num_updates)
+
+    def load_state_dict(self, state: ActorState) -> None:
+        """Puts a state back. All ranks call it; the tensors count on rank 0 and may be absent elsewhere.
+
+        Raises ValueError naming the parameters that do not match the model.
+        """
+        self.num_updates = restore_state(self.model, self.optimizer, state)
+
+    def _check(self, sequences: Sequence[TrainSequence]) -> None:
+        (most,) = self.ranks.maximum(len(sequences))
+        if most == 0:
+            raise ValueError("update() got no sequences on any rank; check data.train_batch_size and filter_groups")
+        for s in sequences:
+            name, num_tokens = s.sample.request_id, len(s.sample.token_ids)
+            if self.config.use_kl_loss and s.ref_logprobs is None:
+                raise ValueError(
+                    f"actor.use_kl_loss=True, but {name} has no ref_logprobs; compute them before update()"
+                )
+            per_token = {"logprobs": s.sample.logprobs, "min_logits": s.sample.min_logits, "advantages": s.advantages}
+            if s.ref_logprobs is not None:
+                per_token["ref_logprobs"] = s.ref_logprobs
+            for key, values in per_token.items():
+                if len(values) != num_tokens:
+                    raise ValueError(f"{name} has {num_tokens} response tokens but {len(values)} {key}")
+
+    def _mini_batches(self, num_sequences: int, epoch: int) -> list[list[int]]:
+        """This rank's indices of every mini-batch; as many on every rank, the last ones possibly short or empty.
+
+        The order of a shuffled epoch depends on (data_loader_seed, update, epoch) only: nothing to restore on resume.
+        """
+        order = list(range(num_sequences))
+        if self.config.shuffle:
+            key = [self.config.data_loader_seed, self.num_updates, epoch]
+            order = np.random.default_rng(key).permutation(num_sequences).tolist()
+        size = self.config.ppo_mini_batch_size // self.ranks.world_size
+        (count,) = self.ranks.maximum(math.ceil(num_sequences / size))
+        return [order[i * size : (i + 1) * size] for i in range(count)]
+
+    def _step(self, sequences: Sequence[TrainSequence], indices: list[int], audit: Audit | None) -> dict[str, float]:
+        """One optimizer step on one mini-batch."""
+        chosen = [sequences[i] for i in indices]
+        tokens = [token_sequence(s) for s in chosen]
+        denominators = self._denominators(tokens)
+        names = [s.sample.request_id for s in chosen]
+        budget, balance = self.config.ppo_max_token_len_per_gpu, self.config.balance_micro_batches
+        metrics = MiniBatchMetrics()
+        logprobs: list[np.ndarray] = [np.empty(0, np.float32)] * len(chosen)
+        self.optimizer.zero_grad()
+        for group in micro_batches(tokens, names, budget, balance, self.ranks):
+            values = self._accumulate(chosen, tokens, group, denominators, metrics)
+            scatter_by_sequence(values, tokens, group, logprobs)
+        if audit is not None:
+            audit(indices, logprobs)
+        norm = self.optimizer.step(self.config.grad_clip)
+        sums = self.ranks.total_of(metrics.sums).tolist()
+        return dict(zip(metrics.names, sums, strict=True)) | {"grad_norm": norm}
+
+    def _accumulate(
+        self,
+        chosen: Sequence[TrainSequence],
+        tokens: Sequence[TokenSequence],
+        group: list[int],
+        denominators: Denominators,
+        metrics: MiniBatchMetrics,
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; returns its log-probabilities (R,)."""
+        batch = group_batch(tokens, group, self.ranks.device)
+        scores = token_scores(self.model, batch)
+        if group:
+            targets = policy_targets([chosen[i] for i in group], self.ranks.device)
+        else:
+            targets = PolicyTargets(*[torch.zeros_like(scores.logprobs)] * 3)
+        loss, shares = micro_batch_loss(scores, batch, targets, self.config, denominators)
+        weight = 1.0 if group else 0.0
+        metrics.add(shares, weight)
+        # FSDP averages gradients over the ranks, but the loss already has global denominators.
+        (loss * (weight * self.ranks.world_size)).backward()
+        return scores.logprobs.detach()
+
+    def _denominators(self, tokens: Sequence[TokenSequence]) -> Denominators:
+        local_tokens = sum(len(s.response) for s in tokens)
+        num_tokens, num_sequences = self.ranks.total(local_tokens, len(tokens))
+        return Denominators(num_tokens, num_sequences, self.config.loss_scale_factor)
+
+    def _coefficients(self) -> dict[str, float]:
+        return {"actor/kl_coef": self.config.kl_loss_coef} if self.config.use_kl_loss else {}
+
+
+def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps that were taken (over all of them if none was), and how many were skipped."""
+    taken = [step for step in steps if math.isfinite(step["grad_norm"])]
+    counted = taken or steps
+    means = {f"actor/{name}": sum(step[name] for step in counted) / len(counted) for name in counted[0]}
+    return means | {"actor/skipped_steps": float(len(steps) - len(taken))}

@@ -1,0 +1,76 @@
+"""From sequences to log-probabilities: the one forward that training, reference and warm-up share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vexact.models import CausalLM
+from vexact.ops.linear_cross_entropy import LinearCrossEntropy
+from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.packing import pack
+from vexact.training.ranks import Ranks, lone_mesh, shard
+
+FILLER = TokenSequence(prompt=(0,), response=(0,))
+"""What a rank computes while other ranks have more micro-batches, so that their collectives match."""
+
+
+def prepare(model: CausalLM, ranks: Ranks, dtype: torch.dtype, fsdp: bool | None) -> None:
+    """Shards ``model`` in place when asked to, or when several ranks or a second dtype need it (``ActorConfig.fsdp``).
+
+    Raises ValueError when sharding is switched off although it is needed.
+    """
+    model_dtype = next(model.parameters()).dtype
+    needed = ranks.mesh is not None or model_dtype != dtype
+    if fsdp is False and needed:
+        raise ValueError(
+            f"actor.fsdp=False needs one rank and a model in {dtype}; "
+            f"there are {ranks.world_size} rank(s) and the model is in {model_dtype}"
+        )
+    if fsdp or needed:
+        mesh = lone_mesh(ranks.device) if ranks.mesh is None else ranks.mesh
+        shard(model, list(model.parallel_layers), mesh, dtype)
+
+
+def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy:
+    """Log-probability and entropy of every response token of the batch, fp32 (R,)."""
+    return model(batch.input_ids, batch.positions, batch.attention, targets=batch.targets)
+
+
+def micro_batches(
+    sequences: Sequence[TokenSequence], names: Sequence[str], budget: int, balance: bool, ranks: Ranks
+) -> list[list[int]]:
+    """Groups of sequence indices, as many on every rank: a rank with fewer gets empty groups at the end."""
+    groups = pack([s.num_input_tokens for s in sequences], budget, balance=balance, names=names)
+    (most,) = ranks.maximum(len(groups))
+    return groups + [[] for _ in range(most - len(groups))]
+
+
+def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], device: torch.device) -> PackedBatch:
+    """The packed tensors of one group, a filler for an empty one."""
+    return pack_tokens([sequences[i] for i in group] or [FILLER], device)
+
+
+@torch.no_grad()
+def score(
+    model: CausalLM, sequences: Sequence[TokenSequence], names: Sequence[str], budget: int, ranks: Ranks
+) -> list[np.ndarray]:
+    """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together."""
+    result: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+    for group in micro_batches(sequences, names, budget, True, ranks):
+        logprobs = token_scores(model, group_batch(sequences, group, ranks.device)).logprobs
+        scatter_by_sequence(logprobs, sequences, group, result)
+    return result
+
+
+def scatter_by_sequence(
+    values: Tensor, sequences: Sequence[TokenSequence], group: Sequence[int], out: list[np.ndarray]
+) -> None:
+    """Puts the packed values (R,) of a group's sequences into ``out[index]``; a filler goes nowhere."""
+    if group:
+        lengths = [len(sequences[i].response) for i in group]
+        for index, part in zip(group, values.detach().cpu().split(lengths), strict=True):
+            out[index] = part.numpy()

@@ -1,0 +1,61 @@
+"""The loss of one micro-batch, as its share of the whole mini-batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vexact.algorithms import Denominators, PolicyLossInputs, kl_penalty, policy_loss, token_weights
+from vexact.ops.linear_cross_entropy import LinearCrossEntropy
+from vexact.training.batch import PackedBatch, PolicyTargets
+from vexact.training.config import ActorConfig
+
+
+def micro_batch_loss(
+    scores: LinearCrossEntropy,
+    batch: PackedBatch,
+    targets: PolicyTargets,
+    config: ActorConfig,
+    denominators: Denominators,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy loss - entropy_coeff * entropy + kl_loss_coef * KL, and the metrics by verl's name without "actor/".
+
+    Loss and metrics are scalars that add up to those of the mini-batch over all its micro-batches and ranks. Metrics
+    are detached.
+    """
+    weights = token_weights(batch.response_lengths, config.agg_mode, denominators)  # (R,)
+    inputs = PolicyLossInputs(scores.logprobs, targets.old_logprobs, targets.advantages, batch.response_lengths)
+    policy = policy_loss(config.loss_mode)(inputs, config.clip)
+    loss = (policy.losses * weights).sum()
+    shares = {"pg_loss": loss}
+    if config.entropy_coeff != 0:
+        shares["entropy_loss"] = (scores.entropy * weights).sum()
+        loss = loss - config.entropy_coeff * shares["entropy_loss"]
+    if config.use_kl_loss:
+        assert targets.ref_logprobs is not None, "the actor checks for reference log-probs before it packs"
+        kl = kl_penalty(scores.logprobs, targets.ref_logprobs, config.kl_loss_type)
+        shares["kl_loss"] = (kl * weights).sum()
+        loss = loss + config.kl_loss_coef * shares["kl_loss"]
+    shares["loss"] = loss
+    per_token = policy.metrics | {"entropy": scores.entropy}
+    shares |= {name: values.double().sum() / denominators.num_tokens for name, values in per_token.items()}
+    return loss, {name: share.detach() for name, share in shares.items()}
+
+
+class MiniBatchMetrics:
+    """Sums the shares of micro-batches; ``names`` are those of the first one added (the same on every rank)."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self.names: list[str] = []
+
+    def add(self, shares: dict[str, Tensor], weight: float = 1.0) -> None:
+        """Adds one micro-batch; a filler has weight 0."""
+        self.names = list(shares)
+        values = weight * torch.stack([share.double() for share in shares.values()])  # (names,) fp64
+        self._sums = values if self._sums is None else self._sums + values
+
+    @property
+    def sums(self) -> Tensor:
+        assert self._sums is not None, "a mini-batch has at least one micro-batch on every rank"
+        return self._sums

@@ -1,0 +1,62 @@
+"""A short supervised warm-up: next-token loss on (prompt, answer) pairs, through the forward that RL uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vexact.models import CausalLM
+from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.config import OptimConfig
+from vexact.training.forward import token_scores
+from vexact.training.optimizer import Optimizer
+
+TokenPair = tuple[Sequence[int], Sequence[int]]
+"""Prompt token ids, answer token ids; only answer tokens are trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedConfig:
+    """Plain AdamW on batches drawn without replacement per pass over the data."""
+
+    batch_size: int = 64
+    grad_clip: float = 1.0
+    seed: int = 0
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.0))
+
+
+def supervised_steps(
+    model: CausalLM, pairs: Sequence[TokenPair], num_steps: int, config: SupervisedConfig
+) -> list[float]:
+    """Trains ``model`` in place for ``num_steps`` and returns the mean negative log-likelihood per token of each step.
+
+    The result depends on the arguments only. Raises ValueError when there are no pairs.
+    """
+    if not pairs:
+        raise ValueError("supervised_steps got no (prompt, answer) pairs")
+    device = model.lm_head_weight.device
+    sequences = [TokenSequence(prompt, answer) for prompt, answer in pairs]
+    optimizer = Optimizer(model.parameters(), config.optim)
+    losses = []
+    for step in range(num_steps):
+        batch = pack_tokens([sequences[i] for i in _draw(len(pairs), step, config)], device)
+        optimizer.set_lr(config.optim.lr_at(step))
+        optimizer.zero_grad()
+        loss = -token_scores(model, batch).logprobs.mean()
+        loss.backward()
+        optimizer.step(config.grad_clip)
+        losses.append(loss.detach())
+    optimizer.zero_grad()
+    return torch.stack(losses).tolist() if losses else []
+
+
+def _draw(num_pairs: int, step: int, config: SupervisedConfig) -> list[int]:
+    """Indices of one batch: consecutive slices of a fresh permutation per pass, a pure function of (seed, step)."""
+    size = min(config.batch_size, num_pairs)
+    per_pass = num_pairs // size
+    order = np.random.default_rng([config.seed, step // per_pass]).permutation(num_pairs)
+    start = step % per_pass * size
+    return order[start : start + size].tolist()
