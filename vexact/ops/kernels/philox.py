@@ -14,19 +14,18 @@ _WEYL_1 = tl.constexpr(0xBB67AE85)
 @triton.jit
 def philox_4x32_10(c0, c1, c2, c3, k0, k1):
     """Four uint32 words from the counter (c0, c1, c2, c3) and the key (k0, k1), all uint32 and broadcastable."""
-    m0 = tl.full((), _MULTIPLIER_0, tl.uint32)
-    m1 = tl.full((), _MULTIPLIER_1, tl.uint32)
+    m0 = tl.full((), _MULTIPLIER_0, tl.uint64)
+    m1 = tl.full((), _MULTIPLIER_1, tl.uint64)
     w0 = tl.full((), _WEYL_0, tl.uint32)
     w1 = tl.full((), _WEYL_1, tl.uint32)
     for _ in tl.static_range(10):
-        high0 = tl.umulhi(c0, m0)
-        high1 = tl.umulhi(c2, m1)
-        low0 = c0 * m0
-        low1 = c2 * m1
-        c0 = high1 ^ c1 ^ k0
-        c2 = high0 ^ c3 ^ k1
-        c1 = low1
-        c3 = low0
+        # One widening multiplication gives both halves of the product.
+        product0 = c0.to(tl.uint64) * m0
+        product1 = c2.to(tl.uint64) * m1
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
         k0 = k0 + w0
         k1 = k1 + w1
     return c0, c1, c2, c3

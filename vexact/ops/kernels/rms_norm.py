@@ -14,8 +14,7 @@ from torch import Tensor
 
 # The weight gradient is cut into at most this many row blocks: a property of the input, not of the GPU it runs on.
 _MAX_ROW_BLOCKS = 1024
-_COLUMNS_PER_SUM = 32
-_PARTIALS_PER_STEP = 64
+PARTIAL_CONFIG = {"BLOCK_P": 64, "BLOCK_D": 32, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -176,15 +175,8 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     _backward_kernel[(num_blocks,)](
         dy, x, weight, rstd, dx, partial, num_rows, rows_per_block, D=width, **config, enable_fp_fusion=False
     )
-    _sum_partials_kernel[(triton.cdiv(width, _COLUMNS_PER_SUM),)](
-        partial,
-        dweight,
-        num_blocks,
-        D=width,
-        BLOCK_P=_PARTIALS_PER_STEP,
-        BLOCK_D=_COLUMNS_PER_SUM,
-        num_warps=4,
-        enable_fp_fusion=False,
+    _sum_partials_kernel[(triton.cdiv(width, PARTIAL_CONFIG["BLOCK_D"]),)](
+        partial, dweight, num_blocks, D=width, **PARTIAL_CONFIG, enable_fp_fusion=False
     )
     return dx, dweight
 

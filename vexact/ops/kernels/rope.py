@@ -62,12 +62,8 @@ def _rope_kernel(
     sin = tl.load(angles + HALF, mask=readable, other=float("nan"))
     if INVERSE:
         sin = -sin
-    _rotate(
-        q_ptr + token * q_stride, q_out_ptr + token * (HQ * 2 * HALF), cos, sin, HQ, HALF, BLOCK_HQ, BLOCK_HALF
-    )
-    _rotate(
-        k_ptr + token * k_stride, k_out_ptr + token * (HKV * 2 * HALF), cos, sin, HKV, HALF, BLOCK_HKV, BLOCK_HALF
-    )
+    _rotate(q_ptr + token * q_stride, q_out_ptr + token * (HQ * 2 * HALF), cos, sin, HQ, HALF, BLOCK_HQ, BLOCK_HALF)
+    _rotate(k_ptr + token * k_stride, k_out_ptr + token * (HKV * 2 * HALF), cos, sin, HKV, HALF, BLOCK_HKV, BLOCK_HALF)
 
 
 def launch_config(num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:

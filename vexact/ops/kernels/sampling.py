@@ -11,13 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.logprob import token_logprobs
 from vexact.ops.kernels.philox import philox_4x32_10
 
-_THRESHOLD_BLOCK = 4096
-_THRESHOLD_WARPS = 16
-_DRAW_BLOCK = 2048
-_DRAW_CHUNK = 8192
-_DRAW_WARPS = 4
+THRESHOLD_CONFIG = {"BLOCK": 4096, "num_warps": 16}
+DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 2048, "num_warps": 4}
 # Probabilities relative to the largest are summed as multiples of 2^-40: 2^22 tokens of weight one fit an int64.
 _MASS_ONE = tl.constexpr(1099511627776.0)
 _KEY_OF_NOTHING = tl.constexpr(-2147483648)
@@ -125,21 +123,15 @@ def _search(
             w2 = tl.sum(mass2, 0)
             w3 = tl.sum(mass3, 0)
         # Weights fall from pivot 1 to pivot 3: the new bounds are the two neighbours that disagree.
-        high, high_count = _pick(w3 < target, pivot3, n3, high, high_count)
-        high, high_count = _pick(w2 < target, pivot2, n2, high, high_count)
-        high, high_count = _pick(w1 < target, pivot1, n1, high, high_count)
-        low_weight = tl.where(w1 >= target, w1, low_weight)
-        low, low_count = _pick(w1 >= target, pivot1, n1, low, low_count)
-        low_weight = tl.where(w2 >= target, w2, low_weight)
-        low, low_count = _pick(w2 >= target, pivot2, n2, low, low_count)
-        low_weight = tl.where(w3 >= target, w3, low_weight)
-        low, low_count = _pick(w3 >= target, pivot3, n3, low, low_count)
-    return low, low_count
-
-
-@triton.jit
-def _pick(condition, key, count, other_key, other_count):
-    return tl.where(condition, key, other_key), tl.where(condition, count, other_count)
+        met1 = w1 >= target
+        met2 = w2 >= target
+        met3 = w3 >= target
+        high = tl.where(met1, tl.where(met2, tl.where(met3, high, pivot3), pivot2), pivot1)
+        high_count = tl.where(met1, tl.where(met2, tl.where(met3, high_count, n3), n2), n1)
+        low = tl.where(met3, pivot3, tl.where(met2, pivot2, tl.where(met1, pivot1, low)))
+        low_count = tl.where(met3, n3, tl.where(met2, n2, tl.where(met1, n1, low_count)))
+        low_weight = tl.where(met3, w3, tl.where(met2, w2, tl.where(met1, w1, low_weight)))
+    return low
 
 
 @triton.jit
@@ -188,31 +180,23 @@ def _threshold_kernel(
         if by_count:
             count = vocab_size + tl.zeros((), tl.int32)
             wanted = top_k.to(tl.int64)
-            low, count = _search(
+            low = _search(
                 row_ptr, vocab_size, low, high, count, count.to(tl.int64), wanted, inv_temperature, max_z, False, BLOCK
             )
         if by_mass:
             count, mass = _kept_weight(row_ptr, vocab_size, low, inv_temperature, max_z, BLOCK)
             wanted = tl.ceil(top_p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64)
-            low, count = _search(
-                row_ptr, vocab_size, low, high, count, mass, wanted, inv_temperature, max_z, True, BLOCK
-            )
+            low = _search(row_ptr, vocab_size, low, high, count, mass, wanted, inv_temperature, max_z, True, BLOCK)
         log_min_p = tl.where(by_ratio, tl.log(tl.where(by_ratio, min_p, 1.0)), float("-inf"))
         threshold = _smallest_kept(row_ptr, vocab_size, low, inv_temperature, max_z, log_min_p, BLOCK)
     tl.store(min_logit_ptr + row, threshold)
 
 
 @triton.jit
-def _negative_log(u):
-    """-log(u) for u in (0, 1), with small relative error also where u is close to 1."""
-    return -tl.log(u)
-
-
-@triton.jit
 def gumbel_from_bits(bits):
-    """Standard Gumbel noise from uint32 words: u = ((r >> 9) + 1/2) / 2^23, exact in fp32, and -log(-log u)."""
+    """Standard Gumbel noise -log(-log u) from uint32 words, with u = ((r >> 9) + 1/2) / 2^23 exact in fp32."""
     u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return -tl.log(_negative_log(u))
+    return -tl.log(-tl.log(u))
 
 
 @triton.jit
@@ -326,8 +310,6 @@ def sample(
     Returns:
         token_ids (B,) int64, logprobs (B,) fp32, min_logit (B,) fp32 (-inf keeps every token).
     """
-    from vexact.ops.kernels.logprob import token_logprobs
-
     logits = logits.contiguous()
     inv_temperature, min_logit = thresholds(logits, temperature, top_k, top_p, min_p)
     token_ids = draw(logits, temperature, inv_temperature, min_logit, seed, position)
@@ -351,8 +333,7 @@ def thresholds(
         inv_temperature,
         min_logit,
         vocab_size,
-        BLOCK=min(_THRESHOLD_BLOCK, triton.next_power_of_2(vocab_size)),
-        num_warps=_THRESHOLD_WARPS,
+        **THRESHOLD_CONFIG,
         enable_fp_fusion=False,
     )
     return inv_temperature, min_logit
@@ -368,7 +349,7 @@ def draw(
 ) -> Tensor:
     """Token ids (B,) int64: the largest of z + Gumbel noise over {logit >= min_logit}, or of the logits if greedy."""
     num_rows, vocab_size = logits.shape
-    num_chunks = triton.cdiv(vocab_size, _DRAW_CHUNK)
+    num_chunks = triton.cdiv(vocab_size, DRAW_CONFIG["CHUNK"])
     best_score = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -383,9 +364,7 @@ def draw(
         best_token,
         vocab_size,
         num_chunks,
-        CHUNK=_DRAW_CHUNK,
-        BLOCK=_DRAW_BLOCK,
-        num_warps=_DRAW_WARPS,
+        **DRAW_CONFIG,
         enable_fp_fusion=False,
     )
     _choose_kernel[(num_rows,)](

@@ -1,0 +1,126 @@
+"""Compiles every row-wise kernel ahead of time, without a GPU, and prints one JSON line per binary.
+
+Run as a script in a process without TRITON_INTERPRET: `python rowwise_compile.py 80 90 100`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vexact.ops.kernels import embedding, rms_norm, rope, sampling, swiglu
+
+Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
+
+_POINTER_ALIGNMENT = [["tt.divisibility", 16]]
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at the sizes of a 1.7B and a 135M model, with the configuration the launchers choose."""
+    for dtype, width in (("bf16", 128), ("bf16", 576), ("bf16", 2048), ("bf16", 5120), ("fp32", 2048), ("fp16", 73)):
+        yield from _rms_norm(dtype, width)
+    for dtype, heads in (("bf16", (16, 8, 128)), ("fp32", (9, 3, 64)), ("bf16", (64, 8, 80))):
+        yield _rope(dtype, *heads)
+    for dtype, width in (("bf16", 6144), ("fp32", 1536)):
+        yield from _swiglu(dtype, width)
+    for dtype, width in (("bf16", 2048), ("fp32", 576)):
+        yield from _embedding(dtype, width)
+    yield from _sampling()
+
+
+def _rms_norm(dtype: str, width: int) -> Iterator[Case]:
+    tensor = f"*{dtype}"
+    shared = {"x_ptr": tensor, "weight_ptr": tensor, "rstd_ptr": "*fp32", "num_rows": "i32"}
+    forward = {**shared, "residual_ptr": tensor, "y_ptr": tensor, "total_ptr": tensor, "eps": "fp32"}
+    for fused in (False, True):
+        constants = {"D": width, "HAS_RESIDUAL": fused, **rms_norm.forward_config(width)}
+        yield f"rms_norm forward fused={fused} {dtype} {width}", rms_norm._forward_kernel, forward, constants
+    backward = {**shared, "dy_ptr": tensor, "dx_ptr": tensor, "partial_ptr": "*fp32", "rows_per_block": "i32"}
+    constants = {"D": width, **rms_norm.backward_config(width)}
+    yield f"rms_norm backward {dtype} {width}", rms_norm._backward_kernel, backward, constants
+    total = {"partial_ptr": "*fp32", "out_ptr": tensor, "num_partials": "i32"}
+    constants = {"D": width, **rms_norm.PARTIAL_CONFIG}
+    yield f"rms_norm dweight {dtype} {width}", rms_norm._sum_partials_kernel, total, constants
+
+
+def _rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Case:
+    tensors = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
+    integers = dict.fromkeys(("q_stride", "k_stride", "num_positions"), "i32")
+    types = {**tensors, **integers, "positions_ptr": "*i64", "cos_sin_ptr": "*fp32"}
+    constants = {"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2, "INVERSE": True}
+    config = rope.launch_config(num_q_heads, num_kv_heads, head_dim)
+    return f"rope {dtype} {num_q_heads}/{num_kv_heads}x{head_dim}", rope._rope_kernel, types, {**constants, **config}
+
+
+def _swiglu(dtype: str, width: int) -> Iterator[Case]:
+    tensor, constants = f"*{dtype}", {"I": width, **swiglu.launch_config(width)}
+    types = {"gate_up_ptr": tensor, "out_ptr": tensor}
+    yield f"swiglu forward {dtype} {width}", swiglu._forward_kernel, types, constants
+    types = {"gate_up_ptr": tensor, "dy_ptr": tensor, "grad_ptr": tensor}
+    yield f"swiglu backward {dtype} {width}", swiglu._backward_kernel, types, constants
+
+
+def _embedding(dtype: str, width: int) -> Iterator[Case]:
+    tensor, constants = f"*{dtype}", {"H": width, **embedding.launch_config(width)}
+    types = {"ids_ptr": "*i64", "weight_ptr": tensor, "out_ptr": tensor, "num_rows": "i32"}
+    yield f"embedding forward {dtype} {width}", embedding._forward_kernel, types, constants
+    types = {
+        "dy_ptr": tensor,
+        "ids_ptr": "*i64",
+        "order_ptr": "*i64",
+        "out_ptr": tensor,
+        "num_tokens": "i32",
+        "num_rows": "i32",
+    }
+    constants = {**constants, "UNROLL": embedding._UNROLL}
+    yield f"embedding backward {dtype} {width}", embedding._backward_kernel, types, constants
+
+
+def _sampling() -> Iterator[Case]:
+    floats = dict.fromkeys(("logits_ptr", "temperature_ptr", "inv_temperature_ptr", "min_logit_ptr"), "*fp32")
+    types = {**floats, "top_k_ptr": "*i32", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "vocab_size": "i32"}
+    yield "sampling threshold", sampling._threshold_kernel, types, dict(sampling.THRESHOLD_CONFIG)
+    types = {
+        **floats,
+        "seed_ptr": "*i64",
+        "position_ptr": "*i64",
+        "best_score_ptr": "*fp32",
+        "best_token_ptr": "*i32",
+        "vocab_size": "i32",
+        "num_chunks": "i32",
+    }
+    yield "sampling draw", sampling._draw_kernel, types, dict(sampling.DRAW_CONFIG)
+    types = {"best_score_ptr": "*fp32", "best_token_ptr": "*i32", "token_ptr": "*i64", "num_chunks": "i32"}
+    yield "sampling choose", sampling._choose_kernel, types, {"BLOCK_S": 32, "num_warps": 1}
+
+
+def compile_case(case: Case, arch: int) -> dict[str, Any]:
+    """One binary: its shared memory in bytes, and whether ptx holds a multiplication contracted with an addition."""
+    name, kernel, types, constants = case
+    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
+    constants = {key: value for key, value in constants.items() if key != "num_warps"}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): _POINTER_ALIGNMENT for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = binary.asm["ptx"]
+    return {
+        "name": name,
+        "arch": arch,
+        "shared": binary.metadata.shared,
+        "contracted": "fma.rn.f32" in ptx,
+        "wide_loads": "ld.global.v4" in ptx or "ld.global.v2.b64" in ptx,
+        "cubin": len(binary.asm["cubin"]),
+    }
+
+
+if __name__ == "__main__":
+    for arch_argument in sys.argv[1:]:
+        for one in cases():
+            sys.stdout.write(json.dumps(compile_case(one, int(arch_argument))) + "\n")
