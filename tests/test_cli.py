@@ -104,6 +104,15 @@ def test_dry_run_prints_configuration_and_plan(tmp_path: Path, capsys: pytest.Ca
     assert "32 prompts x 8 samples = 256 sequences" in output
 
 
+def test_help_config_lists_matching_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help_config", "rollout.top"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "actor_rollout_ref.rollout.top_p=1.0",
+        "actor_rollout_ref.rollout.top_k=-1",
+    ]
+
+
 def test_module_and_interrupt_end_to_end() -> None:
     """A real process: the exit code of Ctrl-C, and no traceback."""
     code = (

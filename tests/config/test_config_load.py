@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,26 @@ def test_deliberate_baseline_warns_instead_of_stopping_unless_told() -> None:
 
 def test_every_key_has_a_sentence_of_help() -> None:
     assert [leaf.key for leaf in leaves(Keys) if not leaf.metadata["help"].endswith((".", "required"))] == []
+
+
+def test_no_key_is_dead() -> None:
+    """Every key is read somewhere outside its declaration, except those with one possible meaning."""
+    package = Path(__file__).resolve().parents[2] / "vexact"
+    declared_only = {"algorithm", "data", "model", "ref", "reward", "rollout", "trainer", "verl_compat", "checks"}
+    read = {
+        node.attr
+        for path in package.rglob("*.py")
+        if not (path.parent.name == "config" and path.stem in declared_only)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    dead = {leaf.key for leaf in leaves(Keys) if leaf.key.rsplit(".", 1)[-1] not in read}
+    assert dead <= {
+        f"{ACTOR}.strategy",
+        f"{ACTOR}.fsdp_config.model_dtype",
+        "trainer.nnodes",
+        "trainer.n_gpus_per_node",
+    }
 
 
 def test_choices_are_what_the_algorithms_register() -> None:

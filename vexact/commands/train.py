@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from vexact import env
 from vexact.config import load_config
+from vexact.config.fields import leaves, type_name
+from vexact.config.schema import Keys
 
 EPILOG = """\
 examples:
@@ -32,10 +35,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
     )
+    parser.add_argument(
+        "--help_config",
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="PART",
+        help="list the keys whose name contains PART, with type, default and meaning, then stop",
+    )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.help_config is not None:
+        sys.stdout.writelines(_help_lines(arguments.help_config))
+        return 0
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
     if arguments.dry_run:
@@ -48,3 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
     from vexact.trainer.launch import run as launch
 
     return launch(config)
+
+
+def _help_lines(part: str) -> Iterator[str]:
+    for leaf in leaves(Keys):
+        if part in leaf.key:
+            default = list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
+            yield f"{leaf.key}={default}\n    {leaf.metadata['help']} ({type_name(leaf.hint)})\n"

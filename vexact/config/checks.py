@@ -44,7 +44,7 @@ def _sources(config: Config) -> Iterator[str]:
             f"actor_rollout_ref.model.path={config.model.path}: no config.json there; give a Hugging Face checkpoint "
             "directory, or make a small one with `vexact prepare tiny`"
         )
-    if not config.data.train_files and not config.trainer.val_only:
+    if not config.data.train_files:
         yield (
             "data.train_files is not set: give a parquet or JSONL file, or a task such as "
             f"{TASK_PREFIX}chain_sum?size=2000&seed=1"
