@@ -1,0 +1,63 @@
+"""A tiny model and sequences for it."""
+
+import numpy as np
+import torch
+
+from vexact.models import ModelConfig, random_model
+from vexact.training import Actor, ActorConfig, OptimConfig
+from vexact.types import Sample, TrainSequence
+
+TINY = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_model(seed=0, dtype=torch.float32, **overrides):
+    return random_model(ModelConfig.from_hf_dict(TINY | overrides), seed, dtype)
+
+
+def tiny_actor(seed=0, lr=1e-2, **config):
+    """A fresh actor; equal arguments give equal weights."""
+    optim = config.pop("optim", OptimConfig(lr=lr))
+    return Actor(tiny_model(seed), ActorConfig(optim=optim, **config))
+
+
+def random_sequences(count, seed=0, temperature=0.8, ref_logprobs=False):
+    """Random tokens with made-up old log-probabilities around log(1/V), some of them far enough off to be clipped."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for i in range(count):
+        prompt, response = (tuple(rng.integers(0, 53, rng.integers(2, 9)).tolist()) for _ in range(2))
+        old = rng.normal(-4.0, 0.3, len(response)).astype(np.float32)
+        floor = np.full(len(response), -np.inf, np.float32)
+        sample = Sample(f"request-{i}", prompt, response, old, floor, temperature, "stop", 0)
+        reference = rng.normal(-4.0, 0.3, len(response)).astype(np.float32) if ref_logprobs else None
+        sequences.append(TrainSequence(sample, rng.normal(size=len(response)).astype(np.float32), reference))
+    return sequences
+
+
+def weights_of(actor):
+    return {name: tensor.clone() for name, tensor in actor.named_weights()}
+
+
+def gradients_of(actor):
+    return {name: parameter.grad.clone() for name, parameter in actor.model.named_parameters()}
+
+
+def assert_same_bits(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
