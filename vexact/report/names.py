@@ -19,8 +19,8 @@ METRICS: dict[str, dict[str, str]] = {
         "bitwise/first_different_position": "Position in the response of the first different token; -1: none.",
         "bitwise/weights_checksum_ok": "1 when the rollout's weights have the checksum of the trainer's after a sync.",
         "training/rollout_probs_diff_valid": "1 when probabilities were compared in this step.",
-        "training/rollout_probs_diff_{max,mean,std}": "Absolute difference of *probabilities* exp(log-prob) of rollout and "
-        "training, as in verl. Expected: exactly 0.",
+        "training/rollout_probs_diff_{max,mean,std}": "Absolute difference of *probabilities* exp(log-prob), rollout "
+        "against training, as in verl. Expected: exactly 0.",
         "training/rollout_actor_probs_pearson_corr": "Correlation of the two sides' probabilities. Expected: 1.",
         "rollout_corr/kl": "Mean of rollout log-prob minus training log-prob (nats). Expected: exactly 0.",
         "rollout_corr/k3_kl": "Mean of r - 1 - log r with r = training / rollout probability. Expected: exactly 0.",
