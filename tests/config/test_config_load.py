@@ -87,11 +87,10 @@ def test_every_shipped_recipe_is_typed_and_consistent(name: str, tmp_path: Path)
     assert config.optimizer_steps_per_rollout == 1
 
 
-@pytest.mark.parametrize(
-    "value", ["/data/my rows/a=b (1).parquet", "reasoning_gym:chain_sum?size=20&seed=1", "it's.parquet"]
-)
+@pytest.mark.parametrize("value", ["/data/my rows/a=b (1).parquet", "reasoning_gym:chain_sum?size=20&seed=1", "b~/c"])
 def test_paths_need_no_hydra_quoting(value: str) -> None:
     assert load(f"data.train_files={value}").data.train_files == (value,)
+    assert load(f"data.train_files=[a.parquet, {value}]").data.train_files == ("a.parquet", value)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +125,12 @@ def test_all_unknown_keys_are_named_at_once() -> None:
     text = message("trainer.sead=1", "data.promt_key=x")
     assert "trainer.seed" in text
     assert "data.prompt_key" in text
+
+
+def test_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    config = load("actor_rollout_ref.model.path=~/m", "data.train_files=[~/a.parquet,b~/c]")
+    assert (config.model.path, config.data.train_files) == ("/home/u/m", ("/home/u/a.parquet", "b~/c"))
 
 
 def test_dtype_spellings() -> None:

@@ -19,6 +19,9 @@ _BASELINE = (
     "actor_rollout_ref.rollout.batch_invariant=false is a deliberate baseline, so trainer.exactness is warn; "
     "set trainer.exactness=strict to stop at the first difference"
 )
+_PLAIN_LIST = re.compile(
+    r"^\[[^\[\]{}'\"]*\]$"
+)  # a list of texts that Hydra's grammar cannot read unquoted, such as a task
 _OVERRIDE = re.compile(r"^(\+\+|\+)?([A-Za-z_][\w.@/-]*)=(.*)$", re.DOTALL)
 
 
@@ -123,6 +126,8 @@ def _value(key: str, text: str) -> Any:
     try:
         parsed = OverridesParser.create().parse_override(f"{key}={text}")
     except HydraException as error:
+        if _PLAIN_LIST.match(text):
+            return [item.strip() for item in text[1:-1].split(",")]
         if text[:1] in "[{'\"":
             fix = f"quote the argument in the shell, e.g. '{key}=[a,b]'"
             raise ConfigError(f"{key}={text}: unbalanced brackets or quotes; {fix}") from error
@@ -168,7 +173,14 @@ def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             notices.append(notice)
     if problems:
         raise ConfigError("\n".join(problems))
-    return _nest(flat), notices
+    return _nest({key: _at_home(value) for key, value in flat.items()}), notices
+
+
+def _at_home(value: Any) -> Any:
+    """``~/`` means the home directory; a shell does not expand it inside ``section.key=~/path``."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _unknown(key: str) -> str:
