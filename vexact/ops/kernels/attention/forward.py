@@ -1,6 +1,7 @@
 """The forward kernel that walks a sequence's chunks one after another: training, prefill, chunked prefill.
 
-One program computes one tile of query rows. Keys are packed rows (PAGE_SIZE 0) or pages of a cache behind a block table.
+One program computes one tile of query rows. Keys are packed rows (PAGE_SIZE 0) or pages of a cache behind a block
+table.
 """
 
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 
 from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates
 from vexact.ops.kernels.attention.step import finish
-from vexact.ops.kernels.attention.walk import load_tile, walk_sequence
+from vexact.ops.kernels.attention.walk import load_tile, walk_keys
 
 
 @triton.jit
@@ -39,16 +40,16 @@ def forward_kernel(
     num_sequences, num_tiles, stride_table, skip_up_to,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of query rows.
 
     q (T, NUM_HEADS, D); k (Tk, Hkv, D) and v (Tk, Hkv, DV), or with PAGE_SIZE > 0 (pages, PAGE_SIZE, Hkv, ...);
-    kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if paged;
-    out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are left alone.
-    The heaviest tiles of a causal sequence start first.
+    kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if
+    paged; out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are
+    left alone. CHUNK 0: no sequence has more than one chunk. The heaviest tiles of a causal sequence start first.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = NUM_HEADS // TILE_HEADS
@@ -75,10 +76,10 @@ def forward_kernel(
     limit, end, full_end = key_limits(position, valid, first, q_len, kv_len, BLOCK_Q, BLOCK_N, CAUSAL)
     head = first_head + tile_head
     q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
-    m, l, acc = walk_sequence(
-        q_tile, limit, c, k_base, v_base, table, end, full_end, kv_len,
+    m, total, acc = walk_keys(
+        q_tile, limit, c, k_base, v_base, table, 0, end, full_end, kv_len,
         stride_kp, stride_kt, stride_vp, stride_vt,
-        BLOCK_M, BLOCK_N, CHUNK, ONE_CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+        BLOCK_M, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
     )  # fmt: skip
-    value, lse_value = finish(m, tl.max(l, 1), acc, c)
+    value, lse_value = finish(m, tl.max(total, 1), acc, c)
     store_rows(out, lse, value, lse_value, q_start + position, head, valid, NUM_HEADS, DV, DV_PAD)

@@ -166,3 +166,8 @@ def exponent_scale(softmax_scale: float) -> float:
 def heads_per_tile(group: int, block_m: int) -> int:
     """The most query heads of a group that one tile of block_m rows can hold evenly."""
     return max(heads for heads in range(1, min(group, block_m) + 1) if group % heads == 0)
+
+
+def chunk_to_merge(blocks: KeyBlocks, max_seqlen_k: int) -> int:
+    """CHUNK of the forward kernel: 0, a variant without merges, where no sequence is longer than one chunk."""
+    return blocks.chunk if max_seqlen_k > blocks.chunk else 0

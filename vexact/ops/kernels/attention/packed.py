@@ -14,6 +14,7 @@ from vexact.ops.kernels.attention.launch import (
     KEY_BLOCKS,
     KeyBlocks,
     Tile,
+    chunk_to_merge,
     exponent_scale,
     head_shape,
 )
@@ -64,7 +65,7 @@ def packed_forward(
         num_sequences, num_tiles, 0, 0,
         q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
         NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
-        BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=blocks.chunk, ONE_CHUNK=max_seqlen_k <= blocks.chunk,
+        BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
         D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
         PAGE_SIZE=0, CAUSAL=causal, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

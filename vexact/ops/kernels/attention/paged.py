@@ -16,6 +16,7 @@ from vexact.ops.kernels.attention.launch import (
     HeadShape,
     KeyBlocks,
     Tile,
+    chunk_to_merge,
     exponent_scale,
     head_shape,
     heads_per_tile,
@@ -88,7 +89,7 @@ def _cache_strides(caches: tuple[Tensor, Tensor]) -> tuple[int, ...]:
 
 def _constants(shape: HeadShape, blocks: KeyBlocks, page_size: int, causal: bool) -> dict[str, Any]:
     return dict(
-        NUM_HEADS=shape.num_heads, GROUP=shape.group, BLOCK_N=blocks.block_n, CHUNK=blocks.chunk,
+        NUM_HEADS=shape.num_heads, GROUP=shape.group, BLOCK_N=blocks.block_n,
         D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
         PAGE_SIZE=page_size, CAUSAL=causal,
     )  # fmt: skip
@@ -107,7 +108,7 @@ def _run_tiles(
         q, *caches, out, lse, *lengths, scale,
         num_sequences, num_tiles, lengths[2].stride(0), split_rows,
         q.stride(0), q.stride(1), *_cache_strides(caches),
-        TILE_HEADS=tile_heads, BLOCK_M=tile.block_m, ONE_CHUNK=max_seqlen_k <= blocks.chunk,
+        TILE_HEADS=tile_heads, BLOCK_M=tile.block_m, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         **_constants(shape, blocks, caches[0].shape[1], causal),
     )  # fmt: skip
@@ -129,7 +130,7 @@ def _run_chunks(
         q, *caches, out, lse, part_acc, part_ml, *lengths, scale,
         num_sequences, num_chunks, lengths[2].stride(0), max_rows,
         q.stride(0), q.stride(1), *_cache_strides(caches),
-        TILE_HEADS=tile_heads, BLOCK_M=block_m, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        TILE_HEADS=tile_heads, BLOCK_M=block_m, CHUNK=blocks.chunk, num_warps=tile.num_warps, num_stages=tile.num_stages,
         **_constants(shape, blocks, caches[0].shape[1], causal),
     )  # fmt: skip
     if num_chunks > 1:

@@ -1,7 +1,7 @@
 """Decode: the chunks of a sequence in parallel programs, then a merge in the order the forward kernel would use.
 
-Only short queries come here (`max_rows` positions per sequence at most), with all query heads of a key/value head in one tile.
-A sequence that fits one chunk is finished by its only program and the merge kernel passes over it.
+Only short queries come here (`max_rows` positions per sequence at most), with all query heads of a key/value head in
+one tile. A sequence that fits one chunk is finished by its only program and the merge kernel passes over it.
 """
 
 import triton
@@ -9,8 +9,8 @@ import triton.language as tl
 
 from vexact.ops.kernels.attention.forward import load_queries, store_rows
 from vexact.ops.kernels.attention.rows import key_limits, row_coordinates
-from vexact.ops.kernels.attention.step import ONES, empty_state, finish, merge_states
-from vexact.ops.kernels.attention.walk import walk_chunk
+from vexact.ops.kernels.attention.step import finish, merge_states
+from vexact.ops.kernels.attention.walk import walk_keys
 
 CHUNKS_IN_FLIGHT = tl.constexpr(8)
 
@@ -27,9 +27,9 @@ def chunk_kernel(
 ):  # fmt: skip
     """The state of one chunk of keys for all rows of one sequence and one key/value head.
 
-    part_acc (B, num_chunks, max_rows, NUM_HEADS, DV) fp32 and part_ml (..., NUM_HEADS, 2) fp32 receive the state of a sequence
-    longer than one chunk; out and lse receive the finished rows of any other. The remaining arguments are those of the
-    forward kernel.
+    part_acc (B, num_chunks, max_rows, NUM_HEADS, DV) fp32 and part_ml (..., NUM_HEADS, 2) fp32 receive the state of a
+    sequence longer than one chunk; out and lse receive the finished rows of any other. The remaining arguments are
+    those of the forward kernel.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = NUM_HEADS // TILE_HEADS
@@ -49,15 +49,14 @@ def chunk_kernel(
     row = q_start + position
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
-    m, l, acc = walk_chunk(
-        q_tile, tl.full((BLOCK_N, ONES), 1.0, q_tile.dtype), limit, c,
-        k + kv_head * stride_kh, v + kv_head * stride_vh, table + sequence.to(tl.int64) * stride_table,
+    m, total, acc = walk_keys(
+        q_tile, limit, c, k + kv_head * stride_kh, v + kv_head * stride_vh, table + sequence.to(tl.int64) * stride_table,
         begin, tl.minimum(begin + CHUNK, end), full_end, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
-        BLOCK_M, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+        BLOCK_M, BLOCK_N, 0, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
     )  # fmt: skip
-    total = tl.max(l, 1)
+    row_total = tl.max(total, 1)
     if kv_len <= CHUNK:
-        value, lse_value = finish(m, total, acc, c)
+        value, lse_value = finish(m, row_total, acc, c)
         store_rows(out, lse, value, lse_value, row, head, valid, NUM_HEADS, DV, DV_PAD)
     else:
         part = (sequence.to(tl.int64) * num_chunks + chunk) * max_rows * NUM_HEADS
@@ -66,7 +65,7 @@ def chunk_kernel(
         mask = valid[:, None] & (offs_dv < DV)[None, :]
         tl.store(part_acc + flat[:, None] * DV + offs_dv[None, :], acc, mask=mask)
         tl.store(part_ml + flat * 2, m, mask=valid)
-        tl.store(part_ml + flat * 2 + 1, total, mask=valid)
+        tl.store(part_ml + flat * 2 + 1, row_total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "max_rows"])
@@ -74,7 +73,7 @@ def merge_kernel(
     out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, c, num_chunks, max_rows,
     NUM_HEADS: tl.constexpr, CHUNK: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunk states of one query row, first chunk first. Reading a chunk past the end yields an empty state, a no-op."""
+    """Merge the chunk states of one query row, first chunk first. A chunk past the end reads as an empty state: a no-op."""
     pid = tl.program_id(0)
     head = pid % NUM_HEADS
     position = pid // NUM_HEADS % max_rows
@@ -90,17 +89,17 @@ def merge_kernel(
     stride_chunk = max_rows.to(tl.int64) * NUM_HEADS
     first_part = sequence.to(tl.int64) * num_chunks * stride_chunk + position * NUM_HEADS + head
     m = tl.full((1,), float("-inf"), tl.float32)
-    l = tl.zeros((1,), tl.float32)
+    total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, DV_PAD), tl.float32)
     for chunk in tl.range(0, used_chunks, CHUNKS_IN_FLIGHT):
         for ahead in tl.static_range(CHUNKS_IN_FLIGHT):
             flat = first_part + (chunk + ahead) * stride_chunk + one
             here = (chunk + ahead + one) < used_chunks
             m_b = tl.load(part_ml + flat * 2, mask=here, other=float("-inf"))
-            l_b = tl.load(part_ml + flat * 2 + 1, mask=here, other=0.0)
+            total_b = tl.load(part_ml + flat * 2 + 1, mask=here, other=0.0)
             mask = here[:, None] & (offs_dv < DV)
             acc_b = tl.load(part_acc + flat[:, None] * DV + offs_dv, mask=mask, other=0.0)
-            m, l, acc = merge_states(m, l, acc, m_b, l_b, acc_b, c)
-    value, lse_value = finish(m, l, acc, c)
+            m, total, acc = merge_states(m, total, acc, m_b, total_b, acc_b, c)
+    value, lse_value = finish(m, total, acc, c)
     row = q_start + position + one
     store_rows(out, lse, value, lse_value, row, head + one, here | True, NUM_HEADS, DV, DV_PAD)

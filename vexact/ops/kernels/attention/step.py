@@ -1,14 +1,14 @@
 """The arithmetic of attention: one online-softmax step, the merge of two partial states, and the final division.
 
 Every forward path (packed, paged, prefill, decode) calls these functions and no other arithmetic, so a query row gets the same bits
-from each of them. A state is `(m, l, acc)`: the largest raw score so far, the sum of `exp2((score - m) * c)` and the
+from each of them. A state is `(m, total, acc)`: the largest raw score so far, the sum of `exp2((score - m) * c)` and the
 sum of those weights times the value rows, where `c = softmax_scale * log2(e)`.
 
 Three spellings make the bits independent of the tile shape and the thread layout; do not "simplify" them:
 
 * `p = exp2(fma(s, c, -(m * c)))` for masked and unmasked blocks alike, so that the compiler has no contraction to choose;
 * `alpha = exp2((m_old - m_new) * c)`, exactly 1 when the maximum stays, so that a block without visible keys changes nothing;
-* the row sum is a matrix product with ones, because the order of `tl.sum` follows the thread layout. `l` is therefore kept as
+* the row sum is a matrix product with ones, because the order of `tl.sum` follows the thread layout. `total` is therefore kept as
   (BLOCK_M, ONES) with equal columns.
 
 The recurrence is that of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), equations 7 to 9, with the
@@ -26,9 +26,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 def empty_state(BLOCK_M: tl.constexpr, DV_PAD: tl.constexpr):
     """A state that has seen no key."""
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M, ONES), tl.float32)
+    total = tl.zeros((BLOCK_M, ONES), tl.float32)
     acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
-    return m, l, acc
+    return m, total, acc
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def softmax_step(q, k, v, ones, visible, m, l, acc, c, MASKED: tl.constexpr):
+def softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED: tl.constexpr):
     """Fold one block of keys into a state.
 
     q (BLOCK_M, D_PAD), k (BLOCK_N, D_PAD), v (BLOCK_N, DV_PAD), ones (BLOCK_N, ONES) in the input dtype;
@@ -51,35 +51,35 @@ def softmax_step(q, k, v, ones, visible, m, l, acc, c, MASKED: tl.constexpr):
     m_ref = finite_or_zero(m_new)
     alpha = tl.math.exp2((m - m_ref) * c)
     p = tl.math.exp2(tl.fma(s, c, (-(m_ref * c))[:, None])).to(v.dtype)
-    l = tl.dot(p, ones, l * alpha[:, None], input_precision="ieee")
+    total = tl.dot(p, ones, total * alpha[:, None], input_precision="ieee")
     acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
-    return m_new, l, acc
+    return m_new, total, acc
 
 
 @triton.jit
-def merge_states(m_a, l_a, acc_a, m_b, l_b, acc_b, c):
-    """The state of the keys of `a` followed by the keys of `b`; `l` may be (BLOCK_M,) or (BLOCK_M, ONES)."""
+def merge_states(m_a, total_a, acc_a, m_b, total_b, acc_b, c):
+    """The state of the keys of `a` followed by the keys of `b`; `total` may be (BLOCK_M,) or (BLOCK_M, ONES)."""
     m = tl.maximum(m_a, m_b)
     m_ref = finite_or_zero(m)
     scale_a = tl.math.exp2((m_a - m_ref) * c)
     scale_b = tl.math.exp2((m_b - m_ref) * c)
     acc = tl.fma(acc_a, scale_a[:, None], acc_b * scale_b[:, None])
-    if len(l_a.shape) == 2:
-        l = tl.fma(l_a, scale_a[:, None], l_b * scale_b[:, None])
+    if len(total_a.shape) == 2:
+        total = tl.fma(total_a, scale_a[:, None], total_b * scale_b[:, None])
     else:
-        l = tl.fma(l_a, scale_a, l_b * scale_b)
-    return m, l, acc
+        total = tl.fma(total_a, scale_a, total_b * scale_b)
+    return m, total, acc
 
 
 @triton.jit
-def finish(m, l, acc, c):
+def finish(m, total, acc, c):
     """(out, lse): the normalised rows in fp32 and the natural log-sum-exp; 0 and -inf for rows without visible keys.
 
-    `l` is (BLOCK_M,). Zeros of the output are made positive: their sign would tell whether a state was merged with an empty one.
+    `total` is (BLOCK_M,). Zeros of the output are made positive: their sign would tell whether a state was merged with an empty one.
     """
-    empty = l == 0.0
-    inverse = tl.math.div_rn(1.0, tl.where(empty, 1.0, l))
+    empty = total == 0.0
+    inverse = tl.math.div_rn(1.0, tl.where(empty, 1.0, total))
     out = acc * inverse[:, None]
     out = tl.where(out == 0.0, 0.0, out)
-    lse = tl.fma(finite_or_zero(m), c, tl.math.log2(tl.where(empty, 1.0, l))) * LN2
+    lse = tl.fma(finite_or_zero(m), c, tl.math.log2(tl.where(empty, 1.0, total))) * LN2
     return out, tl.where(empty, float("-inf"), lse)

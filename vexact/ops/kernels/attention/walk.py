@@ -1,7 +1,7 @@
-"""Walking the keys of a sequence: block addresses (packed or paged), the loop over one chunk, and the loop over chunks.
+"""Walking the keys of a sequence: block addresses (packed or paged) and the loop over blocks and chunks.
 
-Blocks start at the absolute key positions 0, BLOCK_N, 2 * BLOCK_N, ...; chunks at 0, CHUNK, 2 * CHUNK, ... Those two constants decide
-bits. Which program walks which chunk does not.
+Blocks start at the absolute key positions 0, BLOCK_N, 2 * BLOCK_N, ...; chunks at 0, CHUNK, 2 * CHUNK, ... Those two
+constants decide bits. Which program walks which chunk does not.
 """
 
 import triton
@@ -35,8 +35,8 @@ def load_keys(
 ):  # fmt: skip
     """Key rows (BLOCK_N, D_PAD) and value rows (BLOCK_N, DV_PAD) at positions start, start + 1, ...
 
-    Rows at or past `kv_len` are never dereferenced (nor are their page numbers) and read as 0. PAGE_SIZE 0 means packed rows.
-    Offsets that grow with the cache or the sequence are 64-bit.
+    Rows at or past `kv_len` are never dereferenced (nor are their page numbers) and read as 0. PAGE_SIZE 0 means packed
+    rows. Offsets that grow with the cache or the sequence are 64-bit.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, D_PAD)
@@ -65,66 +65,56 @@ def load_keys(
 
 @triton.jit
 def walk_blocks(
-    q, ones, limit, m, l, acc, c,
+    q, ones, limit, m, total, acc, m_run, total_run, acc_run, c,
     k_base, v_base, table, begin, end, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the blocks that start in [begin, end) into a state; row r sees the keys below limit[r]."""
+    """Fold the blocks that start in [begin, end) into the chunk's state; row r sees the keys below limit[r].
+
+    Where a chunk begins, the finished one goes to the running state. CHUNK 0: the caller stays inside one chunk.
+    The merge stands at the top of the loop body: at its end, ptxas would wait after every tensor-core instruction.
+    """
     for start in tl.range(begin, end, BLOCK_N):
+        if CHUNK > 0:
+            if start % CHUNK == 0:
+                m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, total, acc, c)
+                m, total, acc = empty_state(acc.shape[0], DV_PAD)
         k, v = load_keys(
             k_base, v_base, table, start, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
             BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED,
         )  # fmt: skip
         visible = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
-        m, l, acc = softmax_step(q, k, v, ones, visible, m, l, acc, c, MASKED)
-    return m, l, acc
+        m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED)
+    return m, total, acc, m_run, total_run, acc_run
 
 
 @triton.jit
-def walk_chunk(
-    q, ones, limit, c,
+def walk_keys(
+    q, limit, c,
     k_base, v_base, table, begin, end, full_end, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The state of the keys in [begin, end); blocks that start below `full_end` are visible to every row."""
-    middle = tl.minimum(tl.maximum(full_end, begin), end)
-    m, l, acc = empty_state(BLOCK_M, DV_PAD)
-    m, l, acc = walk_blocks(
-        q, ones, limit, m, l, acc, c, k_base, v_base, table, begin, middle, kv_len,
-        stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, False,
-    )  # fmt: skip
-    m, l, acc = walk_blocks(
-        q, ones, limit, m, l, acc, c, k_base, v_base, table, middle, end, kv_len,
-        stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, True,
-    )  # fmt: skip
-    return m, l, acc
+    """The state of the keys in [begin, end), chunks merged in order; CHUNK 0 promises that they lie in one chunk.
 
-
-@triton.jit
-def walk_sequence(
-    q, limit, c,
-    k_base, v_base, table, end, full_end, kv_len,
-    stride_kp, stride_kt, stride_vp, stride_vt,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-):  # fmt: skip
-    """The state of the keys in [0, end), chunk after chunk. ONE_CHUNK promises end <= CHUNK and drops the merges."""
+    Blocks that start below `full_end` are visible to every row and skip the mask, which changes no bit.
+    """
     ones = tl.full((BLOCK_N, ONES), 1.0, q.dtype)
-    if ONE_CHUNK:
-        m, l, acc = walk_chunk(
-            q, ones, limit, c, k_base, v_base, table, 0, end, full_end, kv_len,
-            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_M, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
-        )  # fmt: skip
-    else:
-        m, l, acc = empty_state(BLOCK_M, DV_PAD)
-        for begin in tl.range(0, end, CHUNK):
-            m_b, l_b, acc_b = walk_chunk(
-                q, ones, limit, c, k_base, v_base, table, begin, tl.minimum(begin + CHUNK, end), full_end, kv_len,
-                stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_M, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
-            )  # fmt: skip
-            m, l, acc = merge_states(m, l, acc, m_b, l_b, acc_b, c)
-    return m, l, acc
+    middle = tl.minimum(tl.maximum(full_end, begin), end)
+    m, total, acc = empty_state(BLOCK_M, DV_PAD)
+    m_run, total_run, acc_run = empty_state(BLOCK_M, DV_PAD)
+    m, total, acc, m_run, total_run, acc_run = walk_blocks(
+        q, ones, limit, m, total, acc, m_run, total_run, acc_run, c, k_base, v_base, table, begin, middle, kv_len,
+        stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE, False,
+    )  # fmt: skip
+    m, total, acc, m_run, total_run, acc_run = walk_blocks(
+        q, ones, limit, m, total, acc, m_run, total_run, acc_run, c, k_base, v_base, table, middle, end, kv_len,
+        stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE, True,
+    )  # fmt: skip
+    if CHUNK > 0:
+        m, total, acc = merge_states(m_run, total_run, acc_run, m, total, acc, c)
+    return m, total, acc
