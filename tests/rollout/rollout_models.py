@@ -35,8 +35,8 @@ def tiny_model(seed=0, dtype=torch.float32, ops="invariant", **changes):
     return random_model(tiny_config(**changes), seed=seed, dtype=dtype, ops=ops)
 
 
-def training_logprobs(model, samples):
-    """fp32 log-probabilities of every sampled token by one packed forward over all samples."""
+def packed_hidden(model, samples):
+    """Hidden states (T, H) of all samples in one packed forward, and the rows that predict a sampled token."""
     lengths = [sample.num_tokens for sample in samples]
     tokens = torch.tensor([t for s in samples for t in (*s.prompt_token_ids, *s.token_ids)])
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -45,16 +45,28 @@ def training_logprobs(model, samples):
         first = start + len(sample.prompt_token_ids) - 1
         rows += range(first, first + len(sample.token_ids))
         start += sample.num_tokens
-    index = torch.tensor(rows)
+    with torch.no_grad():
+        return model(tokens, positions, PackedMetadata.from_lengths(lengths)), torch.tensor(rows), tokens
+
+
+def training_logits(model, samples):
+    """fp32 logits of every packed token, and the rows that predict a sampled token."""
+    hidden, rows, _ = packed_hidden(model, samples)
+    with torch.no_grad():
+        return model.logits(hidden), rows
+
+
+def training_logprobs(model, samples):
+    """fp32 log-probabilities of every sampled token by one packed forward over all samples."""
+    hidden, rows, tokens = packed_hidden(model, samples)
     counts = [len(sample.token_ids) for sample in samples]
     inv_temperature = np.repeat(np.float32([sample.inv_temperature for sample in samples]), counts)
     min_logit = np.concatenate([sample.min_logits for sample in samples])
     with torch.no_grad():
-        hidden = model(tokens, positions, PackedMetadata.from_lengths(lengths))[index]
         logprobs = linear_cross_entropy(
-            hidden,
+            hidden[rows],
             model.lm_head_weight,
-            tokens[index + 1],
+            tokens[rows + 1],
             torch.from_numpy(inv_temperature),
             torch.from_numpy(min_logit),
         ).logprobs

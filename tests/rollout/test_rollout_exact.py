@@ -6,9 +6,12 @@ import random
 
 import pytest
 import torch
-from rollout_models import VOCAB, bits, tiny_model, training_logprobs
+from rollout_models import VOCAB, bits, tiny_model, training_logits, training_logprobs
 
+from vexact.ops import SamplingTensors
+from vexact.ops import sample as sample_op
 from vexact.rollout import Engine, SamplingParams
+from vexact.rollout.request import request_seed
 
 MAX_LEN = 192
 NUM_REQUESTS = 14
@@ -105,6 +108,24 @@ def test_the_packed_training_forward_has_the_same_bits(model, reference):
     assert any((sample.min_logits > -1e30).any() for sample in samples), "no truncated sample in the workload"
     for sample, logprobs in zip(samples, training_logprobs(model, samples)):
         assert bits(sample.logprobs) == bits(logprobs), sample.request_id
+
+
+def test_a_token_is_the_draw_of_its_seed_and_position(model, reference):
+    """One packed forward and one call of the sampling operator give every token of every request."""
+    params = {request_id: params for request_id, _, params in workload()}
+    logits, rows = training_logits(model, list(reference.values()))
+    columns = {name: [] for name in SamplingTensors._fields}
+    for sample in reference.values():
+        request = params[sample.request_id.split("/")[0]]
+        seed = request_seed(11 if request.seed is None else request.seed, sample.request_id)
+        for index in range(len(sample.token_ids)):
+            values = (request.temperature, request.top_k, request.top_p, request.min_p, seed)
+            for column, value in zip(columns.values(), (*values, len(sample.prompt_token_ids) + index)):
+                column.append(value)
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+    tensors = [torch.tensor(column, dtype=dtype) for column, dtype in zip(columns.values(), dtypes)]
+    drawn = sample_op(logits[rows], SamplingTensors(*tensors))
+    assert drawn.token_ids.tolist() == [token for sample in reference.values() for token in sample.token_ids]
 
 
 def test_bf16_and_an_untied_head_match_the_training_forward():

@@ -183,7 +183,7 @@ class Engine:
         if self.has_unfinished:
             raise RuntimeError("generate() needs an idle engine; step() until has_unfinished is False or abort_all()")
         params = expand("sampling_params", sampling_params, len(prompts))
-        ids = [None] * len(prompts) if request_ids is None else expand("request_ids", request_ids, len(prompts))
+        ids: list[str | None] = expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
         num_tokens_before = self._stats.num_tokens
