@@ -196,8 +196,10 @@ def test_bad_configuration_is_refused_with_the_key(config, message):
         tiny_actor(**config)
 
 
-def test_gspo_fixes_the_aggregation():
-    assert ActorConfig(loss_mode="gspo", loss_agg_mode="token-mean").agg_mode == "seq-mean-token-mean"
+def test_gspo_fixes_the_aggregation_and_says_so(caplog):
+    actor = tiny_actor(loss_mode="gspo", loss_agg_mode="token-mean")
+    assert actor.config.agg_mode == "seq-mean-token-mean"
+    assert "actor.loss_agg_mode=token-mean is not used: gspo aggregates by seq-mean-token-mean" in caplog.text
 
 
 def test_learning_rate_schedules():

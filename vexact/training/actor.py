@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +21,7 @@ from vexact.training.ranks import Ranks
 from vexact.training.state import ActorState, gather_state, restore_state
 from vexact.types import TrainSequence
 
+log = logging.getLogger(__name__)
 Audit = Callable[[list[int], list[np.ndarray]], None]
 
 
@@ -39,6 +41,9 @@ class Actor:
                 f"actor.ppo_mini_batch_size={config.ppo_mini_batch_size} sequences do not divide evenly over "
                 f"{self.ranks.world_size} ranks; make it a multiple of {self.ranks.world_size}"
             )
+        if config.agg_mode != config.loss_agg_mode:
+            given, fixed = config.loss_agg_mode, config.agg_mode
+            log.warning("actor.loss_agg_mode=%s is not used: %s aggregates by %s", given, config.loss_mode, fixed)
         model.gradient_checkpointing = config.enable_gradient_checkpointing
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
         self.optimizer = Optimizer(model.parameters(), config.optim)

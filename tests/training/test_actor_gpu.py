@@ -1,0 +1,62 @@
+"""The actor on one GPU: bf16 compute over a sharded fp32 master copy, against the engine's bits."""
+
+import numpy as np
+import pytest
+import torch
+from training_support import assert_same_bits, weights_of
+
+from vexact.models import ModelConfig, random_model
+from vexact.rollout import Engine, SamplingParams
+from vexact.training import Actor, ActorConfig, OptimConfig
+from vexact.types import TrainSequence
+from vexact.weights import sync_weights
+
+pytestmark = pytest.mark.gpu
+SIZES = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def gpu_actor(seed, **config):
+    model = random_model(ModelConfig.from_hf_dict(SIZES), seed, device="cuda")
+    defaults = {"dtype": "bfloat16", "ppo_max_token_len_per_gpu": 300, "optim": OptimConfig(lr=1e-3)}
+    return Actor(model, ActorConfig(**(defaults | config)), "cuda")
+
+
+def test_updates_are_exactly_on_policy_and_resume_bit_for_bit():
+    actor = gpu_actor(0, enable_gradient_checkpointing=True)
+    rollout = random_model(ModelConfig.from_hf_dict(SIZES), 1, torch.bfloat16, "cuda")
+    engine = Engine(model=rollout, dtype="bfloat16", device="cuda", max_model_len=256, num_pages=512)
+    params = SamplingParams(n=4, max_tokens=40, temperature=0.8, top_p=0.95, ignore_eos=True)
+    rng, kept = np.random.default_rng(0), []
+    state = actor.state_dict()
+    for version in (1, 2):
+        sync_weights(actor, engine, version)
+        samples = engine.generate([rng.integers(0, 1024, length).tolist() for length in (3, 17, 90)], params)
+        sequences = [TrainSequence(s, rng.normal(size=len(s.token_ids)).astype(np.float32)) for s in samples]
+        different = []
+
+        def audit(indices, logprobs, samples=samples, different=different):
+            for index, training in zip(indices, logprobs, strict=True):
+                different.append(int((training.view(np.int32) != samples[index].logprobs.view(np.int32)).sum()))
+
+        metrics = actor.update(sequences, audit)
+        assert different == [0] * 12
+        assert metrics["actor/ppo_kl"] == 0.0
+        assert metrics["actor/grad_norm"] > 0
+        kept.append((sequences, metrics))
+    resumed = gpu_actor(7)  # no gradient checkpointing: same bits
+    resumed.load_state_dict(state)
+    for sequences, metrics in kept:
+        assert resumed.update(sequences) == metrics
+    assert_same_bits(weights_of(resumed), weights_of(actor))
