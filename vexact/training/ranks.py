@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,14 @@ def lone_mesh(device: torch.device) -> DeviceMesh:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(close_process_group)
     return init_device_mesh(device.type, (1,))
+
+
+def close_process_group() -> None:
+    """Ends the default process group if there is one; NCCL complains when a process exits without."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def shard(root: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
