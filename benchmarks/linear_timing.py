@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from math import ceil
 from statistics import median
 
 import torch
+import triton
 from torch import Tensor
 
 from vexact.ops.kernels.linear import matmul
@@ -90,3 +92,13 @@ def median_ms(calls: list[Callable[[], object]], target_ms: float = 4.0, replays
         if sum(times) * len(calls) > target_ms * 20 and len(times) >= 3:
             break
     return median(times)
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on beside the code."""
+    return {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }

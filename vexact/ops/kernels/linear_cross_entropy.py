@@ -22,8 +22,8 @@ from vexact.ops.kernels.linear_cross_entropy_grad import dlogits_kernel, matmul_
 from vexact.ops.kernels.logprob import token_logprobs
 
 WORKSPACE_BYTES = 1280 << 20  # one chunk of logits or of their gradients
-ONE_PASS_LOGITS_BYTES = 320 << 20
-ONE_PASS_GRADIENT_BYTES = 960 << 20
+ONE_PASS_LOGITS_BYTES = 320 << 20  # beside them: the gradients of several chunks, and dweight in fp32
+ONE_PASS_GRADIENT_BYTES = 976 << 20
 ROW_MULTIPLE = 128
 COLUMN_MULTIPLE = 256
 DLOGITS_TILE = (128, 256, 64, 8)  # rows, columns, depth, column-group height
@@ -56,11 +56,16 @@ class RowStatistics:
         )
 
 
-def balanced_chunks(total: int, limit: int, multiple: int) -> Iterator[slice]:
-    """Slices of nearly equal length, at most ``limit`` (at least ``multiple``), cut at multiples of ``multiple``."""
-    count = triton.cdiv(total, max(limit, multiple))
-    size = triton.cdiv(triton.cdiv(total, max(count, 1)), multiple) * multiple
-    for start in range(0, total, max(size, 1)):
+def balanced_size(total: int, limit: int, multiple: int) -> int:
+    """The length, a multiple of ``multiple`` and at most ``limit`` where that allows, that cuts ``total`` evenly."""
+    limit = max(limit // multiple, 1) * multiple
+    pieces = max(triton.cdiv(total, limit), 1)
+    return max(triton.cdiv(triton.cdiv(total, pieces), multiple), 1) * multiple
+
+
+def cut(total: int, size: int) -> Iterator[slice]:
+    """Slices of ``size``, the last one shorter, that cover ``total``."""
+    for start in range(0, total, size):
         yield slice(start, min(start + size, total))
 
 
@@ -76,11 +81,10 @@ def forward(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     width = padded(vocabulary)
     results = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)]
-    workspace: Tensor | None = None
-    for chunk in balanced_chunks(tokens, WORKSPACE_BYTES // (4 * width), ROW_MULTIPLE):
+    size = min(balanced_size(tokens, WORKSPACE_BYTES // (4 * width), ROW_MULTIPLE), tokens)
+    workspace = torch.empty(size, width, dtype=torch.float32, device=hidden.device)
+    for chunk in cut(tokens, max(size, 1)):
         rows = chunk.stop - chunk.start
-        if workspace is None:
-            workspace = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
         logits = matmul(hidden[chunk], weight, workspace[:rows, :vocabulary], layout="forward")
         values = token_logprobs(logits, targets[chunk], inv_temperature[chunk], min_logit[chunk])
         for result, value in zip(results, values, strict=True):
@@ -106,13 +110,12 @@ def backward(
     if not tokens:
         return torch.empty_like(hidden), dweight.zero_()
     dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    workspace: Tensor | None = None
     # fp32 logits are stored beside their gradients when the epilogue cannot make them.
     bytes_per_column = tokens * (hidden.element_size() + (0 if _fuses_gradient(hidden, weight) else 4))
-    for columns in balanced_chunks(vocabulary, WORKSPACE_BYTES // bytes_per_column, COLUMN_MULTIPLE):
+    size = min(balanced_size(vocabulary, WORKSPACE_BYTES // bytes_per_column, COLUMN_MULTIPLE), padded(vocabulary))
+    workspace = torch.empty(tokens, size, dtype=hidden.dtype, device=hidden.device)
+    for columns in cut(vocabulary, size):
         count = columns.stop - columns.start
-        if workspace is None:
-            workspace = torch.empty(tokens, padded(count), dtype=hidden.dtype, device=hidden.device)
         dlogits = _recomputed_dlogits(hidden, weight[columns], rows, columns.start, workspace[:, :count])
         matmul(dlogits.t(), hidden.t(), dweight[columns], layout="grad_weight")
         matmul(dlogits, weight[columns].t(), dhidden, layout="grad_input", accumulate=True)
@@ -136,19 +139,19 @@ def one_pass(
     width = padded(vocabulary)
     logprobs, entropies = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
     dhidden = torch.empty_like(hidden)
-    groups = list(balanced_chunks(tokens, ONE_PASS_GRADIENT_BYTES // (hidden.element_size() * width), ROW_MULTIPLE))
-    total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if len(groups) != 1 else None
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if total is None else total
-    gradients, workspace = None, None
-    for group in groups:
+    group_size = balanced_size(tokens, ONE_PASS_GRADIENT_BYTES // (hidden.element_size() * width), ROW_MULTIPLE)
+    group_size = min(group_size, max(tokens, 1))
+    chunk_size = min(balanced_size(group_size, ONE_PASS_LOGITS_BYTES // (4 * width), ROW_MULTIPLE), group_size)
+    gradients = torch.empty(group_size, width, dtype=hidden.dtype, device=hidden.device)
+    workspace = torch.empty(chunk_size, width, dtype=torch.float32, device=hidden.device)
+    # A single group writes dweight at once; the sum over several needs fp32.
+    dtype = weight.dtype if tokens <= group_size else torch.float32
+    dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for group in cut(tokens, group_size):
         size = group.stop - group.start
-        if gradients is None:
-            gradients = torch.empty(size, width, dtype=hidden.dtype, device=hidden.device)
-        for chunk in balanced_chunks(size, ONE_PASS_LOGITS_BYTES // (4 * width), ROW_MULTIPLE):
+        for chunk in cut(size, chunk_size):
             at = slice(group.start + chunk.start, group.start + chunk.stop)
             rows = at.stop - at.start
-            if workspace is None:
-                workspace = torch.empty(rows, width, dtype=torch.float32, device=hidden.device)
             logits = matmul(hidden[at], weight, workspace[:rows, :vocabulary], layout="forward")
             values = token_logprobs(logits, targets[at], inv_temperature[at], min_logit[at])
             logprobs[at], lse, entropies[at] = values
@@ -158,8 +161,10 @@ def one_pass(
             _stored_dlogits(logits, statistics, 0, gradients[chunk, :vocabulary])
         dlogits = gradients[:size, :vocabulary]
         matmul(dlogits, weight.t(), dhidden[group], layout="grad_input")
-        matmul(dlogits.t(), hidden[group].t(), dweight, layout="grad_weight", accumulate=total is not None)
-    del gradients, workspace
+        matmul(dlogits.t(), hidden[group].t(), dweight, layout="grad_weight", accumulate=group.start > 0)
+    if not tokens:
+        dweight.zero_()
+    dlogits = logits = gradients = workspace = None  # frees them before dweight is copied
     return logprobs, entropies, dhidden, dweight.to(weight.dtype)
 
 

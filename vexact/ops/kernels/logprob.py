@@ -18,12 +18,13 @@ WARPS = 8
 
 @triton.jit
 def pairwise_sum(x, LEVELS: tl.constexpr):
-    """Sum of the 2**LEVELS elements of ``x``: left half plus right half, again and again."""
-    for _ in tl.static_range(LEVELS - 1):
-        left, right = tl.split(tl.trans(tl.reshape(x, (2, x.shape[0] // 2))))
-        x = left + right
-    left, right = tl.split(tl.reshape(x, (1, 2)))
-    return tl.max(left + right, 0)
+    """Sum of the 2**LEVELS elements of ``x``: left half plus right half, again and again.
+
+    Every reduction has two terms, so neither the thread layout nor the compiler has an order to choose.
+    """
+    for _ in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
+    return tl.max(x, 0)
 
 
 @triton.jit
