@@ -68,6 +68,7 @@ def _backward_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     block = tl.program_id(0)
     first = block * rows_per_block
@@ -77,7 +78,7 @@ def _backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
 
-    for start in range(first, last, BLOCK_M):
+    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows < last)[:, None] & in_row[None, :]
         offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
@@ -125,7 +126,7 @@ def backward_config(width: int) -> dict[str, int]:
     """Tile and warp count of the backward kernel, from the row length only."""
     block_d = triton.next_power_of_2(width)
     block_m = max(1, 1024 // block_d)
-    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
+    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "STAGES": 3, "num_warps": min(16, max(4, block_d // 512))}
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

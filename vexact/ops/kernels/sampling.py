@@ -14,8 +14,12 @@ from torch import Tensor
 from vexact.ops.kernels.logprob import token_logprobs
 from vexact.ops.kernels.philox import philox_4x32_10
 
-THRESHOLD_CONFIG = {"BLOCK": 4096, "num_warps": 16}
-DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 2048, "num_warps": 4}
+THRESHOLD_CONFIG = {"BLOCK": 4096, "CAPACITY": 16384, "num_warps": 16}
+DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 1024, "num_warps": 4}
+# Tokens this far below the best (in nats, or logits where the temperature is below one) seldom matter to a filter.
+_CUT = tl.constexpr(12.0)
+# Pivots are first spread evenly over logits, where tokens are, and later over keys, where progress is certain.
+_PASSES_BY_VALUE = tl.constexpr(8)
 # Probabilities relative to the largest are summed as multiples of 2^-40: 2^22 tokens of weight one fit an int64.
 _MASS_ONE = tl.constexpr(1099511627776.0)
 _KEY_OF_NOTHING = tl.constexpr(-2147483648)
@@ -26,6 +30,24 @@ def _order_key(x):
     """An int32 that orders as the fp32 ``x`` does; -0 and +0 share one key."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _pivot(low, high, passes, QUARTER: tl.constexpr):
+    """A key strictly between ``low`` and ``high`` (int64, at least two apart), about QUARTER quarters of the way."""
+    first = _value_of_key(low)
+    span = _value_of_key(high - 1) - first
+    by_value = _order_key(first + span * (QUARTER / 4)).to(tl.int64)
+    by_value = tl.minimum(tl.maximum(by_value, low + 1), high - 1)
+    by_key = low + ((high - low) * QUARTER) // 4
+    return tl.where((passes < _PASSES_BY_VALUE) & (span < float("inf")), by_value, by_key)
+
+
+@triton.jit
+def _value_of_key(key):
+    """The fp32 whose order key is the int64 ``key``."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -67,6 +89,40 @@ def _kept_weight(row_ptr, vocab_size, key, inv_temperature, max_z, BLOCK: tl.con
 
 
 @triton.jit
+def _gather_top(
+    row_ptr,
+    vocab_size,
+    key,
+    scratch_ptr,  # (CAPACITY,) fp32, written
+    inv_temperature,
+    max_z,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copies the logits whose order key is at least ``key``, as many as fit.
+
+    Returns how many there are, their mass, and the mass of the whole row.
+    """
+    count = tl.zeros((), tl.int32)
+    top_mass = tl.zeros((BLOCK,), tl.int64)
+    mass = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _load_row(row_ptr, columns, vocab_size)
+        top = (_order_key(x) >= key) & (columns < vocab_size)
+        weight = tl.where(columns < vocab_size, _mass(x, inv_temperature, max_z), 0)
+        mass += weight
+        top_mass += tl.where(top, weight, 0)
+        flags = top.to(tl.int32)
+        found = tl.sum(flags, 0)
+        if found > 0:
+            slots = count + tl.cumsum(flags, 0) - 1
+            tl.store(scratch_ptr + slots, x, mask=top & (slots < CAPACITY))
+            count += found
+    return count, tl.sum(top_mass, 0), tl.sum(mass, 0)
+
+
+@triton.jit
 def _search(
     row_ptr,
     vocab_size,
@@ -82,15 +138,16 @@ def _search(
 ):
     """Largest key, up to tokens that do not exist, whose tokens at or above it weigh at least ``target``.
 
-    Each pass quarters the bracket. It ends when one token is left between the bounds, which is always before the
-    bracket closes unless tokens tie.
+    Each pass tries three pivots in the bracket. The search ends when one token is left between the bounds, which comes
+    before the bracket closes unless tokens tie.
     """
     high_count = tl.zeros((), tl.int32)
+    passes = tl.zeros((), tl.int32)
     while (high - low > 1) & (low_count - high_count > 1) & (low_weight > target):
-        width = high - low
-        pivot1 = low + width // 4
-        pivot2 = low + width // 2
-        pivot3 = low + (width * 3) // 4
+        pivot1 = _pivot(low, high, passes, 1)
+        pivot2 = _pivot(low, high, passes, 2)
+        pivot3 = _pivot(low, high, passes, 3)
+        passes += 1
         count1 = tl.zeros((BLOCK,), tl.int32)
         count2 = tl.zeros((BLOCK,), tl.int32)
         count3 = tl.zeros((BLOCK,), tl.int32)
@@ -147,6 +204,11 @@ def _smallest_kept(row_ptr, vocab_size, key, inv_temperature, max_z, log_min_p, 
 
 
 @triton.jit
+def _mass_wanted(top_p, total):
+    return tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+
+
+@triton.jit
 def _threshold_kernel(
     logits_ptr,  # (B, V) fp32
     temperature_ptr,  # (B,) fp32
@@ -155,7 +217,9 @@ def _threshold_kernel(
     min_p_ptr,  # (B,) fp32
     inv_temperature_ptr,  # (B,) fp32, written
     min_logit_ptr,  # (B,) fp32, written
+    scratch_ptr,  # (B, CAPACITY) fp32
     vocab_size,
+    CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -177,26 +241,74 @@ def _threshold_kernel(
         max_z = largest * inv_temperature
         low = _order_key(smallest).to(tl.int64)
         high = _order_key(largest).to(tl.int64) + 1
-        if by_count:
-            count = vocab_size + tl.zeros((), tl.int32)
-            wanted = top_k.to(tl.int64)
-            low = _search(
-                row_ptr, vocab_size, low, high, count, count.to(tl.int64), wanted, inv_temperature, max_z, False, BLOCK
+        # The tokens to search: the whole row, or a copy of its best ones if the answer is certain to be among them.
+        tokens_ptr = row_ptr
+        num_tokens = vocab_size + tl.zeros((), tl.int32)
+        if by_count | by_mass:
+            copy_ptr = scratch_ptr + row.to(tl.int64) * CAPACITY
+            cut = _order_key(largest - _CUT * tl.maximum(temperature, 1.0)).to(tl.int64)
+            top_count, top_mass, mass = _gather_top(
+                row_ptr, vocab_size, cut, copy_ptr, inv_temperature, max_z, CAPACITY, BLOCK
             )
-        if by_mass:
-            count, mass = _kept_weight(row_ptr, vocab_size, low, inv_temperature, max_z, BLOCK)
-            wanted = tl.ceil(top_p.to(tl.float64) * mass.to(tl.float64)).to(tl.int64)
-            low = _search(row_ptr, vocab_size, low, high, count, mass, wanted, inv_temperature, max_z, True, BLOCK)
+            tl.debug_barrier()  # the copy is read by other threads than wrote it
+            wanted = _mass_wanted(top_p, mass)
+            enough = tl.where(by_count, top_count >= top_k, top_mass >= wanted)
+            if enough & (top_count <= CAPACITY):
+                tokens_ptr = copy_ptr
+                num_tokens = top_count
+                low = tl.maximum(low, cut)
+                mass = top_mass
+            count = num_tokens
+            if by_count:
+                low = _search(
+                    tokens_ptr,
+                    num_tokens,
+                    low,
+                    high,
+                    count,
+                    count.to(tl.int64),
+                    top_k.to(tl.int64),
+                    inv_temperature,
+                    max_z,
+                    False,
+                    BLOCK,
+                )
+                if by_mass:
+                    count, mass = _kept_weight(tokens_ptr, num_tokens, low, inv_temperature, max_z, BLOCK)
+                    wanted = _mass_wanted(top_p, mass)
+            if by_mass:
+                low = _search(
+                    tokens_ptr, num_tokens, low, high, count, mass, wanted, inv_temperature, max_z, True, BLOCK
+                )
         log_min_p = tl.where(by_ratio, tl.log(tl.where(by_ratio, min_p, 1.0)), float("-inf"))
-        threshold = _smallest_kept(row_ptr, vocab_size, low, inv_temperature, max_z, log_min_p, BLOCK)
+        threshold = _smallest_kept(tokens_ptr, num_tokens, low, inv_temperature, max_z, log_min_p, BLOCK)
     tl.store(min_logit_ptr + row, threshold)
+
+
+@triton.jit
+def _log(x):
+    """Natural logarithm of positive normal fp32 numbers, relative error below 1.2e-7, without special cases."""
+    bits = x.to(tl.int32, bitcast=True)
+    # x = 2^e * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
+    shifted = bits - 0x3F3504F3
+    exponent = (shifted >> 23).to(tl.float32)
+    f = (bits - (shifted & -8388608)).to(tl.float32, bitcast=True) - 1.0
+    p = tl.full(f.shape, 0.08746833354234695, tl.float32)
+    p = tl.fma(p, f, -0.14325468242168427)
+    p = tl.fma(p, f, 0.14921709895133972)
+    p = tl.fma(p, f, -0.16568464040756226)
+    p = tl.fma(p, f, 0.19961564242839813)
+    p = tl.fma(p, f, -0.2500181794166565)
+    p = tl.fma(p, f, 0.3333396315574646)
+    p = tl.fma(p, f, -0.49999991059303284)
+    return tl.fma(exponent, 0.6931471824645996, tl.fma(f * f, p, f))
 
 
 @triton.jit
 def gumbel_from_bits(bits):
     """Standard Gumbel noise -log(-log u) from uint32 words, with u = ((r >> 9) + 1/2) / 2^23 exact in fp32."""
     u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return -tl.log(-tl.log(u))
+    return -_log(-_log(u))
 
 
 @triton.jit
@@ -229,10 +341,14 @@ def _draw_kernel(
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, vocab_size), BLOCK):
         columns = start + lanes
         x = _load_row(row_ptr, columns, vocab_size)
+        kept = (x >= min_logit) & (columns < vocab_size)
         score = x * inv_temperature
-        if sampled:
+        noisy = sampled
+        if min_logit > float("-inf"):
+            noisy = sampled & (tl.max(tl.max(kept.to(tl.int32), 1), 0) > 0)
+        if noisy:
             score += _noise(start // 4, seed, position, BLOCK)
-        score = tl.where((x >= min_logit) & (columns < vocab_size), score, float("-inf"))
+        score = tl.where(kept, score, float("-inf"))
         # Columns grow from step to step, so a strict comparison keeps the lowest index of a tie.
         better = score > best_score
         best_score = tl.where(better, score, best_score)
@@ -332,6 +448,7 @@ def thresholds(
         min_p,
         inv_temperature,
         min_logit,
+        torch.empty((num_rows, THRESHOLD_CONFIG["CAPACITY"]), dtype=torch.float32, device=logits.device),
         vocab_size,
         **THRESHOLD_CONFIG,
         enable_fp_fusion=False,
