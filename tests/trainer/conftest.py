@@ -1,0 +1,95 @@
+"""A tiny random model, a character tokenizer, additions as data and a reward that varies within every group."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from vexact.models import ModelConfig, random_model, save_hf
+from vexact.prepare.tokenizers import character_tokenizer
+
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    odd = sum(c in "13579" for c in solution_str)
+    return {"score": odd / max(1, len(solution_str)), "odd": odd}
+"""
+
+
+def write_model(path: Path, **changes) -> Path:
+    tokenizer = character_tokenizer()
+    tokenizer.save_pretrained(path)
+    raw = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.15,
+    } | changes
+    config = ModelConfig.from_hf_dict(raw)
+    save_hf(random_model(config, seed=0).named_parameters(), config, path)
+    return path
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            a, b = draw.randrange(50), draw.randrange(50)
+            row = {"data_source": "sum", "prompt": f"{a}+{b}=", "reward_model": {"ground_truth": str(a + b)}}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Directory with model/, train.jsonl, test.jsonl and reward.py."""
+    root = tmp_path_factory.mktemp("tiny")
+    write_model(root / "model")
+    write_rows(root / "train.jsonl", 40)
+    write_rows(root / "test.jsonl", 4, seed=1)
+    (root / "reward.py").write_text(REWARD)
+    return root
+
+
+@pytest.fixture
+def overrides(tiny, tmp_path):
+    """Overrides of a small run into tmp_path/run; a function that adds more."""
+
+    def make(*more: str) -> list[str]:
+        return [
+            f"actor_rollout_ref.model.path={tiny / 'model'}",
+            f"data.train_files={tiny / 'train.jsonl'}",
+            f"reward.custom_reward_function.path={tiny / 'reward.py'}",
+            "data.max_prompt_length=16",
+            "data.max_response_length=12",
+            "data.train_batch_size=4",
+            "actor_rollout_ref.rollout.n=4",
+            "actor_rollout_ref.actor.optim.lr=1e-3",
+            "reward.num_workers=1",
+            "trainer.total_training_steps=3",
+            "trainer.logger=[jsonl]",
+            f"trainer.default_local_dir={tmp_path / 'run'}",
+            *more,
+        ]
+
+    return make
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """Reads the run's metrics.jsonl."""
+
+    def read(run: str = "run") -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    return read

@@ -1,0 +1,145 @@
+import dataclasses
+import json
+
+import pytest
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from vexact.audit import ExactnessError
+from vexact.config import load_config
+from vexact.trainer import workers as workers_module
+from vexact.trainer.launch import run
+
+
+def test_a_run_is_exact_on_every_step_and_leaves_its_files(overrides, metrics, tiny, tmp_path):
+    more = (
+        f"data.val_files={tiny / 'test.jsonl'}",
+        "trainer.save_freq=1",
+        "trainer.keep_last=2",
+        "trainer.test_freq=2",
+    )
+    assert run(load_config(overrides(*more))) == 0
+    steps = [row for row in metrics() if row["step"] > 0]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert row["bitwise/tokens_compared"] == row["rollout/num_tokens"] > 16
+        assert row["bitwise/tokens_different"] == row["training/rollout_probs_diff_max"] == 0
+        assert row["rollout_corr/kl"] == row["rollout_corr/k3_kl"] == row["actor/ppo_kl"] == 0
+        assert row["actor/grad_norm"] > 0
+        assert row["reward/odd/mean"] > 0
+    assert "val-core/sum/reward/mean@1" in steps[1]
+    root = tmp_path / "run"
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["step_2", "step_3"]
+    assert (root / "latest").read_text() == "checkpoints/step_3\n"
+    sample = json.loads((root / "samples" / "step_1.jsonl").read_text().splitlines()[0])
+    assert sample.keys() >= {"prompt", "response", "score", "ground_truth", "finish_reason"}
+    assert json.loads((root / "environment.json").read_text())["versions"]["torch"]
+    before, after = (load_file(p / "model.safetensors") for p in (tiny / "model", root / "checkpoints" / "step_3"))
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_truncated_sampling_and_several_minibatches_stay_exact(overrides, metrics):
+    more = (
+        "actor_rollout_ref.rollout.temperature=0.7",
+        "actor_rollout_ref.rollout.top_k=9",
+        "actor_rollout_ref.rollout.top_p=0.9",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
+        "actor_rollout_ref.rollout.max_num_batched_tokens=7",
+        "actor_rollout_ref.rollout.page_size=3",
+    )
+    run(load_config(overrides(*more)))
+    for row in metrics():
+        assert row["bitwise/tokens_different"] == 0
+        assert 0 < row["bitwise/tokens_compared"] < row["rollout/num_tokens"]
+
+
+def test_the_stock_baseline_is_caught_and_goes_on(overrides, metrics, tiny, tmp_path):
+    long = (
+        "data.max_response_length=60",
+        "actor_rollout_ref.rollout.batch_invariant=false",
+        "trainer.logger=[console,jsonl]",
+    )
+    run(load_config(overrides(*long)))
+    assert len(metrics()) == 3
+    assert all(row["bitwise/tokens_different"] > 0 for row in metrics())
+    assert all(
+        row["rollout_corr/training_ppl"] == pytest.approx(row["rollout_corr/rollout_ppl"], rel=1e-3)
+        for row in metrics()
+    )
+
+
+def _linear_that_splits_k_for_few_rows(x, weight, bias=None, *, out_dtype=None):
+    """What cuBLAS does: the number of K slices depends on how many rows there are."""
+    if x.shape[0] < 64:
+        half = x.shape[1] // 2
+        out = F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:])
+    else:
+        out = F.linear(x, weight)
+    out = out if bias is None else out + bias
+    return out.to(out_dtype or x.dtype)
+
+
+def test_a_planted_non_invariant_linear_stops_the_run(overrides, metrics, monkeypatch, tmp_path):
+    build = workers_module._engine
+
+    def engine_with_planted_linear(*args):
+        engine = build(*args)
+        planted = dataclasses.replace(engine.model.ops, linear=_linear_that_splits_k_for_few_rows)
+        for module in engine.model.modules():
+            if hasattr(module, "ops"):
+                module.ops = planted
+        return engine
+
+    monkeypatch.setattr(workers_module, "_engine", engine_with_planted_linear)
+    with pytest.raises(ExactnessError, match=r"response position \d+, token \d+, rollout -?[\d.e-]+, trainer"):
+        run(load_config(overrides()))
+    (row,) = metrics()
+    assert row["bitwise/tokens_different"] > 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.kl_loss_coef=0.1"),
+        ("algorithm.use_kl_in_reward=true", "algorithm.adv_estimator=reinforce_plus_plus", "algorithm.gamma=0.99"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=gspo", "actor_rollout_ref.actor.entropy_coeff=0.01"),
+        (
+            "reward.reward_kwargs.overlong_buffer_cfg={enable: true, len: 6, penalty_factor: 1.0}",
+            "algorithm.adv_estimator=rloo",
+        ),
+    ],
+)
+def test_every_algorithm_trains_exactly(overrides, metrics, more):
+    run(load_config(overrides(*more, "trainer.total_training_steps=2")))
+    rows = metrics()
+    assert all(row["bitwise/tokens_different"] == 0 and row["actor/grad_norm"] > 0 for row in rows)
+    if "use_kl" in more[0]:
+        name = "actor/kl_loss" if "loss" in more[0] else "actor/reward_kl_penalty"
+        assert rows[0][name] == 0  # the policy still is the reference, bit for bit
+        assert rows[1][name] != 0
+    if "overlong" in more[0]:
+        assert rows[0]["critic/rewards/mean"] < rows[0]["critic/score/mean"]
+
+
+def test_dynamic_sampling_refills_and_gives_up_by_name(overrides, metrics, tiny, tmp_path):
+    (tmp_path / "rare.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return float(ground_truth[-1] in '02468' and '1' in solution_str)\n"
+    )
+    rare = ("algorithm.filter_groups.enable=true", f"reward.custom_reward_function.path={tmp_path / 'rare.py'}")
+    run(load_config(overrides(*rare, "trainer.total_training_steps=1")))
+    (row,) = metrics()
+    assert row["rollout/num_tokens"] > row["bitwise/tokens_compared"]
+    assert row["actor/grad_norm"] > 0
+    (tmp_path / "flat.py").write_text("def compute_score(*args, **kwargs):\n    return 0.5\n")
+    flat = (
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.max_num_gen_batches=2",
+        f"reward.custom_reward_function.path={tmp_path / 'flat.py'}",
+        f"trainer.default_local_dir={tmp_path / 'other'}",
+    )
+    with pytest.raises(RuntimeError, match=r"after 2 generation batches only 0 of 4 .*max_num_gen_batches=2"):
+        run(load_config(overrides(*flat)))
