@@ -69,6 +69,13 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
     assert "usage: vexact" in capsys.readouterr().err
 
 
+def test_options_may_stand_between_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(train, "run", lambda arguments: seen.append((arguments.overrides, arguments.from_env)) or 0)
+    assert cli.main(["train", "a=1", "--from_env", "b=2", "c=3"]) == 0
+    assert seen == [(["a=1", "b=2", "c=3"], True)]
+
+
 def test_exit_code_of_the_command_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "run", lambda arguments: 1)
     assert cli.main(["train"]) == 1
@@ -85,6 +92,20 @@ def test_environment_sits_between_recipe_and_command_line(monkeypatch: pytest.Mo
     assert cli.main(["train", "a=1"]) == 2
     attention = "actor_rollout_ref.rollout.attn_impl=sdpa"
     assert seen == [[attention, f"actor_rollout_ref.model.path={tmp_path}", "a=1"], [attention, "a=1"]]
+
+
+def test_prepare_passes_its_options_and_prints_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vexact import prepare
+
+    calls = []
+    monkeypatch.setattr(prepare, "prepare", lambda *args, **options: calls.append((args, options)) or Path("/made"))
+    assert cli.main(["prepare", "random", "--arch", "qwen3-1.7b", "--out", "/o", "dtype=float32", "test_size=9"]) == 0
+    assert capsys.readouterr().out == "/made\n"
+    assert calls == [(("random", Path("/o")), {"arch": "qwen3-1.7b", "seed": 0, "dtype": "float32", "test_size": 9})]
+    assert cli.main(["prepare", "random", "seed=3"]) == 2
+    assert "'seed=3' is not an option" in capsys.readouterr().err
 
 
 def test_dry_run_prints_configuration_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
