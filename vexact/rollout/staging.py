@@ -13,13 +13,14 @@ _ALIGNMENT = 16  # bytes; keeps every device view aligned for vector loads
 class StagingBuffer:
     """Packs numpy arrays into one pinned buffer and hands back device views of one copy of it.
 
-    The buffer is reused, so a step's copy must have finished before the next upload; the engine waits for the sampled
-    tokens of every step, which is later on the same stream.
+    The buffer is reused: an upload first waits until the copy before it has left the buffer. A step that only fills the
+    cache has no result the engine would wait for.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host = self._new(1 << 16)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def _new(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -27,6 +28,8 @@ class StagingBuffer:
     def upload(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Device tensors with the values, shapes and dtypes of ``arrays``."""
         offsets, total = _layout(arrays)
+        if self._copied is not None:
+            self._copied.synchronize()
         if total > self._host.numel():
             self._host = self._new(2 * total)
         host = self._host.numpy()
@@ -34,6 +37,8 @@ class StagingBuffer:
             view = host[offsets[name] : offsets[name] + array.nbytes].view(array.dtype)
             view.reshape(array.shape)[...] = array
         device = self._host[:total].to(self._device, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         return {
             name: device[offsets[name] : offsets[name] + array.nbytes].view(_torch_dtype(array)).view(array.shape)
             for name, array in arrays.items()

@@ -16,7 +16,7 @@ from vexact.ops.cpu.reduce import tree_sum
 
 __all__ = ["packed_backward", "packed_forward", "paged_forward", "write_kv"]
 
-QUERY_TILE = 16
+QUERY_TILE = 4  # a constant of the numerics; small, since a decoded token fills a tile alone
 KEY_BLOCK = 64
 # (sequence of each tile (N,), key positions (KEY_BLOCK,)) -> keys and values (N, KEY_BLOCK, Hkv, D)
 FetchKeys = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
