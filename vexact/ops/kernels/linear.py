@@ -100,8 +100,12 @@ def operand_descriptor(operand: Tensor, block: int, block_k: int) -> tuple[Tenso
 def output_descriptor(out: Tensor, tile: Tile) -> tuple[TensorDescriptor, int]:
     """A descriptor of ``out`` and the number of strips: twice as many for fp32, so the staging buffer stays small."""
     splits = min(4, 2 * tile.splits) if out.element_size() == 4 else tile.splits
-    block = [tile.block_m, tile.block_n // splits]
-    return TensorDescriptor(out, list(out.shape), list(out.stride()), block), splits
+    return strip_descriptor(out, tile.block_m, tile.block_n // splits), splits
+
+
+def strip_descriptor(out: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of ``out`` (M, N) that stores blocks of ``rows`` x ``columns``."""
+    return TensorDescriptor(out, list(out.shape), list(out.stride()), [rows, columns])
 
 
 def num_programs(m: int, n: int, tile: Tile, device: torch.device) -> int:

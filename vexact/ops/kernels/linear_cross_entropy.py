@@ -1,6 +1,7 @@
 """Fused linear cross-entropy: log-prob and entropy of every token from hidden states, without a T x V matrix.
 
-The forward walks the tokens in chunks: fp32 logits from the linear kernel, then the row kernel of ``logprob``. The
+The forward forms the log-prob states of ``logprob`` in the epilogue of the product, so no logits are stored; where the
+epilogue cannot (fp32, sm_80, odd strides) it walks the tokens in chunks of stored logits, to the same bits. The
 backward walks the vocabulary in slices instead: a slice's logits are recomputed and turned into gradients in the
 epilogue of the product, its part of dweight is complete at once, and only the small dhidden is accumulated (fp32). The
 one-pass form has the logits of a token chunk at hand, but must accumulate dweight; it collects the gradients of several
@@ -15,18 +16,21 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vexact.ops.kernels.linear import matmul, multiprocessors, operand_descriptor, use_descriptors
+from vexact.ops.kernels.linear import matmul, multiprocessors, operand_descriptor, strip_descriptor, use_descriptors
+from vexact.ops.kernels.linear_cross_entropy_forward import matmul_states_kernel
 from vexact.ops.kernels.linear_cross_entropy_grad import dlogits_kernel, matmul_dlogits_kernel
-from vexact.ops.kernels.logprob import token_logprobs
+from vexact.ops.kernels.logprob import BLOCK, QUARTER_LEVELS, empty_states, merge_states, token_logprobs
 
-WORKSPACE_BYTES = 1280 << 20  # one chunk of logits or of their gradients
-ONE_PASS_LOGITS_BYTES = 320 << 20  # beside them: the gradients of several chunks, and dweight in fp32
-ONE_PASS_GRADIENT_BYTES = 976 << 20
+WORKSPACE_BYTES = 1024 << 20  # a chunk of stored logits, or the gradients of a slice of the vocabulary
+# The one-pass form holds fp32 dweight too. At V = 151,936 these are 1024 and 2048 tokens, and 2048 tokens are one full
+# wave of tiles in the product that makes dhidden.
+ONE_PASS_LOGITS_BYTES = 600 << 20
+ONE_PASS_GRADIENT_BYTES = 600 << 20
 ROW_MULTIPLE = 128
 COLUMN_MULTIPLE = 256
 DLOGITS_TILE = (128, 256, 64, 8)  # rows, columns, depth, column-group height
+STATES_TILE = (128, 64, 16, 4)  # rows, depth, column-group height, stages
 DLOGITS_BLOCK = 4096
 
 
@@ -79,14 +83,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (T, H), weight (V, H), the rest (T,) -> log-prob of the target, log-sum-exp, entropy: (T,) fp32."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    fused = _fuses_epilogue(hidden, weight)
     width = padded(vocabulary)
+    bytes_per_token = 12 * triton.cdiv(vocabulary, BLOCK) if fused else 4 * width
+    size = max(min(balanced_size(tokens, WORKSPACE_BYTES // bytes_per_token, ROW_MULTIPLE), tokens), 1)
+    logits = None if fused else torch.empty(size, width, dtype=torch.float32, device=hidden.device)[:, :vocabulary]
     results = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)]
-    size = min(balanced_size(tokens, WORKSPACE_BYTES // (4 * width), ROW_MULTIPLE), tokens)
-    workspace = torch.empty(size, width, dtype=torch.float32, device=hidden.device)
-    for chunk in cut(tokens, max(size, 1)):
+    for chunk in cut(tokens, size):
         rows = chunk.stop - chunk.start
-        logits = matmul(hidden[chunk], weight, workspace[:rows, :vocabulary], layout="forward")
-        values = token_logprobs(logits, targets[chunk], inv_temperature[chunk], min_logit[chunk])
+        stored = None if logits is None else logits[:rows]
+        values = _logits_and_logprobs(
+            hidden[chunk], weight, targets[chunk], inv_temperature[chunk], min_logit[chunk], stored
+        )
         for result, value in zip(results, values, strict=True):
             result[chunk] = value
     return results[0], results[1], results[2]
@@ -111,7 +119,7 @@ def backward(
         return torch.empty_like(hidden), dweight.zero_()
     dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     # fp32 logits are stored beside their gradients when the epilogue cannot make them.
-    bytes_per_column = tokens * (hidden.element_size() + (0 if _fuses_gradient(hidden, weight) else 4))
+    bytes_per_column = tokens * (hidden.element_size() + (0 if _fuses_epilogue(hidden, weight) else 4))
     size = min(balanced_size(vocabulary, WORKSPACE_BYTES // bytes_per_column, COLUMN_MULTIPLE), padded(vocabulary))
     workspace = torch.empty(tokens, size, dtype=hidden.dtype, device=hidden.device)
     for columns in cut(vocabulary, size):
@@ -152,8 +160,8 @@ def one_pass(
         for chunk in cut(size, chunk_size):
             at = slice(group.start + chunk.start, group.start + chunk.stop)
             rows = at.stop - at.start
-            logits = matmul(hidden[at], weight, workspace[:rows, :vocabulary], layout="forward")
-            values = token_logprobs(logits, targets[at], inv_temperature[at], min_logit[at])
+            logits = workspace[:rows, :vocabulary]
+            values = _logits_and_logprobs(hidden[at], weight, targets[at], inv_temperature[at], min_logit[at], logits)
             logprobs[at], lse, entropies[at] = values
             statistics = RowStatistics(
                 targets[at], inv_temperature[at], min_logit[at], lse, entropies[at], dloss(logprobs[at], at), None
@@ -168,16 +176,62 @@ def one_pass(
     return logprobs, entropies, dhidden, dweight.to(weight.dtype)
 
 
-def _fuses_gradient(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the recomputing product can turn logits into gradients in its epilogue."""
+def _fuses_epilogue(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the product can turn its logits into states, or into gradients, before it stores anything."""
     k_major = hidden.stride(1) == 1 and weight.stride(1) == 1
     return k_major and hidden.dtype != torch.float32 and use_descriptors(hidden, weight)
+
+
+def _logits_and_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inv_temperature: Tensor,
+    min_logit: Tensor,
+    logits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, log-sum-exp and entropy of a chunk; its logits go to ``logits`` (T, V) fp32 where that is given."""
+    (tokens, size), vocabulary = hidden.shape, weight.shape[0]
+    if not _fuses_epilogue(hidden, weight):
+        assert logits is not None, "a product without the fused epilogue stores its logits"
+        matmul(hidden, weight, logits, layout="forward")
+        return token_logprobs(logits, targets, inv_temperature, min_logit)
+    states = empty_states(tokens, vocabulary, hidden.device)
+    chosen = torch.full((tokens,), float("nan"), dtype=torch.float32, device=hidden.device)
+    block_m, block_k, group_m, stages = STATES_TILE
+    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(vocabulary, 4 * BLOCK)
+    hidden_desc = operand_descriptor(hidden, block_m, block_k)[0]
+    stored = hidden_desc if logits is None else strip_descriptor(logits, block_m, BLOCK)
+    matmul_states_kernel[(min(tiles, multiprocessors(hidden.device)),)](
+        hidden_desc,
+        operand_descriptor(weight, 4 * BLOCK, block_k)[0],
+        stored,
+        *states,
+        chosen,
+        targets,
+        inv_temperature,
+        min_logit,
+        tokens,
+        vocabulary,
+        size,
+        states.shape[2],
+        BLOCK_M=block_m,
+        WIDTH=BLOCK,
+        QUARTER_LEVELS=QUARTER_LEVELS,
+        BLOCK_K=block_k,
+        GROUP_M=group_m,
+        STORE_LOGITS=logits is not None,
+        num_warps=8,
+        num_stages=stages,
+        enable_fp_fusion=False,
+    )
+    return merge_states(states, chosen, targets, inv_temperature, vocabulary, gather=False)
 
 
 def _recomputed_dlogits(hidden: Tensor, weight: Tensor, rows: RowStatistics, first_column: int, out: Tensor) -> Tensor:
     """Gradients (T, N) of the logits of the vocabulary slice ``weight`` (N, H), written into ``out``."""
     (tokens, size), count = hidden.shape, weight.shape[0]
-    if not _fuses_gradient(hidden, weight):
+    if not _fuses_epilogue(hidden, weight):
         logits = torch.empty(tokens, padded(count), dtype=torch.float32, device=hidden.device)[:, :count]
         return _stored_dlogits(matmul(hidden, weight, logits, layout="forward"), rows, first_column, out)
     block_m, block_n, block_k, group_m = DLOGITS_TILE
@@ -185,7 +239,7 @@ def _recomputed_dlogits(hidden: Tensor, weight: Tensor, rows: RowStatistics, fir
     matmul_dlogits_kernel[(min(tiles, multiprocessors(hidden.device)),)](
         operand_descriptor(hidden, block_m, block_k)[0],
         operand_descriptor(weight, block_n, block_k)[0],
-        TensorDescriptor(out, list(out.shape), list(out.stride()), [block_m, block_n // 4]),
+        strip_descriptor(out, block_m, block_n // 4),
         *rows.pointers(),
         tokens,
         count,

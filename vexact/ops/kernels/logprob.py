@@ -1,8 +1,9 @@
 """Log-probabilities from logits: the one definition that the sampler and the fused linear cross-entropy share.
 
-A row is walked in vocabulary order, LANES columns at a time; every lane keeps its own running maximum, sum and first
-moment, and the lanes are merged at the end by a tree of explicit pairs. Neither depends on the thread layout, so a row
-has the same bits in a decode batch of one and in a training chunk, whatever its stride or alignment.
+The vocabulary is cut into blocks of BLOCK columns at absolute positions. A block's state is its maximum m, the sum
+s of e^(z - m) and the moment t, the sum of e^(z - m) (z - m); sums are trees of explicit pairs. The states of a row are
+merged by one more such tree. No sum is left to the compiler, so a state has the same bits whether it is formed from
+stored logits or in the epilogue of the product that makes them, in any tile, for any batch.
 """
 
 from __future__ import annotations
@@ -12,74 +13,144 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 4096
-WARPS = 8
+BLOCK = 64  # decides bits
+QUARTER_LEVELS = (BLOCK // 4).bit_length() - 1
+BLOCKS_PER_PROGRAM = 32
+MERGE_WARPS = 8
 
 
 @triton.jit
-def pairwise_sum(x, LEVELS: tl.constexpr):
-    """Sum of the 2**LEVELS elements of ``x``: left half plus right half, again and again.
+def pair_sum_columns(x, LEVELS: tl.constexpr):
+    """(R, 2**LEVELS) -> (R,): left half plus right half, again and again.
 
     Every reduction has two terms, so neither the thread layout nor the compiler has an order to choose.
     """
     for _ in tl.static_range(LEVELS):
-        x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
-    return tl.max(x, 0)
+        x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
+    return tl.max(x, 1)
 
 
 @triton.jit
-def token_logprobs_kernel(
+def scaled(logit, inv_temperature, min_logit, columns, V):
+    """z of the kept columns, -inf elsewhere. NaN logits are kept, so that they show."""
+    dropped = (logit < min_logit) | (columns >= V)
+    return tl.where(dropped, float("-inf"), logit * inv_temperature)
+
+
+@triton.jit
+def exponential_terms(z, base):
+    """e^(z - base) and e^(z - base) (z - base), which is 0 where z is -inf."""
+    shifted = z - base[:, None]
+    p = tl.exp(shifted)
+    return p, tl.where(p > 0.0, p * shifted, 0.0)
+
+
+@triton.jit
+def block_state(first, second, third, fourth, QUARTER_LEVELS: tl.constexpr):
+    """State of a block of columns per row, from the four quarters of its z, each (R, BLOCK / 4), in column order.
+
+    Quarters, because adding them is free in every layout: the first two levels of the tree.
+    """
+    top = tl.maximum(tl.maximum(tl.max(first, 1), tl.max(second, 1)), tl.maximum(tl.max(third, 1), tl.max(fourth, 1)))
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing kept: avoid inf - inf
+    p0, t0 = exponential_terms(first, base)
+    p1, t1 = exponential_terms(second, base)
+    p2, t2 = exponential_terms(third, base)
+    p3, t3 = exponential_terms(fourth, base)
+    total = pair_sum_columns((p0 + p2) + (p1 + p3), QUARTER_LEVELS)
+    moment = pair_sum_columns((t0 + t2) + (t1 + t3), QUARTER_LEVELS)
+    return top, total, moment
+
+
+@triton.jit
+def load_quarter(row_ptr, columns, inv_temperature, min_logit, V):
+    logit = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
+    return scaled(logit, inv_temperature, min_logit, columns, V)
+
+
+@triton.jit
+def block_states_kernel(
     logits_ptr,  # (B, V) fp32
-    token_ptr,  # (B,) int64
     inv_temperature_ptr,  # (B,) fp32
     min_logit_ptr,  # (B,) fp32
-    logprob_ptr,  # (B,) fp32
-    lse_ptr,  # (B,) fp32
-    entropy_ptr,  # (B,) fp32
+    top_ptr,  # (B, blocks) fp32, as the next two
+    total_ptr,
+    moment_ptr,
     V,
     stride,
-    LANES: tl.constexpr,
-    LEVELS: tl.constexpr,
+    blocks,
+    BLOCK: tl.constexpr,
+    QUARTER_LEVELS: tl.constexpr,
+    BLOCKS_PER_PROGRAM: tl.constexpr,
 ):
-    """One program per row. With s = sum of e^(z - m) and t = sum of e^(z - m) (z - m) over the kept set,
-
-    lse = m + log s and entropy = log s - t / s.
-    """
+    """States of BLOCKS_PER_PROGRAM blocks of one row."""
+    QUARTER: tl.constexpr = BLOCK // 4
     row = tl.program_id(0).to(tl.int64)
     inv_temperature = tl.load(inv_temperature_ptr + row)
     min_logit = tl.load(min_logit_ptr + row)
     row_ptr = logits_ptr + row * stride
+    block = tl.program_id(1) * BLOCKS_PER_PROGRAM + tl.arange(0, BLOCKS_PER_PROGRAM)
+    columns = block[:, None] * BLOCK + tl.arange(0, QUARTER)[None, :]
+    top, total, moment = block_state(
+        load_quarter(row_ptr, columns, inv_temperature, min_logit, V),
+        load_quarter(row_ptr, columns + QUARTER, inv_temperature, min_logit, V),
+        load_quarter(row_ptr, columns + 2 * QUARTER, inv_temperature, min_logit, V),
+        load_quarter(row_ptr, columns + 3 * QUARTER, inv_temperature, min_logit, V),
+        QUARTER_LEVELS,
+    )
+    at = row * blocks + block
+    tl.store(top_ptr + at, top, mask=block < blocks)
+    tl.store(total_ptr + at, total, mask=block < blocks)
+    tl.store(moment_ptr + at, moment, mask=block < blocks)
+
+
+@triton.jit
+def merge_states_kernel(
+    top_ptr,  # (B, blocks) fp32, as the next two
+    total_ptr,
+    moment_ptr,
+    chosen_ptr,  # raw logit of the token: row r at r * chosen_stride, plus the token id when GATHER
+    token_ptr,  # (B,) int64
+    inv_temperature_ptr,  # (B,) fp32
+    logprob_ptr,  # (B,) fp32
+    lse_ptr,  # (B,) fp32
+    entropy_ptr,  # (B,) fp32
+    V,
+    chosen_stride,
+    blocks,
+    LEVELS: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    """lse = m + log s, entropy = log s - t / s, log-prob = z - lse; one program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    LANES: tl.constexpr = 1 << LEVELS
     lanes = tl.arange(0, LANES)
-    top = tl.full((LANES,), float("-inf"), tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
-    moment = tl.zeros((LANES,), tl.float32)
-    for start in tl.range(0, V, LANES, num_stages=3):
-        columns = start + lanes
-        logit = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
-        dropped = (logit < min_logit) | (columns >= V)
-        z = tl.where(dropped, float("-inf"), logit * inv_temperature)
-        new_top = tl.maximum(top, z)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing kept so far: avoid inf - inf
-        decay = tl.exp(top - base)
-        p = tl.exp(z - base)
-        moved = tl.where(top == float("-inf"), 0.0, top - base)
-        moment = decay * (moment + total * moved) + tl.where(z == float("-inf"), 0.0, p * (z - base))
-        total = decay * total + p
-        top = new_top
+    inside = lanes < blocks
+    at = row * blocks + lanes
+    top = tl.load(top_ptr + at, mask=inside, other=float("-inf"))
+    total = tl.load(total_ptr + at, mask=inside, other=0.0)
+    moment = tl.load(moment_ptr + at, mask=inside, other=0.0)
     row_top = tl.max(top, 0)
     base = tl.where(row_top == float("-inf"), 0.0, row_top)
     decay = tl.exp(top - base)
     moved = tl.where(top == float("-inf"), 0.0, top - base)
-    row_moment = pairwise_sum(decay * (moment + total * moved), LEVELS)
-    row_total = pairwise_sum(decay * total, LEVELS)
+    row_total = tl.max(pair_sum_columns(tl.reshape(decay * total, (1, LANES)), LEVELS), 0)
+    row_moment = tl.max(pair_sum_columns(tl.reshape(decay * (moment + total * moved), (1, LANES)), LEVELS), 0)
 
     token = tl.load(token_ptr + row)
     # A token outside the vocabulary has no log-probability: NaN shows up in every audit, a clamped index would not.
-    chosen = tl.load(row_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")) * inv_temperature
+    known = (token >= 0) & (token < V)
+    offset = token if GATHER else 0
+    chosen = tl.load(chosen_ptr + row * chosen_stride + offset, mask=known, other=float("nan"))
     lse = base + tl.log(row_total)
     tl.store(lse_ptr + row, lse)
-    tl.store(logprob_ptr + row, chosen - lse)
+    tl.store(logprob_ptr + row, chosen * tl.load(inv_temperature_ptr + row) - lse)
     tl.store(entropy_ptr + row, tl.log(row_total) - row_moment / row_total)
+
+
+def empty_states(rows: int, vocabulary: int, device: torch.device) -> Tensor:
+    """Room for the states of every block: (maximum | sum | moment, rows, blocks) fp32."""
+    return torch.empty(3, rows, triton.cdiv(vocabulary, BLOCK), dtype=torch.float32, device=device)
 
 
 def token_logprobs(
@@ -90,22 +161,48 @@ def token_logprobs(
     z = logit * inv_temperature and the kept set is {logit >= min_logit}; nats.
     """
     rows, vocabulary = logits.shape
-    logprobs, lse, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
+    states = empty_states(rows, vocabulary, logits.device)
+    blocks = states.shape[2]
     if rows:
-        # Without fusion each product is rounded where it is written, in every binary of this kernel.
-        token_logprobs_kernel[(rows,)](
+        # Without fusion each product is rounded where it is written, in every binary that forms a state.
+        block_states_kernel[(rows, triton.cdiv(blocks, BLOCKS_PER_PROGRAM))](
             logits,
-            token_ids,
             inv_temperature,
             min_logit,
+            *states,
+            vocabulary,
+            logits.stride(0),
+            blocks,
+            BLOCK=BLOCK,
+            QUARTER_LEVELS=QUARTER_LEVELS,
+            BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    return merge_states(states, logits, token_ids, inv_temperature, vocabulary, gather=True)
+
+
+def merge_states(
+    states: Tensor, chosen: Tensor, token_ids: Tensor, inv_temperature: Tensor, vocabulary: int, gather: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge ``states`` (3, B, blocks); ``chosen`` holds the tokens' logits, (B,), or with ``gather`` all, (B, V)."""
+    rows, blocks = states.shape[1:]
+    logprobs, lse, entropy = (torch.empty(rows, dtype=torch.float32, device=states.device) for _ in range(3))
+    if rows:
+        merge_states_kernel[(rows,)](
+            *states,
+            chosen,
+            token_ids,
+            inv_temperature,
             logprobs,
             lse,
             entropy,
             vocabulary,
-            logits.stride(0),
-            LANES=LANES,
-            LEVELS=LANES.bit_length() - 1,
-            num_warps=WARPS,
+            chosen.stride(0),
+            blocks,
+            LEVELS=(blocks - 1).bit_length(),
+            GATHER=gather,
+            num_warps=MERGE_WARPS,
             enable_fp_fusion=False,
         )
     return logprobs, lse, entropy
