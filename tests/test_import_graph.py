@@ -15,6 +15,7 @@ ENGINE_ROOM = {"ops", "models", "algorithms"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "env": set(),
+    "device": set(),
     "ops": set(),
     "algorithms": set(),
     "models": {"ops"},

@@ -23,8 +23,8 @@ ATTENTION: Mapping[str, AttentionImpl] = MappingProxyType(
     {
         TRITON_INVARIANT: AttentionImpl(invariant=True),
         "sdpa": AttentionImpl(invariant=False),
-        "flash_attention_2": AttentionImpl(invariant=False, package="flash_attn"),
-        "flash_attention_3": AttentionImpl(invariant=False, package="flash_attn_interface"),
+        "flash_attention_2": AttentionImpl(invariant=False),  # verl's names for a stock kernel: PyTorch picks it
+        "flash_attention_3": AttentionImpl(invariant=False),
         "fa-invariant": AttentionImpl(invariant=True, package="flash_attn_interface"),
         "fa-invariant-cute": AttentionImpl(invariant=True, package="flash_attn.cute"),
     }
@@ -59,7 +59,7 @@ def attention_warning(rollout: str, trainer: str) -> str | None:
         return None
     return (
         f"attention of rollout and trainer is not bit-identical: {rollout} (rollout) and {trainer} (trainer); "
-        f"use {TRITON_INVARIANT} for both, or trainer.exactness=warn for a deliberate baseline"
+        f"use {TRITON_INVARIANT} for both"
     )
 
 

@@ -149,7 +149,7 @@ def test_whole_floats_are_whole_numbers_and_nothing_else_is() -> None:
 def test_deliberate_baseline_warns_instead_of_stopping_unless_told() -> None:
     config = load(f"{ROLLOUT}.batch_invariant=false")
     assert config.trainer.exactness == "warn"
-    assert any("deliberate baseline" in notice for notice in config.notices)
+    assert any("batch_invariant=false cannot be exact" in notice for notice in config.notices)
     assert load(f"{ROLLOUT}.batch_invariant=false", "trainer.exactness=strict").trainer.exactness == "strict"
 
 

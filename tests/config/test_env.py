@@ -21,7 +21,7 @@ def test_attention_variables() -> None:
     [
         ("fa9", "INFER_FA_IMPL=fa9: unknown attention implementation; known: triton-invariant"),
         ("fa-invariant-cute", "needs the package flash_attn.cute, which is not installed"),
-        ("flash_attention_2", "needs the package flash_attn, which is not installed"),
+        ("fa-invariant", "needs the package flash_attn_interface, which is not installed"),
     ],
 )
 def test_unusable_attention_says_why(name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

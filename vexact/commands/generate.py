@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vexact.commands.device import resolve_device
+    from vexact.device import resolve_device
     from vexact.data.rows import Row
     from vexact.data.template import PromptFormat, tokenize
     from vexact.rollout import Engine, SamplingParams

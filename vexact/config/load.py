@@ -13,11 +13,12 @@ from vexact.config.checks import attention_notices, check
 from vexact.config.fields import ConfigError, build, flatten, leaves, nearest, unknown_keys
 from vexact.config.schema import Config, Keys
 from vexact.config.verl_compat import translate
+from vexact.env import attention_warning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BASELINE = (
-    "actor_rollout_ref.rollout.batch_invariant=false is a deliberate baseline, so trainer.exactness is warn; "
-    "set trainer.exactness=strict to stop at the first difference"
+    "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on; "
+    "set trainer.exactness=strict to stop at the first one"
 )
 _PLAIN_LIST = re.compile(
     r"^\[[^\[\]{}'\"]*\]$"
@@ -51,17 +52,25 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
     pairs = _parse(overrides)
     values, notices = _translate(_compose(pairs, config_name))
     config = _build(values)
-    if (
-        not config.rollout.batch_invariant
-        and config.trainer.exactness == "strict"
-        and "trainer.exactness" not in dict(pairs)
-    ):
-        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, exactness="warn"))
-        notices.append(_BASELINE)
     if checked:
         check(config)
-        notices += attention_notices(config)
+        warnings = attention_notices(config)
+    else:
+        warnings = []
+    baseline = _baseline(config)
+    if baseline and config.trainer.exactness == "strict" and "trainer.exactness" not in dict(pairs):
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, exactness="warn"))
+        warnings = [_BASELINE.format(baseline)]
+    notices += warnings
     return dataclasses.replace(config, notices=tuple(notices))
+
+
+def _baseline(config: Config) -> str:
+    """The setting that rules exactness out by itself; empty for none."""
+    if not config.rollout.batch_invariant:
+        return "actor_rollout_ref.rollout.batch_invariant=false"
+    rollout, trainer = config.rollout.attn_impl, config.actor.attn_implementation
+    return f"attention {rollout} (rollout) with {trainer} (trainer)" if attention_warning(rollout, trainer) else ""
 
 
 def _build(values: Mapping[str, Any]) -> Config:

@@ -29,7 +29,7 @@ class JsonlSink(Sink):
         self._file = path.open("a", encoding="utf-8")
 
     def step(self, stats: StepStats) -> None:
-        record = {"step": stats.step, "time": round(time.time(), 3)}
+        record: dict[str, float | None] = {"step": stats.step, "time": round(time.time(), 3)}
         record |= {name: _finite(value) for name, value in stats.metrics.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()

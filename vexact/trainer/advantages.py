@@ -37,9 +37,7 @@ def train_sequences(
     settings = AdvantageConfig(gamma=algorithm.gamma, norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo)
     advantages = advantage_estimator(algorithm.adv_estimator)(inputs, settings).numpy()
     parts = np.split(advantages, lengths.cumsum(0)[:-1].numpy())
-    trained = [
-        TrainSequence(sample, part, ref) for sample, part, ref in zip(samples, parts, references, strict=True)
-    ]
+    trained = [TrainSequence(sample, part, ref) for sample, part, ref in zip(samples, parts, references, strict=True)]
     return trained, _metrics(config, inputs.outcomes().numpy(), penalty)
 
 

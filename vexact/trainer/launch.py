@@ -12,10 +12,11 @@ import torch
 from vexact.audit import Audit
 from vexact.config import Config
 from vexact.config.plan import build_plan
+from vexact.device import resolve_device
 from vexact.report import Reporter
 from vexact.trainer.checkpoint import CheckpointStore
 from vexact.trainer.driver import Driver, resume_point
-from vexact.trainer.preflight import check_rewards, exactness_in_force, pick_device
+from vexact.trainer.preflight import check_rewards
 from vexact.trainer.run_record import write_run_record
 from vexact.trainer.workers import build_workers, num_steps
 
@@ -28,7 +29,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
-    device = pick_device(config.trainer.device)
+    device = torch.device(resolve_device(config.trainer.device))
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's kill ends like Ctrl-C: workers stopped, sinks flushed
     with ExitStack() as stack:
         workers = build_workers(config, device)
@@ -48,13 +49,12 @@ def run(config: Config) -> int:
             resume_step=progress.step or None,
         )
         stack.enter_context(reporter)
-        exactness, notice = exactness_in_force(config)
         plan = build_plan(config, device.type)
-        reporter.plan(plan.rows, [*plan.advice, *notice])
+        reporter.plan(plan.rows, plan.advice)
         write_run_record(config, device)
         if progress.step:
             log.info("resuming after step %d", progress.step)
-        Driver(config, workers, reporter, store, Audit(exactness), total_steps, progress).run()
+        Driver(config, workers, reporter, store, Audit(config.trainer.exactness), total_steps, progress).run()
     return 0
 
 

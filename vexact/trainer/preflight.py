@@ -4,37 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from vexact.config import Config
-from vexact.env import attention_warning
 from vexact.reward.spec import GradeRequest
 from vexact.trainer.workers import Workers
 
 log = logging.getLogger(__name__)
 _DRY_RUN_ROWS = 8
-
-
-def pick_device(name: str) -> torch.device:
-    """
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.device=cuda, but torch sees no GPU here; use trainer.device=cpu or auto")
-    return torch.device(name)
-
-
-def exactness_in_force(config: Config) -> tuple[str, list[str]]:
-    """``trainer.exactness``, except that a deliberate baseline is logged instead of stopped at its first token."""
-    rollout, actor = config.rollout, config.actor
-    inexact = not rollout.batch_invariant or attention_warning(rollout.attn_impl, actor.attn_implementation)
-    if config.trainer.exactness == "strict" and inexact:
-        why = "the attention pair is not bit-identical" if rollout.batch_invariant else "batch_invariant=false"
-        return "warn", [f"{why}: differences are counted and the run goes on, as with trainer.exactness=warn"]
-    return config.trainer.exactness, []
 
 
 def check_rewards(config: Config, workers: Workers) -> None:

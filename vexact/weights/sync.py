@@ -20,7 +20,8 @@ class WeightSource(Protocol):
 class WeightTarget(Protocol):
     """The rollout's side: ``vexact.rollout.Engine``."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 

@@ -1,10 +1,10 @@
-"""Which device a command runs on."""
+"""Which device to run on."""
 
 from __future__ import annotations
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" to "cuda" or "cpu".
+    """Turns "auto" into "cuda" if there is a GPU, else "cpu".
 
     Raises:
         ValueError: "cuda" is asked for and PyTorch finds no GPU.
