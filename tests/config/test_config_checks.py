@@ -81,7 +81,7 @@ def test_attention_pair_that_cannot_agree_gets_one_warning(base: list[str]) -> N
     assert load_config(base).notices == ()
     notices = load_config([*base, f"{ROLLOUT}.attn_impl=sdpa"]).notices
     assert len(notices) == 1
-    assert "sdpa (rollout) and triton-invariant (trainer)" in notices[0]
+    assert "sdpa (rollout) with triton-invariant (trainer)" in notices[0]
 
 
 def test_unknown_attention_lists_the_known_ones(base: list[str]) -> None:
