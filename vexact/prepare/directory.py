@@ -1,0 +1,78 @@
+"""Making a directory whole or not at all, and only once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vexact.env import cache_dir
+
+MARKER = "prepared.json"
+
+
+def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., None], options: dict[str, Any]) -> Path:
+    """Call ``write(directory, **options)`` on a temporary directory and rename it to ``out_dir``.
+
+    Raises:
+        ValueError: ``out_dir`` holds files that this did not make, or was made with other options.
+    """
+    out = Path(out_dir).expanduser() if out_dir is not None else Path(cache_dir()) / _folder(name, options)
+    recipe = {"name": name, "options": options, "vexact": version("vexact")}
+    if _is_made(out, recipe):
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        write(temporary, **options)
+        (temporary / MARKER).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        if out.exists():
+            out.rmdir()  # empty, or _is_made would have refused it
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def require_disk(directory: Path, num_bytes: int) -> None:
+    """Raise ValueError unless the disk of ``directory`` has room for ``num_bytes`` and a margin of a tenth."""
+    free = shutil.disk_usage(directory).free
+    needed = num_bytes + num_bytes // 10
+    if free < needed:
+        raise ValueError(
+            f"{directory.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; "
+            "free some space or choose another --out"
+        )
+
+
+def _folder(name: str, options: dict[str, Any]) -> str:
+    kind = str(options.get("arch") or options.get("task") or "")
+    safe = "".join(character if character.isalnum() or character in "._-" else "_" for character in kind)
+    return f"{name}-{safe}" if safe else name
+
+
+def _is_made(out: Path, recipe: dict[str, Any]) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    marker = out / MARKER
+    if not marker.is_file():
+        raise ValueError(f"{out} exists and was not made by vexact prepare; choose another --out or remove it")
+    made = json.loads(marker.read_text(encoding="utf-8"))
+    if made != json.loads(json.dumps(recipe)):
+        raise ValueError(
+            f"{out} was made by 'vexact prepare {made.get('name')}' with the options {made.get('options')} "
+            f"(vexact {made.get('vexact')}); choose another --out or remove it"
+        )
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
