@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,20 +196,30 @@ def embedding_entries(width: int) -> Iterator[dict[str, Any]]:
     }
 
 
+def peaked_logits(batch: int) -> Tensor:
+    """Noise with a hundred likely tokens per row, as a trained model has."""
+    logits = torch.randn(batch, VOCABULARY, device="cuda") * 2
+    likely = torch.randint(0, VOCABULARY, (batch, 100), device="cuda")
+    return logits.scatter_add_(1, likely, torch.rand(batch, 100, device="cuda") * 16)
+
+
 def sampling_entries(batch: int) -> Iterator[dict[str, Any]]:
-    """The whole sampler: without filters (two reads of the logits), and with each kind of filter on every row."""
-    logits = torch.randn(batch, VOCABULARY, device="cuda") * 2.5
+    """The whole sampler, log-prob included, against two reads of the logits; each kind of filter on every row."""
+    flat, peaked = torch.randn(batch, VOCABULARY, device="cuda") * 2.5, peaked_logits(batch)
     ones, off = torch.ones(batch, device="cuda"), torch.zeros(batch, device="cuda")
     seed, position = torch.arange(batch, device="cuda") * 2**33 + 1, torch.arange(batch, device="cuda")
-    for label, top_k, top_p, min_p in (
-        ("", 0, 1.0, 0.0),
-        (" top_k=50", 50, 1.0, 0.0),
-        (" top_p=0.95", 0, 0.95, 0.0),
-        (" min_p=0.05", 0, 1.0, 0.05),
+    for label, logits, top_k, top_p, min_p in (
+        ("", peaked, 0, 1.0, 0.0),
+        (" top_k=50", peaked, 50, 1.0, 0.0),
+        (" top_p=0.95", peaked, 0, 0.95, 0.0),
+        (" top_p=0.95 flat", flat, 0, 0.95, 0.0),
+        (" min_p=0.05", peaked, 0, 1.0, 0.05),
     ):
         parameters = (ones, (off + top_k).int(), ones * top_p, ones * min_p, seed, position)
 
-        def call(rows: slice, parameters: tuple[Tensor, ...] = parameters) -> tuple[Tensor, ...]:
+        def call(
+            rows: slice, logits: Tensor = logits, parameters: tuple[Tensor, ...] = parameters
+        ) -> tuple[Tensor, ...]:
             return sampling.sample(logits[rows], *(parameter[rows] for parameter in parameters))
 
         tokens, logprobs, min_logit = call(slice(None))
@@ -217,7 +228,7 @@ def sampling_entries(batch: int) -> Iterator[dict[str, Any]]:
         yield {
             "op": f"sample {batch} x {VOCABULARY}{label}",
             "bytes": 2 * logits.numel() * 4,
-            "ms": milliseconds(lambda: call(slice(None))),
+            "ms": milliseconds(functools.partial(call, slice(None))),
             "error": relative_error(logprobs, reference),
             "different_rows": different_rows(call, batch),
         }
@@ -238,6 +249,7 @@ def entries() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date to record")
     parser.add_argument("--out", type=Path, help="write the table as JSON here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -246,20 +258,20 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
+        "date": arguments.date,
         "tokens": TOKENS,
         "dtype": "bfloat16",
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "entries": [],
     }
     print(f"{result['gpu']}: copy {result['copy_gb_per_s']} GB/s, {TOKENS} tokens, bf16")
-    print(f"{'op':34} {'us':>8} {'GB/s':>7} {'share':>6} {'error':>9} {'different rows':>15}")
+    print(f"{'op':38} {'us':>8} {'GB/s':>7} {'share':>6} {'error':>9} {'different rows':>15}")
     for entry in entries():
         rate = entry["bytes"] / (entry["ms"] * 1e-3)
         entry |= {"gb_per_s": round(rate / 1e9, 1), "share_of_copy": round(rate / bandwidth, 3)}
         result["entries"].append(entry)
         print(
-            f"{entry['op']:34} {entry['ms'] * 1e3:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.2f} "
+            f"{entry['op']:38} {entry['ms'] * 1e3:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.2f} "
             f"{entry['error']:9.1e} {entry['different_rows']:15}"
         )
     if arguments.out:

@@ -86,7 +86,8 @@ def test_alignment_does_not_change_bits() -> None:
 @pytest.mark.parametrize("width", [64, 73, 576])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_backward_matches_fp64(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_MAX_ROW_BLOCKS", 3)  # several tiles per program, the last one ragged
+    tile = kernel.backward_config(width)["BLOCK_M"]
+    monkeypatch.setattr(kernel, "row_block", lambda num_rows, width: 3 * tile)  # several tiles, the last one ragged
     x, weight = inputs(101, width, dtype)
     dy = randn(101, width, seed=4, dtype=dtype)
     wide_x, wide_weight = x.double().requires_grad_(), weight.double().requires_grad_()
@@ -99,12 +100,14 @@ def test_backward_matches_fp64(width: int, dtype: torch.dtype, monkeypatch: pyte
     assert relative_error(dweight, wide_weight.grad) < TOLERANCE[dtype]
 
 
-def test_row_blocks_depend_on_the_input_only() -> None:
-    assert kernel.row_block(1, 1) == 1
-    assert kernel.row_block(1024, 1) == 1
-    assert kernel.row_block(1025, 1) == 2
-    assert kernel.row_block(16384, 4) == 16
-    assert kernel.row_block(0, 4) == 4
+def test_row_blocks_are_whole_tiles_and_few() -> None:
+    for width, programs in ((128, 512), (2048, 256), (5120, 256)):
+        tile = kernel.backward_config(width)["BLOCK_M"]
+        assert (
+            kernel.row_block(0, width) == kernel.row_block(1, width) == kernel.row_block(tile * programs, width) == tile
+        )
+        assert kernel.row_block(tile * programs + 1, width) == 2 * tile
+        assert kernel.row_block(10**6, width) % tile == 0
 
 
 def test_no_rows_give_no_rows_and_a_zero_gradient() -> None:

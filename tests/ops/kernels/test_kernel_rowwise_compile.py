@@ -23,11 +23,12 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     )
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) == 38
+    assert len(binaries) == 21
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT[arch], binary
         assert binary["cubin"] > 0
-        assert not binary["contracted"], binary
+        # Only the logarithm inside the sampler's noise asks for fused multiply-adds, by name.
+        assert binary["contracted"] == (binary["name"] == "sampling draw"), binary
     by_name = {binary["name"]: binary for binary in binaries}
     for name in ("rms_norm forward fused=True bf16 2048", "rope bf16 16/8x128", "swiglu backward bf16 6144"):
         assert by_name[name]["wide_loads"], name

@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The weight gradient is cut into at most this many row blocks: a property of the input, not of the GPU it runs on.
-_MAX_ROW_BLOCKS = 1024
-PARTIAL_CONFIG = {"BLOCK_P": 64, "BLOCK_D": 32, "num_warps": 4}
+PARTIAL_CONFIG = {"BLOCK_P": 256, "BLOCK_D": 16, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -123,10 +121,22 @@ def forward_config(width: int) -> dict[str, int]:
 
 
 def backward_config(width: int) -> dict[str, int]:
-    """Tile and warp count of the backward kernel, from the row length only."""
+    """Tile, pipeline depth and warp count of the backward kernel, from the row length only."""
     block_d = triton.next_power_of_2(width)
-    block_m = max(1, 1024 // block_d)
-    return {"BLOCK_M": block_m, "BLOCK_D": block_d, "STAGES": 3, "num_warps": min(16, max(4, block_d // 512))}
+    if block_d < 2048:
+        return {"BLOCK_M": 2048 // block_d, "BLOCK_D": block_d, "STAGES": 3, "num_warps": 4}
+    return {"BLOCK_M": 2 if block_d <= 4096 else 1, "BLOCK_D": block_d, "STAGES": 3, "num_warps": 8}
+
+
+def row_block(num_rows: int, width: int) -> int:
+    """Rows that one program of the backward walks: whole tiles, and so many that the programs fill a GPU about once.
+
+    The number of programs decides the bits of the weight gradient, so it is not taken from the GPU at hand.
+    """
+    tile_rows = backward_config(width)["BLOCK_M"]
+    max_programs = 512 if width < 2048 else 256
+    tiles = triton.cdiv(num_rows, tile_rows)
+    return max(1, triton.cdiv(tiles, max_programs)) * tile_rows
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -168,24 +178,27 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     """
     num_rows, width = x.shape
     dy, x, weight = _aligned(dy), _aligned(x), _aligned(weight)
-    config = backward_config(width)
-    rows_per_block = row_block(num_rows, config["BLOCK_M"])
+    rows_per_block = row_block(num_rows, width)
     num_blocks = triton.cdiv(num_rows, rows_per_block)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     partial = torch.empty((num_blocks, width), dtype=torch.float32, device=x.device)
     _backward_kernel[(num_blocks,)](
-        dy, x, weight, rstd, dx, partial, num_rows, rows_per_block, D=width, **config, enable_fp_fusion=False
+        dy,
+        x,
+        weight,
+        rstd,
+        dx,
+        partial,
+        num_rows,
+        rows_per_block,
+        D=width,
+        **backward_config(width),
+        enable_fp_fusion=False,
     )
     _sum_partials_kernel[(triton.cdiv(width, PARTIAL_CONFIG["BLOCK_D"]),)](
         partial, dweight, num_blocks, D=width, **PARTIAL_CONFIG, enable_fp_fusion=False
     )
     return dx, dweight
-
-
-def row_block(num_rows: int, tile_rows: int) -> int:
-    """Rows that one program of the backward walks: whole tiles, at most ``_MAX_ROW_BLOCKS`` programs."""
-    tiles = triton.cdiv(num_rows, tile_rows)
-    return max(1, triton.cdiv(tiles, _MAX_ROW_BLOCKS)) * tile_rows
 
 
 def _launch_forward(

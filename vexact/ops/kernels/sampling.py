@@ -14,8 +14,9 @@ from torch import Tensor
 from vexact.ops.kernels.logprob import token_logprobs
 from vexact.ops.kernels.philox import philox_4x32_10
 
-THRESHOLD_CONFIG = {"BLOCK": 4096, "CAPACITY": 16384, "num_warps": 16}
+THRESHOLD_CONFIG = {"BLOCK": 4096, "ROUNDS": 8, "num_warps": 16}
 DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 1024, "num_warps": 4}
+_MAX_BLOCKS = 511  # a lane counts its tokens in ten bits, and a row in 21
 # Tokens this far below the best (in nats, or logits where the temperature is below one) seldom matter to a filter.
 _CUT = tl.constexpr(12.0)
 # Pivots are first spread evenly over logits, where tokens are, and later over keys, where progress is certain.
@@ -93,39 +94,38 @@ def _gather_top(
     row_ptr,
     vocab_size,
     key,
-    scratch_ptr,  # (CAPACITY,) fp32, written
+    copy_ptr,  # (ROUNDS * BLOCK,) fp32, written
     inv_temperature,
     max_z,
-    CAPACITY: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copies the logits whose order key is at least ``key``, as many as fit.
+    """Copies the logits whose order key is at least ``key``; a lane has room for ROUNDS of them, -inf fills the rest.
 
-    Returns how many there are, their mass, and the mass of the whole row.
+    Returns how many there are, the most that one lane met, their mass, and the mass of the whole row.
     """
-    count = tl.zeros((), tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    count = tl.zeros((BLOCK,), tl.int32)
     top_mass = tl.zeros((BLOCK,), tl.int64)
     mass = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, vocab_size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+        columns = start + lanes
         x = _load_row(row_ptr, columns, vocab_size)
         top = (_order_key(x) >= key) & (columns < vocab_size)
         weight = tl.where(columns < vocab_size, _mass(x, inv_temperature, max_z), 0)
         mass += weight
         top_mass += tl.where(top, weight, 0)
-        flags = top.to(tl.int32)
-        found = tl.sum(flags, 0)
-        if found > 0:
-            slots = count + tl.cumsum(flags, 0) - 1
-            tl.store(scratch_ptr + slots, x, mask=top & (slots < CAPACITY))
-            count += found
-    return count, tl.sum(top_mass, 0), tl.sum(mass, 0)
+        tl.store(copy_ptr + count * BLOCK + lanes, x, mask=top & (count < ROUNDS))
+        count += top.to(tl.int32)
+    for used in tl.static_range(ROUNDS):
+        tl.store(copy_ptr + used * BLOCK + lanes, float("-inf"), mask=count <= used)
+    return tl.sum(count, 0), tl.max(count, 0), tl.sum(top_mass, 0), tl.sum(mass, 0)
 
 
 @triton.jit
 def _search(
-    row_ptr,
-    vocab_size,
+    tokens_ptr,
+    num_tokens,
     low,  # int64 key, known to satisfy: weight(key >= low) >= target
     high,  # int64 key, known not to
     low_count,
@@ -148,30 +148,28 @@ def _search(
         pivot2 = _pivot(low, high, passes, 2)
         pivot3 = _pivot(low, high, passes, 3)
         passes += 1
-        count1 = tl.zeros((BLOCK,), tl.int32)
-        count2 = tl.zeros((BLOCK,), tl.int32)
-        count3 = tl.zeros((BLOCK,), tl.int32)
+        packed = tl.zeros((BLOCK,), tl.int32)  # three counts of ten bits
         mass1 = tl.zeros((BLOCK,), tl.int64)
         mass2 = tl.zeros((BLOCK,), tl.int64)
         mass3 = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, vocab_size, BLOCK):
+        for start in range(0, num_tokens, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            x = _load_row(row_ptr, columns, vocab_size)
-            key = tl.where(columns < vocab_size, _order_key(x), _KEY_OF_NOTHING)
+            x = _load_row(tokens_ptr, columns, num_tokens)
+            key = tl.where(columns < num_tokens, _order_key(x), _KEY_OF_NOTHING)
             above1 = key >= pivot1.to(tl.int32)
             above2 = key >= pivot2.to(tl.int32)
             above3 = key >= pivot3.to(tl.int32)
-            count1 += above1.to(tl.int32)
-            count2 += above2.to(tl.int32)
-            count3 += above3.to(tl.int32)
+            packed += above1.to(tl.int32) + (above2.to(tl.int32) << 10) + (above3.to(tl.int32) << 20)
             if BY_MASS:
                 mass = _mass(x, inv_temperature, max_z)
                 mass1 += tl.where(above1, mass, 0)
                 mass2 += tl.where(above2, mass, 0)
                 mass3 += tl.where(above3, mass, 0)
-        n1 = tl.sum(count1, 0)
-        n2 = tl.sum(count2, 0)
-        n3 = tl.sum(count3, 0)
+        wide = (packed & 1023).to(tl.int64) + (((packed >> 10) & 1023).to(tl.int64) << 21)
+        counts = tl.sum(wide + ((packed >> 20).to(tl.int64) << 42), 0)
+        n1 = (counts & 0x1FFFFF).to(tl.int32)
+        n2 = ((counts >> 21) & 0x1FFFFF).to(tl.int32)
+        n3 = (counts >> 42).to(tl.int32)
         w1 = n1.to(tl.int64)
         w2 = n2.to(tl.int64)
         w3 = n3.to(tl.int64)
@@ -204,6 +202,47 @@ def _smallest_kept(row_ptr, vocab_size, key, inv_temperature, max_z, log_min_p, 
 
 
 @triton.jit
+def _filter(
+    tokens_ptr,  # (num_tokens,) fp32: a row, or its best tokens
+    num_tokens,
+    low,
+    high,
+    mass,  # of the tokens
+    wanted_mass,
+    by_count,
+    by_mass,
+    top_k,
+    top_p,
+    inv_temperature,
+    max_z,
+    log_min_p,
+    BLOCK: tl.constexpr,
+):
+    """Smallest logit that passes top-k, then top-p, then min-p."""
+    count = num_tokens + tl.zeros((), tl.int32)
+    if by_count:
+        low = _search(
+            tokens_ptr,
+            num_tokens,
+            low,
+            high,
+            count,
+            count.to(tl.int64),
+            top_k.to(tl.int64),
+            inv_temperature,
+            max_z,
+            False,
+            BLOCK,
+        )
+        if by_mass:
+            count, mass = _kept_weight(tokens_ptr, num_tokens, low, inv_temperature, max_z, BLOCK)
+            wanted_mass = _mass_wanted(top_p, mass)
+    if by_mass:
+        low = _search(tokens_ptr, num_tokens, low, high, count, mass, wanted_mass, inv_temperature, max_z, True, BLOCK)
+    return _smallest_kept(tokens_ptr, num_tokens, low, inv_temperature, max_z, log_min_p, BLOCK)
+
+
+@triton.jit
 def _mass_wanted(top_p, total):
     return tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
 
@@ -217,9 +256,9 @@ def _threshold_kernel(
     min_p_ptr,  # (B,) fp32
     inv_temperature_ptr,  # (B,) fp32, written
     min_logit_ptr,  # (B,) fp32, written
-    scratch_ptr,  # (B, CAPACITY) fp32
+    scratch_ptr,  # (B, ROUNDS * BLOCK) fp32
     vocab_size,
-    CAPACITY: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -241,47 +280,53 @@ def _threshold_kernel(
         max_z = largest * inv_temperature
         low = _order_key(smallest).to(tl.int64)
         high = _order_key(largest).to(tl.int64) + 1
-        # The tokens to search: the whole row, or a copy of its best ones if the answer is certain to be among them.
-        tokens_ptr = row_ptr
-        num_tokens = vocab_size + tl.zeros((), tl.int32)
+        log_min_p = tl.where(by_ratio, tl.log(tl.where(by_ratio, min_p, 1.0)), float("-inf"))
         if by_count | by_mass:
-            copy_ptr = scratch_ptr + row.to(tl.int64) * CAPACITY
+            copy_ptr = scratch_ptr + row.to(tl.int64) * (ROUNDS * BLOCK)
             cut = _order_key(largest - _CUT * tl.maximum(temperature, 1.0)).to(tl.int64)
-            top_count, top_mass, mass = _gather_top(
-                row_ptr, vocab_size, cut, copy_ptr, inv_temperature, max_z, CAPACITY, BLOCK
+            top_count, most, top_mass, mass = _gather_top(
+                row_ptr, vocab_size, cut, copy_ptr, inv_temperature, max_z, ROUNDS, BLOCK
             )
             tl.debug_barrier()  # the copy is read by other threads than wrote it
             wanted = _mass_wanted(top_p, mass)
-            enough = tl.where(by_count, top_count >= top_k, top_mass >= wanted)
-            if enough & (top_count <= CAPACITY):
-                tokens_ptr = copy_ptr
-                num_tokens = top_count
+            # The best tokens answer for the row if all are in the copy and the threshold is certain to be among them.
+            if (most <= ROUNDS) & tl.where(by_count, top_count >= top_k, top_mass >= wanted):
                 low = tl.maximum(low, cut)
-                mass = top_mass
-            count = num_tokens
-            if by_count:
-                low = _search(
-                    tokens_ptr,
-                    num_tokens,
+                threshold = _filter(
+                    copy_ptr,
+                    ROUNDS * BLOCK,
                     low,
                     high,
-                    count,
-                    count.to(tl.int64),
-                    top_k.to(tl.int64),
+                    top_mass,
+                    wanted,
+                    by_count,
+                    by_mass,
+                    top_k,
+                    top_p,
                     inv_temperature,
                     max_z,
-                    False,
+                    log_min_p,
                     BLOCK,
                 )
-                if by_mass:
-                    count, mass = _kept_weight(tokens_ptr, num_tokens, low, inv_temperature, max_z, BLOCK)
-                    wanted = _mass_wanted(top_p, mass)
-            if by_mass:
-                low = _search(
-                    tokens_ptr, num_tokens, low, high, count, mass, wanted, inv_temperature, max_z, True, BLOCK
+            else:
+                threshold = _filter(
+                    row_ptr,
+                    vocab_size,
+                    low,
+                    high,
+                    mass,
+                    wanted,
+                    by_count,
+                    by_mass,
+                    top_k,
+                    top_p,
+                    inv_temperature,
+                    max_z,
+                    log_min_p,
+                    BLOCK,
                 )
-        log_min_p = tl.where(by_ratio, tl.log(tl.where(by_ratio, min_p, 1.0)), float("-inf"))
-        threshold = _smallest_kept(tokens_ptr, num_tokens, low, inv_temperature, max_z, log_min_p, BLOCK)
+        else:
+            threshold = _smallest_kept(row_ptr, vocab_size, low, inv_temperature, max_z, log_min_p, BLOCK)
     tl.store(min_logit_ptr + row, threshold)
 
 
@@ -438,8 +483,12 @@ def thresholds(
 ) -> tuple[Tensor, Tensor]:
     """Per row 1 / temperature (1 if greedy, IEEE division) and the smallest kept logit (-inf without filters)."""
     num_rows, vocab_size = logits.shape
+    block, rounds = THRESHOLD_CONFIG["BLOCK"], THRESHOLD_CONFIG["ROUNDS"]
+    if vocab_size > _MAX_BLOCKS * block:
+        raise ValueError(f"sample: a vocabulary of {vocab_size} tokens; at most {_MAX_BLOCKS * block} are supported")
     inv_temperature = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     min_logit = torch.empty_like(inv_temperature)
+    scratch = torch.empty((num_rows, rounds * block), dtype=torch.float32, device=logits.device)
     _threshold_kernel[(num_rows,)](
         logits,
         temperature,
@@ -448,7 +497,7 @@ def thresholds(
         min_p,
         inv_temperature,
         min_logit,
-        torch.empty((num_rows, THRESHOLD_CONFIG["CAPACITY"]), dtype=torch.float32, device=logits.device),
+        scratch,
         vocab_size,
         **THRESHOLD_CONFIG,
         enable_fp_fusion=False,
