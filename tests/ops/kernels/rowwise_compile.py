@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vexact.ops.kernels import embedding, rms_norm, rope, sampling, swiglu
+from vexact.ops.kernels import embedding, rms_norm, rope, sampling, sampling_threshold, swiglu
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
 
@@ -92,7 +92,7 @@ def _sampling() -> Iterator[Case]:
         "vocab_size": "i32",
         "scratch_ptr": "*fp32",
     }
-    yield "sampling threshold", sampling._threshold_kernel, types, dict(sampling.THRESHOLD_CONFIG)
+    yield "sampling threshold", sampling_threshold._threshold_kernel, types, dict(sampling_threshold.THRESHOLD_CONFIG)
     types = {
         **floats,
         "seed_ptr": "*i64",

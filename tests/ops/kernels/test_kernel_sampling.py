@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vexact.ops.cpu import sampling as twin
 from vexact.ops.kernels import sampling as kernel
+from vexact.ops.kernels.sampling_threshold import THRESHOLD_CONFIG
 
 INF = float("inf")
 
@@ -211,7 +212,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_split(monkeypatch: pytest.
         alone_min_logit, alone_token = run(slice(row, row + 1))
         assert same_bits(alone_min_logit, min_logit[row : row + 1])
         assert alone_token.item() == tokens[row].item()
-    monkeypatch.setitem(kernel.THRESHOLD_CONFIG, "BLOCK", 512)
+    monkeypatch.setitem(THRESHOLD_CONFIG, "BLOCK", 512)
     monkeypatch.setitem(kernel.DRAW_CONFIG, "CHUNK", 512)
     monkeypatch.setitem(kernel.DRAW_CONFIG, "BLOCK", 256)
     split_min_logit, split_tokens = run(slice(None))
