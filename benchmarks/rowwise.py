@@ -1,10 +1,10 @@
 """Row-wise operators and the sampler: error, bit invariance, and bandwidth beside a copy measured in the same run.
 
-One command, one GPU: `python benchmarks/rowwise.py --out benchmarks/results/rowwise_h100.json`.
+One command, one GPU: `python benchmarks/rowwise.py --out benchmarks/results/rowwise_h100.json`; `--only sample` for a part.
 
 A kernel's share is (bytes it must move / its time) over the bandwidth of a device-to-device copy that counts bytes read
-and written. Times are medians with a cold L2. Invariance compares every row of one call with the same rows computed
-in batches of other sizes, bit for bit.
+and written. Times are medians: call by call with a cold L2, and for the sampler replays of a CUDA graph, as decoding
+runs it. Invariance compares every row of one call with the same rows computed in batches of other sizes, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ Call = Callable[[slice], tuple[Tensor, ...]]  # computes the outputs of these ro
 def milliseconds(call: Callable[[], Any]) -> float:
     """Median time of a call."""
     return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+
+
+def graph_milliseconds(call: Callable[[], Any]) -> float:
+    """Median time of one replay in a CUDA graph, as decoding runs it: the host's launch times stay out."""
+    return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
 
 
 def copy_bandwidth() -> float:
@@ -228,28 +233,31 @@ def sampling_entries(batch: int) -> Iterator[dict[str, Any]]:
         yield {
             "op": f"sample {batch} x {VOCABULARY}{label}",
             "bytes": 2 * logits.numel() * 4,
-            "ms": milliseconds(functools.partial(call, slice(None))),
+            "ms": graph_milliseconds(functools.partial(call, slice(None))),
             "error": relative_error(logprobs, reference),
             "different_rows": different_rows(call, batch),
         }
 
 
-def entries() -> Iterator[dict[str, Any]]:
-    """Every line of the table."""
-    for width in HIDDEN:
-        yield from rms_norm_entries(width)
-    yield head_norm_entry()
-    yield rope_entry()
-    for width in INTERMEDIATE:
-        yield from swiglu_entries(width)
-    yield from embedding_entries(HIDDEN[0])
-    yield from sampling_entries(256)
-    yield from sampling_entries(1)
+def entries(prefix: str) -> Iterator[dict[str, Any]]:
+    """The lines of the table whose group starts with ``prefix``."""
+    groups: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        **{f"rms_norm {width}": functools.partial(rms_norm_entries, width) for width in HIDDEN},
+        "rms_norm heads": lambda: [head_norm_entry()],
+        "rope": lambda: [rope_entry()],
+        **{f"swiglu {width}": functools.partial(swiglu_entries, width) for width in INTERMEDIATE},
+        "embedding": functools.partial(embedding_entries, HIDDEN[0]),
+        **{f"sample {batch}": functools.partial(sampling_entries, batch) for batch in (256, 1)},
+    }
+    for name, group in groups.items():
+        if name.startswith(prefix):
+            yield from group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date to record")
+    parser.add_argument("--only", default="", help="measure only groups that start so: rms_norm, rope, sample 256, ...")
     parser.add_argument("--out", type=Path, help="write the table as JSON here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -260,13 +268,13 @@ def main() -> None:
         "triton": triton.__version__,
         "date": arguments.date,
         "tokens": TOKENS,
-        "dtype": "bfloat16",
+        "dtype": "bfloat16, logits float32",
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "entries": [],
     }
     print(f"{result['gpu']}: copy {result['copy_gb_per_s']} GB/s, {TOKENS} tokens, bf16")
     print(f"{'op':38} {'us':>8} {'GB/s':>7} {'share':>6} {'error':>9} {'different rows':>15}")
-    for entry in entries():
+    for entry in entries(arguments.only):
         rate = entry["bytes"] / (entry["ms"] * 1e-3)
         entry |= {"gb_per_s": round(rate / 1e9, 1), "share_of_copy": round(rate / bandwidth, 3)}
         result["entries"].append(entry)
