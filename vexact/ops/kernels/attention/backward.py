@@ -1,6 +1,7 @@
 """Backward of attention over packed sequences, without atomics: every gradient element is written by one program.
 
-With P = exp(S - lse), dP = dO V^T, delta = rowsum(dO * O) and dS = P * (dP - delta) (Dao, "FlashAttention-2", 2023, algorithm 2):
+With P = exp(S - lse), dP = dO V^T, delta = rowsum(dO * O) and dS = P * (dP - delta) (Dao, "FlashAttention-2", 2023,
+algorithm 2):
 
     dV = P^T dO        dK = scale * dS^T Q        dQ = scale * dS K
 

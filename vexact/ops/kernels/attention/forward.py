@@ -81,5 +81,5 @@ def forward_kernel(
         stride_kp, stride_kt, stride_vp, stride_vt,
         BLOCK_M, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
     )  # fmt: skip
-    value, lse_value = finish(m, tl.max(total, 1), acc, c)
+    value, lse_value = finish(m, total, acc, c)
     store_rows(out, lse, value, lse_value, q_start + position, head, valid, NUM_HEADS, DV, DV_PAD)

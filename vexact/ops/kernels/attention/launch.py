@@ -73,8 +73,8 @@ MAX_DECODE_ROWS = 64
 # block_m query rows walked by a program that owns block_n keys.
 BACKWARD_KEYS: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(64, 4, 2, 128),
-    (2, 64): Tile(64, 8, 2, 128),
-    (2, 128): Tile(64, 8, 2, 128),
+    (2, 64): Tile(64, 4, 2, 64),
+    (2, 128): Tile(64, 4, 2, 64),
     (2, 256): Tile(32, 8, 1, 64),
     (4, 32): Tile(32, 4, 1, 32),
     (4, 64): Tile(32, 4, 1, 32),
@@ -85,8 +85,8 @@ BACKWARD_KEYS: dict[tuple[int, int], Tile] = {
 # block_n keys walked by a program that owns block_m query rows.
 BACKWARD_QUERIES: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(128, 4, 2, 64),
-    (2, 64): Tile(128, 8, 2, 64),
-    (2, 128): Tile(128, 8, 2, 64),
+    (2, 64): Tile(64, 4, 3, 64),
+    (2, 128): Tile(128, 8, 3, 64),
     (2, 256): Tile(64, 8, 1, 32),
     (4, 32): Tile(32, 4, 1, 32),
     (4, 64): Tile(32, 4, 1, 32),

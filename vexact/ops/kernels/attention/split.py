@@ -54,9 +54,8 @@ def chunk_kernel(
         begin, tl.minimum(begin + CHUNK, end), full_end, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
         BLOCK_M, BLOCK_N, 0, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
     )  # fmt: skip
-    row_total = tl.max(total, 1)
     if kv_len <= CHUNK:
-        value, lse_value = finish(m, row_total, acc, c)
+        value, lse_value = finish(m, total, acc, c)
         store_rows(out, lse, value, lse_value, row, head, valid, NUM_HEADS, DV, DV_PAD)
     else:
         part = (sequence.to(tl.int64) * num_chunks + chunk) * max_rows * NUM_HEADS
@@ -65,7 +64,7 @@ def chunk_kernel(
         mask = valid[:, None] & (offs_dv < DV)[None, :]
         tl.store(part_acc + flat[:, None] * DV + offs_dv[None, :], acc, mask=mask)
         tl.store(part_ml + flat * 2, m, mask=valid)
-        tl.store(part_ml + flat * 2 + 1, row_total, mask=valid)
+        tl.store(part_ml + flat * 2 + 1, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "max_rows"])
@@ -102,4 +101,4 @@ def merge_kernel(
             m, total, acc = merge_states(m, total, acc, m_b, total_b, acc_b, c)
     value, lse_value = finish(m, total, acc, c)
     row = q_start + position + one
-    store_rows(out, lse, value, lse_value, row, head + one, here | True, NUM_HEADS, DV, DV_PAD)
+    store_rows(out, lse, value, lse_value, row, head + one, one == 0, NUM_HEADS, DV, DV_PAD)

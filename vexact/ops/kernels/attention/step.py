@@ -58,17 +58,13 @@ def softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED: tl.constexpr)
 
 @triton.jit
 def merge_states(m_a, total_a, acc_a, m_b, total_b, acc_b, c):
-    """The state of the keys of `a` followed by the keys of `b`; `total` may be (BLOCK_M,) or (BLOCK_M, ONES)."""
+    """The state of the keys of `a` followed by the keys of `b`; totals are (BLOCK_M,) here."""
     m = tl.maximum(m_a, m_b)
     m_ref = finite_or_zero(m)
     scale_a = tl.math.exp2((m_a - m_ref) * c)
     scale_b = tl.math.exp2((m_b - m_ref) * c)
     acc = tl.fma(acc_a, scale_a[:, None], acc_b * scale_b[:, None])
-    if len(total_a.shape) == 2:
-        total = tl.fma(total_a, scale_a[:, None], total_b * scale_b[:, None])
-    else:
-        total = tl.fma(total_a, scale_a, total_b * scale_b)
-    return m, total, acc
+    return m, tl.fma(total_a, scale_a, total_b * scale_b), acc
 
 
 @triton.jit

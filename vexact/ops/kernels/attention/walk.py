@@ -27,16 +27,32 @@ def load_tile(pointers, row_mask, offs_d, D: tl.constexpr, D_PAD: tl.constexpr, 
 
 
 @triton.jit
+def page_numbers(table, start, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Page of each key at start, start + 1, ..., or one number if a page holds the whole block; 0 from `kv_len` on.
+
+    Only entries that hold a key below `kv_len` are read.
+    """
+    if PAGE_SIZE == 0:
+        page = 0
+    elif PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(table + start // PAGE_SIZE, mask=start < kv_len, other=0)
+    else:
+        position = start + tl.arange(0, BLOCK_N)
+        page = tl.load(table + position // PAGE_SIZE, mask=position < kv_len, other=0)
+    return page
+
+
+@triton.jit
 def load_keys(
-    k_base, v_base, table, start, kv_len,
+    k_base, v_base, page, start, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Key rows (BLOCK_N, D_PAD) and value rows (BLOCK_N, DV_PAD) at positions start, start + 1, ...
 
-    Rows at or past `kv_len` are never dereferenced (nor are their page numbers) and read as 0. PAGE_SIZE 0 means packed
-    rows. Offsets that grow with the cache or the sequence are 64-bit.
+    Rows at or past `kv_len` are never dereferenced and read as 0. PAGE_SIZE 0 means packed rows. Offsets that grow with
+    the cache or the sequence are 64-bit.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, D_PAD)
@@ -47,48 +63,54 @@ def load_keys(
         k_rows = k_base + first * stride_kt + offs_n[:, None] * stride_kt
         v_rows = v_base + first * stride_vt + offs_n[:, None] * stride_vt
     elif PAGE_SIZE % BLOCK_N == 0:
-        page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
-        k_rows = k_base + page * stride_kp + (start % PAGE_SIZE + offs_n)[:, None] * stride_kt
-        v_rows = v_base + page * stride_vp + (start % PAGE_SIZE + offs_n)[:, None] * stride_vt
+        slot = (start % PAGE_SIZE + offs_n)[:, None]
+        k_rows = k_base + page.to(tl.int64) * stride_kp + slot * stride_kt
+        v_rows = v_base + page.to(tl.int64) * stride_vp + slot * stride_vt
     else:
-        position = start + offs_n
-        if MASKED:
-            page = tl.load(table + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-        else:
-            page = tl.load(table + position // PAGE_SIZE).to(tl.int64)
-        k_rows = k_base + (page * stride_kp + (position % PAGE_SIZE) * stride_kt)[:, None]
-        v_rows = v_base + (page * stride_vp + (position % PAGE_SIZE) * stride_vt)[:, None]
+        slot = (start + offs_n) % PAGE_SIZE
+        k_rows = k_base + (page.to(tl.int64) * stride_kp + slot * stride_kt)[:, None]
+        v_rows = v_base + (page.to(tl.int64) * stride_vp + slot * stride_vt)[:, None]
     k = load_tile(k_rows + offs_d[None, :], inside, offs_d, D, D_PAD, MASKED)
     v = load_tile(v_rows + offs_dv[None, :], inside, offs_dv, DV, DV_PAD, MASKED)
     return k, v
 
 
 @triton.jit
-def walk_blocks(
-    q, ones, limit, m, total, acc, m_run, total_run, acc_run, c,
-    k_base, v_base, table, begin, end, kv_len,
+def fold_block(
+    q, ones, limit, m, total, acc, c, k_base, v_base, table, page, start, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the blocks that start in [begin, end) into the chunk's state; row r sees the keys below limit[r].
+    """Load one block, fold it into the state and read the page numbers of the next; row r sees the keys below limit[r].
 
-    Where a chunk begins, the finished one goes to the running state. CHUNK 0: the caller stays inside one chunk.
-    The merge stands at the top of the loop body: at its end, ptxas would wait after every tensor-core instruction.
+    Page numbers come one block ahead so that the pipeline of key and value loads never waits for one.
     """
+    k, v = load_keys(
+        k_base, v_base, page, start, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+        BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED,
+    )  # fmt: skip
+    page = page_numbers(table, start + BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
+    visible = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
+    m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED)
+    return m, total, acc, page
+
+
+@triton.jit
+def walk_visible(
+    q, ones, limit, m, total, acc, c, k_base, v_base, table, begin, end, kv_len,
+    stride_kp, stride_kt, stride_vp, stride_vt,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Fold the blocks in [begin, end), all of one chunk and visible to every row, into its state."""
+    page = page_numbers(table, begin, kv_len, BLOCK_N, PAGE_SIZE)
     for start in tl.range(begin, end, BLOCK_N):
-        if CHUNK > 0:
-            if start % CHUNK == 0:
-                m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, total, acc, c)
-                m, total, acc = empty_state(acc.shape[0], DV_PAD)
-        k, v = load_keys(
-            k_base, v_base, table, start, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
-            BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED,
+        m, total, acc, page = fold_block(
+            q, ones, limit, m, total, acc, c, k_base, v_base, table, page, start, kv_len,
+            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, False,
         )  # fmt: skip
-        visible = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
-        m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED)
-    return m, total, acc, m_run, total_run, acc_run
+    return m, total, acc
 
 
 @triton.jit
@@ -99,22 +121,40 @@ def walk_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The state of the keys in [begin, end), chunks merged in order; CHUNK 0 promises that they lie in one chunk.
+    """The state of the keys in [begin, end), its total as (BLOCK_M,), chunks merged in order.
 
-    Blocks that start below `full_end` are visible to every row and skip the mask, which changes no bit.
+    CHUNK 0 promises that the keys lie in one chunk; otherwise begin is 0. Blocks below `full_end` are visible to every row
+    and skip the mask, which changes no bit. Chunks wholly below it have a loop of their own: a branch for the merge in the
+    loop over blocks keeps the tensor cores from running ahead (measured: 20 % on an H100).
     """
     ones = tl.full((BLOCK_N, ONES), 1.0, q.dtype)
     middle = tl.minimum(tl.maximum(full_end, begin), end)
     m, total, acc = empty_state(BLOCK_M, DV_PAD)
-    m_run, total_run, acc_run = empty_state(BLOCK_M, DV_PAD)
-    m, total, acc, m_run, total_run, acc_run = walk_blocks(
-        q, ones, limit, m, total, acc, m_run, total_run, acc_run, c, k_base, v_base, table, begin, middle, kv_len,
-        stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE, False,
-    )  # fmt: skip
-    m, total, acc, m_run, total_run, acc_run = walk_blocks(
-        q, ones, limit, m, total, acc, m_run, total_run, acc_run, c, k_base, v_base, table, middle, end, kv_len,
-        stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE, True,
-    )  # fmt: skip
     if CHUNK > 0:
-        m, total, acc = merge_states(m_run, total_run, acc_run, m, total, acc, c)
-    return m, total, acc
+        m_run, total_run, acc_run = m, tl.max(total, 1), acc
+        for first in tl.range(0, middle, CHUNK):
+            m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, tl.max(total, 1), acc, c)
+            m, total, acc = empty_state(BLOCK_M, DV_PAD)
+            m, total, acc = walk_visible(
+                q, ones, limit, m, total, acc, c, k_base, v_base, table, first, tl.minimum(first + CHUNK, middle), kv_len,
+                stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+            )  # fmt: skip
+    else:
+        m, total, acc = walk_visible(
+            q, ones, limit, m, total, acc, c, k_base, v_base, table, begin, middle, kv_len,
+            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+        )  # fmt: skip
+    page = page_numbers(table, middle, kv_len, BLOCK_N, PAGE_SIZE)
+    for start in tl.range(middle, end, BLOCK_N):
+        if CHUNK > 0:
+            if start % CHUNK == 0:
+                m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, tl.max(total, 1), acc, c)
+                m, total, acc = empty_state(BLOCK_M, DV_PAD)
+        m, total, acc, page = fold_block(
+            q, ones, limit, m, total, acc, c, k_base, v_base, table, page, start, kv_len,
+            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, True,
+        )  # fmt: skip
+    row_total = tl.max(total, 1)
+    if CHUNK > 0:
+        m, row_total, acc = merge_states(m_run, total_run, acc_run, m, row_total, acc, c)
+    return m, row_total, acc

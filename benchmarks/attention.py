@@ -1,0 +1,159 @@
+"""Speed of the attention kernels beside cuDNN, FlashAttention-2 and the memory floor, in one run on this GPU.
+
+python benchmarks/attention.py [--out benchmarks/results/attention_h100.json]
+
+Forward and backward: causal, bf16, 16 query and 8 key/value heads unless the row says otherwise; TFLOP/s count 4 (backward 10)
+multiplications and additions per visible score and head dimension. Peers are torch's scaled_dot_product_attention with one
+backend at a time. Decode: one token per sequence over pages of 16, in a CUDA graph that rotates among caches so that every key
+comes from memory; the floor is the bytes a step must move over the bandwidth of a large copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from attention_cases import (
+    QWEN3,
+    Heads,
+    Packed,
+    decode_bytes,
+    decode_case,
+    forward_flops,
+    packed_case,
+    stock_backward,
+    stock_forward,
+)
+from linear_timing import environment, median_ms
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from vexact.ops.kernels.attention import packed_backward
+
+D64 = Heads(16, 8, 64, 64)
+WHOLE = (  # heads, sequences, length
+    (QWEN3, 16, 1024),
+    (QWEN3, 8, 2048),
+    (QWEN3, 4, 4096),
+    (QWEN3, 2, 8192),
+    (QWEN3, 1, 16384),
+    (D64, 2, 8192),
+)
+STEPS = ((8, 1024), (8, 2048), (8, 8192), (32, 4096), (64, 2048), (256, 1024), (1, 32768))
+PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+
+
+def event_ms(call: Callable[[], object], repeats: int = 7) -> float:
+    """Median by events; for calls that autograd makes, which a graph cannot capture here."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return sorted(times)[len(times) // 2]
+
+
+def backward_call(case: Packed, dout: Tensor) -> Callable[[], object]:
+    out, lse = case.run()
+    longest = max(case.lengths)
+    return partial(
+        packed_backward, dout, case.q, case.k, case.v, out, lse, case.cu, case.cu, longest, longest, case.scale, True
+    )
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a device-to-device copy, counting reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (median_ms([partial(target.copy_, source)] * 4) * 1e-3)
+
+
+def measure_whole(heads: Heads, sequences: int, length: int) -> list[dict]:
+    """Forward and backward of equally long sequences, ours and the peers'."""
+    lengths = [length] * sequences
+    case = packed_case(lengths, heads)
+    dout = torch.randn(sum(lengths), heads.queries, heads.value_dim, device="cuda", dtype=torch.bfloat16)
+    rows = []
+    for name, factor, ours, peer in (
+        ("forward", 1.0, case.run, lambda backend: stock_forward(case, backend)),
+        ("backward", 2.5, backward_call(case, dout), lambda backend: stock_backward(case, dout, backend)),
+    ):
+        work = factor * forward_flops(lengths, heads) / 1e9
+        row = {"pass": name, "head_dim": heads.dim, "sequences": sequences, "length": length}
+        row["tflops"] = work / event_ms(ours)
+        for peer_name, backend in PEERS.items():
+            row[f"{peer_name}_tflops"] = work / event_ms(peer(backend))
+            row[f"over_{peer_name}"] = row["tflops"] / row[f"{peer_name}_tflops"]
+        rows.append(row)
+    return rows
+
+
+def measure_step(batch: int, keys: int, bandwidth: float, page_size: int = 16) -> dict:
+    """One decode step against the memory floor."""
+    count = max(2, min(12, (240 << 20) // (batch * keys * 4096)))
+    cases = [decode_case(batch, keys, QWEN3, page_size) for _ in range(count)]
+    floor = decode_bytes(cases[0]) / bandwidth * 1e6
+    us = median_ms([case.run for case in cases]) * 1e3
+    return {"batch": batch, "keys": keys, "page_size": page_size, "us": us, "floor_us": floor, "over_floor": us / floor}
+
+
+def compile_job(job: int) -> None:
+    """Compile what one row needs, in a process of a pool."""
+    if job < len(WHOLE):
+        heads, _, length = WHOLE[job]
+        case = packed_case([length], heads)
+        backward_call(case, torch.randn_like(case.run()[0]))()
+    else:
+        decode_case(1, STEPS[job - len(WHOLE)][1], QWEN3, 16).run()
+    torch.cuda.synchronize()
+
+
+def run_table() -> dict:
+    record: dict = {**environment(), "whole": [], "decode": []}
+    print("pass      dim  batch x length     ours  cudnn  flash2 TFLOP/s   ours/cudnn  ours/flash2")
+    for heads, sequences, length in WHOLE:
+        for row in measure_whole(heads, sequences, length):
+            record["whole"].append(row)
+            print(
+                f"{row['pass']:9s} {row['head_dim']:3d} {sequences:4d} x {length:6d}   {row['tflops']:6.0f} "
+                f"{row['cudnn_tflops']:6.0f} {row['flash2_tflops']:6.0f} "
+                f"           {row['over_cudnn']:8.2f} {row['over_flash2']:12.2f}",
+                flush=True,
+            )
+    record["copy_bytes_per_s"] = bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s\ndecode: batch x keys      us   floor  ratio")
+    for batch, keys in STEPS:
+        row = measure_step(batch, keys, bandwidth)
+        record["decode"].append(row)
+        print(f"{batch:13d} x {keys:6d} {row['us']:8.1f} {row['floor_us']:7.1f} {row['over_floor']:6.2f}", flush=True)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    started = time.monotonic()
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_job, range(len(WHOLE) + len(STEPS))))
+    print(f"compiled in {time.monotonic() - started:.0f} s")
+    record = run_table()
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
