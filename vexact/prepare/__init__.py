@@ -23,6 +23,7 @@ PREPARERS: dict[str, Writer] = {
     "task": write_task,
 }
 _COMMON_DEFAULTS: dict[str, Any] = {"arch": None, "seed": 0}  # what the command line passes for every name
+_EXAMPLES = {"arch": "qwen3-1.7b", "task": "chain_sum"}
 
 
 def prepare(name: str, out_dir: str | Path | None = None, **options: Any) -> Path:
@@ -46,12 +47,15 @@ def prepare(name: str, out_dir: str | Path | None = None, **options: Any) -> Pat
 
 
 def _accepted(name: str, writer: Writer, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the writer takes; a common option at its default is no wish."""
-    parameters = [item for item in inspect.signature(writer).parameters if item != "directory"]
-    wished = {key: value for key, value in options.items() if key in parameters and value is not None}
+    """All options of the writer, defaults filled in; a common option at its default is no wish."""
+    parameters = {key: item for key, item in inspect.signature(writer).parameters.items() if key != "directory"}
     for key, value in options.items():
         if key not in parameters and (key not in _COMMON_DEFAULTS or value != _COMMON_DEFAULTS[key]):
-            raise ValueError(
-                f"vexact prepare {name} has no option {key}={value!r}; its options: {', '.join(parameters) or 'none'}"
-            )
+            known = ", ".join(parameters) or "none"
+            raise ValueError(f"vexact prepare {name} has no option {key}={value!r}; its options: {known}")
+    wished = {key: item.default for key, item in parameters.items() if item.default is not inspect.Parameter.empty}
+    wished |= {key: value for key, value in options.items() if key in parameters and value is not None}
+    for key in parameters:
+        if key not in wished:
+            raise ValueError(f"vexact prepare {name} needs {key}; for example {key}={_EXAMPLES[key]}")
     return wished

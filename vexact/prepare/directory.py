@@ -64,10 +64,11 @@ def _is_made(out: Path, recipe: dict[str, Any]) -> bool:
     if not marker.is_file():
         raise ValueError(f"{out} exists and was not made by vexact prepare; choose another --out or remove it")
     made = json.loads(marker.read_text(encoding="utf-8"))
-    if made != json.loads(json.dumps(recipe)):
+    wanted = json.loads(json.dumps(recipe))
+    if (made.get("name"), made.get("options")) != (wanted["name"], wanted["options"]):
         raise ValueError(
-            f"{out} was made by 'vexact prepare {made.get('name')}' with the options {made.get('options')} "
-            f"(vexact {made.get('vexact')}); choose another --out or remove it"
+            f"{out} was made by 'vexact prepare {made.get('name')}' with the options {made.get('options')}, "
+            f"not {wanted['options']}; choose another --out or remove it"
         )
     return True
 

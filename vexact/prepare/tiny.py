@@ -1,8 +1,8 @@
 """A tiny Qwen3 model, its tokenizer and an arithmetic task: everything a first run needs, made in half a minute.
 
 The supervised warm-up has two parts. The first teaches sums. The second, short, shows the same prompts with answers of
-which about a third are right and the others are off by one to three: now the model doubts, and a sampled answer is right
-about three times in ten. What is left for reinforcement learning is to find out which of the answers pays.
+which about a third are right and the others are off by one to three: now the model doubts, and a sampled answer is
+right about three times in ten. What is left for reinforcement learning is to find out which of the answers pays.
 """
 
 from __future__ import annotations
