@@ -1,6 +1,6 @@
 """Row-wise operators and the sampler: error, bit invariance, and bandwidth beside a copy measured in the same run.
 
-One command, one GPU: `python benchmarks/rowwise.py --out benchmarks/results/rowwise_h100.json`; `--only sample` for a part.
+One command, one GPU: `python benchmarks/rowwise.py --out rowwise.json`; `--only sample` measures the sampler alone.
 
 A kernel's share is (bytes it must move / its time) over the bandwidth of a device-to-device copy that counts bytes read
 and written. Times are medians: call by call with a cold L2, and for the sampler replays of a CUDA graph, as decoding

@@ -54,11 +54,11 @@ def test_fused_residual_gives_the_bits_of_the_two_ops(width: int, dtype: torch.d
 
 @pytest.mark.parametrize("width", [73, 128, 2048])
 def test_a_row_does_not_depend_on_its_batch(width: int) -> None:
-    x, weight = inputs(43, width, torch.bfloat16)
-    dy = randn(43, width, seed=3, dtype=torch.bfloat16)
+    x, weight = inputs(19, width, torch.bfloat16)
+    dy = randn(19, width, seed=3, dtype=torch.bfloat16)
     y, rstd = kernel.forward(x, weight, EPS)
     dx, _ = kernel.backward(dy, x, weight, rstd)
-    for rows in (slice(0, 1), slice(5, 6), slice(3, 24), slice(42, 43)):
+    for rows in (slice(0, 1), slice(5, 6), slice(3, 12), slice(18, 19)):
         part, part_rstd = kernel.forward(x[rows].contiguous(), weight, EPS)
         part_dx, _ = kernel.backward(dy[rows].contiguous(), x[rows].contiguous(), weight, part_rstd)
         assert same_bits(part, y[rows])

@@ -208,7 +208,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_split(monkeypatch: pytest.
         )
 
     min_logit, tokens = run(slice(None))
-    for row in range(6):
+    for row in (0, 1, 5):
         alone_min_logit, alone_token = run(slice(row, row + 1))
         assert same_bits(alone_min_logit, min_logit[row : row + 1])
         assert alone_token.item() == tokens[row].item()
