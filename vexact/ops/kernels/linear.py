@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vexact.ops.kernels.linear_pointer import matmul_pointer_kernel
-from vexact.ops.kernels.linear_select import select_tile
+from vexact.ops.kernels.linear_select import fit_float32_output, select_tile
 from vexact.ops.kernels.linear_tiles import Layout, Tile
 from vexact.ops.kernels.linear_tma import matmul_tma_kernel
 
@@ -59,6 +59,8 @@ def matmul(
     if tile is None:
         descriptors = k > 0 and use_descriptors(a, b, out)
         tile = select_tile(layout, m, n, k, a.dtype, descriptors)
+    if out.dtype == torch.float32 and capability(out.device)[0] >= 10:
+        tile = fit_float32_output(tile)
     if tile.kernel == "tma":
         _launch_tma(a, b, out, bias, accumulate, tile)
     else:

@@ -1,7 +1,7 @@
 """Fused linear cross-entropy: log-prob and entropy of every token from hidden states, without a T x V matrix.
 
 The forward forms the log-prob states of ``logprob`` in the epilogue of the product, so no logits are stored; where the
-epilogue cannot (fp32, sm_80, odd strides) it walks the tokens in chunks of stored logits, to the same bits. The
+epilogue cannot (fp32, other GPUs, odd strides) it walks the tokens in chunks of stored logits, to the same bits. The
 backward walks the vocabulary in slices instead: a slice's logits are recomputed and turned into gradients in the
 epilogue of the product, its part of dweight is complete at once, and only the small dhidden is accumulated (fp32). The
 one-pass form has the logits of a token chunk at hand, but must accumulate dweight; it collects the gradients of several
@@ -17,12 +17,20 @@ import torch
 import triton
 from torch import Tensor
 
-from vexact.ops.kernels.linear import matmul, multiprocessors, operand_descriptor, strip_descriptor, use_descriptors
+from vexact.ops.kernels.linear import (
+    capability,
+    matmul,
+    multiprocessors,
+    operand_descriptor,
+    strip_descriptor,
+    use_descriptors,
+)
 from vexact.ops.kernels.linear_cross_entropy_forward import matmul_states_kernel
 from vexact.ops.kernels.linear_cross_entropy_grad import dlogits_kernel, matmul_dlogits_kernel
 from vexact.ops.kernels.logprob import BLOCK, QUARTER_LEVELS, empty_states, merge_states, token_logprobs
 
-WORKSPACE_BYTES = 1024 << 20  # a chunk of stored logits, or the gradients of a slice of the vocabulary
+WORKSPACE_BYTES = 1280 << 20  # a chunk of stored logits, or the gradients of a slice of the vocabulary
+BACKWARD_BYTES = 2480 << 20  # that slice together with the gradients that are returned, as far as these leave room
 # The one-pass form holds fp32 dweight too. At V = 151,936 these are 1024 and 2048 tokens, and 2048 tokens are one full
 # wave of tiles in the product that makes dhidden.
 ONE_PASS_LOGITS_BYTES = 600 << 20
@@ -47,17 +55,10 @@ class RowStatistics:
     dentropy: Tensor | None
 
     def pointers(self) -> tuple[Tensor, ...]:
-        """The arguments of the gradient kernels, in their order."""
+        """The arguments of the gradient kernels, in their order. Autograd hands over expanded gradients: dense here."""
         dentropy = self.dlogprobs if self.dentropy is None else self.dentropy
-        return (
-            self.targets,
-            self.inv_temperature,
-            self.min_logit,
-            self.lse,
-            self.entropy,
-            self.dlogprobs,
-            dentropy,
-        )
+        vectors = (self.targets, self.inv_temperature, self.min_logit, self.lse, self.entropy, self.dlogprobs, dentropy)
+        return tuple(vector.contiguous() for vector in vectors)
 
 
 def balanced_size(total: int, limit: int, multiple: int) -> int:
@@ -85,7 +86,7 @@ def forward(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     fused = _fuses_epilogue(hidden, weight)
     width = padded(vocabulary)
-    bytes_per_token = 12 * triton.cdiv(vocabulary, BLOCK) if fused else 4 * width
+    bytes_per_token = 12 * triton.cdiv(width, BLOCK) if fused else 4 * width
     size = max(min(balanced_size(tokens, WORKSPACE_BYTES // bytes_per_token, ROW_MULTIPLE), tokens), 1)
     logits = None if fused else torch.empty(size, width, dtype=torch.float32, device=hidden.device)[:, :vocabulary]
     results = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)]
@@ -120,7 +121,9 @@ def backward(
     dhidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     # fp32 logits are stored beside their gradients when the epilogue cannot make them.
     bytes_per_column = tokens * (hidden.element_size() + (0 if _fuses_epilogue(hidden, weight) else 4))
-    size = min(balanced_size(vocabulary, WORKSPACE_BYTES // bytes_per_column, COLUMN_MULTIPLE), padded(vocabulary))
+    room = BACKWARD_BYTES - dweight.nbytes - dhidden.nbytes - hidden.nbytes
+    room = min(WORKSPACE_BYTES, max(room, BACKWARD_BYTES // 8))
+    size = min(balanced_size(vocabulary, room // bytes_per_column, COLUMN_MULTIPLE), padded(vocabulary))
     workspace = torch.empty(tokens, size, dtype=hidden.dtype, device=hidden.device)
     for columns in cut(vocabulary, size):
         count = columns.stop - columns.start
@@ -179,7 +182,9 @@ def one_pass(
 def _fuses_epilogue(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the product can turn its logits into states, or into gradients, before it stores anything."""
     k_major = hidden.stride(1) == 1 and weight.stride(1) == 1
-    return k_major and hidden.dtype != torch.float32 and use_descriptors(hidden, weight)
+    # On sm_100 the whole fp32 tile would pass through shared memory, which the stages leave no room for.
+    hopper = capability(hidden.device)[0] == 9
+    return hopper and k_major and hidden.dtype != torch.float32 and use_descriptors(hidden, weight)
 
 
 def _logits_and_logprobs(
@@ -208,9 +213,9 @@ def _logits_and_logprobs(
         stored,
         *states,
         chosen,
-        targets,
-        inv_temperature,
-        min_logit,
+        targets.contiguous(),
+        inv_temperature.contiguous(),
+        min_logit.contiguous(),
         tokens,
         vocabulary,
         size,

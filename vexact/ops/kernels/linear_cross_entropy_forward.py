@@ -29,7 +29,7 @@ def store_strip_states(
     QUARTER_LEVELS: tl.constexpr,
 ):
     """Store the state of one block for every row of the tile, and the target's logit where the block holds it."""
-    in_rows = (rows < M) & (column < N)
+    in_rows = rows < M
     columns = column + tl.arange(0, WIDTH)[None, :]
     inv_temperature = tl.load(inv_temperature_ptr + rows, mask=in_rows, other=0.0)[:, None]
     min_logit = tl.load(min_logit_ptr + rows, mask=in_rows, other=0.0)[:, None]

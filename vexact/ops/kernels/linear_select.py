@@ -8,7 +8,15 @@ from math import log2
 import torch
 
 from vexact.ops.kernels.linear_tile_table import TUNED
-from vexact.ops.kernels.linear_tiles import FLOAT32_TILES, POINTER_TILES, Layout, ShapeKey, Tile
+from vexact.ops.kernels.linear_tiles import (
+    FLOAT32_TILES,
+    POINTER_TILES,
+    TENSOR_MEMORY_STAGING,
+    TENSOR_MEMORY_TILE,
+    Layout,
+    ShapeKey,
+    Tile,
+)
 
 
 def first_fitting(entries: tuple[tuple[int, Tile], ...], size: int) -> Tile:
@@ -35,3 +43,9 @@ def select_tile(layout: Layout, m: int, n: int, k: int, dtype: torch.dtype, desc
     if layout == "grad_weight":
         return first_fitting(TUNED[nearest_shape(layout, m, n)], k)
     return first_fitting(TUNED[nearest_shape(layout, n, k)], m)
+
+
+def fit_float32_output(tile: Tile) -> Tile:
+    """``tile``, or on GPUs with tensor memory the one to take instead when an fp32 result does not fit beside it."""
+    staged = 4 * tile.block_m * tile.block_n + 2 * tile.stages * (tile.block_m + tile.block_n) * tile.block_k
+    return TENSOR_MEMORY_TILE if tile.kernel == "tma" and staged > TENSOR_MEMORY_STAGING else tile

@@ -48,3 +48,6 @@ FLOAT32_TILES: tuple[tuple[int, Tile], ...] = (
     (16, Tile("pointer", 16, 32, 32, 4, 3)),
     (LARGE, Tile("pointer", 64, 64, 16, 4, 3)),
 )
+# An fp32 result on sm_100 passes from tensor memory through shared memory as a whole tile.
+TENSOR_MEMORY_TILE = Tile("tma", 128, 128, 64, 4, 4, 8, 2, 1)
+TENSOR_MEMORY_STAGING = 224 * 1024

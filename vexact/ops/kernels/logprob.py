@@ -149,8 +149,12 @@ def merge_states_kernel(
 
 
 def empty_states(rows: int, vocabulary: int, device: torch.device) -> Tensor:
-    """Room for the states of every block: (maximum | sum | moment, rows, blocks) fp32."""
-    return torch.empty(3, rows, triton.cdiv(vocabulary, BLOCK), dtype=torch.float32, device=device)
+    """Room for the states of every block: (maximum | sum | moment, rows, blocks) fp32.
+
+    The number of blocks is rounded up to a multiple of 4 (the state of a block beyond the vocabulary is that of an
+    empty set), so that alignment does not depend on the rows and one binary serves every batch size.
+    """
+    return torch.empty(3, rows, 4 * triton.cdiv(vocabulary, 4 * BLOCK), dtype=torch.float32, device=device)
 
 
 def token_logprobs(
@@ -167,8 +171,8 @@ def token_logprobs(
         # Without fusion each product is rounded where it is written, in every binary that forms a state.
         block_states_kernel[(rows, triton.cdiv(blocks, BLOCKS_PER_PROGRAM))](
             logits,
-            inv_temperature,
-            min_logit,
+            inv_temperature.contiguous(),
+            min_logit.contiguous(),
             *states,
             vocabulary,
             logits.stride(0),
@@ -192,15 +196,15 @@ def merge_states(
         merge_states_kernel[(rows,)](
             *states,
             chosen,
-            token_ids,
-            inv_temperature,
+            token_ids.contiguous(),
+            inv_temperature.contiguous(),
             logprobs,
             lse,
             entropy,
             vocabulary,
             chosen.stride(0),
             blocks,
-            LEVELS=(blocks - 1).bit_length(),
+            LEVELS=max((blocks - 1).bit_length(), 1),
             GATHER=gather,
             num_warps=MERGE_WARPS,
             enable_fp_fusion=False,
