@@ -19,10 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from linear_timing import LAYER_SHAPES, Problem, make_problem, median_ms, rotation, stock_call
+from linear_timing import LAYER_SHAPES, Problem, environment, make_problem, median_ms, rotation, stock_call
 from triton.runtime.errors import OutOfResources
 
 from vexact.ops.kernels.linear import matmul
+from vexact.ops.kernels.linear_select import select_tile
 from vexact.ops.kernels.linear_tiles import LARGE, Tile
 
 TABLE = Path(__file__).parents[1] / "vexact/ops/kernels/linear_tile_table.py"
@@ -176,7 +177,7 @@ def search(out: Path, budget_s: float, jobs: int) -> None:
         results.append({"layout": layout, "rows": rows, "shape": name, "n": n, "k": k, **stock, "tiles": timed})
         label = f"{layout:11s} {rows:6d} {name:12s} {stock['stock_ms'] * 1e3:9.1f} us"
         print(label, f"{best['ratio']:.3f} {best['tile']} differ {wrong}", flush=True)
-        record = {"device": torch.cuda.get_device_name(), "rows_different": different, "results": results}
+        record = {**environment(), "rows_different": different, "results": results}
         out.write_text(json.dumps(record, separators=(",", ":")))
 
 
@@ -221,7 +222,7 @@ def table_entries(results: list[dict]) -> dict[tuple[str, int, int], list[tuple[
 def write_table(timings: Path) -> None:
     """Write the table module from a file that ``search`` wrote."""
     record = json.loads(timings.read_text())
-    lines = [TABLE_HEAD.format(device=record["device"])]
+    lines = [TABLE_HEAD.format(device=record["gpu"])]
     for key, entries in table_entries(record["results"]).items():
         lines.append(f"    {key!r}: (".replace("'", '"'))
         for bound, tile in entries:
@@ -231,14 +232,42 @@ def write_table(timings: Path) -> None:
     TABLE.write_text("\n".join([*lines, "}", ""]))
 
 
+def write_summary(timings: Path, out: Path) -> None:
+    """Per case the tile that the table picks today and its time in the search; geometric means per group."""
+    record = json.loads(timings.read_text())
+    cases = []
+    for case in record["results"]:
+        layout, rows, n, k = case["layout"], case["rows"], case["n"], case["k"]
+        sizes = {"forward": (rows, n, k), "grad_input": (rows, k, n), "grad_weight": (n, k, rows)}[layout]
+        tile = tile_fields(select_tile(layout, *sizes, torch.bfloat16, descriptors=True))
+        ms = next(row["ms"] for row in case["tiles"] if row["tile"] == tile)
+        times = {"stock_us": case["stock_ms"] * 1e3, "us": ms * 1e3, "ratio": ms / case["stock_ms"]}
+        cases.append({"layout": layout, "shape": case["shape"], "rows": rows, **times, "tile": tile})
+    groups: dict[str, list[float]] = {}
+    for case in cases:
+        large = "many rows" if case["rows"] > 256 else "1..256 rows"
+        groups.setdefault(f"{case['layout']}, {large}", []).append(case["ratio"])
+    means = {
+        name: {"geometric_mean": exp(sum(map(log, ratios)) / len(ratios)), "worst": max(ratios), "cases": len(ratios)}
+        for name, ratios in groups.items()
+    }
+    for name, mean in means.items():
+        print(f"{name:26s} mean {mean['geometric_mean']:.3f} worst {mean['worst']:.3f} of {mean['cases']}")
+    head = {key: value for key, value in record.items() if key != "results"}
+    out.write_text(json.dumps({**head, "groups": means, "cases": cases}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tune_linear.json"))
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--write-table", type=Path, metavar="TIMINGS")
+    parser.add_argument("--summary", type=Path, metavar="TIMINGS")
     args = parser.parse_args()
-    if args.write_table:
+    if args.summary:
+        write_summary(args.summary, args.out)
+    elif args.write_table:
         write_table(args.write_table)
     else:
         search(args.out, args.budget_s, args.jobs)
