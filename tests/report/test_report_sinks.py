@@ -115,6 +115,7 @@ def test_header_is_repeated(tmp_path):
 def test_plain_plan_stages_and_validation(tmp_path):
     sink, text = plain_console(RunInfo(tmp_path, total_steps=3))
     sink.plan([("step", "16 prompts x 8 samples"), ("run directory", "runs/[demo]")], ["raise the page count"])
+    sink.stage(1, "step")
     sink.stage(1, "gen")
     sink.step(StepStats(1, ROW))
     sink.stage(2, "gen")

@@ -86,6 +86,8 @@ class ConsoleSink(Sink):
 
     def stage(self, step: int, name: str) -> None:
         """Shown live on a terminal; elsewhere only for the first step, where a slow start could look like a hang."""
+        if name == "step":  # the whole, not a part
+            return
         if not self._has_stage:
             self._has_stage, self._started = True, monotonic()
         if self._live:
