@@ -32,7 +32,7 @@ def test_short_name_and_options(tmp_path):
     [
         ({"task": "gdc"}, r"unknown reasoning-gym task 'gdc'; did you mean .*gcd"),
         ({"task": "gcd", "test_size": 0}, "test_size=0 must be at least 1"),
-        ({}, "vexact prepare task needs task"),
+        ({}, "task needs task"),
     ],
 )
 def test_bad_task(tmp_path, options, message):

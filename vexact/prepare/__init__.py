@@ -41,7 +41,7 @@ def prepare(name: str, out_dir: str | Path | None = None, **options: Any) -> Pat
     if is_task(name):
         name, options = "task", {"task": name, **options}
     if name not in PREPARERS:
-        raise ValueError(f"vexact prepare knows no {name!r}; use {', '.join(PREPARERS)} or reasoning_gym:NAME")
+        raise ValueError(f"unknown name {name!r}; use {', '.join(PREPARERS)} or reasoning_gym:NAME")
     writer = PREPARERS[name]
     return build_directory(name, out_dir, writer, _accepted(name, writer, options))
 
@@ -52,10 +52,10 @@ def _accepted(name: str, writer: Writer, options: dict[str, Any]) -> dict[str, A
     for key, value in options.items():
         if key not in parameters and (key not in _COMMON_DEFAULTS or value != _COMMON_DEFAULTS[key]):
             known = ", ".join(parameters) or "none"
-            raise ValueError(f"vexact prepare {name} has no option {key}={value!r}; its options: {known}")
+            raise ValueError(f"{name} has no option {key}={value!r}; its options: {known}")
     wished = {key: item.default for key, item in parameters.items() if item.default is not inspect.Parameter.empty}
     wished |= {key: value for key, value in options.items() if key in parameters and value is not None}
     for key in parameters:
         if key not in wished:
-            raise ValueError(f"vexact prepare {name} needs {key}; for example {key}={_EXAMPLES[key]}")
+            raise ValueError(f"{name} needs {key}; for example {key}={_EXAMPLES[key]}")
     return wished
