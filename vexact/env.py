@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -115,6 +115,14 @@ def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
     if mode not in WANDB_MODES:
         raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(WANDB_MODES)}")
     return mode
+
+
+def set_process_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
+    """What must be in the environment before torch is imported, unless the user decided otherwise.
+
+    OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on the machine.
+    """
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def debug(environ: Mapping[str, str] = os.environ) -> bool:

@@ -60,3 +60,12 @@ def test_cache_directory_precedence() -> None:
     assert env.cache_dir({"VEXACT_CACHE": "/c", "XDG_CACHE_HOME": "/x"}) == "/c"
     assert env.cache_dir({"XDG_CACHE_HOME": "/x"}) == "/x/vexact"
     assert env.cache_dir({}).endswith("/.cache/vexact")
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
+    empty: dict[str, str] = {}
+    env.set_process_defaults(empty)
+    assert empty == {"OMP_WAIT_POLICY": "PASSIVE"}
+    chosen = {"OMP_WAIT_POLICY": "ACTIVE"}
+    env.set_process_defaults(chosen)
+    assert chosen == {"OMP_WAIT_POLICY": "ACTIVE"}
