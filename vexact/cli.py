@@ -19,6 +19,7 @@ _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parse(argv)
+    env.set_process_defaults()
     try:
         code: int = arguments.run(arguments)
         return code
