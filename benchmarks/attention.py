@@ -2,10 +2,11 @@
 
 python benchmarks/attention.py [--out benchmarks/results/attention_h100.json]
 
-Forward and backward: causal, bf16, 16 query and 8 key/value heads unless the row says otherwise; TFLOP/s count 4 (backward 10)
-multiplications and additions per visible score and head dimension. Peers are torch's scaled_dot_product_attention with one
-backend at a time. Decode: one token per sequence over pages of 16, in a CUDA graph that rotates among caches so that every key
-comes from memory; the floor is the bytes a step must move over the bandwidth of a large copy measured in the same run.
+Forward and backward: causal, bf16, 16 query and 8 key/value heads unless the row says otherwise; TFLOP/s count 4
+(backward 10) multiplications and additions per visible score and head dimension. Peers are torch's
+scaled_dot_product_attention with one backend at a time. Decode: one token per sequence over pages of 16, in a CUDA
+graph that rotates among caches so that every key comes from memory; the floor is the bytes a step must move over the
+bandwidth of a large streaming kernel in the same run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 import torch
 from attention_cases import (
@@ -51,18 +53,19 @@ STEPS = ((8, 1024), (8, 2048), (8, 8192), (32, 4096), (64, 2048), (256, 1024), (
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 
 
-def event_ms(call: Callable[[], object], repeats: int = 7) -> float:
-    """Median by events; for calls that autograd makes, which a graph cannot capture here."""
+def event_ms(call: Callable[[], object], calls: int = 5, repeats: int = 5) -> float:
+    """Median time of a call in a row of calls, by events; autograd's calls cannot be captured in a graph here."""
     call()
     times = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        for _ in range(calls):
+            call()
         stop.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
+        times.append(start.elapsed_time(stop) / calls)
+    return median(times)
 
 
 def backward_call(case: Packed, dout: Tensor) -> Callable[[], object]:
@@ -73,11 +76,12 @@ def backward_call(case: Packed, dout: Tensor) -> Callable[[], object]:
     )
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a device-to-device copy, counting reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+def memory_bandwidth() -> float:
+    """Bytes per second of the faster of a large copy and a large elementwise kernel, counting reads and writes."""
+    source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (median_ms([partial(target.copy_, source)] * 4) * 1e-3)
+    calls = (partial(target.copy_, source), partial(torch.neg, source, out=target))
+    return 2 * source.nbytes / (min(median_ms([call] * 4) for call in calls) * 1e-3)
 
 
 def measure_whole(heads: Heads, sequences: int, length: int) -> list[dict]:
@@ -132,8 +136,8 @@ def run_table() -> dict:
                 f"           {row['over_cudnn']:8.2f} {row['over_flash2']:12.2f}",
                 flush=True,
             )
-    record["copy_bytes_per_s"] = bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e12:.2f} TB/s\ndecode: batch x keys      us   floor  ratio")
+    record["bytes_per_s"] = bandwidth = memory_bandwidth()
+    print(f"memory {bandwidth / 1e12:.2f} TB/s\ndecode: batch x keys      us   floor  ratio")
     for batch, keys in STEPS:
         row = measure_step(batch, keys, bandwidth)
         record["decode"].append(row)

@@ -3,8 +3,8 @@
 python benchmarks/attention_bits.py [--out bits.json] [--seconds 100]
 
 Paths: packed with other tiles, each sequence alone, pages of several sizes with and without parallel chunks, chunked
-prefill at random cuts, and decode of every position of every sequence. Exit code 1 if one bit differs. A pool of processes
-compiles the variants first.
+prefill at random cuts, and decode of every position of every sequence. Exit code 1 if one bit differs. A pool of
+processes compiles the variants first.
 """
 
 from __future__ import annotations

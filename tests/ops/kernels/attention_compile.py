@@ -6,6 +6,7 @@ Run as a script in a process without TRITON_INTERPRET: `python attention_compile
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from vexact.ops.kernels.attention.launch import (
 
 Case = tuple[str, Any, str, dict[str, Any], dict[str, int]]  # name, kernel, dtype, constants, launch options
 
-_FP32 = ("lse", "lse2", "delta", "part_acc", "part_ml")
+_STATISTICS = ("lse", "lse2", "delta", "part_acc", "part_ml")
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "k_cache", "v_cache")
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "table")
 _ALIGNED = [["tt.divisibility", 16]]
@@ -35,13 +36,10 @@ _ALIGNED = [["tt.divisibility", 16]]
 BATCH_INTEGERS = {"num_sequences", "num_tiles", "num_rows", "num_chunks", "stride_table", "skip_up_to", "max_rows"}
 
 # dtype, query heads, key/value heads, head dimension, value head dimension
-USUAL = [("bf16", 16, 8, 128, 128), ("bf16", 9, 3, 64, 64), ("fp32", 4, 2, 128, 128)]
-EVERY = [
-    (dtype, 8, heads, dim, value_dim)
-    for dtype in ("bf16", "fp16", "fp32")
-    for heads in (1, 8)
-    for dim, value_dim in ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-]
+_QWEN3, _SMOLLM2, _FP32 = ("bf16", 16, 8, 128, 128), ("bf16", 9, 3, 64, 64), ("fp32", 4, 2, 64, 64)
+USUAL = {80: [_QWEN3, _FP32], 90: [_QWEN3, _SMOLLM2], 100: [_QWEN3]}
+_DIMS = ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+EVERY = [(dtype, 8, heads, *dims) for dtype in ("bf16", "fp16", "fp32") for heads in (1, 8) for dims in _DIMS]
 
 
 def cases(shapes: list[tuple[str, int, int, int, int]], thorough: bool) -> Iterator[Case]:
@@ -61,7 +59,7 @@ def _forward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], thor
     blocks, tile, decode = KEY_BLOCKS[shape.key], FORWARD[shape.key], DECODE[shape.key]
     both = {**both, "BLOCK_N": blocks.block_n}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    pages = ((0, 1), (16, shape.group), (256, shape.group)) if thorough else ((0, 1), (16, shape.group))
+    pages = ((0, 1), (16, shape.group), (256, shape.group)) if thorough else ((0, 1),)
     for page_size, tile_heads in pages:
         for chunk in (blocks.chunk, 0) if thorough else (blocks.chunk,):
             own = {"PAGE_SIZE": page_size, "TILE_HEADS": tile_heads, "CHUNK": chunk, "BLOCK_M": tile.block_m}
@@ -92,7 +90,7 @@ def _backward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], tho
 def _argument_type(name: str, dtype: str) -> str:
     if name in _TENSORS:
         return f"*{dtype}"
-    if name in _FP32:
+    if name in _STATISTICS:
         return "*fp32"
     if name in _INDICES:
         return "*i32"
@@ -118,7 +116,7 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         "shared": binary.metadata.shared,
         "cubin": len(binary.asm["cubin"]),
         "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
-        "atomics": "atom." in binary.asm["ptx"] or "red." in binary.asm["ptx"],
+        "atomics": bool(re.search(r"\b(atom|red)\.global", binary.asm["ptx"])),
         "specialised": sorted(
             p.name for p in kernel.params if p.name in BATCH_INTEGERS and not p.is_constexpr and not p.do_not_specialize
         ),
@@ -128,8 +126,8 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
 def main() -> None:
     thorough = "--every-shape" in sys.argv
     for arch in (int(argument) for argument in sys.argv[1:] if argument.isdigit()):
-        for case in cases(EVERY if thorough else USUAL, thorough):
-            print(json.dumps(compile_case(case, arch)), flush=True)
+        for case in cases(EVERY if thorough else USUAL[arch], thorough):
+            sys.stdout.write(json.dumps(compile_case(case, arch)) + "\n")
 
 
 if __name__ == "__main__":

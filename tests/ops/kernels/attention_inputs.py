@@ -123,7 +123,8 @@ def make_pages(batch: Batch, page_size: int, seed: int = 0) -> Pages:
         for slot in range(count):
             page = order.pop()
             table[index, slot] = page
-            first, last = starts[index] + slot * page_size, min(starts[index] + (slot + 1) * page_size, starts[index + 1])
+            first = starts[index] + slot * page_size
+            last = min(first + page_size, starts[index + 1])
             for cache, rows in zip(caches, (batch.k, batch.v), strict=True):
                 cache[1 + page, : last - first] = rows[first:last]
     return Pages(caches[0][1:], caches[1][1:], table.to(DEVICE))

@@ -45,9 +45,7 @@ def output_gradient(batch: Batch) -> Tensor:
 def test_gradients_match_fp64(dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int], causal: bool) -> None:
     batch = make_batch([40, 1, 0, 21, 5], [40, 35, 3, 9, 0], heads=heads, dims=dims, dtype=dtype)
     dout = output_gradient(batch)
-    for got, expected in zip(
-        gradients(batch, dout, causal), reference_gradients(batch, dout, causal), strict=True
-    ):
+    for got, expected in zip(gradients(batch, dout, causal), reference_gradients(batch, dout, causal), strict=True):
         assert relative_error(got, expected) < TOLERANCE[dtype]
 
 

@@ -1,6 +1,7 @@
 """The attention kernels compile for three generations of GPU, on a machine without one.
 
-VEXACT_COMPILE_EVERY_SHAPE=1 compiles every dtype, head dimension and variant instead of a representative few (an hour of CPU).
+VEXACT_COMPILE_EVERY_SHAPE=1 compiles every dtype, head dimension and variant instead of a representative few (an hour
+of CPU).
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ def test_kernels_compile_within_shared_memory(arch: int, tmp_path: Path) -> None
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[3])}
     thorough = ["--every-shape"] if environment.get("VEXACT_COMPILE_EVERY_SHAPE") else []
-    run = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(arch), *thorough], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(_SCRIPT), str(arch), *thorough]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) >= 24
+    assert len(binaries) >= 7
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT[arch], binary
         assert binary["cubin"] > 0

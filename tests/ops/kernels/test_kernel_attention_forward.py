@@ -29,9 +29,7 @@ Q_LENS, K_LENS = [35, 1, 0, 9, 4, 3], [35, 33, 3, 5, 0, 64]
 def test_packed_matches_fp64(dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int], causal: bool) -> None:
     batch = make_batch(Q_LENS, K_LENS, heads=heads, dims=dims, dtype=dtype)
     out, lse = packed_forward(*batch.arguments, causal)
-    expected, expected_lse = attention_reference(
-        batch.q, batch.k, batch.v, batch.cu_q, batch.cu_k, batch.scale, causal
-    )
+    expected, expected_lse = attention_reference(batch.q, batch.k, batch.v, batch.cu_q, batch.cu_k, batch.scale, causal)
     blind = expected_lse == float("-inf")
     assert blind.any()
     assert torch.equal(lse == float("-inf"), blind)
@@ -73,8 +71,10 @@ def test_bits_do_not_depend_on_batch_mates() -> None:
         assert same_bits(tuple(part[low:high] for part in together), alone)
 
 
-@pytest.mark.parametrize(("page_size", "dims"), [(5, (32, 32)), (16, (40, 24)), (32, (32, 32)), (96, (32, 32))])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("page_size", "dims", "causal"),
+    [(5, (32, 32), True), (16, (40, 24), False), (8, (32, 32), True), (32, (32, 32), False), (96, (32, 32), True)],
+)
 def test_pages_give_the_bits_of_packed_rows(page_size: int, dims: tuple[int, int], causal: bool) -> None:
     batch = make_batch(Q_LENS, K_LENS, dims=dims)
     pages = make_pages(batch, page_size)
@@ -84,13 +84,17 @@ def test_pages_give_the_bits_of_packed_rows(page_size: int, dims: tuple[int, int
 
 
 def test_decode_of_every_position_gives_the_bits_of_prefill() -> None:
-    batch = make_batch([70], [70], heads=(6, 2))
+    length = 67 if DEVICE == "cuda" else 37
+    batch = make_batch([length], [length], heads=(3, 1))
     pages = make_pages(batch, 16)
     expected = packed_forward(*batch.arguments, True, tile=Tile(64, 4, 1), key_blocks=SMALL)
-    pages.table = pages.table.expand(70, -1).contiguous()
-    steps = Batch(batch.q, batch.k, batch.v, [1] * 70, list(range(1, 71)))
+    pages.table = pages.table.expand(length, -1).contiguous()
+    steps = Batch(batch.q, batch.k, batch.v, [1] * length, list(range(1, length + 1)))
     assert same_bits(expected, pages.run(steps))
-    assert same_bits(expected, pages.run(steps, decode_tile=Tile(32, 2, 1)))
+    late = slice(length - 6, length)
+    few = Batch(batch.q[late], batch.k, batch.v, [1] * 6, steps.k_lens[late])
+    pages.table = pages.table[late]
+    assert same_bits(tuple(rows[late] for rows in expected), pages.run(few, decode_tile=Tile(32, 2, 1)))
 
 
 def test_chunked_prefill_gives_the_bits_of_prefill() -> None:
@@ -98,7 +102,7 @@ def test_chunked_prefill_gives_the_bits_of_prefill() -> None:
     pages = make_pages(batch, 7)
     expected = packed_forward(*batch.arguments, True, tile=Tile(64, 4, 1), key_blocks=SMALL)
     done = 0
-    for new in (20, 1, 31, 15):
+    for new in (20, 1, 46):
         part = Batch(batch.q[done : done + new], batch.k, batch.v, [new], [done + new])
         got = pages.run(part, tile=Tile(16, 4, 1))
         assert same_bits(tuple(rows[done : done + new] for rows in expected), got)

@@ -60,6 +60,8 @@ def flash_attn_varlen_func(
     table = _one_of(block_table=block_table, page_table=page_table)
     used = _one_of(seqused_k=seqused_k, cache_seqlens=cache_seqlens)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0:
+        raise ValueError(f"softmax_scale={scale} is not supported; it must be positive")
     longest_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, cumulative=True)
     if table is None:
         out, lse = _packed(q, k, v, cu_seqlens_q, cu_seqlens_k, used, longest_q, max_seqlen_k, scale, causal)

@@ -5,9 +5,10 @@ algorithm 2):
 
     dV = P^T dO        dK = scale * dS^T Q        dQ = scale * dS K
 
-`prepare_kernel` computes delta once. `keys_kernel` owns a block of keys and walks the query rows that see it, for all query heads
-of the group; `queries_kernel` owns a block of query rows and walks the keys it sees. Both recompute P from lse, both skip what
-the causal mask hides, and both visit blocks in a fixed order, so gradients are the same bits on every run.
+`prepare_kernel` computes delta once. `keys_kernel` owns a block of keys and walks the query rows that see it, for all
+query heads of the group; `queries_kernel` owns a block of query rows and walks the keys it sees. Both recompute P
+from lse, both skip what the causal mask hides, and both visit blocks in a fixed order, so gradients are the same bits
+on every run.
 """
 
 import triton
@@ -24,10 +25,11 @@ def prepare_kernel(
     dout, out, lse, delta, lse2, num_rows,
     NUM_HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta (Hq, T) = rowsum(dout * out) and lse2 (Hq, T) = lse * log2(e), +inf for rows that see no key so that P is 0.
+    """delta (Hq, T) = rowsum(dout * out) and lse2 (Hq, T) = lse * log2(e), +inf for rows that see no key so that P is
+    0.
 
-    dout, out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Heads come first in the results so that the other kernels
-    read consecutive rows.
+    dout, out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Heads come first in the results so that the
+    other kernels read consecutive rows.
     """
     head = tl.program_id(0) % NUM_HEADS
     row = tl.program_id(0) // NUM_HEADS * ROWS + tl.arange(0, ROWS)
@@ -84,8 +86,8 @@ def keys_kernel(
 ):  # fmt: skip
     """dK (Tk, Hkv, D) and dV (Tk, Hkv, DV) of BLOCK_N keys of one key/value head, both contiguous.
 
-    dout (T, NUM_HEADS, DV) contiguous; q, k, v with free token and head strides; delta, lse2 (NUM_HEADS, num_rows) fp32.
-    Keys that no query sees get 0.
+    dout (T, NUM_HEADS, DV) contiguous; q, k, v with free token and head strides; delta, lse2 (NUM_HEADS, num_rows)
+    fp32. Keys that no query sees get 0.
     """
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     pid = tl.program_id(0)
@@ -130,8 +132,8 @@ def keys_kernel(
         row_base = head * num_rows + q_start
         if CAUSAL:
             dk_acc, dv_acc = walk_queries(
-                dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base, begin, middle, q_len,
-                keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, True,
+                dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base,
+                begin, middle, q_len, keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, True,
             )  # fmt: skip
         dk_acc, dv_acc = walk_queries(
             dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base, middle, q_len, q_len,

@@ -1,7 +1,8 @@
 """Launch configurations as data, and the few numbers every launch derives from its tensors.
 
-`KEY_BLOCKS` decides bits: it may depend on the dtype and the head dimensions, never on the batch, the GPU or the kernel.
-Every other table is free: it was chosen for speed by `benchmarks/attention.py --sweep`, and any entry gives the same bits.
+`KEY_BLOCKS` decides bits: it may depend on the dtype and the head dimensions, never on the batch, the GPU or the
+kernel. The other tables were chosen for speed with `benchmarks/tune_attention.py`; any entry of the two forward tables
+gives the same bits, while entries of the backward tables decide the last bits of gradients.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Tile:
 # (element bytes, padded max(head_dim, value_head_dim)) -> key blocks
 KEY_BLOCKS: dict[tuple[int, int], KeyBlocks] = {
     (2, 32): KeyBlocks(64, 2048),
-    (2, 64): KeyBlocks(64, 2048),
+    (2, 64): KeyBlocks(128, 2048),
     (2, 128): KeyBlocks(64, 2048),
     (2, 256): KeyBlocks(32, 2048),
     (4, 32): KeyBlocks(32, 2048),
@@ -48,7 +49,7 @@ KEY_BLOCKS: dict[tuple[int, int], KeyBlocks] = {
 
 FORWARD: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(128, 4, 3),
-    (2, 64): Tile(128, 4, 3),
+    (2, 64): Tile(64, 4, 3),
     (2, 128): Tile(128, 8, 3),
     (2, 256): Tile(128, 8, 2),
     (4, 32): Tile(64, 4, 2),
@@ -73,7 +74,7 @@ MAX_DECODE_ROWS = 64
 # block_m query rows walked by a program that owns block_n keys.
 BACKWARD_KEYS: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(64, 4, 2, 128),
-    (2, 64): Tile(64, 4, 2, 64),
+    (2, 64): Tile(128, 4, 2, 64),
     (2, 128): Tile(64, 4, 2, 64),
     (2, 256): Tile(32, 8, 1, 64),
     (4, 32): Tile(32, 4, 1, 32),
@@ -134,8 +135,9 @@ def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
     """Shape of the heads of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
 
     Raises:
-        ValueError: dtypes differ or are not fp32, bf16 or fp16; the head counts do not divide; a head dimension is above 256;
-            the last dimension of a tensor is not contiguous.
+        ValueError: dtypes differ or are not fp32, bf16 or fp16; the head counts do not divide; a head dimension is
+            above
+            256; the last dimension of a tensor is not contiguous.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; q, k and v must share fp32, bf16 or fp16")

@@ -114,10 +114,10 @@ def packed_backward(
     dout, out = dout.contiguous(), out.contiguous()
     lengths = (cu_seqlens_q, cu_seqlens_k)
     strides = tuple(tensor.stride(axis) for tensor in (q, k, v) for axis in range(2))
-    constants = dict(
-        NUM_HEADS=shape.num_heads, GROUP=shape.group,
-        D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad, CAUSAL=causal,
-    )  # fmt: skip
+    constants = {
+        "NUM_HEADS": shape.num_heads, "GROUP": shape.group, "CAUSAL": causal,
+        "D": shape.dim, "DV": shape.value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
+    }  # fmt: skip
     if num_rows:
         prepare_kernel[(-(-num_rows // PREPARE_ROWS) * shape.num_heads,)](
             dout, out, lse, delta, lse2, num_rows,

@@ -1,8 +1,8 @@
 """Query rows: which program works on which rows of which sequence, and how a tile of rows is addressed.
 
-A tile holds BLOCK_Q consecutive positions of one sequence times TILE_HEADS query heads that share a key/value head, position-major.
-Sequence b owns the tiles `cu_seqlens_q[b] // BLOCK_Q + b` up to that of b + 1: enough for any alignment, and at most
-`T // BLOCK_Q + B` in all, a number the host knows without reading device memory.
+A tile holds BLOCK_Q consecutive positions of one sequence times TILE_HEADS query heads that share a key/value head,
+position-major. Sequence b owns the tiles `cu_seqlens_q[b] // BLOCK_Q + b` up to that of b + 1: enough for any
+alignment, and at most `T // BLOCK_Q + B` in all, a number the host knows without reading device memory.
 """
 
 import triton
@@ -26,7 +26,8 @@ def find_sequence(cu_seqlens, num_sequences, tile, BLOCK: tl.constexpr):
 def row_coordinates(first, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_HEADS: tl.constexpr, q_len):
     """(position, head inside the tile, valid) of each of the BLOCK_M rows of a tile that starts at position `first`.
 
-    Rows outside the sequence are clamped to its last position (and are not valid), so that no address leaves the sequence.
+    Rows outside the sequence are clamped to its last position (and are not valid), so that no address leaves the
+    sequence.
     """
     offs_m = tl.arange(0, BLOCK_M)
     position = first + offs_m // TILE_HEADS
@@ -38,7 +39,8 @@ def row_coordinates(first, BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_HE
 def key_limits(
     position, valid, first, q_len, kv_len, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """(limit, end, full_end): keys visible to each row, keys visible to any row, and the part every row sees in whole blocks.
+    """(limit, end, full_end): keys visible to each row, keys visible to any row, and the part every row sees in whole
+    blocks.
 
     Causal masks are aligned at the bottom right: query i of q_len sees keys 0 ... i + kv_len - q_len.
     """

@@ -50,7 +50,8 @@ def chunk_kernel(
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
     m, total, acc = walk_keys(
-        q_tile, limit, c, k + kv_head * stride_kh, v + kv_head * stride_vh, table + sequence.to(tl.int64) * stride_table,
+        q_tile, limit, c, k + kv_head * stride_kh, v + kv_head * stride_vh,
+        table + sequence.to(tl.int64) * stride_table,
         begin, tl.minimum(begin + CHUNK, end), full_end, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
         BLOCK_M, BLOCK_N, 0, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
     )  # fmt: skip
@@ -72,7 +73,8 @@ def merge_kernel(
     out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, c, num_chunks, max_rows,
     NUM_HEADS: tl.constexpr, CHUNK: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunk states of one query row, first chunk first. A chunk past the end reads as an empty state: a no-op."""
+    """Merge the chunk states of one query row, first chunk first. A chunk past the end reads as an empty state: a
+    no-op."""
     pid = tl.program_id(0)
     head = pid % NUM_HEADS
     position = pid // NUM_HEADS % max_rows

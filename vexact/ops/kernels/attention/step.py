@@ -1,18 +1,20 @@
 """The arithmetic of attention: one online-softmax step, the merge of two partial states, and the final division.
 
-Every forward path (packed, paged, prefill, decode) calls these functions and no other arithmetic, so a query row gets the same bits
-from each of them. A state is `(m, total, acc)`: the largest raw score so far, the sum of `exp2((score - m) * c)` and the
-sum of those weights times the value rows, where `c = softmax_scale * log2(e)`.
+Every forward path (packed, paged, prefill, decode) calls these functions and no other arithmetic, so a query row gets
+the same bits from each of them. A state is `(m, total, acc)`: the largest raw score so far, the sum of `exp2((score -
+m) * c)` and the sum of those weights times the value rows, where `c = softmax_scale * log2(e)`.
 
 Three spellings make the bits independent of the tile shape and the thread layout; do not "simplify" them:
 
-* `p = exp2(fma(s, c, -(m * c)))` for masked and unmasked blocks alike, so that the compiler has no contraction to choose;
-* `alpha = exp2((m_old - m_new) * c)`, exactly 1 when the maximum stays, so that a block without visible keys changes nothing;
-* the row sum is a matrix product with ones, because the order of `tl.sum` follows the thread layout. `total` is therefore kept as
-  (BLOCK_M, ONES) with equal columns.
+* `p = exp2(fma(s, c, -(m * c)))` for masked and unmasked blocks alike, so that the compiler has no contraction to
+  choose;
+* `alpha = exp2((m_old - m_new) * c)`, exactly 1 when the maximum stays, so that a block without visible keys changes
+  nothing;
+* the row sum is a matrix product with ones, because the order of `tl.sum` follows the thread layout. `total` is
+  therefore kept as (BLOCK_M, ONES) with equal columns.
 
-The recurrence is that of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), equations 7 to 9, with the
-block form of Dao, "FlashAttention-2" (2023), algorithm 1.
+The recurrence is that of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), equations 7 to
+9, with the block form of Dao, "FlashAttention-2" (2023), algorithm 1.
 """
 
 import triton
@@ -71,7 +73,8 @@ def merge_states(m_a, total_a, acc_a, m_b, total_b, acc_b, c):
 def finish(m, total, acc, c):
     """(out, lse): the normalised rows in fp32 and the natural log-sum-exp; 0 and -inf for rows without visible keys.
 
-    `total` is (BLOCK_M,). Zeros of the output are made positive: their sign would tell whether a state was merged with an empty one.
+    `total` is (BLOCK_M,). Zeros of the output are made positive: their sign would tell whether a state was merged
+    with an empty one.
     """
     empty = total == 0.0
     inverse = tl.math.div_rn(1.0, tl.where(empty, 1.0, total))

@@ -37,8 +37,12 @@ def page_numbers(table, start, kv_len, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.cons
     elif PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(table + start // PAGE_SIZE, mask=start < kv_len, other=0)
     else:
-        position = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table + position // PAGE_SIZE, mask=position < kv_len, other=0)
+        offs_n = tl.arange(0, BLOCK_N)
+        if BLOCK_N % PAGE_SIZE == 0:
+            column = start // PAGE_SIZE + offs_n // PAGE_SIZE  # the second part stays the same from block to block
+        else:
+            column = (start + offs_n) // PAGE_SIZE
+        page = tl.load(table + column, mask=start + offs_n < kv_len, other=0)
     return page
 
 
@@ -67,7 +71,7 @@ def load_keys(
         k_rows = k_base + page.to(tl.int64) * stride_kp + slot * stride_kt
         v_rows = v_base + page.to(tl.int64) * stride_vp + slot * stride_vt
     else:
-        slot = (start + offs_n) % PAGE_SIZE
+        slot = offs_n % PAGE_SIZE if BLOCK_N % PAGE_SIZE == 0 else (start + offs_n) % PAGE_SIZE
         k_rows = k_base + (page.to(tl.int64) * stride_kp + slot * stride_kt)[:, None]
         v_rows = v_base + (page.to(tl.int64) * stride_vp + slot * stride_vt)[:, None]
     k = load_tile(k_rows + offs_d[None, :], inside, offs_d, D, D_PAD, MASKED)
@@ -123,9 +127,9 @@ def walk_keys(
 ):  # fmt: skip
     """The state of the keys in [begin, end), its total as (BLOCK_M,), chunks merged in order.
 
-    CHUNK 0 promises that the keys lie in one chunk; otherwise begin is 0. Blocks below `full_end` are visible to every row
-    and skip the mask, which changes no bit. Chunks wholly below it have a loop of their own: a branch for the merge in the
-    loop over blocks keeps the tensor cores from running ahead (measured: 20 % on an H100).
+    CHUNK 0 promises that the keys lie in one chunk; otherwise begin is 0. Blocks below `full_end` are visible to
+    every row and skip the mask, which changes no bit. Chunks wholly below it have a loop of their own: a branch for
+    the merge in the loop over blocks keeps the tensor cores from running ahead (measured: 20 % on an H100).
     """
     ones = tl.full((BLOCK_N, ONES), 1.0, q.dtype)
     middle = tl.minimum(tl.maximum(full_end, begin), end)
@@ -136,7 +140,8 @@ def walk_keys(
             m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, tl.max(total, 1), acc, c)
             m, total, acc = empty_state(BLOCK_M, DV_PAD)
             m, total, acc = walk_visible(
-                q, ones, limit, m, total, acc, c, k_base, v_base, table, first, tl.minimum(first + CHUNK, middle), kv_len,
+                q, ones, limit, m, total, acc, c, k_base, v_base, table,
+                first, tl.minimum(first + CHUNK, middle), kv_len,
                 stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
             )  # fmt: skip
     else:
@@ -146,7 +151,7 @@ def walk_keys(
         )  # fmt: skip
     page = page_numbers(table, middle, kv_len, BLOCK_N, PAGE_SIZE)
     for start in tl.range(middle, end, BLOCK_N):
-        if CHUNK > 0:
+        if CHUNK > 0:  # noqa: SIM102 - a compile-time branch: nothing may be divided by 0
             if start % CHUNK == 0:
                 m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, tl.max(total, 1), acc, c)
                 m, total, acc = empty_state(BLOCK_M, DV_PAD)
