@@ -10,7 +10,7 @@ from vexact.config import Config
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
 from vexact.trainer.workers import Workers
-from vexact.types import Prompt, Sample, SampleGroup, Score
+from vexact.types import Prompt, SampleGroup, Score
 
 Timer = Callable[[str], AbstractContextManager[None]]
 
@@ -90,21 +90,12 @@ def sample_groups(
 def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[SampleGroup]:
     """The same groups with scores."""
     flat = [(group.prompt, sample) for group in groups for sample in group.samples]
-    texts = decode(workers, [sample for _, sample in flat])
     requests = [
-        GradeRequest(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
-        for (prompt, _), text in zip(flat, texts, strict=True)
+        GradeRequest(prompt.data_source, sample.text or "", prompt.ground_truth, prompt.extra_info)
+        for prompt, sample in flat
     ]
     scores = iter(workers.rewards.score(requests))
     return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
-
-
-def decode(workers: Workers, samples: Sequence[Sample]) -> list[str]:
-    """Responses as text, without special tokens."""
-    texts: list[str] = workers.tokenizer.batch_decode(
-        [list(sample.token_ids) for sample in samples], skip_special_tokens=True
-    )
-    return texts
 
 
 def _metric(score: Score, name: str) -> float:

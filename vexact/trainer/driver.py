@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from vexact.audit import Audit, ExactnessError
 from vexact.config import Config
@@ -14,7 +15,7 @@ from vexact.trainer.checkpoint import CheckpointStore, Progress, load_checkpoint
 from vexact.trainer.collect import Collector
 from vexact.trainer.evaluate import evaluate
 from vexact.trainer.workers import Workers
-from vexact.types import SampleGroup, StepStats
+from vexact.types import SampleGroup, StepStats, TrainSequence
 from vexact.weights import sync_weights
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Driver:
         }
         self.reporter.log(StepStats(step, metrics))
 
-    def _update(self, step: int, sequences: Sequence) -> dict[str, float]:
+    def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
         try:
             return self.workers.actor.update(sequences, self.audit.check)
         except ExactnessError:
@@ -128,8 +129,8 @@ class Driver:
         log.info("saved %s", path)
 
     def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
-        decode = self.workers.tokenizer.decode
-        write_samples(self.config.run_dir, step, groups, decode, self.config.trainer.samples_per_step, stem)
+        limit = self.config.trainer.samples_per_step
+        write_samples(self.config.run_dir, step, groups, limit=limit, stem=stem)
 
 
 def resume_point(config: Config, store: CheckpointStore, workers: Workers) -> Progress:
@@ -138,8 +139,6 @@ def resume_point(config: Config, store: CheckpointStore, workers: Workers) -> Pr
     if trainer.resume_mode == "disable":
         return Progress(0, 0)
     if trainer.resume_mode == "resume_path":
-        from pathlib import Path
-
         path: Path | None = Path(str(trainer.resume_from_path)).expanduser()
     else:
         path = store.latest()
