@@ -141,6 +141,7 @@ def _launch_tma(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumula
         ACCUMULATE=accumulate,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,  # the default differs between releases
     )
 
 
@@ -173,4 +174,5 @@ def _launch_pointer(
         PRECISION="ieee",
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,  # the default differs between releases
     )

@@ -150,8 +150,10 @@ def one_pass(
     width = padded(vocabulary)
     logprobs, entropies = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
     dhidden = torch.empty_like(hidden)
+    if not tokens:
+        return logprobs, entropies, dhidden, torch.zeros_like(weight)
     group_size = balanced_size(tokens, ONE_PASS_GRADIENT_BYTES // (hidden.element_size() * width), ROW_MULTIPLE)
-    group_size = min(group_size, max(tokens, 1))
+    group_size = min(group_size, tokens)
     chunk_size = min(balanced_size(group_size, ONE_PASS_LOGITS_BYTES // (4 * width), ROW_MULTIPLE), group_size)
     gradients = torch.empty(group_size, width, dtype=hidden.dtype, device=hidden.device)
     workspace = torch.empty(chunk_size, width, dtype=torch.float32, device=hidden.device)
@@ -159,23 +161,17 @@ def one_pass(
     dtype = weight.dtype if tokens <= group_size else torch.float32
     dweight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for group in cut(tokens, group_size):
-        size = group.stop - group.start
-        for chunk in cut(size, chunk_size):
+        for chunk in cut(group.stop - group.start, chunk_size):
             at = slice(group.start + chunk.start, group.start + chunk.stop)
-            rows = at.stop - at.start
-            logits = workspace[:rows, :vocabulary]
-            values = _logits_and_logprobs(hidden[at], weight, targets[at], inv_temperature[at], min_logit[at], logits)
-            logprobs[at], lse, entropies[at] = values
-            statistics = RowStatistics(
-                targets[at], inv_temperature[at], min_logit[at], lse, entropies[at], dloss(logprobs[at], at), None
-            )
+            logits = workspace[: at.stop - at.start, :vocabulary]
+            rows = (targets[at], inv_temperature[at], min_logit[at])
+            logprobs[at], lse, entropies[at] = _logits_and_logprobs(hidden[at], weight, *rows, logits)
+            statistics = RowStatistics(*rows, lse, entropies[at], dloss(logprobs[at], at), None)
             _stored_dlogits(logits, statistics, 0, gradients[chunk, :vocabulary])
-        dlogits = gradients[:size, :vocabulary]
+        dlogits = gradients[: group.stop - group.start, :vocabulary]
         matmul(dlogits, weight.t(), dhidden[group], layout="grad_input")
         matmul(dlogits.t(), hidden[group].t(), dweight, layout="grad_weight", accumulate=group.start > 0)
-    if not tokens:
-        dweight.zero_()
-    dlogits = logits = gradients = workspace = None  # frees them before dweight is copied
+    del dlogits, logits, gradients, workspace  # before dweight is copied
     return logprobs, entropies, dhidden, dweight.to(weight.dtype)
 
 
