@@ -3,7 +3,7 @@
 CUDA tensors run Triton kernels, CPU tensors run their plain-torch twins; each is imported on first use.
 """
 
-from vexact.ops.attention import PackedMetadata, PagedMetadata, attention, write_kv
+from vexact.ops.attention import PackedMetadata, PagedMetadata, attention, flash_attn_varlen_func, write_kv
 from vexact.ops.embedding import embedding
 from vexact.ops.linear import linear
 from vexact.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_one_pass
@@ -20,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "embedding",
+    "flash_attn_varlen_func",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",

@@ -109,6 +109,22 @@ def test_chunked_prefill_gives_the_bits_of_prefill() -> None:
         done += new
 
 
+@pytest.mark.gpu
+def test_pages_beyond_two_to_the_31_elements() -> None:
+    batch = make_batch([5, 1], [70, 300], heads=(16, 8), dims=(128, 128))
+    pages = make_pages(batch, 16)
+    expected = pages.run(batch)
+    num_pages, first = 2**31 // (16 * 8 * 128) + 100, 2**31 // (16 * 8 * 128) + 50
+    for name in ("k_cache", "v_cache"):
+        small = getattr(pages, name)
+        large = torch.empty(num_pages, *small.shape[1:], dtype=small.dtype, device=DEVICE)
+        large[first : first + len(small)] = small
+        setattr(pages, name, large)
+    pages.table = torch.where(pages.table >= 0, pages.table + first, -1)
+    for split_rows in (0, 5):
+        assert same_bits(expected, pages.run(batch, split_rows=split_rows))
+
+
 def test_rows_past_the_batch_are_left_alone() -> None:
     """A CUDA graph pads the batch: extra query rows, sequences without queries, and tables that point nowhere."""
     batch = make_batch([1, 1, 0], [33, 3, 0])
