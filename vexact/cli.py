@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = _parse(argv)
     env.set_process_defaults()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vexact").setLevel(logging.INFO)
     try:
         code: int = arguments.run(arguments)
         return code

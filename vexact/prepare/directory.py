@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vexact import __version__
 from vexact.env import cache_dir
 
+log = logging.getLogger(__name__)
 MARKER = "prepared.json"
 
 
@@ -23,9 +25,10 @@ def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., 
         ValueError: ``out_dir`` holds files that this did not make, or was made with other options.
     """
     out = Path(out_dir).expanduser() if out_dir is not None else Path(cache_dir()) / _folder(name, options)
-    recipe = {"name": name, "options": options, "vexact": version("vexact")}
+    recipe = {"name": name, "options": options, "vexact": __version__}
     if _is_made(out, recipe):
         return out
+    log.info("preparing %s in %s", name, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
