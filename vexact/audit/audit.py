@@ -37,6 +37,7 @@ class Audit:
         self.exactness = exactness
         self._samples: Sequence[Sample] = ()
         self._metrics: dict[str, float] = {}
+        self.total_compared = self.total_different = 0  # over all checks of this process
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """The samples that the next update trains on, in its order."""
@@ -52,6 +53,8 @@ class Audit:
             return
         samples = [self._samples[i] for i in indices]
         comparison = compare(samples, logprobs)
+        self.total_compared += comparison.tokens_compared
+        self.total_different += comparison.tokens_different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
         if comparison.tokens_different:
             if self.exactness == "strict":

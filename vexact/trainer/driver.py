@@ -47,10 +47,22 @@ class Driver:
             self._report_validation(0)
         if trainer.val_only:
             return
-        for step in range(self.progress.step + 1, self.total_steps + 1):
-            self._step(step)
+        first, rewards = self.progress.step + 1, []
+        for step in range(first, self.total_steps + 1):
+            rewards.append(self._step(step))
+        if rewards:
+            log.info("%s", self._summary(first, rewards))
 
-    def _step(self, step: int) -> None:
+    def _summary(self, first: int, rewards: list[float]) -> str:
+        compared, different = self.audit.total_compared, self.audit.total_different
+        audit = f"{compared} log-probabilities compared, {different} different" if compared else "nothing compared"
+        return (
+            f"done: steps {first} to {self.total_steps}, reward {rewards[0]:.3f} to {rewards[-1]:.3f}, {audit}; "
+            f"everything is in {self.config.run_dir}"
+        )
+
+    def _step(self, step: int) -> float:
+        """One step; returns its mean score."""
         workers = self.workers
         with self.timers("step"):
             # 1-4: prompts, samples at weights version step-1, scores, groups worth training on
@@ -91,6 +103,7 @@ class Driver:
             **validation,
         }
         self.reporter.log(StepStats(step, metrics))
+        return metrics["critic/score/mean"]
 
     def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
         try:
