@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 import vexact.ops as invariant
 from vexact.ops import stock
 
@@ -43,3 +45,10 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
     names = ("linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "embedding")
     chosen = {name: getattr(source, name) for name in names}
     return OpSet(**chosen, attention=attention_source.attention)
+
+
+def set_ops(model: nn.Module, ops: OpSet) -> None:
+    """Gives every submodule that calls operators (``model`` included) this operator set, in place."""
+    for module in model.modules():
+        if isinstance(getattr(module, "ops", None), OpSet):
+            module.__dict__["ops"] = ops  # past the setter, which is typed for parameters and submodules
