@@ -28,9 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from vexact.device import resolve_device
     from vexact.data.rows import Row
     from vexact.data.template import PromptFormat, tokenize
+    from vexact.device import resolve_device
     from vexact.rollout import Engine, SamplingParams
 
     device = resolve_device(arguments.device)

@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
     if arguments.dry_run:
-        from vexact.device import resolve_device
         from vexact.config.plan import build_plan
+        from vexact.device import resolve_device
 
         plan = build_plan(config, resolve_device(config.trainer.device))
         sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")
