@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end.py --runs tiny qwen3-1.7b --out benchmarks/results/end_to_end_h100.json
 
-``tiny`` is the embedded default, ``qwen3-1.7b`` has that shape with random weights, ``smollm2`` wants --smollm2 DIR (made
-by ``vexact prepare smollm2``). Every run is the ordinary trainer; rows are read from its metrics.jsonl.
+``tiny`` is the embedded default, ``qwen3-1.7b`` has that shape with random weights, ``smollm2`` wants --smollm2 DIR,
+which ``vexact prepare smollm2`` makes. Every run is the ordinary trainer; rows are read from its metrics.jsonl.
 """
 
 from __future__ import annotations
