@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vexact.models.decoder import CausalLM
+from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.batch import Batch, build_batch
 from vexact.rollout.block_manager import BlockManager
 from vexact.rollout.engine_config import EngineConfig
@@ -208,6 +209,19 @@ class Engine:
     def check_idle(self) -> None:
         """With no request left, every page is free or cached and no slot is held. Raises KVIntegrityError."""
         self._blocks.check_idle(self._state.num_held_slots)
+
+    def clear_prefix_cache(self) -> None:
+        """Forget every cached prefix, so that the next requests compute their own. Raises RuntimeError if not idle."""
+        if self.has_unfinished:
+            raise RuntimeError("clear_prefix_cache() with unfinished requests: finish them, or abort_all() first")
+        self._blocks.clear_cache()
+
+    def observe_logits(self, observer: Callable[[Tensor, SamplingTensors], None] | None) -> None:
+        """Shows ``observer`` the raw logits (S, V) fp32 of every step before they are sampled; None stops it.
+
+        ``SamplingTensors.seed`` and ``.position`` say which token of which request a row is for.
+        """
+        self._runner.on_logits = observer
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Overwrite the model's parameters and forget the prefix cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class ModelRunner:
     def __init__(self, model: CausalLM, *, num_pages: int, page_size: int, device: torch.device) -> None:
         self._model = model
         self._device = device
+        self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
         self._staging = StagingBuffer(device) if device.type == "cuda" else None
         self.kv_caches = allocate_kv_caches(model, num_pages=num_pages, page_size=page_size, device=device)
 
@@ -88,7 +90,10 @@ class ModelRunner:
             return None
         if inputs.sample_rows is not None:
             hidden = hidden[inputs.sample_rows]  # (S, H)
-        return to_host(sample_tokens(self._model.logits(hidden), inputs.sampling))
+        logits = self._model.logits(hidden)  # (S, V)
+        if self.on_logits is not None:
+            self.on_logits(logits, inputs.sampling)
+        return to_host(sample_tokens(logits, inputs.sampling))
 
 
 def kv_page_bytes(model: CausalLM, page_size: int) -> int:
