@@ -1,4 +1,4 @@
-"""Deselects tests whose hardware is absent, so that a skip always means a gap; picks Triton's interpreter without a GPU."""
+"""Deselects tests whose hardware is absent (a skip always means a gap); without a GPU, picks Triton's interpreter."""
 
 from __future__ import annotations
 
