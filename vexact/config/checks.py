@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vexact.config.fields import ConfigError
 from vexact.config.schema import Config
-from vexact.env import attention_warning, check_attention
+from vexact.env import TRITON_INVARIANT, attention_warning, check_attention
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -19,7 +19,8 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: keys contradict each other; all contradictions are named at once.
     """
-    problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config), *_run(config)]
+    problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config)]
+    problems += [*_mismatch(config), *_run(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -131,6 +132,21 @@ def _policy(config: Config) -> Iterator[str]:
         yield (
             f"{ROLLOUT}.val_kwargs.n={rollout.val_kwargs.n} greedy samples would all be equal; set "
             "val_kwargs.do_sample=true and val_kwargs.temperature=1.0, or n=1"
+        )
+
+
+def _mismatch(config: Config) -> Iterator[str]:
+    rollout, dial = config.rollout, config.rollout.mismatch
+    if dial.mode == "none":
+        if dial.scale != 1.0:
+            yield f"{ROLLOUT}.mismatch.scale={dial.scale} has no effect without {ROLLOUT}.mismatch.mode; set it"
+        return
+    if dial.mode != "noise" and dial.scale > 1:
+        yield f"{ROLLOUT}.mismatch.scale={dial.scale}: {dial.mode} takes a share between 0 and 1"
+    if not rollout.batch_invariant or rollout.attn_impl != TRITON_INVARIANT:
+        yield (
+            f"{ROLLOUT}.mismatch.mode={dial.mode} must be the only difference between rollout and trainer; leave "
+            f"{ROLLOUT}.batch_invariant=true and attn_impl={TRITON_INVARIANT}"
         )
 
 

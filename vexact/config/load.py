@@ -69,6 +69,8 @@ def _baseline(config: Config) -> str:
     """The setting that rules exactness out by itself; empty for none."""
     if not config.rollout.batch_invariant:
         return "actor_rollout_ref.rollout.batch_invariant=false"
+    if config.rollout.mismatch.mode != "none":
+        return f"actor_rollout_ref.rollout.mismatch.mode={config.rollout.mismatch.mode}"
     rollout, trainer = config.rollout.attn_impl, config.actor.attn_implementation
     return f"attention {rollout} (rollout) with {trainer} (trainer)" if attention_warning(rollout, trainer) else ""
 

@@ -21,6 +21,22 @@ class ValidationSampling:
 
 
 @dataclass(frozen=True)
+class Mismatch:
+    mode: Literal["none", "k_order", "softmax_blocks", "bf16_logits", "noise"] = opt(
+        "none",
+        "Makes the rollout compute something else than the trainer, for experiments: k_order sums matrix products in "
+        "another order, softmax_blocks runs torch's SDPA, bf16_logits rounds the logits, noise adds Gaussian noise to "
+        "them.",
+    )
+    scale: float = opt(
+        1.0,
+        "How much of it; 0 is nothing. k_order, softmax_blocks: share of the layers, from the first on; bf16_logits: "
+        "how far a logit moves towards its rounded value; noise: standard deviation in logits.",
+        ge=0,
+    )
+
+
+@dataclass(frozen=True)
 class RolloutSection:
     name: Literal["vexact"] = opt(
         "vexact",
@@ -78,4 +94,5 @@ class RolloutSection:
     )
     enable_chunked_prefill: bool = opt(True, "Mix pieces of long prompts with decoding. Never changes results.")
     enable_prefix_caching: bool = opt(True, "Share the pages of equal prefixes. Never changes results.")
+    mismatch: Mismatch = section(Mismatch, "Controlled disagreement with the trainer.")
     val_kwargs: ValidationSampling = section(ValidationSampling, "Sampling during validation.")

@@ -1,9 +1,11 @@
-"""The engine's knobs. None of them may change a sampled token or a bit of a log-probability, except the seed
-and ``batch_invariant=False``."""
+"""The engine's knobs. None of them may change a sampled token or a bit of a log-probability, except the seed and the
+deliberate baselines, ``batch_invariant=False`` and ``mismatch_mode``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from vexact.rollout.mismatch import check_mismatch
 
 DEFAULT_CPU_KV_CACHE_BYTES = 256 * 2**20
 
@@ -30,6 +32,8 @@ class EngineConfig:
     seed: int = 0
     batch_invariant: bool = True  # False: stock torch operators, a deliberate baseline that is not exact
     attn_impl: str = "triton-invariant"
+    mismatch_mode: str = "none"  # see rollout/mismatch.py
+    mismatch_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("page_size", "max_num_seqs", "max_num_batched_tokens"):
@@ -46,6 +50,7 @@ class EngineConfig:
             raise ValueError(
                 f"num_pages={self.num_pages} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache; set one"
             )
+        check_mismatch(self.mismatch_mode, self.mismatch_scale)
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)

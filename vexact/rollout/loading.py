@@ -12,6 +12,7 @@ import torch
 from vexact.models import load_model
 from vexact.models.decoder import CausalLM
 from vexact.rollout.engine_config import EngineConfig
+from vexact.rollout.mismatch import apply_mismatch
 from vexact.rollout.stop_strings import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,10 +41,16 @@ def load(
 ) -> Loaded:
     """Load from ``model_path``, or wrap ``model`` as it is (then ``dtype``, ``device`` and the operators are its own).
 
-    Raises ValueError unless exactly one of the two is given, or for an unknown dtype.
+    Raises ValueError unless exactly one of the two is given, for an unknown dtype, and for a mismatch on a ready model,
+    which may be the trainer's as well.
     """
     if (model_path is None) == (model is None):
         raise ValueError("Engine needs exactly one of model_path=<directory> and model=<a loaded model>")
+    if model is not None and config.mismatch_mode != "none":
+        raise ValueError(
+            f"mismatch_mode={config.mismatch_mode!r} needs model_path: a ready model keeps its own operators; give the "
+            "engine a model that apply_mismatch() of vexact.rollout.mismatch has changed"
+        )
     if model is None:
         assert model_path is not None
         model = load_model(
@@ -53,6 +60,7 @@ def load(
             ops="invariant" if config.batch_invariant else "stock",
             attn_impl=config.attn_impl,
         )
+        apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
         tokenizer = tokenizer or _load_tokenizer(Path(model_path))
     eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
     return Loaded(model, model.lm_head_weight.device, tokenizer, tuple(eos))

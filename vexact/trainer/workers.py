@@ -118,6 +118,8 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
         seed=config.rollout_seed,
         batch_invariant=rollout.batch_invariant,
         attn_impl=rollout.attn_impl,
+        mismatch_mode=rollout.mismatch.mode,
+        mismatch_scale=rollout.mismatch.scale,
     )
 
 
