@@ -8,7 +8,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 required="torch triton transformers safetensors tokenizers numpy pyarrow hydra omegaconf jinja2 rich"
-optional="wandb tensorboard reasoning_gym math_verify gguf accelerate pytest pytest_timeout hypothesis ruff mypy"
+optional="wandb tensorboard reasoning_gym math_verify gguf accelerate pytest pytest_timeout xdist hypothesis ruff mypy"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }

@@ -14,4 +14,8 @@ stage() { # NAME COMMAND...
 stage lint "$python" -m ruff check --quiet .
 stage format "$python" -m ruff format --check --quiet .
 stage types "$python" -m mypy --no-error-summary
-stage tests "$python" -m pytest "$@"
+# one process per core, one thread each: the tests are many and small
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n auto --dist loadfile)
+stage tests "$python" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"
