@@ -59,7 +59,8 @@ class Audit:
         if comparison.tokens_different:
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
-            log.warning("%s", describe(comparison))
+            if self.total_different == comparison.tokens_different:
+                log.warning("%s (later steps: see the mismatch column and bitwise/*)", describe(comparison))
 
     def metrics(self) -> dict[str, float]:
         """``bitwise/*``, ``training/rollout_probs_diff_*`` and ``rollout_corr/*`` of the last check."""

@@ -84,7 +84,7 @@ def build_plan(config: Config, device: str, shape: ModelShape | None = None) -> 
             f"{config.algorithm.adv_estimator}, {config.actor.policy_loss.loss_mode} loss, lr "
             f"{config.actor.optim.lr:g}",
         ),
-        ("attention", f"{config.rollout.attn_impl} (rollout), {config.actor.attn_implementation} (trainer)"),
+        ("attention", _attention_row(config)),
         ("exactness", _exactness_row(config)),
         ("memory", _memory_row(config, device, shape)),
         ("changed keys", _changed_row(config)),
@@ -114,6 +114,11 @@ def _step_row(config: Config) -> str:
 def _updates_row(config: Config) -> str:
     total = config.optimizer_steps_per_rollout
     return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, 1 of {total} exactly on-policy"
+
+
+def _attention_row(config: Config) -> str:
+    rollout = config.rollout.attn_impl if config.rollout.batch_invariant else "sdpa, with all other operators stock too"
+    return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
 
 
 def _exactness_row(config: Config) -> str:
