@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from vexact.audit import ExactnessError
+from vexact.audit.certificate import CertificateError
 from vexact.config import load_config
+from vexact.trainer import driver as driver_module
 from vexact.trainer import workers as workers_module
 from vexact.trainer.launch import run
 
@@ -81,23 +83,73 @@ def _linear_that_splits_k_for_few_rows(x, weight, bias=None, *, out_dtype=None):
     return out.to(out_dtype or x.dtype)
 
 
+def _plant(engine):
+    planted = dataclasses.replace(engine.model.ops, linear=_linear_that_splits_k_for_few_rows)
+    for module in engine.model.modules():
+        if hasattr(module, "ops"):
+            module.ops = planted
+
+
 def test_a_planted_non_invariant_linear_stops_the_run(overrides, metrics, monkeypatch, tmp_path):
-    build = workers_module._engine
+    """Planted after the self-test, so that the audit of the first step has to find it."""
+    self_test = driver_module.require_certificate
 
-    def engine_with_planted_linear(*args):
-        engine = build(*args)
-        planted = dataclasses.replace(engine.model.ops, linear=_linear_that_splits_k_for_few_rows)
-        for module in engine.model.modules():
-            if hasattr(module, "ops"):
-                module.ops = planted
-        return engine
+    def self_test_then_plant(engine, *args, **kwargs):
+        self_test(engine, *args, **kwargs)
+        _plant(engine)
 
-    monkeypatch.setattr(workers_module, "_engine", engine_with_planted_linear)
+    monkeypatch.setattr(driver_module, "require_certificate", self_test_then_plant)
     with pytest.raises(ExactnessError, match=r"response position \d+, token \d+, rollout -?[\d.e-]+, trainer"):
         run(load_config(overrides()))
     (row,) = metrics()
     assert row["bitwise/tokens_different"] > 0
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("exactness", ["strict", "warn"])
+def test_the_self_test_finds_the_planted_linear_before_the_first_step(
+    overrides, metrics, monkeypatch, tmp_path, exactness
+):
+    build = workers_module._engine
+
+    def engine_with_planted_linear(*args):
+        engine = build(*args)
+        _plant(engine)
+        return engine
+
+    monkeypatch.setattr(workers_module, "_engine", engine_with_planted_linear)
+    config = load_config(overrides(f"trainer.exactness={exactness}", "trainer.total_training_steps=1"))
+    if exactness == "strict":
+        with pytest.raises(CertificateError, match=r"before the first step failed: \d+ of 40 .* token \d+, rollout -"):
+            run(config)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics()
+    else:
+        assert run(config) == 0
+        assert metrics()[0]["bitwise/tokens_different"] > 0
+    assert json.loads((tmp_path / "run" / "certificate.json").read_text())["exact"] is False
+
+
+def test_the_certificate_changes_nothing_and_lies_beside_every_checkpoint(overrides, tmp_path):
+    more = ("trainer.total_training_steps=2", "trainer.save_freq=1")
+    weights, samples = [], []
+    for exactness in ("strict", "off"):
+        root = tmp_path / exactness
+        run(load_config(overrides(*more, f"trainer.exactness={exactness}", f"trainer.default_local_dir={root}")))
+        weights.append((root / "checkpoints" / "step_2" / "model.safetensors").read_bytes())
+        samples.append([(root / "samples" / f"step_{step}.jsonl").read_bytes() for step in (1, 2)])
+    assert weights[0] == weights[1]
+    assert samples[0] == samples[1]
+    text = (tmp_path / "strict" / "certificate.json").read_text()
+    certificate = json.loads(text)
+    assert certificate["exact"] is True
+    assert certificate["comparison"]["tokens_compared"] == 40
+    assert certificate["rollout_attention"] == certificate["trainer_attention"] == "triton-invariant"
+    assert certificate["environment"]["versions"]["torch"]
+    assert certificate["seconds"] < 5  # measured: 0.3 s on one busy core
+    assert len(certificate["tile_table"]) == 64
+    for step in (1, 2):
+        assert (tmp_path / "strict" / "checkpoints" / f"step_{step}" / "certificate.json").read_text() == text
+    assert not (tmp_path / "off" / "certificate.json").exists()
 
 
 @pytest.mark.parametrize(

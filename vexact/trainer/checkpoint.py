@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
 from vexact.models.config import ModelConfig
 from vexact.training import ActorState
@@ -36,11 +37,12 @@ class Progress:
 
 
 class CheckpointStore:
-    """``checkpoints/step_N/`` holds the trainer's state and, beside it, Hugging Face safetensors and tokenizer."""
+    """``checkpoints/step_N/`` holds the trainer's state, Hugging Face safetensors, tokenizer and certificate."""
 
     def __init__(self, run_dir: Path, keep_last: int | None) -> None:
         self.directory = run_dir / "checkpoints"
         self.latest_file = run_dir / LATEST
+        self.certificate_file = run_dir / CERTIFICATE_FILE
         self.keep_last = keep_last
 
     def remove_leftovers(self) -> None:
@@ -75,6 +77,8 @@ class CheckpointStore:
             if model.eos_token_ids:
                 stop = {"eos_token_id": list(model.eos_token_ids)}
                 (temporary / "generation_config.json").write_text(json.dumps(stop) + "\n")
+            if self.certificate_file.is_file():
+                shutil.copy(self.certificate_file, temporary)
             _sync_tree(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)

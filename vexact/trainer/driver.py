@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vexact.audit import Audit, ExactnessError
+from vexact.audit.certificate import require_certificate
 from vexact.config import Config
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
@@ -43,15 +44,28 @@ class Driver:
         """All steps from where the run stands to ``total_steps``, with validation and checkpoints when due."""
         sync_weights(self.workers.actor, self.workers.engine, self.progress.step)
         trainer = self.config.trainer
-        if trainer.val_only or (trainer.val_before_train and self.progress.step == 0):
-            self._report_validation(0)
+        due = trainer.val_only or (trainer.val_before_train and self.progress.step == 0)
+        if due and self.workers.val_data is not None:
+            self._report_validation(self.progress.step)
         if trainer.val_only:
             return
+        self._self_test()
         first, rewards = self.progress.step + 1, []
         for step in range(first, self.total_steps + 1):
             rewards.append(self._step(step))
         if rewards:
             log.info("%s", self._summary(first, rewards))
+
+    def _self_test(self) -> None:
+        config, workers = self.config, self.workers
+        require_certificate(
+            workers.engine,
+            workers.actor,
+            config.run_dir,
+            config.trainer.exactness,
+            rollout_attention=config.rollout.attn_impl,
+            trainer_attention=config.actor.attn_implementation,
+        )
 
     def _summary(self, first: int, rewards: list[float]) -> str:
         compared, different = self.audit.total_compared, self.audit.total_different
@@ -114,7 +128,8 @@ class Driver:
 
     def _validate_if_due(self, step: int) -> dict[str, float]:
         every = self.config.trainer.test_freq
-        if not (step == self.total_steps or (every > 0 and step % every == 0)):
+        due = step == self.total_steps or (every > 0 and step % every == 0)
+        if not due or self.workers.val_data is None:
             return {}
         with self.timers("testing"):
             return self._validate(step)

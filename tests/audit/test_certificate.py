@@ -1,0 +1,85 @@
+"""The self-test fits any engine, leaves it as it was, and says what it compared."""
+
+import dataclasses
+import json
+
+import pytest
+
+from vexact.audit.certificate import CertificateError, certify, require_certificate
+from vexact.audit.environment import tile_table_hash
+from vexact.models import ModelConfig, random_model
+from vexact.rollout import Engine, SamplingParams
+from vexact.training import Actor, ActorConfig
+
+CONFIG = ModelConfig.from_hf_dict(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+    }
+)
+PAIR = {"rollout_attention": "triton-invariant", "trainer_attention": "triton-invariant"}
+
+
+def _engine(**config):
+    return Engine(model=random_model(CONFIG, seed=1), **config)
+
+
+def _actor(**config):
+    return Actor(random_model(CONFIG, seed=1), ActorConfig(**config))
+
+
+@pytest.mark.parametrize(
+    ("engine", "budget"),
+    [({}, 16384), ({"max_model_len": 2}, 16384), ({"num_pages": 3, "page_size": 4}, 16384), ({}, 9)],
+)
+def test_it_fits_what_the_run_allows(engine, budget):
+    certificate = certify(_engine(**engine), _actor(ppo_max_token_len_per_gpu=budget), **PAIR)
+    assert certificate.exact
+    assert certificate.comparison.tokens_compared >= 5
+
+
+def test_the_engine_is_left_as_it_was():
+    engine, untouched = _engine(page_size=4), _engine(page_size=4)
+    certify(engine, _actor(), **PAIR)
+    assert engine.stats()["rollout/num_tokens"] == 0
+    assert engine.weights_version == 0
+    prompts = [list(range(30)), list(range(30))]
+    ours, theirs = (e.generate(prompts, SamplingParams(max_tokens=9)) for e in (engine, untouched))
+    assert [(s.request_id, s.token_ids) for s in ours] == [(s.request_id, s.token_ids) for s in theirs]
+    assert engine.stats()["rollout/prefix_hit_ratio"] == untouched.stats()["rollout/prefix_hit_ratio"]
+
+
+def test_other_weights_are_found(tmp_path):
+    engine = Engine(model=random_model(CONFIG, seed=2))
+    with pytest.raises(CertificateError, match="First: request certificate/0, response position 0, token"):
+        require_certificate(engine, _actor(), tmp_path, "strict", **PAIR)
+    written = json.loads((tmp_path / "certificate.json").read_text())
+    assert written["exact"] is False
+    assert written["comparison"]["first"]["request_id"] == "certificate/0"
+    require_certificate(engine, _actor(), tmp_path, "off", **PAIR)
+    assert not (tmp_path / "certificate.json").exists()
+
+
+def test_a_lone_wrong_operator_is_found():
+    engine = _engine()
+    rope = engine.model.ops.rope
+    shifted = dataclasses.replace(
+        engine.model.ops, rope=lambda q, k, positions, table: rope(q, k, positions + 1, table)
+    )
+    for module in engine.model.modules():
+        if hasattr(module, "ops"):
+            module.ops = shifted
+    assert not certify(engine, _actor(), **PAIR).exact
+
+
+def test_the_hash_is_stable_and_covers_the_tables(monkeypatch, tmp_path):
+    assert tile_table_hash() == tile_table_hash()
+    before = tile_table_hash()
+    monkeypatch.setattr("vexact.audit.environment._CONSTANTS", ("kernels/linear_tile*.py",))
+    assert tile_table_hash() != before

@@ -1,0 +1,127 @@
+"""A self-test of the loaded engine and actor before the first step, kept with the run and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from vexact.audit.compare import Comparison, compare
+from vexact.audit.environment import environment, tile_table_hash
+from vexact.rollout import Engine, SamplingParams
+from vexact.training import Actor
+from vexact.types import Sample, TrainSequence
+
+log = logging.getLogger(__name__)
+FILE = "certificate.json"
+_PROMPT_LENGTHS = (1, 17, 33, 65, 100)  # across pages and key blocks
+_NEW_TOKENS = 8
+_SAMPLING = ((1.0, -1, 1.0), (0.7, -1, 1.0), (0.0, -1, 1.0), (1.0, 20, 0.9), (1.0, -1, 1.0))
+"""(temperature, top_k, top_p) of each prompt."""
+
+
+class CertificateError(RuntimeError):
+    """The self-test found rollout and trainer to disagree before the first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What the self-test compared, and on what."""
+
+    exact: bool
+    comparison: Comparison
+    rollout_attention: str
+    trainer_attention: str
+    dtype: str
+    weights_version: int
+    environment: dict[str, object]  # versions, device, threads
+    tile_table: str  # hash of the kernel constants
+    seconds: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def describe(self) -> str:
+        """One line for the log."""
+        c, first = self.comparison, self.comparison.first
+        pair = f"{self.rollout_attention} (rollout) and {self.trainer_attention} (trainer)"
+        if first is None:
+            return f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, attention {pair}"
+        return (
+            f"the self-test before the first step failed: {c.tokens_different} of {c.tokens_compared} "
+            f"log-probabilities have other bits with attention {pair}. First: request {first.request_id}, response "
+            f"position {first.position}, token {first.token_id}, rollout {first.rollout!r}, trainer {first.trainer!r} "
+            f"({first.ulp} ulp). `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
+        )
+
+
+def certify(engine: Engine, actor: Actor, *, rollout_attention: str, trainer_attention: str) -> Certificate:
+    """Samples a few random prompts, rescores them with the actor, compares the bits.
+
+    The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
+    prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
+    """
+    started = perf_counter()
+    samples = _sample(engine, actor.config.ppo_max_token_len_per_gpu)
+    nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
+    comparison = compare(samples, actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)]))
+    engine.clear_prefix_cache()
+    engine.stats()
+    return Certificate(
+        exact=comparison.tokens_different == 0,
+        comparison=comparison,
+        rollout_attention=rollout_attention,
+        trainer_attention=trainer_attention,
+        dtype=actor.config.dtype,
+        weights_version=engine.weights_version,
+        environment=environment(actor.ranks.device),
+        tile_table=tile_table_hash(),
+        seconds=perf_counter() - started,
+    )
+
+
+def _sample(engine: Engine, token_budget: int) -> list[Sample]:
+    """Samples as long as engine and actor allow."""
+    most = min(engine.max_model_len, engine.num_pages * engine.config.page_size, token_budget)
+    new = max(1, min(_NEW_TOKENS, most // 2))
+    rng = random.Random(0)
+    vocab_size = engine.model.config.vocab_size
+    lengths = [max(1, min(length, most - new)) for length in _PROMPT_LENGTHS]
+    params = [
+        SamplingParams(max_tokens=new, temperature=t, top_k=k, top_p=p, seed=0, ignore_eos=True)
+        for t, k, p in _SAMPLING
+    ]
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    return engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
+
+
+def write(certificate: Certificate, run_dir: Path) -> None:
+    """Writes ``certificate.json``, which every checkpoint copies."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / FILE).write_text(certificate.to_json())
+
+
+def require_certificate(
+    engine: Engine, actor: Actor, run_dir: Path, exactness: str, *, rollout_attention: str, trainer_attention: str
+) -> None:
+    """Runs the self-test as ``trainer.exactness`` says: ``strict`` stops, ``warn`` logs, ``off`` skips it.
+
+    Raises:
+        CertificateError: a bit differs and exactness is strict. The certificate is written all the same.
+    """
+    if exactness == "off":
+        (run_dir / FILE).unlink(missing_ok=True)  # of an earlier start in this directory
+        return
+    certificate = certify(engine, actor, rollout_attention=rollout_attention, trainer_attention=trainer_attention)
+    write(certificate, run_dir)
+    if certificate.exact:
+        log.info("%s (%.1f s)", certificate.describe(), certificate.seconds)
+    elif exactness == "strict":
+        raise CertificateError(certificate.describe())
+    else:
+        log.warning("%s", certificate.describe())
