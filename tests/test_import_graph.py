@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"types", "ops", "models"},
     "rollout": {"types", "ops", "models", "weights"},
     "training": {"types", "ops", "models", "algorithms", "weights", "distributed"},
-    "audit": {"types", "ops", "models", "rollout", "training"},
+    "audit": LEAVES | {"ops", "models", "rollout", "training", "weights", "reward"},
     "prepare": LEAVES | {"ops", "models", "algorithms", "data", "reward", "rollout", "training"},
 }
 EVERYTHING_BUT = {

@@ -53,6 +53,8 @@ class ModelRunner:
         self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
         self._staging = StagingBuffer(device) if device.type == "cuda" else None
         self.kv_caches = allocate_kv_caches(model, num_pages=num_pages, page_size=page_size, device=device)
+        # may replace what was sampled, so that a diagnosis can force recorded tokens
+        self.on_sampled: Callable[[Tensor, SamplingTensors, Tensor], Tensor] | None = None
 
     def prepare(self, batch: Batch) -> RunnerInputs:
         """Batch to device tensors: one copy on CUDA, none on CPU."""
@@ -93,7 +95,10 @@ class ModelRunner:
         logits = self._model.logits(hidden)  # (S, V)
         if self.on_logits is not None:
             self.on_logits(logits, inputs.sampling)
-        return to_host(sample_tokens(logits, inputs.sampling))
+        sampled = sample_tokens(logits, inputs.sampling)
+        if self.on_sampled is not None:
+            sampled = self.on_sampled(logits, inputs.sampling, sampled)
+        return to_host(sampled)
 
 
 def kv_page_bytes(model: CausalLM, page_size: int) -> int:
