@@ -14,6 +14,7 @@ from vexact.report.metrics import advantage_metrics, length_metrics, perf_metric
 from vexact.trainer.advantages import train_sequences
 from vexact.trainer.checkpoint import CheckpointStore, Progress, load_checkpoint
 from vexact.trainer.collect import Collector
+from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
 from vexact.trainer.workers import Workers
 from vexact.types import SampleGroup, StepStats, TrainSequence
@@ -122,8 +123,10 @@ class Driver:
     def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
         try:
             return self.workers.actor.update(sequences, self.audit.check)
-        except ExactnessError:
+        except ExactnessError as error:
             self.reporter.log(StepStats(step, {"training/global_step": float(step), **self.audit.metrics()}))
+            config, sampling = self.config, self.collector.sampling
+            diagnose(error, self.workers, sequences, sampling, config.run_dir, config.model.path)
             raise
 
     def _validate_if_due(self, step: int) -> dict[str, float]:

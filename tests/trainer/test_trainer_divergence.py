@@ -1,0 +1,48 @@
+"""A strict run that fails its audit leaves a diagnosis."""
+
+import dataclasses
+
+import pytest
+
+from vexact.audit import ExactnessError
+from vexact.audit.explain import replay
+from vexact.config import load_config
+from vexact.models.opset import set_ops
+from vexact.ops import stock
+from vexact.trainer import diagnose as diagnose_module
+from vexact.trainer.collect import Collector
+from vexact.trainer.launch import run
+
+
+@pytest.fixture
+def stock_norm(monkeypatch):
+    """A stock norm in the rollout, put there after the self-test at the start."""
+    collect = Collector.collect
+
+    def planted(self, *args):
+        model = self.workers.engine.model
+        set_ops(model, dataclasses.replace(model.ops, rms_norm=stock.rms_norm))
+        return collect(self, *args)
+
+    monkeypatch.setattr(Collector, "collect", planted)
+
+
+def test_the_error_names_the_operator_and_the_file_repeats_it(overrides, stock_norm, tmp_path):
+    with pytest.raises(ExactnessError, match=r"first divergence: operator: rms_norm of layers\.0") as caught:
+        run(load_config(overrides("data.max_response_length=24")))
+    assert "rollout and trainer disagree" in str(caught.value)
+    text = (tmp_path / "run" / "divergence.txt").read_text()
+    assert text.strip() in str(caught.value)
+    again = replay(tmp_path / "run" / "divergence.pt")
+    assert "reproduced: same place" in again.describe()
+    assert again.describe().splitlines()[:-1] == text.splitlines()
+
+
+def test_a_diagnosis_that_fails_does_not_hide_the_error(overrides, stock_norm, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(diagnose_module, "explain", broken)
+    with pytest.raises(ExactnessError, match="rollout and trainer disagree"):
+        run(load_config(overrides("data.max_response_length=24")))
+    assert "no diagnosis" in caplog.text
