@@ -1,0 +1,209 @@
+"""The command on tiny checkpoints of two families: passes when exact, fails by exit code and name when not."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vexact import cli
+from vexact.audit.verify import VerifyOptions, run, verify
+from vexact.audit.verify.bits import BitTally
+from vexact.audit.verify.native import _compare
+from vexact.audit.verify.sides import HfSide, VexactSide, load_hf, pack_padded
+from vexact.audit.verify.workload import rounds
+from vexact.models import ModelConfig, load_model, random_model, save_hf
+from vexact.training.batch import TokenSequence, pack_tokens
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+}
+FAMILIES = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
+}
+SMALL = ["--num_prompts", "6", "--max_new_tokens", "5", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("verify")
+    for family, changes in FAMILIES.items():
+        config = ModelConfig.from_hf_dict(SHAPE | changes)
+        save_hf(random_model(config, seed=3).named_parameters(), config, root / family)
+    return root
+
+
+def _plant(model, **operators):
+    changed = dataclasses.replace(model.ops, **operators)
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = changed
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("qwen3", ["--dtype", "bfloat16"]),
+        ("llama", ["--use_remove_padding", "false", "--use_fused_lce", "false"]),
+    ],
+)
+def test_an_exact_checkpoint_passes(checkpoints, tmp_path, capsys, family, more):
+    out = tmp_path / "verify.json"
+    assert cli.main(["verify", "--model_path", str(checkpoints / family), *SMALL, "--out", str(out), *more]) == 0
+    report = json.loads(out.read_text())
+    bits = report["bits"]
+    assert report["passed"]
+    assert bits["tokens"] == bits["tokens_matched"] == 30
+    assert bits["logprobs_compared"] == 60
+    assert bits["logits_compared"] == 30 * 61 * (1 if "bfloat16" in more else 2)
+    assert bits["logprobs_different"] == bits["logits_different"] == bits["max_abs_logit_diff"] == 0
+    assert report["native"]["closeness"]["positions"] == 30
+    assert report["native"]["closeness"]["argmax_agreement"] > 0.9
+    assert report["native"]["gradients"]["min_cosine"] > 0.99
+    assert 0.98 < report["native"]["gradients"]["relative_norm"] < 1.02
+    assert (report["yardstick"] is not None) == ("bfloat16" in more)
+    assert report["environment"]["versions"]["torch"]
+    assert report["environment"]["tile_table"]
+    assert report["scheduling"]["rounds"] == 3
+    table = capsys.readouterr().out
+    assert "30 / 30 (100.00 %)" in table
+    assert table.endswith("EXACT: all 30 tokens have the same bits on both sides\n")
+
+
+def _linear_with_other_order(x, weight, bias=None, *, out_dtype=None):
+    half = x.shape[1] // 2
+    out = x[:, :half].float() @ weight[:, :half].float().T + x[:, half:].float() @ weight[:, half:].float().T
+    return (out if bias is None else out + bias).to(out_dtype or x.dtype)
+
+
+def test_a_planted_fault_makes_the_exit_code_1_and_is_named(checkpoints, tmp_path, monkeypatch, capsys):
+    """Another K order in the rollout's linear only; the training side is loaded elsewhere."""
+    monkeypatch.setattr(run, "load_model", lambda *a, **k: _plant(load_model(*a, **k), linear=_linear_with_other_order))
+    out = tmp_path / "verify.json"
+    assert cli.main(["verify", "--model_path", str(checkpoints / "qwen3"), *SMALL, "--out", str(out)]) == 1
+    table = capsys.readouterr().out
+    assert "NOT EXACT: " in table
+    report = json.loads(out.read_text())
+    bits = report["bits"]
+    assert not report["passed"]
+    assert bits["tokens_matched"] < bits["tokens"] == 30
+    first = bits["first_logprob"]
+    assert first["rollout"] != first["trainer"]
+    assert first["ulp"] >= 1
+    where = f"request {first['request_id']}, response position {first['position']}, token {first['token_id']}"
+    assert f"{where}: rollout {first['rollout']!r}, training {first['trainer']!r}" in table
+    assert bits["first_logit"]["rollout"] != bits["first_logit"]["trainer"]
+    assert 0 < bits["max_abs_logit_diff"] < 1e-3
+    assert report["native"]["closeness"]["argmax_agreement"] > 0.9, "the training side is sound"
+
+
+def test_a_fault_in_the_fused_head_alone_is_found(checkpoints, monkeypatch):
+    fused = VexactSide.logprobs
+    monkeypatch.setattr(VexactSide, "logprobs", lambda self, batch: torch.nextafter(fused(self, batch), torch.ones(())))
+    options = VerifyOptions(checkpoints / "qwen3", num_prompts=2, max_new_tokens=3)
+    report = verify(options)
+    assert not report.passed
+    assert (report.bits.logprobs_different, report.bits.logits_different) == (6, 0)
+    assert report.bits.max_ulp == 1
+    assert verify(dataclasses.replace(options, use_fused_lce=False)).passed
+
+
+@pytest.mark.parametrize("attention", ["triton-invariant", "sdpa"])
+def test_stock_transformers_is_close_but_said_to_differ(checkpoints, capsys, attention):
+    arguments = ["--model_backend", "hf", "--attn_impl", attention, *SMALL]
+    assert cli.main(["verify", "--model_path", str(checkpoints / "llama"), *arguments]) == 1
+    table = capsys.readouterr().out
+    assert "first different logit" in table
+    assert "only vexact with triton-invariant has every operator in common with the rollout" in table
+
+
+def test_padded_and_packed_layouts_of_both_backends_agree(checkpoints):
+    rng = np.random.default_rng(0)
+    sequences = [
+        TokenSequence(rng.integers(0, 61, n).tolist(), rng.integers(0, 61, r).tolist())
+        for n, r in ((5, 3), (33, 1), (1, 9))
+    ]
+    packed, padded = pack_tokens(sequences), pack_padded(sequences, torch.device("cpu"))
+    assert padded.input_ids.numel() == 3 * 33
+    path = checkpoints / "llama"
+    ours = VexactSide(load_model(path))
+    theirs = HfSide(load_hf(path, torch.float32, torch.device("cpu"), "sdpa"))
+    with torch.no_grad():
+        assert torch.equal(ours.logits(packed), ours.logits(padded))
+        assert torch.equal(ours.logprobs(packed), ours.logprobs(padded))
+        for batch in (packed, padded):
+            torch.testing.assert_close(ours.logits(batch), theirs.logits(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_the_workload_crosses_edges_shares_prefixes_and_varies_the_engine():
+    drawn = list(
+        rounds(
+            num_prompts=64,
+            max_new_tokens=64,
+            max_model_len=4096,
+            vocab_size=61,
+            tokenizer=None,
+            on_gpu=True,
+            seed=1,
+        )
+    )
+    prompts = [prompt for one in drawn for prompt in one.prompts]
+    assert len(prompts) == 64
+    assert {15, 16, 17, 63, 64, 65, 127, 128, 129, 2047, 2048, 2049} <= {len(prompt) for prompt in prompts}
+    shared = sum(a is not b and a[:8] == b[:8] for one in drawn for a in one.prompts for b in one.prompts)
+    assert shared > 20
+    assert len({tuple(sorted(one.engine.items())) for one in drawn}) == len(drawn) == 4
+    assert len({one.engine["page_size"] for one in drawn}) > 1
+    params = [param for one in drawn for param in one.params]
+    assert len({param.temperature for param in params}) == 4
+    assert {param.top_k > 0 for param in params} == {param.top_p < 1 for param in params} == {True, False}
+
+
+def test_gradients_that_are_missing_or_not_numbers_are_named():
+    good = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0]), "c": torch.tensor([1.0])}
+    result = _compare(good | {"b": torch.tensor([float("nan")]), "c": torch.zeros(1)}, good)
+    assert (result.non_finite, result.zero, result.usable) == (["b"], ["c"], False)
+    assert _compare({"a": -good["a"]}, {"a": good["a"]}).min_cosine == pytest.approx(-1)
+    with pytest.raises(ValueError, match="different parameters, among them b"):
+        _compare({"a": good["a"]}, {"a": good["a"], "b": good["b"]})
+
+
+def test_nothing_compared_is_not_exact():
+    assert not BitTally().exact
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_backend", "veomni"], "needs the bridge to VeOmni, which is not installed"),
+        (["--model_backend", "mlx"], "--model_backend=mlx: use one of vexact, hf, veomni"),
+        (["--attn_impl", "flash"], "--attn_impl=flash: use one of triton-invariant, sdpa"),
+        (["--dtype", "float8"], "--dtype=float8: use one of float32, bfloat16, float16"),
+        (["--num_prompts", "0"], "--num_prompts=0 must be at least 1"),
+        (["--max_new_tokens", "256"], "--max_new_tokens=256 leaves no room for a prompt: the model has 256 positions"),
+        (["--out", "/nowhere/x.json"], "the directory /nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(checkpoints, capsys, arguments, message):
+    assert cli.main(["verify", "--model_path", str(checkpoints / "llama"), "--device", "cpu", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Part (a): what the engine computed while sampling against the training forward, as bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vexact.audit.compare import Comparison, TokenDifference, compare
+from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded
+from vexact.audit.verify.workload import Round
+from vexact.models import CausalLM
+from vexact.ops import SamplingTensors
+from vexact.rollout import Engine
+from vexact.rollout.request import request_seed
+from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.types import Sample
+
+_MOST_PER_BATCH = 6
+
+
+@dataclass(frozen=True, slots=True)
+class LogitDifference:
+    """One logit that the two sides disagree about."""
+
+    request_id: str
+    position: int  # index in the response of the token that these logits sampled
+    token_id: int  # index in the vocabulary
+    rollout: float
+    trainer: float
+
+
+@dataclass(slots=True)
+class BitTally:
+    """Sums over rounds and packings. A token is matched when its log-probability and all its logits have equal bits."""
+
+    tokens: int = 0  # distinct response tokens
+    logprobs_compared: int = 0
+    logprobs_different: int = 0
+    logits_compared: int = 0
+    logits_different: int = 0
+    max_abs_logprob_diff: float = 0.0
+    max_ulp: int = 0
+    max_abs_logit_diff: float = 0.0
+    non_finite: int = 0  # log-probabilities that are no numbers, on the engine's side
+    unmatched: set[tuple[str, int]] = field(default_factory=set)  # (request, response position)
+    first_logprob: TokenDifference | None = None
+    first_logit: LogitDifference | None = None
+
+    @property
+    def exact(self) -> bool:
+        return not (self.logprobs_different or self.logits_different or self.non_finite) and self.tokens > 0
+
+    def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
+        for sample, values in zip(samples, trainer, strict=True):
+            result: Comparison = compare([sample], [values])
+            self.logprobs_compared += result.tokens_compared
+            self.logprobs_different += result.tokens_different
+            self.max_ulp = max(self.max_ulp, result.max_ulp)
+            self.max_abs_logprob_diff = max(self.max_abs_logprob_diff, result.max_abs_logprob_diff)
+            self.first_logprob = _earlier(self.first_logprob, result.first)
+            where = np.flatnonzero(sample.logprobs.view(np.int32) != values.view(np.int32))
+            self.unmatched.update((sample.request_id, int(i)) for i in where)
+
+    def add_logits(self, sample: Sample, rollout: Tensor, trainer: Tensor) -> None:
+        """Both (R, V) fp32 on one device."""
+        self.logits_compared += rollout.numel()
+        different = rollout.view(torch.int32) != trainer.view(torch.int32)
+        count = int(different.sum())
+        if not count:
+            return
+        self.logits_different += count
+        self.max_abs_logit_diff = max(self.max_abs_logit_diff, float((rollout - trainer).abs().max()))
+        rows = different.any(dim=1).nonzero().flatten().tolist()
+        self.unmatched.update((sample.request_id, row) for row in rows)
+        row, column = rows[0], int(different[rows[0]].nonzero()[0])
+        values = float(rollout[row, column]), float(trainer[row, column])
+        self.first_logit = _earlier(self.first_logit, LogitDifference(sample.request_id, row, column, *values))
+
+
+Difference = TypeVar("Difference", TokenDifference, LogitDifference)
+
+
+def _earlier(known: Difference | None, new: Difference | None) -> Difference | None:
+    """The one of the lower (request, position): batches come in random order."""
+    found = [one for one in (known, new) if one is not None]
+    return min(found, key=lambda one: (one.request_id, one.position), default=None)
+
+
+class LogitsCapture:
+    """Keeps the logits that an engine samples from; give it to ``Engine.observe_logits``."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int], Tensor] = {}  # (request seed, position in the sequence) -> (V,)
+
+    def __call__(self, logits: Tensor, sampling: SamplingTensors) -> None:
+        rows = logits.to("cpu", copy=True)  # (S, V)
+        for row, key in enumerate(zip(sampling.seed.tolist(), sampling.position.tolist(), strict=True)):
+            self._rows[key] = rows[row]
+
+    def of(self, sample: Sample, seed: int) -> Tensor:
+        """(R, V): the logits every token of the sample was drawn from."""
+        key, start = request_seed(seed, sample.request_id), len(sample.prompt_token_ids)
+        return torch.stack([self._rows[key, start + i] for i in range(len(sample.token_ids))])
+
+
+@torch.no_grad()
+def compare_round(
+    model: CausalLM, side: TrainingSide, one_round: Round, *, fused: bool, padded: bool, seed: int, tally: BitTally
+) -> tuple[list[Sample], dict[str, float]]:
+    """Samples one round with an engine of its own, rescores it in two random packings and adds to ``tally``.
+
+    The first packing compares logits, and the log-probabilities that the sampler's definition gives for them; the
+    second compares the log-probabilities of the fused head (or of logits again without ``fused``).
+
+    Returns the samples and the engine's statistics.
+    """
+    engine = Engine(model=model, **one_round.engine)
+    capture = LogitsCapture()
+    engine.observe_logits(capture)
+    samples = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
+    tally.tokens += sum(len(sample.token_ids) for sample in samples)
+    tally.non_finite += sum(int((~np.isfinite(sample.logprobs)).sum()) for sample in samples)
+    rng = random.Random(seed)
+    for use_fused in (False, fused):
+        for group, batch in _random_batches(rng, samples, padded, model.lm_head_weight.device):
+            if use_fused:
+                logprobs = side.logprobs(batch)
+            else:
+                logits = side.logits(batch)
+                logprobs = logprobs_of(logits, batch)
+                parts = logits.split(batch.response_lengths.tolist())
+                for sample, part in zip(group, parts, strict=True):
+                    tally.add_logits(sample, capture.of(sample, one_round.engine["seed"]).to(part.device), part)
+            split = logprobs.cpu().split(batch.response_lengths.tolist())
+            tally.add_logprobs(group, [part.numpy() for part in split])
+    return samples, engine.stats()
+
+
+def _random_batches(
+    rng: random.Random, samples: Sequence[Sample], padded: bool, device: torch.device
+) -> Iterator[tuple[list[Sample], PackedBatch]]:
+    """The samples in random order, a random few at a time."""
+    order = rng.sample(list(samples), len(samples))
+    while order:
+        count = rng.randint(1, _MOST_PER_BATCH)
+        group, order = order[:count], order[count:]
+        sequences = [TokenSequence(s.prompt_token_ids, s.token_ids, s.inv_temperature, s.min_logits) for s in group]
+        yield group, pack_padded(sequences, device) if padded else pack_tokens(sequences, device)

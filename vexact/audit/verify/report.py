@@ -1,0 +1,174 @@
+"""What verify found: an aligned table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vexact.audit.verify.bits import BitTally
+from vexact.audit.verify.native import TOP_K, Closeness, Gradients, Native
+
+if TYPE_CHECKING:
+    from vexact.audit.verify.run import VerifyOptions
+
+_SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The result of one verification."""
+
+    options: VerifyOptions
+    architecture: str
+    num_parameters: int
+    environment: dict[str, object]
+    bits: BitTally
+    scheduling: dict[str, float]
+    native: Native
+    yardstick: Native | None  # how far transformers in this dtype is from transformers in float32
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Every bit equal, every number finite, every parameter with a gradient. Closeness has no threshold."""
+        return self.bits.exact and self.native.gradients.usable
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        tally = {f.name: getattr(self.bits, f.name) for f in dataclasses.fields(self.bits)}
+        unmatched = sorted(tally.pop("unmatched"))
+        for name in ("first_logprob", "first_logit"):
+            tally[name] = dataclasses.asdict(tally[name]) if tally[name] is not None else None
+        return {
+            "passed": self.passed,
+            "options": dataclasses.asdict(self.options) | {"model_path": str(self.options.model_path)},
+            "architecture": self.architecture,
+            "num_parameters": self.num_parameters,
+            "environment": self.environment,
+            "seconds": self.seconds,
+            "bits": tally | {"exact": self.bits.exact, "tokens_matched": self.bits.tokens - len(unmatched)},
+            "scheduling": self.scheduling,
+            "native": _native_dict(self.native),
+            "yardstick": _native_dict(self.yardstick) if self.yardstick is not None else None,
+        }
+
+    def table(self) -> str:
+        """Aligned lines, the verdict last."""
+        rows = [*self._head(), *self._bit_rows(), *self._native_rows()]
+        width = max(len(name) for name, value in rows if value)
+        lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+        return "\n".join([*lines, "", self.verdict()])
+
+    def _head(self) -> list[tuple[str, str]]:
+        o = self.options
+        return [
+            ("model", f"{o.model_path}: {self.architecture}, {self.num_parameters / 1e6:.4g} M parameters"),
+            ("run on", f"{self.environment['device']}, {o.dtype}, {self.seconds:.0f} s, seed {o.seed}"),
+            ("training side", f"{o.model_backend}, {o.attn_impl}, {self._layout()}, {self._head_kind()}"),
+            (
+                "rollout",
+                f"{self.scheduling['rounds']:.0f} engines with random settings, "
+                f"{self.scheduling['preemptions']:.0f} preemptions, "
+                f"{self.scheduling['rounds_with_prefix_hits']:.0f} with prefix cache hits",
+            ),
+        ]
+
+    def _layout(self) -> str:
+        return "packed" if self.options.use_remove_padding else "padded"
+
+    def _head_kind(self) -> str:
+        return "fused head" if self.options.use_fused_lce else "plain head"
+
+    def _bit_rows(self) -> list[tuple[str, str]]:
+        b = self.bits
+        matched = b.tokens - len(b.unmatched)
+        rows = [
+            ("", ""),
+            ("(a) rollout = training, bit for bit", ""),
+            ("    tokens matched", f"{matched} / {b.tokens} ({_percent(matched, b.tokens)})"),
+            (
+                "    log-probs different",
+                f"{b.logprobs_different} / {b.logprobs_compared}, max |diff| {b.max_abs_logprob_diff:.3g}, "
+                f"{b.max_ulp} ulp",
+            ),
+            (
+                "    logits different",
+                f"{b.logits_different} / {b.logits_compared}, max |diff| {b.max_abs_logit_diff:.3g}",
+            ),
+        ]
+        if b.non_finite:
+            rows.append(("    non-finite log-probs", str(b.non_finite)))
+        for name, first in (("log-prob", b.first_logprob), ("logit", b.first_logit)):
+            if first is not None:
+                where = f"request {first.request_id}, response position {first.position}, token {first.token_id}"
+                values = f"rollout {first.rollout!r}, training {first.trainer!r}"
+                rows.append((f"    first different {name}", f"{where}: {values}"))
+        return rows
+
+    def _native_rows(self) -> list[tuple[str, str]]:
+        dtype, g = self.options.dtype, self.native.gradients
+        rows = [
+            ("", ""),
+            (f"(b) logits, training side and transformers (sdpa, {dtype})", ""),
+            *_closeness_rows(self.native.closeness),
+            ("", ""),
+            ("(c) gradients, training side and transformers", ""),
+            ("    finite, non-zero", _problems(g) or f"all {g.parameters} parameters"),
+            *_gradient_rows(g),
+        ]
+        if self.yardstick is not None:
+            rows += [
+                ("", ""),
+                (f"for scale: transformers in {dtype} and transformers in float32", ""),
+                *_closeness_rows(self.yardstick.closeness),
+                *_gradient_rows(self.yardstick.gradients),
+            ]
+        return rows
+
+    def verdict(self) -> str:
+        """One line: what was proven, or what was not."""
+        if self.passed:
+            return f"EXACT: all {self.bits.tokens} tokens have the same bits on both sides"
+        if not self.bits.exact:
+            hint = ""
+            if self.options.model_backend == "hf" or self.options.attn_impl != "triton-invariant":
+                hint = " (expected: only vexact with triton-invariant has every operator in common with the rollout)"
+            return f"NOT EXACT: {len(self.bits.unmatched)} of {self.bits.tokens} tokens differ{hint}"
+        return f"EXACT, but the gradients are unusable: {_problems(self.native.gradients)}"
+
+
+def _closeness_rows(c: Closeness) -> list[tuple[str, str]]:
+    agree = c.argmax_equal + c.argmax_tied
+    tied = f", {c.argmax_tied} of them ties in the rounded logits of transformers" if c.argmax_tied else ""
+    return [
+        ("    argmax equal", f"{agree} / {c.positions} ({_percent(agree, c.positions)}){tied}"),
+        (f"    top-{TOP_K} overlap", f"{100 * c.top_k_overlap:.2f} %"),
+        ("    logits |diff|", f"max {c.max_abs_diff:.3g}, mean {c.mean_abs_diff:.3g}"),
+    ]
+
+
+def _gradient_rows(g: Gradients) -> list[tuple[str, str]]:
+    return [
+        ("    gradient cosine", f"{g.cosine:.6f} over all, least {g.min_cosine:.6f} ({g.min_cosine_parameter})"),
+        ("    gradient norm ratio", f"{g.relative_norm:.6f}"),
+    ]
+
+
+def _native_dict(native: Native) -> dict[str, Any]:
+    closeness = dataclasses.asdict(native.closeness) | {"argmax_agreement": native.closeness.argmax_agreement}
+    return {"closeness": closeness, "gradients": dataclasses.asdict(native.gradients)}
+
+
+def _problems(gradients: Gradients) -> str:
+    parts = []
+    for what, names in (("non-finite", gradients.non_finite), ("zero", gradients.zero)):
+        if names:
+            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+            parts.append(f"{what} in {', '.join(names[:_SHOWN_NAMES])}{more}")
+    return "; ".join(parts)
+
+
+def _percent(part: int, whole: int) -> str:
+    """Rounded down, so that 100 % means all."""
+    return f"{int(10000 * part / whole) / 100:.2f} %" if whole else "nothing compared"

@@ -1,0 +1,132 @@
+"""The phases of verify, one after another, so that no more than two models are in memory at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from vexact.audit.environment import environment, tile_table_hash
+from vexact.audit.verify.bits import BitTally, compare_round
+from vexact.audit.verify.native import compare_native
+from vexact.audit.verify.report import VerifyReport
+from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
+from vexact.audit.verify.workload import Round, rounds
+from vexact.models import ModelConfig, load_model
+from vexact.types import Sample
+
+log = logging.getLogger(__name__)
+ROLLOUT_ATTENTION = "triton-invariant"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """The command's arguments; ``dtype`` and ``device`` resolved. The attention is the training side's.
+
+    Raises ValueError naming the argument, its value and the fix.
+    """
+
+    model_path: Path
+    model_backend: str = "vexact"
+    attn_impl: str = "triton-invariant"
+    use_remove_padding: bool = True
+    use_fused_lce: bool = True
+    dtype: str = "float32"
+    num_prompts: int = 64
+    max_new_tokens: int = 64
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"--dtype={self.dtype}: use one of {', '.join(_DTYPES)}")
+        for name in ("num_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+
+
+def verify(options: VerifyOptions) -> VerifyReport:
+    """
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint or an option cannot be used.
+    """
+    started = perf_counter()
+    device, dtype, path = torch.device(options.device), _DTYPES[options.dtype], Path(options.model_path)
+    config = ModelConfig.from_hf_dir(path)
+    side = load_side(options.model_backend, path, dtype, device, options.attn_impl)
+    tally, samples, scheduling = _bits(options, side, config)
+    log.info("comparing with transformers")
+    hf = load_hf(path, dtype, device, "sdpa")
+    num_parameters = sum(p.numel() for p in hf.parameters())
+    native = compare_native(side, hf, samples, options.use_fused_lce, device)
+    yardstick = None
+    if dtype != torch.float32:
+        log.info("comparing transformers with its own float32")
+        del side
+        exact = load_hf(path, torch.float32, device, "sdpa")
+        yardstick = compare_native(HfSide(hf), exact, samples, False, device)
+    return VerifyReport(
+        options=options,
+        architecture=config.architecture,
+        num_parameters=num_parameters,
+        environment=environment(device) | {"tile_table": tile_table_hash()},
+        bits=tally,
+        scheduling=scheduling,
+        native=native,
+        yardstick=yardstick,
+        seconds=perf_counter() - started,
+    )
+
+
+def _bits(
+    options: VerifyOptions, side: TrainingSide, config: ModelConfig
+) -> tuple[BitTally, list[Sample], dict[str, float]]:
+    """Part (a) over all rounds: the tally, every sample, and what the schedulers went through."""
+    device, path = torch.device(options.device), Path(options.model_path)
+    model = load_model(path, dtype=_DTYPES[options.dtype], device=device, attn_impl=ROLLOUT_ATTENTION)
+    tally, samples = BitTally(), []
+    scheduling = {"rounds": 0.0, "preemptions": 0.0, "rounds_with_prefix_hits": 0.0}
+    for one_round in _rounds(options, config):
+        log.info("round %d: %d prompts", scheduling["rounds"] + 1, len(one_round.prompts))
+        done, stats = compare_round(
+            model,
+            side,
+            one_round,
+            fused=options.use_fused_lce,
+            padded=not options.use_remove_padding,
+            seed=options.seed,
+            tally=tally,
+        )
+        samples += done
+        scheduling["rounds"] += 1
+        scheduling["preemptions"] += stats["rollout/preemptions"]
+        scheduling["rounds_with_prefix_hits"] += stats["rollout/prefix_hit_ratio"] > 0
+    return tally, samples, scheduling
+
+
+def _rounds(options: VerifyOptions, config: ModelConfig) -> Iterator[Round]:
+    return rounds(
+        num_prompts=options.num_prompts,
+        max_new_tokens=options.max_new_tokens,
+        max_model_len=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        tokenizer=_tokenizer(Path(options.model_path)),
+        on_gpu=options.device.startswith("cuda"),
+        seed=options.seed,
+    )
+
+
+def _tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer, or None when it has none: prompts are random ids then."""
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,160 @@
+"""The training side of the comparison: our decoder, or a stock transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vexact.models import CausalLM, Targets, load_model
+from vexact.models.hf_names import to_hf
+from vexact.models.opset import INVARIANT_ATTENTION
+from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
+from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.forward import token_scores
+
+BACKENDS = ("vexact", "hf", "veomni")
+ATTENTION = ("triton-invariant", "sdpa")
+
+
+class TrainingSide(Protocol):
+    """A forward that training would run. R is the number of response tokens of a batch."""
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """(R, V) fp32."""
+        ...
+
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """(R,) fp32 from the fused LM head and cross-entropy."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's gradient by its Hugging Face name."""
+        ...
+
+    def zero_grad(self) -> None: ...
+
+
+class VexactSide:
+    """The decoder and the fused head of our trainer."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        hidden = self.model(batch.input_ids, batch.positions, batch.attention)
+        return self.model.logits(hidden.index_select(0, batch.targets.rows))
+
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        return token_scores(self.model, batch).logprobs
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        named = ((name, _gradient(parameter)) for name, parameter in self.model.named_parameters())
+        return to_hf(self.model.config, named)
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class HfSide:
+    """A stock transformers model; with ``triton-invariant`` its attention is ours, the rest is torch's own."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """(R, H): one row of packed sequences, told apart by positions that restart."""
+        out = self.hf.model(
+            input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
+        ).last_hidden_state
+        return out[0].index_select(0, batch.targets.rows)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        return self.hf.lm_head(self._hidden(batch)).float()
+
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        targets = batch.targets
+        return linear_cross_entropy(
+            self._hidden(batch), self.hf.lm_head.weight, targets.token_ids, targets.inv_temperature, targets.min_logit
+        ).logprobs
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, _gradient(parameter)) for name, parameter in self.hf.named_parameters())
+
+    def zero_grad(self) -> None:
+        self.hf.zero_grad(set_to_none=True)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def load_side(backend: str, path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> TrainingSide:
+    """
+    Raises:
+        ValueError: an unknown backend or attention, or veomni, whose bridge is not installed.
+    """
+    if attn_impl not in ATTENTION:
+        raise ValueError(f"--attn_impl={attn_impl}: use one of {', '.join(ATTENTION)}")
+    if backend == "vexact":
+        return VexactSide(load_model(path, dtype=dtype, device=device, attn_impl=attn_impl))
+    if backend == "hf":
+        return HfSide(load_hf(path, dtype, device, attn_impl))
+    if backend == "veomni":
+        raise ValueError("--model_backend=veomni needs the bridge to VeOmni, which is not installed; use vexact or hf")
+    raise ValueError(f"--model_backend={backend}: use one of {', '.join(BACKENDS)}")
+
+
+def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> Any:
+    """A stock transformers model in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    if attn_impl in INVARIANT_ATTENTION:
+        from vexact.ops import hf
+
+        hf.register()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attn_impl, local_files_only=True
+    )
+    return model.to(device).eval()
+
+
+def scorer(side: TrainingSide, fused: bool) -> Callable[[PackedBatch], Tensor]:
+    """Log-probabilities (R,) of a batch: by the fused head, or from logits and the sampler's definition."""
+    if fused:
+        return side.logprobs
+    return lambda batch: logprobs_of(side.logits(batch), batch)
+
+
+def logprobs_of(logits: Tensor, batch: PackedBatch) -> Tensor:
+    """(R, V) to (R,)."""
+    targets = batch.targets
+    return token_logprobs(logits, targets.token_ids, targets.inv_temperature, targets.min_logit).logprobs
+
+
+def pack_padded(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatch:
+    """A batch with padding: every sequence is filled up at its end to the longest, each row a sequence of its own.
+
+    Causal attention never looks at what comes after a token, so the padding cannot reach a response.
+    """
+    longest = max(s.num_input_tokens for s in sequences)
+    plain = pack_tokens(sequences, device)
+    rows, ids, start = [], torch.zeros(len(sequences), longest, dtype=torch.int64, device=device), 0
+    for row, sequence in enumerate(sequences):
+        length = sequence.num_input_tokens
+        ids[row, :length] = plain.input_ids[start : start + length]
+        start += length
+        first = row * longest + len(sequence.prompt) - 1
+        rows.append(torch.arange(first, first + len(sequence.response), device=device))
+    lengths = [longest] * len(sequences)
+    targets = plain.targets
+    return PackedBatch(
+        input_ids=ids.flatten(),
+        positions=torch.arange(longest, device=device).repeat(len(sequences)),
+        attention=PackedMetadata.from_lengths(lengths, device),
+        targets=Targets(torch.cat(rows), targets.token_ids, targets.inv_temperature, targets.min_logit),
+        response_lengths=plain.response_lengths,
+    )

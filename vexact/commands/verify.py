@@ -1,0 +1,74 @@
+"""`vexact verify`: does training compute the bits that the rollout sampled, on this checkpoint?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EPILOG = """\
+exit code: 0 every compared bit is equal; 1 one is not (or a gradient is missing or not finite); 2 wrong usage.
+docs/verify.md explains the table.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "verify",
+        help="prove that rollout and training compute the same bits",
+        description="Sample with the rollout engine, rescore with the training forward and compare every bit; "
+        "then compare logits and gradients with transformers.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model_path", type=Path, required=True, help="directory of a Hugging Face checkpoint")
+    add("--model_backend", default="vexact", help="training side: vexact, hf (stock transformers) or veomni (vexact)")
+    add("--attn_impl", default="triton-invariant", help="training attention: triton-invariant or sdpa")
+    add("--use_remove_padding", type=_flag, default=True, metavar="BOOL", help="pack sequences end to end (true)")
+    add("--use_fused_lce", type=_flag, default=True, metavar="BOOL", help="fused head and cross-entropy (true)")
+    add("--dtype", default="auto", help="auto (bfloat16 on a GPU, else float32), float32, bfloat16 or float16")
+    add("--num_prompts", type=int, default=64, help="(64)")
+    add("--max_new_tokens", type=int, default=64, help="tokens sampled per prompt (64)")
+    add("--seed", type=int, default=0, help="draws prompts, sampling parameters and engine settings (0)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--out", type=Path, metavar="FILE.json", help="write the result here as well")
+    return parser
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    from vexact.audit.verify import VerifyOptions, verify
+    from vexact.device import resolve_device
+
+    device = resolve_device(arguments.device)
+    dtype = ("float32" if device == "cpu" else "bfloat16") if arguments.dtype == "auto" else arguments.dtype
+    if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--out={arguments.out}: the directory {arguments.out.parent} does not exist")
+    disable_progress_bar()
+    report = verify(
+        VerifyOptions(
+            model_path=arguments.model_path,
+            model_backend=arguments.model_backend,
+            attn_impl=arguments.attn_impl,
+            use_remove_padding=arguments.use_remove_padding,
+            use_fused_lce=arguments.use_fused_lce,
+            dtype=dtype,
+            num_prompts=arguments.num_prompts,
+            max_new_tokens=arguments.max_new_tokens,
+            seed=arguments.seed,
+            device=device,
+        )
+    )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    sys.stdout.write(f"{report.table()}\n")
+    return 0 if report.passed else 1
