@@ -44,7 +44,7 @@ def apply_mismatch(model: CausalLM, mode: str, scale: float, seed: int = 0) -> N
     """Replaces operators of ``model`` in place.
 
     Args:
-        mode: ``k_order`` sums the inner dimension of every matrix product in two halves, the second half first;
+        mode: ``k_order`` sums the inner dimension of every matrix product in two parts of their own;
             ``softmax_blocks`` runs attention through torch's SDPA, whose softmax walks other key blocks;
             ``bf16_logits`` rounds the logits to bf16; ``noise`` adds Gaussian noise to them; ``none`` does nothing.
         scale: ``k_order``, ``softmax_blocks``: the share of the decoder layers that is changed, from the first on,
@@ -73,9 +73,9 @@ def _k_order(linear: Linear) -> Linear:
     def reordered(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        half = weight.shape[1] // 2
-        first = linear(x[..., :half].contiguous(), weight[:, :half], out_dtype=torch.float32)
-        last = linear(x[..., half:].contiguous(), weight[:, half:], out_dtype=torch.float32)
+        cut = weight.shape[1] * 3 // 64 * 8 or 1  # not half: that may be where a library cuts as well
+        first = linear(x[..., :cut].contiguous(), weight[:, :cut], out_dtype=torch.float32)
+        last = linear(x[..., cut:].contiguous(), weight[:, cut:], out_dtype=torch.float32)
         out = last + first
         if bias is not None:
             out = out + bias.float()
