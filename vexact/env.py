@@ -29,6 +29,7 @@ ATTENTION: Mapping[str, AttentionImpl] = MappingProxyType(
         "fa-invariant-cute": AttentionImpl(invariant=True, package="flash_attn.cute"),
     }
 )
+RAY_AUTH_MODES = ("token", "disabled")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
@@ -115,6 +116,21 @@ def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
     if mode not in WANDB_MODES:
         raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(WANDB_MODES)}")
     return mode
+
+
+def has_wandb_key(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment holds an API key of W&B."""
+    return bool(environ.get("WANDB_API_KEY"))
+
+
+def ray_auth_mode(environ: Mapping[str, str] = os.environ) -> str:
+    """RAY_AUTH_MODE, empty when unset; Ray reads it itself."""
+    return environ.get("RAY_AUTH_MODE", "")
+
+
+def omp_settings(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """OMP_NUM_THREADS and OMP_WAIT_POLICY, empty when unset."""
+    return environ.get("OMP_NUM_THREADS", ""), environ.get("OMP_WAIT_POLICY", "")
 
 
 def set_process_defaults(environ: MutableMapping[str, str] = os.environ) -> None:

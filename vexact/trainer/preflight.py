@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from vexact.config import Config
+from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest
 from vexact.trainer.workers import Workers
+from vexact.types import Prompt, Score
 
 log = logging.getLogger(__name__)
 _DRY_RUN_ROWS = 8
@@ -19,16 +22,21 @@ def check_rewards(config: Config, workers: Workers) -> None:
         RewardError: the grader fails on every one of them.
     """
     prompts = [workers.train_data[row] for row in range(min(_DRY_RUN_ROWS, len(workers.train_data)))]
+    right, empty = dry_run(prompts, workers.rewards)
+    if max(score.value for score in right) <= min(score.value for score in empty):
+        log.info("reward dry run: no ground truth scores above an empty answer (ground truths may be unformatted)")
+
+
+def dry_run(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score], list[Score]]:
+    """Scores of the ground truths given as answers, and of empty answers. Raises RewardError as ``score`` does."""
     requests = [
         GradeRequest(prompt.data_source, answer, prompt.ground_truth, prompt.extra_info)
         for prompt in prompts
         for answer in (_as_text(prompt.ground_truth), "")
     ]
-    scores = workers.rewards.score(requests)
-    workers.rewards.take_metrics()
-    right, empty = [score.value for score in scores[::2]], [score.value for score in scores[1::2]]
-    if max(right) <= min(empty):
-        log.info("reward dry run: no ground truth scores above an empty answer (ground truths may be unformatted)")
+    scores = rewards.score(requests)
+    rewards.take_metrics()
+    return scores[::2], scores[1::2]
 
 
 def _as_text(truth: object) -> str:

@@ -42,10 +42,10 @@ def build_workers(config: Config, device: torch.device, total_steps: int | None 
         ValueError, FileNotFoundError: what the user has to fix, named.
     """
     tokenizer = load_tokenizer(config)
-    train_data = _dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
+    train_data = load_dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
     val_data = None
     if config.data.val_files:
-        val_data = _dataset(config, tokenizer, config.data.val_files, config.data.val_max_samples)
+        val_data = load_dataset(config, tokenizer, config.data.val_files, config.data.val_max_samples)
     engine = _engine(config, tokenizer, device)
     return Workers(
         tokenizer=tokenizer,
@@ -55,7 +55,7 @@ def build_workers(config: Config, device: torch.device, total_steps: int | None 
         engine=engine,
         actor=_actor(config, device, total_steps or num_steps(config, len(train_data))),
         reference=_reference(config, device) if config.needs_reference else None,
-        rewards=_rewards(config),
+        rewards=start_rewards(config),
     )
 
 
@@ -87,7 +87,8 @@ def load_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
-def _dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
+def load_dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
+    """The first ``max_samples`` prompts (-1: all) of ``files``, as ``data.*`` says. Raises ValueError for bad rows."""
     data = config.data
     columns = ColumnNames(prompt=data.prompt_key, answer=data.answer_key, data_source=data.reward_fn_key)
     form = PromptFormat(
@@ -172,7 +173,8 @@ def _reference(config: Config, device: torch.device) -> Reference:
     return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype), device)
 
 
-def _rewards(config: Config) -> RewardPool:
+def start_rewards(config: Config) -> RewardPool:
+    """The grader processes. Raises RewardError when the user's function cannot be loaded."""
     custom = config.reward.custom_reward_function
     spec = RewardSpec(custom.path, custom.name, custom.reward_kwargs)
     return RewardPool(config.reward.num_workers, spec, config.reward.timeout_s)

@@ -1,0 +1,64 @@
+"""Which checks run, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from vexact.audit.doctor import machine, model, packages, probes
+from vexact.audit.doctor.result import CheckResult, error, ok
+
+
+def machine_checks(run_dir: Path, cache_dir: Path, device: str, wants_wandb: bool) -> Iterator[CheckResult]:
+    """Software and hardware, before anything is computed."""
+    yield packages.check_python()
+    yield from packages.check_packages(device == "cuda")
+    yield from machine.check_gpus()
+    yield machine.check_memory()
+    yield machine.check_disk("disk of the run", run_dir)
+    yield machine.check_disk("disk of the cache", cache_dir)
+    yield machine.check_port()
+    yield machine.check_threads()
+    yield machine.check_ray()
+    yield machine.check_wandb(wants_wandb)
+
+
+def probe_checks(device: str) -> Iterator[CheckResult]:
+    """What the operators' bits are on ``device``."""
+    exact = True
+    checks = {
+        "linear": probes.check_linear,
+        "attention": probes.check_attention_bits,
+        "logprob": probes.check_logprob,
+    }
+    for dtype in probes.DTYPES:
+        for name, check in checks.items():
+            result = attempt(f"probe {name}", partial(check, device, dtype))
+            exact = exact and (name != "attention" or result.status == "ok")
+            yield result
+    if device == "cuda":
+        yield from (attempt("probe tile table", partial(probes.check_tiles, device, dtype)) for dtype in probes.DTYPES)
+    else:
+        yield ok("probe tile table", "not tried: its tiles need a GPU")
+    for dtype in probes.DTYPES:
+        yield probes.check_stock_linear(device, dtype)
+    yield from probes.check_attention_impls(exact)
+    yield attempt("guard", lambda: model.check_guard(device))
+
+
+def attempt(name: str, check: Callable[[], CheckResult]) -> CheckResult:
+    """The check's result, or an error line with whatever it raised."""
+    try:
+        return check()
+    except Exception as problem:  # a kernel that cannot be compiled or launched here is the very thing to report
+        text = " ".join(str(problem).split())
+        return error(name, f"{type(problem).__name__}: {text[:300]}", probes.REPORT)
+
+
+def summary(results: Iterable[CheckResult]) -> str:
+    """The last line."""
+    counts = {"ok": 0, "warning": 0, "error": 0}
+    for result in results:
+        counts[result.status] += 1
+    return f"{sum(counts.values())} checks: " + ", ".join(f"{count} {status}" for status, count in counts.items())
