@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from vexact import __version__, env
-from vexact.commands import generate, prepare, train, verify
+from vexact.commands import doctor, generate, prepare, train, verify
 
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"vexact {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, prepare, generate, verify):
+    for module in (train, prepare, generate, verify, doctor):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of a user error (VEXACT_DEBUG=1)")
         command.set_defaults(run=module.run)
