@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vexact.audit.explain.recorder import Call, Recorder, Site, recording
 from vexact.models import CausalLM
@@ -71,6 +72,8 @@ def replay_trainer(trainer: Trainer, sample: Sample, recorder: Recorder) -> Trai
     recorder.begin(np.arange(sequence.num_input_tokens), "packed")
     with recording(trainer.model, recorder):
         scores = token_scores(trainer.model, batch)
+    if isinstance(trainer.model, FSDPModule):
+        trainer.model.reshard()  # only a backward does it otherwise, and an optimizer step changes the shards alone
     assert recorder.held is not None, "the model ends in a norm"
     hidden, recorder.held = recorder.held, None
     result = TrainerReplay(
