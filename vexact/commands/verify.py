@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model_path", type=Path, required=True, help="directory of a Hugging Face checkpoint")
+    add("--model_path", type=Path, help="directory of a Hugging Face checkpoint; with --replay that of its weights")
     add("--model_backend", default="vexact", help="training side: vexact, hf (stock transformers) or veomni (vexact)")
     add("--attn_impl", default="triton-invariant", help="training attention: triton-invariant or sdpa")
     add("--use_remove_padding", type=_flag, default=True, metavar="BOOL", help="pack sequences end to end (true)")
@@ -34,6 +34,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--seed", type=int, default=0, help="draws prompts, sampling parameters and engine settings (0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--out", type=Path, metavar="FILE.json", help="write the result here as well")
+    add(
+        "--explain",
+        type=Path,
+        nargs="?",
+        const=Path("divergence.pt"),
+        metavar="FILE.pt",
+        help="name the operator where the first unequal request parts, and write a replay file (divergence.pt)",
+    )
+    add("--replay", type=Path, metavar="FILE.pt", help="only repeat the comparison recorded in this file")
     return parser
 
 
@@ -43,7 +52,27 @@ def _flag(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from vexact.audit.explain import replay
+
+    found = replay(arguments.replay, model_path=arguments.model_path)
+    sys.stdout.write(f"{found.describe()}\n")
+    return 1 if found.found else 0
+
+
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.replay is not None:
+        return _replay(arguments)
+    if arguments.model_path is None:
+        raise ValueError("--model_path is missing: the directory of a Hugging Face checkpoint (or give --replay FILE)")
+    if arguments.explain is not None:
+        from vexact.audit.explain.checkpoint import check_backend
+
+        check_backend(arguments.model_backend)
+    return _verify(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from vexact.audit.verify import VerifyOptions, verify
@@ -54,21 +83,26 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
         raise FileNotFoundError(f"--out={arguments.out}: the directory {arguments.out.parent} does not exist")
     disable_progress_bar()
-    report = verify(
-        VerifyOptions(
-            model_path=arguments.model_path,
-            model_backend=arguments.model_backend,
-            attn_impl=arguments.attn_impl,
-            use_remove_padding=arguments.use_remove_padding,
-            use_fused_lce=arguments.use_fused_lce,
-            dtype=dtype,
-            num_prompts=arguments.num_prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            seed=arguments.seed,
-            device=device,
-        )
+    options = VerifyOptions(
+        model_path=arguments.model_path,
+        model_backend=arguments.model_backend,
+        attn_impl=arguments.attn_impl,
+        use_remove_padding=arguments.use_remove_padding,
+        use_fused_lce=arguments.use_fused_lce,
+        dtype=dtype,
+        num_prompts=arguments.num_prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        device=device,
     )
+    report = verify(options)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     sys.stdout.write(f"{report.table()}\n")
+    if arguments.explain is not None and not report.bits.exact:
+        from vexact.audit.explain.checkpoint import explain_report
+
+        found = explain_report(options, report, arguments.explain)
+        if found is not None:
+            sys.stdout.write(f"\n{found.describe()}\nrepeat it with: vexact verify --replay {arguments.explain}\n")
     return 0 if report.passed else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -72,9 +73,7 @@ def replay(file: str | Path, *, model_path: str | Path | None = None) -> Diverge
     Raises:
         ValueError: not a replay file, or the weights at ``model_path`` (default: the recorded path) are others.
     """
-    record = torch.load(file, weights_only=True, map_location="cpu")
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a replay file of format {FORMAT}; write one with verify --explain")
+    record = _read(file)
     trained = _model(record, model_path)
     rolled = copy.deepcopy(trained)
     with torch.no_grad():
@@ -94,6 +93,16 @@ def replay(file: str | Path, *, model_path: str | Path | None = None) -> Diverge
     observed = None if record["observed"] is None else TokenDifference(**record["observed"])
     found, _ = find(engine, Trainer.of(trained), sample, params, observed)
     return _with_notes(found, _divergence(record["divergence"]), lost)
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    try:
+        record = torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a replay file; write one with vexact verify --explain") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a replay file of format {FORMAT}; write one with vexact verify --explain")
+    return record
 
 
 def _record(

@@ -93,7 +93,7 @@ def _bits(
     model = load_model(path, dtype=_DTYPES[options.dtype], device=device, attn_impl=ROLLOUT_ATTENTION)
     tally, samples = BitTally(), []
     scheduling = {"rounds": 0.0, "preemptions": 0.0, "rounds_with_prefix_hits": 0.0}
-    for one_round in _rounds(options, config):
+    for one_round in rounds_of(options, config):
         log.info("round %d: %d prompts", scheduling["rounds"] + 1, len(one_round.prompts))
         done, stats = compare_round(
             model,
@@ -111,7 +111,8 @@ def _bits(
     return tally, samples, scheduling
 
 
-def _rounds(options: VerifyOptions, config: ModelConfig) -> Iterator[Round]:
+def rounds_of(options: VerifyOptions, config: ModelConfig) -> Iterator[Round]:
+    """What these options run, the same on every call."""
     return rounds(
         num_prompts=options.num_prompts,
         max_new_tokens=options.max_new_tokens,
