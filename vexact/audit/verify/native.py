@@ -126,7 +126,8 @@ def compare_gradients(
 
 
 def _plain_logprobs(logits: Tensor, batch: PackedBatch) -> Tensor:
-    return logits.log_softmax(-1).gather(1, batch.targets.token_ids[:, None])[:, 0]
+    """(R,) in fp64, since torch's fp32 log-softmax on the CPU costs gradients two digits."""
+    return logits.double().log_softmax(-1).gather(1, batch.targets.token_ids[:, None])[:, 0]
 
 
 def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Gradients:
