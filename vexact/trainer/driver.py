@@ -94,10 +94,9 @@ class Driver:
             with self.timers("update_weights"):
                 sync_metrics = sync_weights(workers.actor, workers.engine, step)
             self.progress = Progress(step, cursor)
-            # 9: validation and checkpoint when due
+            # 9: validation when due
             validation = self._validate_if_due(step)
-            self._save_if_due(step)
-        # 10: report
+        # 10: report; then the checkpoint when due, so that a run killed in between repeats a row rather than lacks one
         timing = self.timers.take()
         self._write_samples(step, sampled)
         samples = [sequence.sample for sequence in sequences]
@@ -118,6 +117,7 @@ class Driver:
             **validation,
         }
         self.reporter.log(StepStats(step, metrics))
+        self._save_if_due(step)
         return metrics["critic/score/mean"]
 
     def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
