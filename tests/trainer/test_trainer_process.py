@@ -17,7 +17,9 @@ def train(overrides, tmp_path):
     """Starts `vexact train` in a session of its own, so that what it leaves behind can be seen."""
 
     def start(*more: str) -> subprocess.Popen:
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_DIR": str(tmp_path)}
+        # without WANDB_*: a test that used W&B in this process leaves the address of its service behind
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+        environ = clean | {"OMP_NUM_THREADS": "1", "WANDB_DIR": str(tmp_path)}
         command = [sys.executable, "-m", "vexact", "train", *overrides(*more)]
         return subprocess.Popen(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
