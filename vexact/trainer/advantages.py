@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estimator, kl_penalty, overlong_penalty
 from vexact.config import Config
+from vexact.report.metrics import summary
 from vexact.training import Reference
 from vexact.types import SampleGroup, TrainSequence
 
@@ -59,11 +60,7 @@ def _kl_in_reward(
 
 
 def _metrics(config: Config, outcomes: np.ndarray, penalty: Tensor | None) -> dict[str, float]:
-    metrics = {
-        "critic/rewards/mean": float(outcomes.mean()),
-        "critic/rewards/max": float(outcomes.max()),
-        "critic/rewards/min": float(outcomes.min()),
-    }
+    metrics = summary("critic/rewards", outcomes)
     if penalty is not None:
         coefficient = config.algorithm.kl_ctrl.kl_coef
         metrics["actor/reward_kl_penalty"] = float(penalty.mean()) / coefficient if coefficient else 0.0

@@ -93,8 +93,6 @@ class CheckpointStore:
 
     def _failure(self, final: Path, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(self.directory if self.directory.is_dir() else Path.cwd()).free
-        if isinstance(error, CheckpointError):
-            return error
         return CheckpointError(
             f"could not write {final}: {str(error).splitlines()[0]} ({free / 2**20:.0f} MiB free). Earlier checkpoints "
             "are untouched. Free some space, lower trainer.keep_last, or point trainer.default_local_dir to another "

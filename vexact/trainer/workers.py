@@ -35,7 +35,7 @@ class Workers:
         self.rewards.close()
 
 
-def build_workers(config: Config, device: torch.device, total_steps: int | None = None) -> Workers:
+def build_workers(config: Config, device: torch.device) -> Workers:
     """Reads data and model and starts the reward processes; data first, since its mistakes are the cheapest to find.
 
     Raises:
@@ -53,7 +53,7 @@ def build_workers(config: Config, device: torch.device, total_steps: int | None 
         val_data=val_data,
         order=DataOrder(len(train_data), config.data_seed, config.data.shuffle),
         engine=engine,
-        actor=_actor(config, device, total_steps or num_steps(config, len(train_data))),
+        actor=_actor(config, device, num_steps(config, len(train_data))),
         reference=_reference(config, device) if config.needs_reference else None,
         rewards=start_rewards(config),
     )

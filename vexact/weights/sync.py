@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -33,10 +32,9 @@ class WeightSyncError(RuntimeError):
 def sync_weights(actor: WeightSource, engine: WeightTarget, version: int) -> dict[str, float]:
     """Streams the actor's weights into the engine as ``version``, one tensor at a time, and checks every one of them.
 
-    Returns ``timing_s/update_weights`` (seconds) and ``rollout/weights_bytes``. Raises WeightSyncError naming the first
+    Returns ``rollout/weights_bytes``. Raises WeightSyncError naming the first
     tensor whose bits in the engine differ from those sent; the engine raises ValueError for tensors that do not fit.
     """
-    start = time.perf_counter()
     sent: dict[str, int] = {}
     num_bytes = 0
 
@@ -56,4 +54,4 @@ def sync_weights(actor: WeightSource, engine: WeightTarget, version: int) -> dic
                 f"weights version {version}: {name} has checksum {got} in the rollout, the trainer sent {expected}; "
                 "its samples would not be the trainer's"
             )
-    return {"timing_s/update_weights": time.perf_counter() - start, "rollout/weights_bytes": float(num_bytes)}
+    return {"rollout/weights_bytes": float(num_bytes)}
