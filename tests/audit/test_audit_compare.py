@@ -58,6 +58,16 @@ def test_strict_raises_naming_token_and_values_and_warn_logs(caplog):
     assert off.metrics() == {}
 
 
+def test_the_audit_times_itself(monkeypatch):
+    clock = iter([10.0, 10.25])
+    monkeypatch.setattr("vexact.audit.audit.perf_counter", lambda: next(clock))
+    audit = Audit("warn")
+    samples = [_sample("a", [-0.5])]
+    audit.begin(samples)
+    audit.check([0], [samples[0].logprobs])
+    assert audit.metrics()["timing_s/audit"] == 0.25
+
+
 def test_sequences_are_matched_by_index():
     samples = [_sample("a", [-0.5]), _sample("b", [-1.0]), _sample("c", [-2.0])]
     audit = Audit("strict")

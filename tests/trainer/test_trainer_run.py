@@ -29,6 +29,7 @@ def test_a_run_is_exact_on_every_step_and_leaves_its_files(overrides, metrics, t
         assert row["rollout_corr/kl"] == row["rollout_corr/k3_kl"] == row["actor/ppo_kl"] == 0
         assert row["actor/grad_norm"] > 0
         assert row["reward/odd/mean"] > 0
+        assert 0 < row["timing_s/audit"] < row["timing_s/update_actor"]
     assert "val-core/sum/reward/mean@1" in steps[1]
     root = tmp_path / "run"
     assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["step_2", "step_3"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 
@@ -51,11 +52,13 @@ class Audit:
         """
         if self.exactness == "off":
             return
+        started = perf_counter()
         samples = [self._samples[i] for i in indices]
         comparison = compare(samples, logprobs)
         self.total_compared += comparison.tokens_compared
         self.total_different += comparison.tokens_different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
+        self._metrics["timing_s/audit"] = perf_counter() - started
         if comparison.tokens_different:
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
@@ -63,7 +66,7 @@ class Audit:
                 log.warning("%s (later steps: see the mismatch column and bitwise/*)", describe(comparison))
 
     def metrics(self) -> dict[str, float]:
-        """``bitwise/*``, ``training/rollout_probs_diff_*`` and ``rollout_corr/*`` of the last check."""
+        """Of the last check: ``bitwise/*``, ``training/rollout_probs_diff_*``, ``rollout_corr/*`` and ``timing_s/audit``."""
         return self._metrics
 
 

@@ -78,6 +78,9 @@ METRICS: dict[str, dict[str, str]] = {
         "timing_s/ref": "Seconds computing reference log-probabilities.",
         "timing_s/adv": "Seconds computing advantages.",
         "timing_s/update_actor": "Seconds training (forward, audit, backward, optimizer).",
+        "timing_s/audit": "Seconds the audit spent comparing, part of timing_s/update_actor. Copying the training "
+        "log-probabilities to the host is the audit's too but not in it: one copy, 4 bytes a token, right before the "
+        "optimizer waits for the device anyway.",
         "timing_s/update_weights": "Seconds moving the new weights into the rollout.",
         "timing_s/sync_weights": "The same as timing_s/update_weights.",
         "timing_s/testing": "Seconds of validation.",

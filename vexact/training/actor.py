@@ -14,7 +14,7 @@ from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.training.batch import PolicyTargets, TokenSequence, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
-from vexact.training.forward import group_batch, micro_batches, prepare, scatter_by_sequence, score, token_scores
+from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.optimizer import Optimizer, unsharded
 from vexact.training.ranks import Ranks
@@ -134,13 +134,11 @@ class Actor:
         names = [s.sample.request_id for s in chosen]
         budget, balance = self.config.ppo_max_token_len_per_gpu, self.config.balance_micro_batches
         metrics = MiniBatchMetrics()
-        logprobs: list[np.ndarray] = [np.empty(0, np.float32)] * len(chosen)
         self.optimizer.zero_grad()
-        for group in micro_batches(tokens, names, budget, balance, self.ranks):
-            values = self._accumulate(chosen, tokens, group, denominators, metrics)
-            scatter_by_sequence(values, tokens, group, logprobs)
+        groups = micro_batches(tokens, names, budget, balance, self.ranks)
+        values = [self._accumulate(chosen, tokens, group, denominators, metrics) for group in groups]
         if audit is not None:
-            audit(indices, logprobs)
+            audit(indices, by_sequence(values, tokens, groups))
         norm = self.optimizer.step(self.config.grad_clip)
         sums = self.ranks.total_of(metrics.sums).tolist()
         return dict(zip(metrics.names, sums, strict=True)) | {"grad_norm": norm}

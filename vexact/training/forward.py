@@ -59,18 +59,24 @@ def score(
     model: CausalLM, sequences: Sequence[TokenSequence], names: Sequence[str], budget: int, ranks: Ranks
 ) -> list[np.ndarray]:
     """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together."""
+    groups = micro_batches(sequences, names, budget, True, ranks)
+    values = [token_scores(model, group_batch(sequences, group, ranks.device)).logprobs for group in groups]
+    return by_sequence(values, sequences, groups)
+
+
+def by_sequence(
+    values: Sequence[Tensor], sequences: Sequence[TokenSequence], groups: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Splits the packed values (R,) of every group into one (R,) fp32 array per sequence; a filler's go nowhere.
+
+    All values come to the host in one copy, so that the device is waited for once.
+    """
     result: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
-    for group in micro_batches(sequences, names, budget, True, ranks):
-        logprobs = token_scores(model, group_batch(sequences, group, ranks.device)).logprobs
-        scatter_by_sequence(logprobs, sequences, group, result)
+    order = [index for group in groups for index in group]
+    if not order:
+        return result
+    packed = torch.cat([part for part, group in zip(values, groups, strict=True) if group]).cpu()
+    lengths = [len(sequences[index].response) for index in order]
+    for index, part in zip(order, packed.split(lengths), strict=True):
+        result[index] = part.numpy()
     return result
-
-
-def scatter_by_sequence(
-    values: Tensor, sequences: Sequence[TokenSequence], group: Sequence[int], out: list[np.ndarray]
-) -> None:
-    """Puts the packed values (R,) of a group's sequences into ``out[index]``; a filler goes nowhere."""
-    if group:
-        lengths = [len(sequences[i].response) for i in group]
-        for index, part in zip(group, values.detach().cpu().split(lengths), strict=True):
-            out[index] = part.numpy()
