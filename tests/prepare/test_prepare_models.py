@@ -107,6 +107,17 @@ def test_tokenizers_round_trip():
     assert byte_tokenizer().decode(tokens) == text
 
 
+def test_a_byte_tokenizer_can_cover_a_large_vocabulary(tmp_path):
+    from transformers import AutoTokenizer
+
+    byte_tokenizer(151936).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 151936
+    texts = tokenizer.batch_decode([[token] for token in range(258, 151936)])
+    assert texts == [f" {token}" for token in range(258, 151936)]
+    assert tokenizer("at 258 <pad")["input_ids"] == byte_tokenizer()("at 258 <pad")["input_ids"]
+
+
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000])
 def test_random_model_loads_on_both_sides(tmp_path, monkeypatch, shard_bytes):
     from transformers import AutoModelForCausalLM, AutoTokenizer

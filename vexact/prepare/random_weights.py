@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 def write_random_model(directory: Path, arch: str, seed: int = 0, dtype: str = "bfloat16") -> None:
-    """Write config, weights N(0, 0.02) (norms one, biases zero) and a byte-level tokenizer.
+    """Write config, weights N(0, 0.02) (norms one, biases zero) and a byte-level tokenizer of the whole vocabulary.
 
     A tensor depends on the seed and its own name only, so that memory holds one shard at a time.
 
@@ -31,7 +31,7 @@ def write_random_model(directory: Path, arch: str, seed: int = 0, dtype: str = "
         raise ValueError(f"unknown arch {arch!r}; known: {', '.join(SHAPES)}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(SHAPES[arch]["vocab_size"])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     raw = SHAPES[arch] | {"eos_token_id": eos, "pad_token_id": pad, "dtype": dtype}
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

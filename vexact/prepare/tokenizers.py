@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PAD, EOS = "<pad>", "<eos>"
+_BYTE_LEVEL_SPACE = "\u0120"  # how a byte-level vocabulary spells a space
 ARITHMETIC_CHARACTERS = "0123456789+-*=() "
 
 # A single user message passes through as it is: "17+25=" stays six tokens long.
@@ -27,12 +28,17 @@ def character_tokenizer(characters: str = ARITHMETIC_CHARACTERS) -> Any:
     return _wrap(core, PLAIN_CHAT_TEMPLATE)
 
 
-def byte_tokenizer() -> Any:
-    """A ``PreTrainedTokenizerFast`` with one token per UTF-8 byte (no merges), so that any text can be encoded."""
+def byte_tokenizer(vocab_size: int | None = None) -> Any:
+    """A ``PreTrainedTokenizerFast`` with one token per UTF-8 byte (no merges), so that any text can be encoded.
+
+    Up to ``vocab_size`` ids follow that encoding never yields and that decode to `` 258``, `` 259``, …: whatever a
+    model with a large vocabulary samples is text. A smaller ``vocab_size`` adds none.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *alphabet])}
+    tokens = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"{_BYTE_LEVEL_SPACE}{index}" for index in range(len(tokens), vocab_size or 0)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
