@@ -1,15 +1,17 @@
-"""A strict run that fails its audit leaves a diagnosis."""
+"""A strict run that fails its audit or its self-test leaves a diagnosis."""
 
 import dataclasses
 
 import pytest
 
 from vexact.audit import ExactnessError
+from vexact.audit.certificate import CertificateError
 from vexact.audit.explain import replay
 from vexact.config import load_config
 from vexact.models.opset import set_ops
 from vexact.ops import stock
 from vexact.trainer import diagnose as diagnose_module
+from vexact.trainer import workers as workers_module
 from vexact.trainer.collect import Collector
 from vexact.trainer.launch import run
 
@@ -25,6 +27,30 @@ def stock_norm(monkeypatch):
         return collect(self, *args)
 
     monkeypatch.setattr(Collector, "collect", planted)
+
+
+@pytest.fixture
+def stock_norm_from_the_start(monkeypatch):
+    """A stock norm in the rollout before the self-test."""
+    build = workers_module._engine
+
+    def planted(*args):
+        engine = build(*args)
+        set_ops(engine.model, dataclasses.replace(engine.model.ops, rms_norm=stock.rms_norm))
+        return engine
+
+    monkeypatch.setattr(workers_module, "_engine", planted)
+
+
+def test_a_failed_self_test_is_diagnosed_too(overrides, stock_norm_from_the_start, tmp_path):
+    with pytest.raises(CertificateError, match=r"first divergence: operator: rms_norm of layers\.0") as caught:
+        run(load_config(overrides()))
+    message, file = str(caught.value), tmp_path / "run" / "divergence.pt"
+    assert message.startswith("the self-test before the first step failed")
+    assert message.endswith(f"repeat it with: vexact verify --replay {file}")
+    text = (tmp_path / "run" / "divergence.txt").read_text()
+    assert text.strip() in message
+    assert replay(file).describe().splitlines()[:-1] == text.splitlines()
 
 
 def test_the_error_names_the_operator_and_the_file_repeats_it(overrides, stock_norm, tmp_path):

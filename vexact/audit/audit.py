@@ -66,7 +66,7 @@ class Audit:
                 log.warning("%s (later steps: see the mismatch column and bitwise/*)", describe(comparison))
 
     def metrics(self) -> dict[str, float]:
-        """Of the last check: ``bitwise/*``, ``training/rollout_probs_diff_*``, ``rollout_corr/*`` and ``timing_s/audit``."""
+        """``bitwise/*``, ``training/rollout_probs_diff_*``, ``rollout_corr/*`` and the time of the last check."""
         return self._metrics
 
 

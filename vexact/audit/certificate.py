@@ -25,8 +25,28 @@ _SAMPLING = ((1.0, -1, 1.0), (0.7, -1, 1.0), (0.0, -1, 1.0), (1.0, 20, 0.9), (1.
 """(temperature, top_k, top_p) of each prompt."""
 
 
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """What was sampled, how, and how it compared with the actor."""
+
+    samples: list[Sample]
+    params: list[SamplingParams]
+    comparison: Comparison
+
+    def first_different(self) -> tuple[Sample, SamplingParams]:
+        """The request of the first unequal token."""
+        first = self.comparison.first
+        assert first is not None, "the self-test passed"
+        pairs = zip(self.samples, self.params, strict=True)
+        return next(pair for pair in pairs if pair[0].request_id == first.request_id)
+
+
 class CertificateError(RuntimeError):
-    """The self-test found rollout and trainer to disagree before the first step."""
+    """The self-test found rollout and trainer to disagree before the first step; ``self_test`` says where."""
+
+    def __init__(self, message: str, self_test: SelfTest) -> None:
+        super().__init__(message)
+        self.self_test, self.comparison = self_test, self_test.comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +80,23 @@ class Certificate:
         )
 
 
-def certify(engine: Engine, actor: Actor, *, rollout_attention: str, trainer_attention: str) -> Certificate:
+def run_self_test(engine: Engine, actor: Actor) -> SelfTest:
     """Samples a few random prompts, rescores them with the actor, compares the bits.
 
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
     """
-    started = perf_counter()
-    samples = _sample(engine, actor.config.ppo_max_token_len_per_gpu)
+    prompts, params = _requests(engine, actor.config.ppo_max_token_len_per_gpu)
+    samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
-    comparison = compare(samples, actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)]))
+    trained = actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)])
     engine.clear_prefix_cache()
     engine.stats()
-    return Certificate(
-        exact=comparison.tokens_different == 0,
-        comparison=comparison,
-        rollout_attention=rollout_attention,
-        trainer_attention=trainer_attention,
-        dtype=actor.config.dtype,
-        weights_version=engine.weights_version,
-        environment=environment(actor.ranks.device),
-        tile_table=tile_table_hash(),
-        seconds=perf_counter() - started,
-    )
+    return SelfTest(samples, params, compare(samples, trained))
 
 
-def _sample(engine: Engine, token_budget: int) -> list[Sample]:
-    """Samples as long as engine and actor allow."""
+def _requests(engine: Engine, token_budget: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts as long as engine and actor allow, and how to sample from them."""
     most = min(engine.max_model_len, engine.num_pages * engine.config.page_size, token_budget)
     new = max(1, min(_NEW_TOKENS, most // 2))
     rng = random.Random(0)
@@ -96,8 +106,7 @@ def _sample(engine: Engine, token_budget: int) -> list[Sample]:
         SamplingParams(max_tokens=new, temperature=t, top_k=k, top_p=p, seed=0, ignore_eos=True)
         for t, k, p in _SAMPLING
     ]
-    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
-    return engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
+    return [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths], params
 
 
 def write(certificate: Certificate, run_dir: Path) -> None:
@@ -117,11 +126,23 @@ def require_certificate(
     if exactness == "off":
         (run_dir / FILE).unlink(missing_ok=True)  # of an earlier start in this directory
         return
-    certificate = certify(engine, actor, rollout_attention=rollout_attention, trainer_attention=trainer_attention)
+    started = perf_counter()
+    result = run_self_test(engine, actor)
+    certificate = Certificate(
+        exact=result.comparison.tokens_different == 0,
+        comparison=result.comparison,
+        rollout_attention=rollout_attention,
+        trainer_attention=trainer_attention,
+        dtype=actor.config.dtype,
+        weights_version=engine.weights_version,
+        environment=environment(actor.ranks.device),
+        tile_table=tile_table_hash(),
+        seconds=perf_counter() - started,
+    )
     write(certificate, run_dir)
     if certificate.exact:
         log.info("%s (%.1f s)", certificate.describe(), certificate.seconds)
     elif exactness == "strict":
-        raise CertificateError(certificate.describe())
+        raise CertificateError(certificate.describe(), result)
     else:
         log.warning("%s", certificate.describe())

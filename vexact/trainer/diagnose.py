@@ -1,45 +1,45 @@
-"""A failed audit says where the two sides part, not only that they do."""
+"""A failed audit or self-test says where the two sides part, not only that they do."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from vexact.audit import ExactnessError
+from vexact.audit.certificate import CertificateError
 from vexact.audit.explain import explain
 from vexact.rollout import SamplingParams
 from vexact.trainer.workers import Workers
-from vexact.types import TrainSequence
+from vexact.types import Sample
 
 log = logging.getLogger(__name__)
 REPLAY_FILE, TEXT_FILE = "divergence.pt", "divergence.txt"
 
 
 def diagnose(
-    error: ExactnessError,
-    workers: Workers,
-    sequences: Sequence[TrainSequence],
+    error: ExactnessError | CertificateError,
+    sample: Sample,
     sampling: SamplingParams,
+    workers: Workers,
     run_dir: Path,
     model_path: str,
 ) -> None:
     """Adds the first divergence to the error's message and writes it, with a replay file, into ``run_dir``.
 
     A diagnosis that fails is logged: the error stays what it is.
+
+    Args:
+        sample: what the first unequal token is in, sampled with ``sampling``.
     """
-    first = error.comparison.first
-    assert first is not None, "an ExactnessError has a first unequal token"
-    log.info("looking for the first divergence of request %s", first.request_id)
+    log.info("looking for the first divergence of request %s", sample.request_id)
     try:
-        sample = next(s.sample for s in sequences if s.sample.request_id == first.request_id)
         found = explain(
             workers.engine,
             workers.actor,
             sample,
             run_dir / REPLAY_FILE,
             sampling_params=sampling,
-            observed=first,
+            observed=error.comparison.first,
             model_path=model_path,
         )
         text = found.describe()

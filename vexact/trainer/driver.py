@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vexact.audit import Audit, ExactnessError
-from vexact.audit.certificate import require_certificate
+from vexact.audit.certificate import CertificateError, require_certificate
 from vexact.config import Config
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
@@ -59,14 +59,19 @@ class Driver:
 
     def _self_test(self) -> None:
         config, workers = self.config, self.workers
-        require_certificate(
-            workers.engine,
-            workers.actor,
-            config.run_dir,
-            config.trainer.exactness,
-            rollout_attention=config.rollout.attn_impl,
-            trainer_attention=config.actor.attn_implementation,
-        )
+        try:
+            require_certificate(
+                workers.engine,
+                workers.actor,
+                config.run_dir,
+                config.trainer.exactness,
+                rollout_attention=config.rollout.attn_impl,
+                trainer_attention=config.actor.attn_implementation,
+            )
+        except CertificateError as error:
+            sample, sampling = error.self_test.first_different()
+            diagnose(error, sample, sampling, workers, config.run_dir, config.model.path)
+            raise
 
     def _summary(self, first: int, rewards: list[float]) -> str:
         compared, different = self.audit.total_compared, self.audit.total_different
@@ -125,8 +130,10 @@ class Driver:
             return self.workers.actor.update(sequences, self.audit.check)
         except ExactnessError as error:
             self.reporter.log(StepStats(step, {"training/global_step": float(step), **self.audit.metrics()}))
-            config, sampling = self.config, self.collector.sampling
-            diagnose(error, self.workers, sequences, sampling, config.run_dir, config.model.path)
+            config, first = self.config, error.comparison.first
+            assert first is not None, "an ExactnessError has a first unequal token"
+            sample = next(s.sample for s in sequences if s.sample.request_id == first.request_id)
+            diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
             raise
 
     def _validate_if_due(self, step: int) -> dict[str, float]:
