@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from vexact import cli
-from vexact.audit.verify import VerifyOptions, run, verify
+from vexact.audit.verify import VerifyOptions, bits, run, verify
 from vexact.audit.verify.bits import BitTally
 from vexact.audit.verify.native import _compare
 from vexact.audit.verify.sides import HfSide, VexactSide, load_hf, pack_padded
 from vexact.audit.verify.workload import rounds
 from vexact.models import ModelConfig, load_model, random_model, save_hf
+from vexact.rollout import Engine
 from vexact.training.batch import TokenSequence, pack_tokens
 
 SHAPE = {
@@ -173,7 +174,9 @@ def test_the_workload_crosses_edges_shares_prefixes_and_varies_the_engine():
     shared = sum(a is not b and a[:8] == b[:8] for one in drawn for a in one.prompts for b in one.prompts)
     assert shared > 20
     assert len({tuple(sorted(one.engine.items())) for one in drawn}) == len(drawn) == 4
-    assert len({one.engine["page_size"] for one in drawn}) > 1
+    page_sizes = [one.engine["page_size"] for one in drawn]
+    assert page_sizes[0::2] == [16, 16], "every page size costs a GPU half a minute of compilation"
+    assert page_sizes[1] == page_sizes[3] != 16
     params = [param for one in drawn for param in one.params]
     assert len({param.temperature for param in params}) == 4
     assert {param.top_k > 0 for param in params} == {param.top_p < 1 for param in params} == {True, False}
@@ -186,6 +189,28 @@ def test_gradients_that_are_missing_or_not_numbers_are_named():
     assert _compare({"a": -good["a"]}, {"a": good["a"]}).min_cosine == pytest.approx(-1)
     with pytest.raises(ValueError, match="different parameters, among them b"):
         _compare({"a": good["a"]}, {"a": good["a"], "b": good["b"]})
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_samples_that_are_drawn_again_unobserved_are_compared_too(checkpoints, monkeypatch, fault):
+    generate, drawn = Engine.generate, []
+
+    def noted(self, *args):
+        samples = generate(self, *args)
+        drawn.append([sample.token_ids for sample in samples])
+        if fault and len(drawn) == 2:
+            wrong = np.nextafter(samples[0].logprobs, np.float32(1))
+            samples[0] = dataclasses.replace(samples[0], logprobs=wrong)
+        return samples
+
+    monkeypatch.setattr(Engine, "generate", noted)
+    options = VerifyOptions(checkpoints / "qwen3", num_prompts=4, max_new_tokens=3)
+    one_round = next(run.rounds_of(options, ModelConfig.from_hf_dir(checkpoints / "qwen3")))
+    model, side = (load_model(checkpoints / "qwen3") for _ in range(2))
+    tally = BitTally()
+    bits.compare_round(model, VexactSide(side), one_round, fused=True, padded=False, redraw=True, seed=0, tally=tally)
+    assert drawn[0] == drawn[1]
+    assert tally.logprobs_different == (3 if fault else 0)
 
 
 def test_nothing_compared_is_not_exact():

@@ -47,7 +47,7 @@ class BitTally:
     max_abs_logprob_diff: float = 0.0
     max_ulp: int = 0
     max_abs_logit_diff: float = 0.0
-    non_finite: int = 0  # log-probabilities that are no numbers, on the engine's side
+    non_finite: int = 0  # of the compared log-probabilities: no numbers, on the engine's side
     unmatched: set[tuple[str, int]] = field(default_factory=set)  # (request, response position)
     first_logprob: TokenDifference | None = None
     first_logit: LogitDifference | None = None
@@ -58,6 +58,7 @@ class BitTally:
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
         for sample, values in zip(samples, trainer, strict=True):
+            self.non_finite += int((~np.isfinite(sample.logprobs)).sum())
             result: Comparison = compare([sample], [values])
             self.logprobs_compared += result.tokens_compared
             self.logprobs_different += result.tokens_different
@@ -99,7 +100,7 @@ class LogitsCapture:
         self._rows: dict[tuple[int, int], Tensor] = {}  # (request seed, position in the sequence) -> (V,)
 
     def __call__(self, logits: Tensor, sampling: SamplingTensors) -> None:
-        rows = logits.to("cpu", copy=True)  # (S, V)
+        rows = logits.clone()  # (S, V)
         for row, key in enumerate(zip(sampling.seed.tolist(), sampling.position.tolist(), strict=True)):
             self._rows[key] = rows[row]
 
@@ -111,12 +112,21 @@ class LogitsCapture:
 
 @torch.no_grad()
 def compare_round(
-    model: CausalLM, side: TrainingSide, one_round: Round, *, fused: bool, padded: bool, seed: int, tally: BitTally
+    model: CausalLM,
+    side: TrainingSide,
+    one_round: Round,
+    *,
+    fused: bool,
+    padded: bool,
+    redraw: bool,
+    seed: int,
+    tally: BitTally,
 ) -> tuple[list[Sample], dict[str, float]]:
     """Samples one round with an engine of its own, rescores it in two random packings and adds to ``tally``.
 
     The first packing compares logits, and the log-probabilities that the sampler's definition gives for them; the
-    second compares the log-probabilities of the fused head (or of logits again without ``fused``).
+    second compares the log-probabilities of the fused head (or of logits again without ``fused``). With ``redraw`` the
+    second is of samples that the engine drew again, unobserved: only then does it use CUDA graphs.
 
     Returns the samples and the engine's statistics.
     """
@@ -125,10 +135,13 @@ def compare_round(
     engine.observe_logits(capture)
     samples = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
     tally.tokens += sum(len(sample.token_ids) for sample in samples)
-    tally.non_finite += sum(int((~np.isfinite(sample.logprobs)).sum()) for sample in samples)
     rng = random.Random(seed)
-    for use_fused in (False, fused):
-        for group, batch in _random_batches(rng, samples, padded, model.lm_head_weight.device):
+    again = samples
+    if redraw:
+        engine.observe_logits(None)
+        again = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
+    for drawn, use_fused in ((samples, False), (again, fused)):
+        for group, batch in _random_batches(rng, drawn, padded, model.lm_head_weight.device):
             if use_fused:
                 logprobs = side.logprobs(batch)
             else:

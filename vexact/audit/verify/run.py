@@ -94,13 +94,14 @@ def _bits(
     tally, samples = BitTally(), []
     scheduling = {"rounds": 0.0, "preemptions": 0.0, "rounds_with_prefix_hits": 0.0}
     for one_round in rounds_of(options, config):
-        log.info("round %d: %d prompts", scheduling["rounds"] + 1, len(one_round.prompts))
+        started = perf_counter()
         done, stats = compare_round(
             model,
             side,
             one_round,
             fused=options.use_fused_lce,
             padded=not options.use_remove_padding,
+            redraw=device.type == "cuda",
             seed=options.seed,
             tally=tally,
         )
@@ -108,6 +109,16 @@ def _bits(
         scheduling["rounds"] += 1
         scheduling["preemptions"] += stats["rollout/preemptions"]
         scheduling["rounds_with_prefix_hits"] += stats["rollout/prefix_hit_ratio"] > 0
+        log.info(
+            "round %d: %d of %d prompts done, %d tokens differ (pages of %d tokens, %d requests at once, %.1f s)",
+            scheduling["rounds"],
+            len(samples),
+            options.num_prompts,
+            len(tally.unmatched),
+            one_round.engine["page_size"],
+            one_round.engine["max_num_seqs"],
+            perf_counter() - started,
+        )
     return tally, samples, scheduling
 
 

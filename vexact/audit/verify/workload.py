@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 from vexact.rollout import SamplingParams
 
-_MOST_PER_ROUND = 16  # logits of one round are kept: 16 x 64 tokens x 152 k x 4 bytes are 0.6 GB
+_MOST_PER_ROUND = 16  # logits of one round are kept on the device: 16 x 64 tokens x 152 k x 4 bytes are 0.6 GB
 _LEAST_ROUNDS = 4  # every round has other engine settings
 _EDGES = (16, 32, 64, 128)  # page sizes and key blocks of the CPU and the GPU attention
 _GPU_EDGES = (256, 2048)  # and the keys after which the GPU kernels merge partial softmax states
@@ -55,6 +55,7 @@ def rounds(
     rng = random.Random(seed)
     size = min(_MOST_PER_ROUND, -(-num_prompts // _LEAST_ROUNDS))
     lengths = _lengths(rng, longest, on_gpu)
+    draw = _GpuEngines(rng) if on_gpu else _CpuEngines(rng)
     for start in range(0, num_prompts, size):
         count = min(size, num_prompts - start)
         shared = _tokens(rng, longest, vocab_size, tokenizer)
@@ -66,7 +67,7 @@ def rounds(
             request_ids=[f"verify/{start + index:04d}" for index in range(count)],
             prompts=prompts,
             params=[_params(rng, max_new_tokens) for _ in prompts],
-            engine=_engine(rng, max(map(len, prompts)) + max_new_tokens, max_model_len),
+            engine=draw.settings(max(map(len, prompts)) + max_new_tokens, max_model_len),
         )
 
 
@@ -108,17 +109,46 @@ def _params(rng: random.Random, max_new_tokens: int) -> SamplingParams:
     )
 
 
-def _engine(rng: random.Random, longest: int, max_model_len: int) -> dict[str, Any]:
-    """Engine settings; at the tightest, pages for one and a half of the longest request, so that some are preempted."""
-    page_size = rng.choice([1, 3, 8, 16, 64])
-    chunked = rng.random() < 0.8
-    return {
-        "page_size": page_size,
-        "num_pages": int(-(-longest // page_size) * rng.choice([1.5, 3, 8])),
-        "max_model_len": min(longest, max_model_len),
-        "max_num_seqs": rng.choice([3, 8, _MOST_PER_ROUND]),
-        "max_num_batched_tokens": rng.choice([37, 64, 250]) if chunked else max(longest, 512),
-        "enable_chunked_prefill": chunked,
-        "enable_prefix_caching": rng.random() < 0.75,
-        "seed": rng.randrange(1 << 30),
-    }
+class _CpuEngines:
+    """Draws engine settings. The tightest have pages for 1.5 of the longest request, so that some are preempted."""
+
+    batch_sizes: tuple[int, ...] = (3, 8, _MOST_PER_ROUND)
+    token_budgets: tuple[int, ...] = (37, 64, 250)
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def page_size(self) -> int:
+        return self.rng.choice([1, 3, 8, 16, 64])
+
+    def settings(self, longest: int, max_model_len: int) -> dict[str, Any]:
+        """For requests of at most ``longest`` tokens."""
+        rng, page_size = self.rng, self.page_size()
+        chunked = rng.random() < 0.8
+        return {
+            "page_size": page_size,
+            "num_pages": int(-(-longest // page_size) * rng.choice([1.5, 3, 8])),
+            "max_model_len": min(longest, max_model_len),
+            "max_num_seqs": rng.choice(self.batch_sizes),
+            "max_num_batched_tokens": rng.choice(self.token_budgets) if chunked else max(longest, 512),
+            "enable_chunked_prefill": chunked,
+            "enable_prefix_caching": rng.random() < 0.75,
+            "seed": rng.randrange(1 << 30),
+        }
+
+
+class _GpuEngines(_CpuEngines):
+    """The same for a GPU, where a page size costs half a minute of compilation and a step 20 ms, however small it is.
+
+    Rounds take turns between the default page size and one other of this seed, and steps are not made tiny.
+    """
+
+    batch_sizes = (7, _MOST_PER_ROUND, _MOST_PER_ROUND)
+    token_budgets = (99, 250, 1000)
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self._page_sizes = cycle([16, rng.choice([1, 3, 8, 64])])
+
+    def page_size(self) -> int:
+        return next(self._page_sizes)
