@@ -37,9 +37,23 @@ def test_python_out_of_range(monkeypatch):
     assert "3.9.1 is outside" in result.message
 
 
-def test_without_metadata_no_range_is_known(monkeypatch):
+def test_a_checkout_that_is_not_installed_knows_its_ranges(monkeypatch):
     monkeypatch.setattr(packages, "_PACKAGE", "no-such-package")
+    assert packages.check_python().status == "ok"
+    plain = {result.name for result in packages.check_packages(cuda=False)}
+    assert {"package torch", "package jinja2"} <= plain
+    assert "package triton" not in plain
+    assert "package triton" in {result.name for result in packages.check_packages(cuda=True)}
+
+
+@pytest.mark.parametrize("text", [None, '[project]\nname = "another"\nrequires-python = ">=3.8"\n'])
+def test_without_metadata_and_repository_no_range_is_known(monkeypatch, tmp_path, text):
+    if text is not None:
+        (tmp_path / "pyproject.toml").write_text(text)
+    monkeypatch.setattr(packages, "_PACKAGE", "no-such-package")
+    monkeypatch.setattr(packages, "_PYPROJECT", tmp_path / "pyproject.toml")
     assert packages.check_python().status == "warning"
+    assert list(packages.check_packages(cuda=True)) == []
 
 
 @pytest.mark.parametrize(("found", "part"), [(None, "not installed"), ("1.9", "1.9 is outside >=2.11")])

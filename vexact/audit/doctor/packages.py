@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import platform
+import tomllib
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -12,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from vexact.audit.doctor.result import CheckResult, error, ok, warning
 
 _PACKAGE = "vexact"
+_PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 _SKIPPED_EXTRAS = ("cpu", "dev")  # a pinned development set-up; other versions in range are as good
 
 
@@ -71,14 +75,25 @@ def _requires_python() -> str | None:
     try:
         return str(metadata.metadata(_PACKAGE)["Requires-Python"])
     except metadata.PackageNotFoundError:
-        return None
+        return _checkout().get("requires-python")
 
 
 def _requirements() -> list[str]:
     try:
         return metadata.requires(_PACKAGE) or []
     except metadata.PackageNotFoundError:
-        return []
+        project = _checkout()
+    optional = project.get("optional-dependencies", {}).items()
+    extras = [f'{text}; extra == "{extra}"' for extra, texts in optional for text in texts]
+    return [*project.get("dependencies", []), *extras]
+
+
+def _checkout() -> dict[str, Any]:
+    """The ``[project]`` table beside a package that is imported from its repository; empty elsewhere."""
+    if not _PYPROJECT.is_file():
+        return {}
+    project: dict[str, Any] = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8")).get("project", {})
+    return project if project.get("name") == "vexact" else {}
 
 
 def _extra(requirement: Requirement) -> str | None:
