@@ -38,7 +38,7 @@ def attention(
         raise ValueError("attention: paged metadata needs kv_cache=(k_cache, v_cache)")
     write_kv(k, v, kv_cache, metadata.slot_mapping)
     return backend("attention", q).paged_forward(
-        q.contiguous(),
+        q,
         *kv_cache,
         metadata.cu_seqlens_q,
         metadata.seqused_k,
@@ -51,5 +51,5 @@ def attention(
 
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slot_mapping: Tensor) -> None:
-    """Scatters keys and values (T, Hkv, D) into the pages; a negative slot is skipped."""
-    backend("attention", k).write_kv(k.contiguous(), v.contiguous(), *kv_cache, slot_mapping)
+    """Scatters keys and values (T, Hkv, D) into the pages; a negative slot is skipped. Views are read in place."""
+    backend("attention", k).write_kv(k, v, *kv_cache, slot_mapping)
