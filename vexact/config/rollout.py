@@ -94,5 +94,14 @@ class RolloutSection:
     )
     enable_chunked_prefill: bool = opt(True, "Mix pieces of long prompts with decoding. Never changes results.")
     enable_prefix_caching: bool = opt(True, "Share the pages of equal prefixes. Never changes results.")
+    enforce_eager: bool = opt(
+        False, "Decode without CUDA graphs: slower, less memory. Never changes results. The CPU has no graphs."
+    )
+    cudagraph_capture_sizes: tuple[int, ...] | None = opt(
+        None,
+        "Batch sizes of decode steps that get a CUDA graph, each captured on first use; a step runs in the next larger "
+        "one. A size above max_num_seqs counts as that. null is a ladder from 1 to max_num_seqs.",
+        ge=1,
+    )
     mismatch: Mismatch = section(Mismatch, "Controlled disagreement with the trainer.")
     val_kwargs: ValidationSampling = section(ValidationSampling, "Sampling during validation.")

@@ -146,8 +146,6 @@ UNUSED = (
     Unused(f"{_ACTOR}.data_loader_seed", "there is one seed, trainer.seed"),
     Unused(f"{_ROLLOUT}.full_determinism", "runs are always deterministic"),
     Unused(f"{_ROLLOUT}.mode", "there is one mode"),
-    Unused(f"{_ROLLOUT}.enforce_eager", "this version does not capture graphs"),
-    Unused(f"{_ROLLOUT}.cudagraph_capture_sizes", "this version does not capture graphs"),
     Unused(f"{_ROLLOUT}.free_cache_engine", "the cache stays allocated"),
     Unused(f"{_ROLLOUT}.load_format", "weights come from the trainer"),
     Unused(f"{_ROLLOUT}.disable_log_stats", "statistics are always reported"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -14,6 +15,8 @@ from vexact.ops import stock
 OPS = ("invariant", "stock")
 STOCK_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
 INVARIANT_ATTENTION = ("triton-invariant",)
+
+_replayable: WeakSet[Callable[..., Any]] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,9 @@ class OpSet:
     swiglu: Callable[..., Any]
     embedding: Callable[..., Any]
     attention: Callable[..., Any]
+
+
+OP_NAMES = tuple(field.name for field in fields(OpSet))
 
 
 def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet:
@@ -52,3 +58,22 @@ def set_ops(model: nn.Module, ops: OpSet) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), OpSet):
             module.__dict__["ops"] = ops  # past the setter, which is typed for parameters and submodules
+
+
+def replayable(ops: OpSet) -> bool:
+    """Whether a CUDA graph may stand for every one of the operators: the invariant ones, and those marked.
+
+    Such an operator never waits for the device, and does nothing on the host that has to happen again in every call.
+    """
+    return all(_is_replayable(getattr(ops, name)) for name in OP_NAMES)
+
+
+def mark_replayable(op: Callable[..., Any], *, if_is: Callable[..., Any]) -> Callable[..., Any]:
+    """Declares ``op`` replayable if ``if_is``, the operator it calls, is. Returns ``op``."""
+    if _is_replayable(if_is):
+        _replayable.add(op)
+    return op
+
+
+def _is_replayable(op: Callable[..., Any]) -> bool:
+    return op in _replayable or any(op is getattr(invariant, name) for name in OP_NAMES)

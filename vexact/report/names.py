@@ -68,6 +68,7 @@ METRICS: dict[str, dict[str, str]] = {
         "rollout/prefix_hit_ratio": "Share of prompt tokens whose keys and values were already there.",
         "rollout/decode_tokens_per_s": "Sampled tokens per second of generation.",
         "rollout/num_tokens": "Sampled tokens.",
+        "rollout/graph_ratio": "Share of engine steps that replayed a CUDA graph; prefill never does.",
         "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds).",
         "rollout/<name>": "Further counters of the engine.",
     },

@@ -14,6 +14,7 @@ from vexact.models.decoder import CausalLM
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.batch import Batch, build_batch
 from vexact.rollout.block_manager import BlockManager
+from vexact.rollout.decode_graphs import decode_graphs
 from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.finish import Finisher
 from vexact.rollout.intake import Intake, expand
@@ -99,7 +100,10 @@ class Engine:
             enable_chunked_prefill=config.enable_chunked_prefill,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._runner = ModelRunner(model, num_pages=self.num_pages, page_size=config.page_size, device=device)
+        graphs = decode_graphs(model, config, max_model_len=self.max_model_len, device=device)
+        self._runner = ModelRunner(
+            model, num_pages=self.num_pages, page_size=config.page_size, device=device, graphs=graphs
+        )
         self._intake = Intake(
             self._blocks,
             seed=config.seed,
@@ -124,6 +128,8 @@ class Engine:
         Raises ValueError, naming the value and the knob, for a request that could never run or an id in use.
         """
         self._check_weights()
+        if not self.has_unfinished:
+            self._runner.refresh()
         requests = self._intake.make(prompt_token_ids, sampling_params, request_id)
         for request in requests:
             self._scheduler.add(request)
@@ -250,6 +256,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_prefix_queried=scheduler.num_prefix_queried,
             num_prefix_hits=scheduler.num_prefix_hits,
+            num_replays=self._runner.take_num_replays(),
         )
         self._stats = EngineStats()
         scheduler.reset_counters()

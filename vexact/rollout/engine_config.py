@@ -29,6 +29,8 @@ class EngineConfig:
     max_model_len: int | None = None  # None: the model's max_position_embeddings
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False  # True: decode without CUDA graphs
+    cudagraph_capture_sizes: tuple[int, ...] | None = None  # batch sizes with a graph; None: a ladder to max_num_seqs
     seed: int = 0
     batch_invariant: bool = True  # False: stock torch operators, a deliberate baseline that is not exact
     attn_impl: str = "triton-invariant"
@@ -50,7 +52,15 @@ class EngineConfig:
             raise ValueError(
                 f"num_pages={self.num_pages} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache; set one"
             )
+        self._check_capture_sizes()
         check_mismatch(self.mismatch_mode, self.mismatch_scale)
+
+    def _check_capture_sizes(self) -> None:
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None and (not sizes or any(type(size) is not int or size < 1 for size in sizes)):
+            raise ValueError(
+                f"cudagraph_capture_sizes={sizes!r} must be positive integers; enforce_eager=True turns graphs off"
+            )
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)

@@ -1,7 +1,8 @@
 """Controlled disagreement: makes the rollout, and it alone, compute something slightly different from the trainer.
 
 What frameworks with two engines suffer by accident can be dialled here, so that its effect on training can be studied.
-Every mode keeps runs repeatable. ``scale`` 0 changes nothing in any mode.
+Every mode keeps runs repeatable. ``scale`` 0 changes nothing in any mode. ``softmax_blocks`` decodes without CUDA
+graphs: torch's attention needs the lengths of a batch on the host.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vexact.models.decoder import CausalLM
-from vexact.models.opset import set_ops
+from vexact.models.opset import mark_replayable, set_ops
 from vexact.ops import stock
 
 MODES = ("none", "k_order", "softmax_blocks", "bf16_logits", "noise")
@@ -81,14 +82,14 @@ def _k_order(linear: Linear) -> Linear:
             out = out + bias.float()
         return out.to(out_dtype or x.dtype)
 
-    return reordered
+    return mark_replayable(reordered, if_is=linear)
 
 
 def _head(linear: Linear, change: Callable[[Tensor, Tensor], Tensor]) -> Linear:
     def logits(hidden: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
         return change(linear(hidden, weight, out_dtype=out_dtype), hidden)
 
-    return logits
+    return mark_replayable(logits, if_is=linear)
 
 
 def _rounding(scale: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,17 +1,17 @@
-"""Runs the model on a batch. ``prepare`` moves data, ``execute`` computes: a captured graph replaces the latter."""
+"""Runs the model on a batch. ``prepare`` moves data, ``execute`` computes, or replays a captured computation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vexact.models.decoder import CausalLM
-from vexact.ops.attention.metadata import PagedMetadata
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.batch import Batch
+from vexact.rollout.decode_graphs import DecodeGraphs
+from vexact.rollout.runner_inputs import RunnerInputs
 from vexact.rollout.sampler import StepOutput, sample_tokens, to_host
 from vexact.rollout.staging import StagingBuffer
 
@@ -32,24 +32,21 @@ _STAGED = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RunnerInputs:
-    """One step's inputs on the device."""
-
-    input_ids: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64
-    attention: PagedMetadata
-    sample_rows: Tensor | None  # (S,) int64; None: every row is sampled
-    num_sampled: int
-    sampling: SamplingTensors  # each (S,)
-
-
 class ModelRunner:
     """Owns the KV cache of one model."""
 
-    def __init__(self, model: CausalLM, *, num_pages: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self._model = model
         self._device = device
+        self.graphs = graphs  # None: every step runs eagerly
         self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
         self._staging = StagingBuffer(device) if device.type == "cuda" else None
         self.kv_caches = allocate_kv_caches(model, num_pages=num_pages, page_size=page_size, device=device)
@@ -58,38 +55,52 @@ class ModelRunner:
 
     def prepare(self, batch: Batch) -> RunnerInputs:
         """Batch to device tensors: one copy on CUDA, none on CPU."""
+        if self.graphs is not None and self.on_logits is None and self.on_sampled is None:
+            key = self.graphs.find(batch)
+            if key is not None:
+                return self.graphs.load(batch, key)
         arrays = {name: getattr(batch, name) for name in _STAGED}
         if self._staging is None:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         else:
             tensors = self._staging.upload(arrays)
-        attention = PagedMetadata(
-            cu_seqlens_q=tensors["cu_seqlens_q"],
-            seqused_k=tensors["seqused_k"],
-            block_table=tensors["block_table"],
-            slot_mapping=tensors["slot_mapping"],
+        return RunnerInputs.of(
+            tensors,
             max_seqlen_q=batch.max_seqlen_q,
             max_seqlen_k=batch.max_seqlen_k,
-        )
-        sampling = SamplingTensors(
-            temperature=tensors["temperature"],
-            top_k=tensors["top_k"],
-            top_p=tensors["top_p"],
-            min_p=tensors["min_p"],
-            seed=tensors["seed"],
-            position=tensors["sample_positions"],
-        )
-        rows = None if batch.all_rows_sampled else tensors["sample_rows"]
-        return RunnerInputs(
-            tensors["input_ids"], tensors["positions"], attention, rows, len(batch.sample_rows), sampling
+            num_sampled=len(batch.sample_rows),
+            all_rows_sampled=batch.all_rows_sampled,
         )
 
     @torch.inference_mode()
     def execute(self, inputs: RunnerInputs) -> StepOutput | None:
         """Forward pass, then sampling of the complete sequences; None if the step only filled the cache."""
-        hidden = self._model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)  # (T, H)
-        if not inputs.num_sampled:
-            return None
+        if inputs.graph is not None:
+            assert self.graphs is not None
+            sampled = self.graphs.run(inputs.graph, lambda: self._sampled(inputs, self._hidden(inputs)))
+            return to_host(sampled, inputs.num_sampled)
+        hidden = self._hidden(inputs)
+        return to_host(self._sampled(inputs, hidden)) if inputs.num_sampled else None
+
+    def refresh(self) -> None:
+        """Notice a model whose weights moved to other memory while nothing ran."""
+        if self.graphs is not None:
+            self.graphs.refresh()
+
+    def take_num_replays(self) -> int:
+        """How many steps graphs have run since the last call."""
+        if self.graphs is None:
+            return 0
+        taken, self.graphs.num_replays = self.graphs.num_replays, 0
+        return taken
+
+    def _hidden(self, inputs: RunnerInputs) -> Tensor:
+        """(T, H)."""
+        hidden: Tensor = self._model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        return hidden
+
+    def _sampled(self, inputs: RunnerInputs, hidden: Tensor) -> Tensor:
+        """(3, S) int32, see ``sample_tokens``."""
         if inputs.sample_rows is not None:
             hidden = hidden[inputs.sample_rows]  # (S, H)
         logits = self._model.logits(hidden)  # (S, V)
@@ -98,7 +109,7 @@ class ModelRunner:
         sampled = sample_tokens(logits, inputs.sampling)
         if self.on_sampled is not None:
             sampled = self.on_sampled(logits, inputs.sampling, sampled)
-        return to_host(sampled)
+        return sampled
 
 
 def kv_page_bytes(model: CausalLM, page_size: int) -> int:

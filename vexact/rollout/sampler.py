@@ -31,7 +31,7 @@ def sample_tokens(logits: Tensor, params: SamplingTensors) -> Tensor:
     )
 
 
-def to_host(packed: Tensor) -> StepOutput:
-    """Wait for the device and unpack the result of ``sample_tokens``."""
-    host = packed.cpu().numpy()
+def to_host(packed: Tensor, num_rows: int | None = None) -> StepOutput:
+    """Wait for the device and unpack the first ``num_rows`` rows (default: all) of the result of ``sample_tokens``."""
+    host = packed.cpu().numpy()[:, :num_rows]
     return StepOutput(host[0].astype(np.int64), host[1].view(np.float32), host[2].view(np.float32))

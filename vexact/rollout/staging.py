@@ -11,9 +11,9 @@ _ALIGNMENT = 16  # bytes; keeps every device view aligned for vector loads
 
 
 class StagingBuffer:
-    """Packs numpy arrays into one pinned buffer and hands back device views of one copy of it.
+    """Packs numpy arrays into one pinned buffer and copies that to the device.
 
-    The buffer is reused: an upload first waits until the copy before it has left the buffer. A step that only fills the
+    The buffer is reused: a copy first waits until the one before it has left the buffer. A step that only fills the
     cache has no result the engine would wait for.
     """
 
@@ -26,7 +26,13 @@ class StagingBuffer:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def upload(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Device tensors with the values, shapes and dtypes of ``arrays``."""
+        """New device tensors with the values, shapes and dtypes of ``arrays``."""
+        target = torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=self._device)
+        self.copy(arrays, target)
+        return unpack(target, arrays)
+
+    def copy(self, arrays: Mapping[str, np.ndarray], target: torch.Tensor) -> None:
+        """Overwrites ``target`` (packed_bytes(arrays),) uint8 on the device; ``unpack`` shows the arrays in it."""
         offsets, total = _layout(arrays)
         if self._copied is not None:
             self._copied.synchronize()
@@ -36,13 +42,23 @@ class StagingBuffer:
         for name, array in arrays.items():
             view = host[offsets[name] : offsets[name] + array.nbytes].view(array.dtype)
             view.reshape(array.shape)[...] = array
-        device = self._host[:total].to(self._device, non_blocking=True)
+        target.copy_(self._host[:total], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        return {
-            name: device[offsets[name] : offsets[name] + array.nbytes].view(_torch_dtype(array)).view(array.shape)
-            for name, array in arrays.items()
-        }
+
+
+def packed_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Bytes that ``StagingBuffer.copy`` writes."""
+    return _layout(arrays)[1]
+
+
+def unpack(packed: torch.Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Views of ``packed`` with the names, shapes and dtypes of ``arrays``."""
+    offsets, _ = _layout(arrays)
+    return {
+        name: packed[offsets[name] : offsets[name] + array.nbytes].view(_torch_dtype(array)).view(array.shape)
+        for name, array in arrays.items()
+    }
 
 
 def _layout(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:

@@ -22,7 +22,13 @@ class EngineStats:
         self.execute_seconds += execute_seconds
 
     def metrics(
-        self, *, num_pages: int, num_preemptions: int, num_prefix_queried: int, num_prefix_hits: int
+        self,
+        *,
+        num_pages: int,
+        num_preemptions: int,
+        num_prefix_queried: int,
+        num_prefix_hits: int,
+        num_replays: int,
     ) -> dict[str, float]:
         """Metric names to values; ratios over nothing are 0."""
         host_seconds = self.step_seconds - self.execute_seconds
@@ -32,5 +38,6 @@ class EngineStats:
             "rollout/prefix_hit_ratio": num_prefix_hits / max(1, num_prefix_queried),
             "rollout/decode_tokens_per_s": self.num_tokens / self.step_seconds if self.step_seconds else 0.0,
             "rollout/host_us_per_step": 1e6 * host_seconds / max(1, self.num_steps),
+            "rollout/graph_ratio": num_replays / max(1, self.num_steps),
             "rollout/num_tokens": float(self.num_tokens),
         }

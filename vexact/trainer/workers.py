@@ -116,6 +116,8 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
         max_model_len=config.max_model_len,
         enable_chunked_prefill=rollout.enable_chunked_prefill,
         enable_prefix_caching=rollout.enable_prefix_caching,
+        enforce_eager=rollout.enforce_eager,
+        cudagraph_capture_sizes=rollout.cudagraph_capture_sizes,
         seed=config.rollout_seed,
         batch_invariant=rollout.batch_invariant,
         attn_impl=rollout.attn_impl,
