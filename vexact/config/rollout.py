@@ -95,7 +95,9 @@ class RolloutSection:
     enable_chunked_prefill: bool = opt(True, "Mix pieces of long prompts with decoding. Never changes results.")
     enable_prefix_caching: bool = opt(True, "Share the pages of equal prefixes. Never changes results.")
     enforce_eager: bool = opt(
-        False, "Decode without CUDA graphs: slower, less memory. Never changes results. The CPU has no graphs."
+        False,
+        "Decode without CUDA graphs: slower, less memory. Never changes results. There are none on the CPU, nor with "
+        "torch's operators (batch_invariant=false, mismatch.mode=softmax_blocks, a stock attn_impl).",
     )
     cudagraph_capture_sizes: tuple[int, ...] | None = opt(
         None,
