@@ -17,12 +17,12 @@ def forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: Tensor, min_logit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T, H), (V, H) -> logprobs, lse, entropy, each (T,) fp32."""
-    out = torch.empty(3, hidden.shape[0], dtype=torch.float32)
+    logprobs, lse, entropy = (torch.empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
     for tokens in _chunks(hidden, weight):
         logits = linear_forward(hidden[tokens], weight, None, torch.float32)
         stats = token_logprobs(logits, targets[tokens], inv_temperature[tokens], min_logit[tokens])
-        out[:, tokens] = torch.stack(stats)
-    return out[0], out[1], out[2]
+        logprobs[tokens], lse[tokens], entropy[tokens] = stats
+    return logprobs, lse, entropy
 
 
 def backward(
