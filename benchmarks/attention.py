@@ -4,9 +4,10 @@ python benchmarks/attention.py [--out benchmarks/results/attention_h100.json]
 
 Forward and backward: causal, bf16, 16 query and 8 key/value heads unless the row says otherwise; TFLOP/s count 4
 (backward 10) multiplications and additions per visible score and head dimension. Peers are torch's
-scaled_dot_product_attention with one backend at a time. Decode: one token per sequence over pages of 16, in a CUDA
-graph that rotates among caches so that every key comes from memory; the floor is the bytes a step must move over the
-bandwidth of a large streaming kernel in the same run.
+scaled_dot_product_attention with one backend at a time. Decode: one token per sequence over pages, in a CUDA graph that
+rotates among caches so that every key comes from memory; the floor is the bytes a step must move over the bandwidth of
+a large streaming kernel in the same run. Short steps cannot reach it: "read" is the time of a kernel that only reads as
+many bytes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import triton
+import triton.language as tl
 from attention_cases import (
     QWEN3,
     Heads,
@@ -49,13 +52,36 @@ WHOLE = (  # heads, sequences, length
     (QWEN3, 1, 16384),
     (D64, 2, 8192),
 )
-STEPS = ((8, 1024), (8, 2048), (8, 8192), (32, 4096), (64, 2048), (256, 1024), (1, 32768))
+STEPS = (  # sequences, keys, page size
+    *((b, k, 64) for b, k in ((8, 1024), (8, 2048), (8, 4096), (8, 8192), (32, 4096), (64, 2048), (256, 1024))),
+    (1, 32768, 64),
+    (8, 1024, 16),
+    (8, 8192, 16),
+    (256, 1024, 16),
+)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+
+
+@triton.jit
+def read_kernel(words, sums, count, BLOCK: tl.constexpr):
+    """Nothing but reads of words (count,) int32."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.load(words + offsets, mask=offsets < count, other=0), 0))
+
+
+def read_us(num_bytes: int, copies: int) -> float:
+    """Time to read so many bytes from memory, in a graph that rotates among buffers as the decode rows do."""
+    count, block = num_bytes // 4, 8192
+    buffers = [torch.zeros(count, dtype=torch.int32, device="cuda") for _ in range(copies)]
+    sums = torch.empty(triton.cdiv(count, block), dtype=torch.int32, device="cuda")
+    launch = read_kernel[(len(sums),)]
+    return median_ms([partial(launch, words, sums, count, BLOCK=block) for words in buffers]) * 1e3
 
 
 def event_ms(call: Callable[[], object], calls: int = 5, repeats: int = 5) -> float:
     """Median time of a call in a row of calls, by events; autograd's calls cannot be captured in a graph here."""
-    call()
+    for _ in range(calls):
+        call()
     times = []
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -104,13 +130,15 @@ def measure_whole(heads: Heads, sequences: int, length: int) -> list[dict]:
     return rows
 
 
-def measure_step(batch: int, keys: int, bandwidth: float, page_size: int = 16) -> dict:
+def measure_step(batch: int, keys: int, page_size: int, bandwidth: float) -> dict:
     """One decode step against the memory floor."""
     count = max(2, min(12, (240 << 20) // (batch * keys * 4096)))
     cases = [decode_case(batch, keys, QWEN3, page_size) for _ in range(count)]
     floor = decode_bytes(cases[0]) / bandwidth * 1e6
     us = median_ms([case.run for case in cases]) * 1e3
-    return {"batch": batch, "keys": keys, "page_size": page_size, "us": us, "floor_us": floor, "over_floor": us / floor}
+    del cases[1:]
+    row = {"batch": batch, "keys": keys, "page_size": page_size, "us": us, "floor_us": floor, "over_floor": us / floor}
+    return row | {"read_us": read_us(decode_bytes(cases[0]), count)}
 
 
 def compile_job(job: int) -> None:
@@ -120,7 +148,8 @@ def compile_job(job: int) -> None:
         case = packed_case([length], heads)
         backward_call(case, torch.randn_like(case.run()[0]))()
     else:
-        decode_case(1, STEPS[job - len(WHOLE)][1], QWEN3, 16).run()
+        _, keys, page_size = STEPS[job - len(WHOLE)]
+        decode_case(1, keys, QWEN3, page_size).run()
     torch.cuda.synchronize()
 
 
@@ -137,11 +166,15 @@ def run_table() -> dict:
                 flush=True,
             )
     record["bytes_per_s"] = bandwidth = memory_bandwidth()
-    print(f"memory {bandwidth / 1e12:.2f} TB/s\ndecode: batch x keys      us   floor  ratio")
-    for batch, keys in STEPS:
-        row = measure_step(batch, keys, bandwidth)
+    print(f"memory {bandwidth / 1e12:.2f} TB/s\ndecode: batch x keys  page       us   floor  ratio    read")
+    for step in STEPS:
+        row = measure_step(*step, bandwidth)
         record["decode"].append(row)
-        print(f"{batch:13d} x {keys:6d} {row['us']:8.1f} {row['floor_us']:7.1f} {row['over_floor']:6.2f}", flush=True)
+        print(
+            f"{row['batch']:13d} x {row['keys']:6d} {row['page_size']:4d} {row['us']:8.1f} {row['floor_us']:7.1f} "
+            f"{row['over_floor']:6.2f} {row['read_us']:7.1f}",
+            flush=True,
+        )
     return record
 
 

@@ -21,6 +21,7 @@ from vexact.ops.kernels.attention.launch import (
     BACKWARD_QUERIES,
     DECODE,
     FORWARD,
+    FORWARD_DESCRIBED,
     KEY_BLOCKS,
     MAX_DECODE_ROWS,
     HeadShape,
@@ -42,35 +43,44 @@ _DIMS = ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128
 EVERY = [(dtype, 8, heads, *dims) for dtype in ("bf16", "fp16", "fp32") for heads in (1, 8) for dims in _DIMS]
 
 
-def cases(shapes: list[tuple[str, int, int, int, int]], thorough: bool) -> Iterator[Case]:
+def cases(shapes: list[tuple[str, int, int, int, int]], thorough: bool, arch: int) -> Iterator[Case]:
     """Every kernel for these heads with the configuration the launchers choose."""
     for dtype, heads, kv_heads, dim, value_dim in shapes:
         shape = HeadShape(heads, kv_heads, dim, value_dim, 4 if dtype == "fp32" else 2)
         name = f"{dtype} {heads}/{kv_heads}x{dim}/{value_dim}"
         sizes = {"D": dim, "DV": value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad}
         both = {"NUM_HEADS": heads, "GROUP": shape.group, **sizes}
-        yield from _forward(name, dtype, shape, both, thorough)
+        yield from _forward(name, dtype, shape, both, thorough, described=False)
+        if arch >= 90 and (dim, value_dim) == (shape.dim_pad, shape.value_dim_pad):
+            yield from _forward(name, dtype, shape, both, thorough, described=True)
         yield from _backward(name, dtype, shape, both, thorough)
         write = {"PAGE_SIZE": 16, "KV_HEADS": kv_heads, "ROWS": 16, **sizes}
         yield f"write {name}", kv_write.write_kernel, dtype, write, {"num_warps": 4}
 
 
-def _forward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], thorough: bool) -> Iterator[Case]:
-    blocks, tile, decode = KEY_BLOCKS[shape.key], FORWARD[shape.key], DECODE[shape.key]
-    both = {**both, "BLOCK_N": blocks.block_n}
+def _forward(
+    name: str, dtype: str, shape: HeadShape, both: dict[str, int], thorough: bool, described: bool
+) -> Iterator[Case]:
+    """Forward and decode, keys by pointers or through descriptors."""
+    blocks, decode = KEY_BLOCKS[shape.key], DECODE[shape.key]
+    tile = (FORWARD_DESCRIBED if described else FORWARD)[shape.key]
+    both = {**both, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
+    name = f"{name} {'described' if described else 'pointers'}"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    pages = ((0, 1), (16, shape.group), (256, shape.group)) if thorough else ((0, 1),)
-    for page_size, tile_heads in pages:
+    page_sizes = (256,) if described else (16, 256)
+    for page_size, tile_heads in ((0, 1), *((size, shape.group) for size in page_sizes if thorough)):
         for chunk in (blocks.chunk, 0) if thorough else (blocks.chunk,):
             own = {"PAGE_SIZE": page_size, "TILE_HEADS": tile_heads, "CHUNK": chunk, "BLOCK_M": tile.block_m}
             kind = f"forward pages {page_size} chunk {chunk} {name}"
             yield kind, forward.forward_kernel, dtype, {**both, **own, "CAUSAL": True}, options
-    own = {"PAGE_SIZE": 16, "TILE_HEADS": shape.group, "CHUNK": blocks.chunk, "CAUSAL": True}
+    own = {"PAGE_SIZE": page_sizes[0], "TILE_HEADS": shape.group, "CHUNK": blocks.chunk, "CAUSAL": True}
+    own["OVERLAP"] = described
     options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
     for block_m in (decode.block_m, MAX_DECODE_ROWS) if thorough else (decode.block_m,):
         yield f"chunk m{block_m} {name}", split.chunk_kernel, dtype, {**both, **own, "BLOCK_M": block_m}, options
-    merge = {key: both[key] for key in ("NUM_HEADS", "DV", "DV_PAD")}
-    yield f"merge {name}", split.merge_kernel, dtype, {**merge, "CHUNK": blocks.chunk}, {"num_warps": 4}
+    merge = {key: both[key] for key in ("NUM_HEADS", "DV", "DV_PAD")} | {"OVERLAP": described}
+    options = {"num_warps": 4, "launch_pdl": described}
+    yield f"merge {name}", split.merge_kernel, dtype, {**merge, "CHUNK": blocks.chunk}, options
 
 
 def _backward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], thorough: bool) -> Iterator[Case]:
@@ -87,7 +97,10 @@ def _backward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], tho
             yield f"{kind} causal={causal} {name}", kernel, dtype, {**both, **own}, options
 
 
-def _argument_type(name: str, dtype: str) -> str:
+def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
+    if name in ("k_desc", "v_desc"):
+        dim = constants["D" if name == "k_desc" else "DV"]
+        return f"tensordesc<{dtype}[{constants['BLOCK_N']}, {dim}]>" if constants["DESCRIBED"] else f"*{dtype}"
     if name in _TENSORS:
         return f"*{dtype}"
     if name in _STATISTICS:
@@ -105,7 +118,9 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             continue
-        signature[parameter.name] = _argument_type(parameter.name, dtype)
+        signature[parameter.name] = _argument_type(parameter.name, dtype, constants)
+        if signature[parameter.name].startswith("tensordesc"):
+            continue
         if parameter.name not in BATCH_INTEGERS and signature[parameter.name] != "fp32":
             attributes[(index,)] = _ALIGNED
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -126,7 +141,7 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
 def main() -> None:
     thorough = "--every-shape" in sys.argv
     for arch in (int(argument) for argument in sys.argv[1:] if argument.isdigit()):
-        for case in cases(EVERY if thorough else USUAL[arch], thorough):
+        for case in cases(EVERY if thorough else USUAL[arch], thorough, arch):
             sys.stdout.write(json.dumps(compile_case(case, arch)) + "\n")
 
 

@@ -72,13 +72,13 @@ def _embedding(dtype: str, width: int) -> Iterator[Case]:
     yield f"embedding forward {dtype} {width}", embedding._forward_kernel, types, constants
     types = {
         "dy_ptr": tensor,
-        "ids_ptr": "*i64",
+        "ids_ptr": "*i32",
         "order_ptr": "*i64",
         "out_ptr": tensor,
         "num_tokens": "i32",
         "num_rows": "i32",
     }
-    constants = {**constants, "UNROLL": embedding._UNROLL}
+    constants = {"H": width, **embedding.backward_config(width), "UNROLL": embedding._UNROLL}
     yield f"embedding backward {dtype} {width}", embedding._backward_kernel, types, constants
 
 

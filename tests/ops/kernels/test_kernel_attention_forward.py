@@ -9,6 +9,7 @@ from attention_inputs import DEVICE, SMALL, Batch, cumulative, make_batch, make_
 from vexact.ops.attention.reference import attention_reference
 from vexact.ops.cpu import attention as twin
 from vexact.ops.kernels.attention import packed_forward, paged_forward
+from vexact.ops.kernels.attention.descriptors import row_descriptors
 from vexact.ops.kernels.attention.launch import KeyBlocks, Tile
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 8e-4}
@@ -174,3 +175,38 @@ def test_paged_checks_its_heads() -> None:
     used = torch.ones(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="3 query heads over 2"):
         paged_forward(torch.zeros(1, 3, 32), cache, cache, cumulative([1]), used, table, 1, 1, 1.0, True)
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_descriptors_load_what_pointers_load(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the slots and rows after a sequence are NaN, and where heads are a slice of wider rows."""
+    batch = make_batch([40, 5], [70, 33], heads=(4, 2), dims=(32, 16))
+    wide = [torch.cat([rows, rows * float("nan")], dim=1)[:, :2] for rows in (batch.k, batch.v)]
+    sliced = Batch(batch.q, *wide, batch.q_lens, batch.k_lens)
+    pages = make_pages(batch, page_size)
+
+    def results() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        whole = packed_forward(*sliced.arguments, True, key_blocks=SMALL)
+        return [whole, *(pages.run(batch, split_rows=split_rows) for split_rows in (0, 64))]
+
+    assert row_descriptors(*wide, SMALL.block_n) is not None
+    assert row_descriptors(pages.k_cache, pages.v_cache, SMALL.block_n) is not None
+    described = results()
+    for module in ("packed", "paged"):
+        monkeypatch.setattr(f"vexact.ops.kernels.attention.{module}.row_descriptors", lambda *_: None)
+    for one, other in zip(described, results(), strict=True):
+        assert same_bits(one, other)
+
+
+@pytest.mark.parametrize(
+    "k",
+    [
+        torch.zeros(40, 2, 40),  # a wider box would read the next head
+        torch.zeros(40, 2, 64)[..., :32],  # heads with gaps
+        torch.zeros(3, 8, 2, 32),  # a block of 16 keys is not in one page
+        torch.zeros(0, 2, 32),
+        torch.zeros(40, 66)[:, 1:65].unflatten(1, (2, 32)),  # rows that start off a 16-byte boundary
+    ],
+)
+def test_rows_that_descriptors_cannot_load_go_by_pointers(k: torch.Tensor) -> None:
+    assert row_descriptors(k, k, 16) is None

@@ -36,13 +36,13 @@ def store_rows(
 
 @triton.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table", "skip_up_to"])
 def forward_kernel(
-    q, k, v, out, lse, cu_seqlens_q, kv_lengths, table, c,
+    q, k, v, k_desc, v_desc, out, lse, cu_seqlens_q, kv_lengths, table, c,
     num_sequences, num_tiles, stride_table, skip_up_to,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of query rows.
 
@@ -70,6 +70,7 @@ def forward_kernel(
         k_base += k_start.to(tl.int64) * stride_kt
         v_base += k_start.to(tl.int64) * stride_vt
     else:
+        k_start = 0
         kv_len = tl.load(kv_lengths + sequence)
         table += sequence.to(tl.int64) * stride_table
     position, tile_head, valid = row_coordinates(first, BLOCK_M, BLOCK_Q, TILE_HEADS, q_len)
@@ -77,9 +78,9 @@ def forward_kernel(
     head = first_head + tile_head
     q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
     m, total, acc = walk_keys(
-        q_tile, limit, c, k_base, v_base, table, 0, end, full_end, kv_len,
+        q_tile, limit, c, k_base, v_base, k_desc, v_desc, k_start, first_head // GROUP, table, 0, end, full_end, kv_len,
         stride_kp, stride_kt, stride_vp, stride_vt,
-        BLOCK_M, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+        BLOCK_M, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE, DESCRIBED,
     )  # fmt: skip
     value, lse_value = finish(m, total, acc, c)
     store_rows(out, lse, value, lse_value, q_start + position, head, valid, NUM_HEADS, DV, DV_PAD)

@@ -58,6 +58,9 @@ FORWARD: dict[tuple[int, int], Tile] = {
     (4, 256): Tile(32, 8, 1),
 }
 
+# Where keys and values travel through tensor descriptors.
+FORWARD_DESCRIBED: dict[tuple[int, int], Tile] = FORWARD | {(2, 256): Tile(128, 8, 3)}
+
 # Rows of the decode tile follow the work; these are the warps and stages.
 DECODE: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(16, 4, 3),

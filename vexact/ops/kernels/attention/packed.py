@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from vexact.ops.kernels.attention.backward import keys_kernel, prepare_kernel, queries_kernel
+from vexact.ops.kernels.attention.descriptors import row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
     BACKWARD_KEYS,
     BACKWARD_QUERIES,
     FORWARD,
+    FORWARD_DESCRIBED,
     KEY_BLOCKS,
     KeyBlocks,
     Tile,
@@ -51,8 +53,9 @@ def packed_forward(
         ValueError: see `head_shape` and `exponent_scale`.
     """
     shape = head_shape(q, k, v)
-    tile = tile or FORWARD[shape.key]
     blocks = key_blocks or KEY_BLOCKS[shape.key]
+    descriptors = row_descriptors(k, v, blocks.block_n)
+    tile = tile or (FORWARD_DESCRIBED if descriptors else FORWARD)[shape.key]
     out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
     num_sequences = cu_seqlens_q.shape[0] - 1
@@ -61,13 +64,14 @@ def packed_forward(
     if q.shape[0] == 0 or num_sequences == 0:
         return out, lse
     forward_kernel[(num_tiles * shape.num_heads,)](
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
+        q, k, v, *(descriptors or (k, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
         num_sequences, num_tiles, 0, 0,
         q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
         NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
         BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
         D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
-        PAGE_SIZE=0, CAUSAL=causal, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PAGE_SIZE=0, CAUSAL=causal, DESCRIBED=descriptors is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vexact.ops.kernels.attention.descriptors import row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
     DECODE,
     FORWARD,
+    FORWARD_DESCRIBED,
     KEY_BLOCKS,
     MAX_DECODE_ROWS,
     HeadShape,
@@ -24,6 +27,7 @@ from vexact.ops.kernels.attention.launch import (
     padded,
 )
 from vexact.ops.kernels.attention.split import chunk_kernel, merge_kernel
+from vexact.ops.kernels.linear import capability
 
 
 def paged_forward(
@@ -79,11 +83,11 @@ def paged_forward(
     if split_rows > 0:
         call.run_chunks(split_rows, decode_tile or DECODE[shape.key])
     if max_seqlen_q > split_rows:
-        call.run_tiles(split_rows, tile or FORWARD[shape.key])
+        call.run_tiles(split_rows, tile or (FORWARD_DESCRIBED if call.described else FORWARD)[shape.key])
     return out, lse
 
 
-@dataclass(slots=True)
+@dataclass
 class _Call:
     """The tensors and constants that the two ways of walking chunks share."""
 
@@ -97,6 +101,15 @@ class _Call:
     blocks: KeyBlocks
     scale: float
     causal: bool
+
+    @cached_property
+    def descriptors(self) -> tuple[Any, Any]:
+        """Descriptors of the caches; the caches themselves, as stand-ins, where pages cannot be described."""
+        return row_descriptors(*self.caches, self.blocks.block_n) or self.caches
+
+    @property
+    def described(self) -> bool:
+        return self.descriptors is not self.caches
 
     @property
     def num_sequences(self) -> int:
@@ -114,6 +127,7 @@ class _Call:
             "BLOCK_N": self.blocks.block_n, "D": shape.dim, "DV": shape.value_dim,
             "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
             "PAGE_SIZE": self.caches[0].shape[1], "CAUSAL": self.causal,
+            "DESCRIBED": self.described,
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
 
@@ -122,7 +136,7 @@ class _Call:
         tile_heads = heads_per_tile(self.shape.group, tile.block_m)
         num_tiles = self.q.shape[0] // (tile.block_m // tile_heads) + self.num_sequences
         forward_kernel[(num_tiles * (self.shape.num_heads // tile_heads),)](
-            self.q, *self.caches, self.out, self.lse, *self.lengths, self.scale,
+            self.q, *self.caches, *self.descriptors, self.out, self.lse, *self.lengths, self.scale,
             self.num_sequences, num_tiles, self.lengths[2].stride(0), skip_up_to, *self.strides,
             BLOCK_M=tile.block_m, CHUNK=chunk_to_merge(self.blocks, self.max_seqlen_k),
             **self.constants(tile, tile_heads),
@@ -136,13 +150,16 @@ class _Call:
         parts = (self.num_sequences * num_chunks * max_rows if num_chunks > 1 else 0, shape.num_heads)
         part_acc = self.lse.new_empty((*parts, shape.value_dim))
         part_ml = self.lse.new_empty((*parts, 2))
+        overlap = self.q.is_cuda and capability(self.q.device)[0] >= 9  # two kernels in flight, one waiting
         chunk_kernel[(num_chunks * self.num_sequences * (shape.num_heads // tile_heads),)](
-            self.q, *self.caches, self.out, self.lse, part_acc, part_ml, *self.lengths, self.scale,
+            self.q, *self.caches, *self.descriptors, self.out, self.lse, part_acc, part_ml, *self.lengths, self.scale,
             self.num_sequences, num_chunks, self.lengths[2].stride(0), max_rows, *self.strides,
-            BLOCK_M=max(tile.block_m, padded(max_rows * tile_heads)), CHUNK=chunk, **self.constants(tile, tile_heads),
+            BLOCK_M=max(tile.block_m, padded(max_rows * tile_heads)), CHUNK=chunk,
+            OVERLAP=overlap, **self.constants(tile, tile_heads),
         )  # fmt: skip
         if num_chunks > 1:
             merge_kernel[(self.num_sequences * max_rows * shape.num_heads,)](
                 self.out, self.lse, part_acc, part_ml, *self.lengths[:2], self.scale, num_chunks, max_rows,
-                NUM_HEADS=shape.num_heads, CHUNK=chunk, DV=shape.value_dim, DV_PAD=shape.value_dim_pad, num_warps=4,
+                NUM_HEADS=shape.num_heads, CHUNK=chunk, DV=shape.value_dim, DV_PAD=shape.value_dim_pad,
+                OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
             )  # fmt: skip

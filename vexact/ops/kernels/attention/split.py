@@ -6,6 +6,7 @@ one tile. A sequence that fits one chunk is finished by its only program and the
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vexact.ops.kernels.attention.forward import load_queries, store_rows
 from vexact.ops.kernels.attention.rows import key_limits, row_coordinates
@@ -17,13 +18,13 @@ CHUNKS_IN_FLIGHT = tl.constexpr(8)
 
 @triton.jit(do_not_specialize=["num_sequences", "num_chunks", "stride_table", "max_rows"])
 def chunk_kernel(
-    q, k, v, out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, table, c,
+    q, k, v, k_desc, v_desc, out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, table, c,
     num_sequences, num_chunks, stride_table, max_rows,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The state of one chunk of keys for all rows of one sequence and one key/value head.
 
@@ -50,11 +51,13 @@ def chunk_kernel(
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
     m, total, acc = walk_keys(
-        q_tile, limit, c, k + kv_head * stride_kh, v + kv_head * stride_vh,
+        q_tile, limit, c, k + kv_head * stride_kh, v + kv_head * stride_vh, k_desc, v_desc, 0, first_head // GROUP,
         table + sequence.to(tl.int64) * stride_table,
         begin, tl.minimum(begin + CHUNK, end), full_end, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
-        BLOCK_M, BLOCK_N, 0, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+        BLOCK_M, BLOCK_N, 0, D, DV, D_PAD, DV_PAD, PAGE_SIZE, DESCRIBED,
     )  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()  # the merge kernel may start; it waits for this one to end before it reads states
     if kv_len <= CHUNK:
         value, lse_value = finish(m, total, acc, c)
         store_rows(out, lse, value, lse_value, row, head, valid, NUM_HEADS, DV, DV_PAD)
@@ -71,7 +74,7 @@ def chunk_kernel(
 @triton.jit(do_not_specialize=["num_chunks", "max_rows"])
 def merge_kernel(
     out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, c, num_chunks, max_rows,
-    NUM_HEADS: tl.constexpr, CHUNK: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    NUM_HEADS: tl.constexpr, CHUNK: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunk states of one query row, first chunk first. A chunk past the end reads as an empty state: a
     no-op."""
@@ -92,6 +95,8 @@ def merge_kernel(
     m = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, DV_PAD), tl.float32)
+    if OVERLAP:
+        gdc_wait()
     for chunk in tl.range(0, used_chunks, CHUNKS_IN_FLIGHT):
         for ahead in tl.static_range(CHUNKS_IN_FLIGHT):
             flat = first_part + (chunk + ahead) * stride_chunk + one

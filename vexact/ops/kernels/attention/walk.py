@@ -80,20 +80,34 @@ def load_keys(
 
 
 @triton.jit
+def described_row(page, first_row, start, PAGE_SIZE: tl.constexpr):
+    """Row of a block of keys in the view (rows, heads * D) that descriptors have of packed rows or of a cache."""
+    if PAGE_SIZE == 0:
+        row = first_row + start
+    else:
+        row = page * PAGE_SIZE + start % PAGE_SIZE
+    return row
+
+
+@triton.jit
 def fold_block(
-    q, ones, limit, m, total, acc, c, k_base, v_base, table, page, start, kv_len,
+    q, ones, limit, m, total, acc, c, k_base, v_base, k_desc, v_desc, first_row, kv_head, table, page, start, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Load one block, fold it into the state and read the page numbers of the next; row r sees the keys below limit[r].
 
     Page numbers come one block ahead so that the pipeline of key and value loads never waits for one.
     """
-    k, v = load_keys(
-        k_base, v_base, page, start, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
-        BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED,
-    )  # fmt: skip
+    if DESCRIBED:
+        row = described_row(page, first_row, start, PAGE_SIZE)
+        k, v = k_desc.load([row, kv_head * D]), v_desc.load([row, kv_head * DV])
+    else:
+        k, v = load_keys(
+            k_base, v_base, page, start, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+            BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED,
+        )  # fmt: skip
     page = page_numbers(table, start + BLOCK_N, kv_len, BLOCK_N, PAGE_SIZE)
     visible = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
     m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED)
@@ -102,17 +116,18 @@ def fold_block(
 
 @triton.jit
 def walk_visible(
-    q, ones, limit, m, total, acc, c, k_base, v_base, table, begin, end, kv_len,
+    q, ones, limit, m, total, acc, c, k_base, v_base, k_desc, v_desc, first_row, kv_head, table, begin, end, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Fold the blocks in [begin, end), all of one chunk and visible to every row, into its state."""
     page = page_numbers(table, begin, kv_len, BLOCK_N, PAGE_SIZE)
     for start in tl.range(begin, end, BLOCK_N):
         m, total, acc, page = fold_block(
-            q, ones, limit, m, total, acc, c, k_base, v_base, table, page, start, kv_len,
-            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, False,
+            q, ones, limit, m, total, acc, c, k_base, v_base, k_desc, v_desc, first_row, kv_head, table, page, start,
+            kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+            BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, False, DESCRIBED,
         )  # fmt: skip
     return m, total, acc
 
@@ -120,10 +135,11 @@ def walk_visible(
 @triton.jit
 def walk_keys(
     q, limit, c,
-    k_base, v_base, table, begin, end, full_end, kv_len,
+    k_base, v_base, k_desc, v_desc, first_row, kv_head, table, begin, end, full_end, kv_len,
     stride_kp, stride_kt, stride_vp, stride_vt,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """The state of the keys in [begin, end), its total as (BLOCK_M,), chunks merged in order.
 
@@ -140,14 +156,15 @@ def walk_keys(
             m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, tl.max(total, 1), acc, c)
             m, total, acc = empty_state(BLOCK_M, DV_PAD)
             m, total, acc = walk_visible(
-                q, ones, limit, m, total, acc, c, k_base, v_base, table,
-                first, tl.minimum(first + CHUNK, middle), kv_len,
-                stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+                q, ones, limit, m, total, acc, c, k_base, v_base, k_desc, v_desc, first_row, kv_head, table,
+                first, tl.minimum(first + CHUNK, middle), kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+                BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, DESCRIBED,
             )  # fmt: skip
     else:
         m, total, acc = walk_visible(
-            q, ones, limit, m, total, acc, c, k_base, v_base, table, begin, middle, kv_len,
-            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE,
+            q, ones, limit, m, total, acc, c, k_base, v_base, k_desc, v_desc, first_row, kv_head, table,
+            begin, middle, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+            BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, DESCRIBED,
         )  # fmt: skip
     page = page_numbers(table, middle, kv_len, BLOCK_N, PAGE_SIZE)
     for start in tl.range(middle, end, BLOCK_N):
@@ -156,8 +173,9 @@ def walk_keys(
                 m_run, total_run, acc_run = merge_states(m_run, total_run, acc_run, m, tl.max(total, 1), acc, c)
                 m, total, acc = empty_state(BLOCK_M, DV_PAD)
         m, total, acc, page = fold_block(
-            q, ones, limit, m, total, acc, c, k_base, v_base, table, page, start, kv_len,
-            stride_kp, stride_kt, stride_vp, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, True,
+            q, ones, limit, m, total, acc, c, k_base, v_base, k_desc, v_desc, first_row, kv_head, table, page, start,
+            kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+            BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, True, False,
         )  # fmt: skip
     row_total = tl.max(total, 1)
     if CHUNK > 0:

@@ -1,0 +1,41 @@
+"""Tensor descriptors of keys and values: blocks of rows travel through the tensor memory accelerator of sm_90."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vexact.ops.kernels.linear import capability
+
+Descriptors = tuple[TensorDescriptor, TensorDescriptor]
+
+
+def row_descriptors(k: Tensor, v: Tensor, block_n: int) -> Descriptors | None:
+    """Descriptors that load ``block_n`` rows of one head, or None where pointers have to do.
+
+    Args:
+        k: (Tk, Hkv, D) or (num_pages, page_size, Hkv, D). v: likewise with Dv.
+
+    A block of keys must lie in one page, head dimensions must be powers of two (a wider box would read the next head),
+    and rows must be at most a constant number of aligned bytes apart.
+    """
+    if capability(k.device)[0] < 9 or (k.dim() == 4 and k.shape[1] % block_n):
+        return None
+    if not (_describable(k) and _describable(v)):
+        return None
+    return _descriptor(k, block_n), _descriptor(v, block_n)
+
+
+def _describable(rows: Tensor) -> bool:
+    heads, dim = rows.shape[-2:]
+    head_stride, row_stride = rows.stride(-2), rows.stride(-3)
+    dense = (head_stride == dim or heads == 1) and row_stride >= heads * dim and rows.shape[0] > 0
+    pages_follow = rows.dim() == 3 or rows.stride(0) == rows.shape[1] * row_stride
+    aligned = row_stride * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
+    return dense and pages_follow and aligned and dim >= 16 and dim & (dim - 1) == 0
+
+
+def _descriptor(rows: Tensor, block_n: int) -> TensorDescriptor:
+    heads, dim = rows.shape[-2:]
+    count = rows.shape[:-2].numel()
+    return TensorDescriptor(rows, [count, heads * dim], [rows.stride(-3), 1], [block_n, dim])
