@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Rows in flight while one vocabulary row is summed. They are added one by one, so this does not decide bits.
-_UNROLL = 8
+_UNROLL = 32
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -66,6 +68,12 @@ def launch_config(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
+def backward_config(width: int) -> dict[str, int]:
+    """The same for the gradient: narrow programs, so that many rows of a frequent token are in flight."""
+    block = min(512, triton.next_power_of_2(width))
+    return {"BLOCK": block, "num_warps": max(1, block // 128)}
+
+
 def forward(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of ``weight`` (V, H) at ``ids`` (T,) -> (T, H); an id outside [0, V) gives a row of NaN."""
     width = weight.shape[1]
@@ -76,6 +84,35 @@ def forward(ids: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def _sort_beside_zeros(ids: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill ``out`` with zeros, and meanwhile sort ``ids``: (ascending ids int32, token of each).
+
+    The fill is bound by memory and the sort by latency, so they overlap; the sort has a stream of higher priority,
+    or it would wait for a free multiprocessor. Its results may be used, and freed, on the stream of the caller: what
+    runs next on the second stream waits for the caller's first.
+    """
+
+    def sort() -> tuple[Tensor, Tensor]:
+        # An id outside the vocabulary stays outside when it is narrowed.
+        return torch.sort(ids.clamp(-1, out.shape[0]).to(torch.int32), stable=True)
+
+    if not out.is_cuda:
+        out.zero_()
+        return sort()
+    main, beside = torch.cuda.current_stream(out.device), _second_stream(out.device)
+    beside.wait_stream(main)
+    with torch.cuda.stream(beside):
+        result = sort()
+    out.zero_()
+    main.wait_stream(beside)
+    return result
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     """Gradient (V, H) of the table: per row the fp32 sum of its tokens' ``dy`` in token order, rounded once.
 
@@ -83,11 +120,11 @@ def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
         dy: (T, H) contiguous. ids: (T,). num_rows: V. Ids outside [0, V) contribute nothing.
     """
     num_tokens, width = dy.shape
-    out = torch.zeros((num_rows, width), dtype=dy.dtype, device=dy.device)
+    out = torch.empty((num_rows, width), dtype=dy.dtype, device=dy.device)
     if num_tokens == 0:
-        return out
-    sorted_ids, order = torch.sort(ids, stable=True)
-    config = launch_config(width)
+        return out.zero_()
+    sorted_ids, order = _sort_beside_zeros(ids, out)
+    config = backward_config(width)
     grid = (num_tokens, triton.cdiv(width, config["BLOCK"]))
     _backward_kernel[grid](
         dy,
