@@ -9,6 +9,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from vexact.rollout import SamplingParams
+from vexact.rollout.engine_config import EngineConfig
 
 _MOST_PER_ROUND = 16  # logits of one round are kept on the device: 16 x 64 tokens x 152 k x 4 bytes are 0.6 GB
 _LEAST_ROUNDS = 4  # every round has other engine settings
@@ -148,7 +149,7 @@ class _GpuEngines(_CpuEngines):
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__(rng)
-        self._page_sizes = cycle([16, rng.choice([1, 3, 8, 64])])
+        self._page_sizes = cycle([EngineConfig().page_size, rng.choice([1, 3, 8, 16])])
 
     def page_size(self) -> int:
         return next(self._page_sizes)
