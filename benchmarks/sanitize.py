@@ -1,0 +1,155 @@
+"""Every kernel once on small inputs of odd sizes, for compute-sanitizer to watch.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python benchmarks/sanitize.py
+
+Without the caching allocator every tensor is an allocation of its own, so that one element too far is seen. Results
+must also be finite. `--processes 16` compiles the kernels first, outside of the sanitizer's slow process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from vexact import ops
+from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
+
+BF16, FP32 = torch.bfloat16, torch.float32
+Case = tuple[str, Callable[[], list[Tensor]]]  # name, run: returns what must be finite
+
+
+def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
+
+
+def with_gradients(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The outputs and the gradients of their sum."""
+    total = sum(out.float().sum() for out in outputs)
+    return [*outputs, *torch.autograd.grad(total, inputs)]
+
+
+def linear(rows: int, n: int, k: int, dtype: torch.dtype) -> list[Tensor]:
+    x, weight, bias = draw(rows, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, dtype=dtype)
+    return with_gradients((ops.linear(x, weight, bias),), (x, weight, bias))
+
+
+def packed(heads: tuple[int, int], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    lengths = [70, 0, 1, 129]
+    q, k, v = (draw(sum(lengths), count, dim, dtype=dtype) for count in (heads[0], heads[1], heads[1]))
+    out = ops.attention(q, k, v, PackedMetadata.from_lengths(lengths, "cuda"), dim**-0.5)
+    return with_gradients((out,), (q, k, v))
+
+
+@torch.no_grad()
+def paged(page_size: int, new: list[int], old: list[int], dim: int) -> list[Tensor]:
+    """New tokens behind ``old`` keys; the last token of the batch is padding that no slot takes."""
+    used = [a + b for a, b in zip(new, old, strict=True)]
+    pages = [-(-keys // page_size) for keys in used]
+    table = torch.full((len(new), max(pages)), -1, dtype=torch.int32)
+    free = iter(torch.randperm(sum(pages)).tolist())
+    for row, count in zip(table, pages, strict=True):
+        row[:count] = torch.tensor([next(free) for _ in range(count)], dtype=torch.int32)
+    caches = tuple(torch.zeros(sum(pages), page_size, 2, dim, device="cuda", dtype=BF16) for _ in range(2))
+    slots = [
+        int(row[p // page_size]) * page_size + p % page_size
+        for row, keys, count in zip(table, used, new, strict=True)
+        for p in range(keys - count, keys)
+    ]
+    metadata = PagedMetadata(
+        cu_seqlens_q=torch.tensor([0, *new]).cumsum(0).to("cuda", torch.int32),
+        seqused_k=torch.tensor(used, dtype=torch.int32, device="cuda"),
+        block_table=table.cuda(),
+        slot_mapping=torch.tensor([*slots, -1], device="cuda"),
+        max_seqlen_q=max(new),
+        max_seqlen_k=max(used),
+    )
+    q, k, v = (draw(sum(new) + 1, heads, dim).detach() for heads in (4, 2, 2))
+    return [ops.attention(q, k, v, metadata, dim**-0.5, caches)[: sum(new)]]
+
+
+def rowwise(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    x, y, weight = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype), draw(width, dtype=dtype)
+    results = with_gradients((ops.rms_norm(x, weight, 1e-6),), (x, weight))
+    results += with_gradients(ops.add_rms_norm(x, y, weight, 1e-6), (x, y, weight))
+    gate_up = draw(rows, 2 * width, dtype=dtype)
+    results += with_gradients((ops.swiglu(gate_up),), (gate_up,))
+    q, k = draw(rows, 3, 40, dtype=dtype), draw(rows, 1, 40, dtype=dtype)
+    table = torch.randn(rows, 40, device="cuda")
+    results += with_gradients(ops.rope(q, k, torch.arange(rows, device="cuda"), table), (q, k))
+    ids, embeddings = torch.randint(0, 50, (rows,), device="cuda"), draw(50, width, dtype=dtype)
+    return results + with_gradients((ops.embedding(ids, embeddings),), (embeddings,))
+
+
+def cross_entropy(tokens: int, size: int, vocabulary: int, dtype: torch.dtype) -> list[Tensor]:
+    hidden, weight = draw(tokens, size, dtype=dtype), draw(vocabulary, size, dtype=dtype)
+    targets = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    results = with_gradients(tuple(ops.linear_cross_entropy(hidden, weight, targets, 0.7)), (hidden, weight))
+    one = ops.linear_cross_entropy_one_pass(
+        hidden.detach(), weight.detach(), targets, lambda logprobs, _: -torch.ones_like(logprobs), 0.7
+    )
+    return [*results, *one]
+
+
+@torch.no_grad()
+def sampling(rows: int, vocabulary: int) -> list[Tensor]:
+    logits = torch.randn(rows, vocabulary, device="cuda")
+    temperature = torch.linspace(0, 1.5, rows, device="cuda")
+    row = torch.arange(rows, device="cuda")
+    params = ops.SamplingTensors(
+        temperature, (row % 3 * 5).int(), 1 - row % 2 * 0.2, row % 4 * 0.01, row * 7919, row + 3
+    )
+    return [ops.sample(logits, params).logprobs]
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (BF16, FP32):
+        for rows, n, k in ((1, 73, 50), (37, 96, 72), (300, 264, 136)):
+            yield f"linear {rows} {n} {k} {dtype}", lambda r=rows, n=n, k=k, d=dtype: linear(r, n, k, d)
+        for heads, dim in (((4, 2), 64), ((3, 1), 40), ((2, 2), 128)):
+            yield f"packed {heads} {dim} {dtype}", lambda h=heads, d=dim, t=dtype: packed(h, d, t)
+        yield f"rowwise {dtype}", lambda d=dtype: rowwise(37, 200, d)
+        for tokens, vocabulary in ((5, 73), (130, 1009)):
+            yield (
+                f"cross-entropy {vocabulary} {dtype}",
+                lambda t=tokens, v=vocabulary, d=dtype: cross_entropy(t, 136, v, d),
+            )
+    for page_size in (7, 16, 64):
+        for new, old in (([1, 1, 1], [0, 64, 2200]), ([3, 70, 1], [5, 0, 130])):
+            yield f"pages of {page_size} {new}", lambda p=page_size, n=new, o=old: paged(p, n, o, 64)
+    yield "sampling", lambda: sampling(9, 1009)
+
+
+def run_case(index: int) -> None:
+    torch.manual_seed(index)
+    name, run = list(cases())[index]
+    bad = [tuple(t.shape) for t in run() if not bool(t.isfinite().all())]
+    torch.cuda.synchronize()
+    if bad:
+        raise RuntimeError(f"{name}: results of shape {bad} are not finite")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=0, help="only compile, in so many processes")
+    args = parser.parse_args()
+    everything = range(len(list(cases())))
+    if args.processes:
+        with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+            list(pool.map(run_case, everything))
+        return
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+        sys.stderr.write("note: without PYTORCH_NO_CUDA_MEMORY_CACHING=1 neighbours in the cache hide small errors\n")
+    for index in everything:
+        run_case(index)
+    print(f"{len(everything)} cases ran, all results finite")
+
+
+if __name__ == "__main__":
+    main()
