@@ -175,8 +175,8 @@ def test_the_workload_crosses_edges_shares_prefixes_and_varies_the_engine():
     assert shared > 20
     assert len({tuple(sorted(one.engine.items())) for one in drawn}) == len(drawn) == 4
     page_sizes = [one.engine["page_size"] for one in drawn]
-    assert page_sizes[0::2] == [16, 16], "every page size costs a GPU half a minute of compilation"
-    assert page_sizes[1] == page_sizes[3] != 16
+    assert page_sizes[0::2] == [64, 64], "every page size costs a GPU half a minute of compilation"
+    assert page_sizes[1] == page_sizes[3] != 64
     params = [param for one in drawn for param in one.params]
     assert len({param.temperature for param in params}) == 4
     assert {param.top_k > 0 for param in params} == {param.top_p < 1 for param in params} == {True, False}

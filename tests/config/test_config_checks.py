@@ -43,7 +43,7 @@ def base(tmp_path: Path) -> list[str]:
             "is less than data.max_prompt_length + data.max_response_length = 512 + 512 = 1024",
         ),
         ([f"{ACTOR}.ppo_max_token_len_per_gpu=1000"], "cannot hold one sequence of 1024 tokens"),
-        ([f"{ROLLOUT}.num_pages=63"], "set it to at least 64"),
+        ([f"{ROLLOUT}.num_pages=15"], "set it to at least 16"),
         ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
         ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),
         ([f"{ROLLOUT}.dtype=bf16"], "differ, so no log-probability can agree"),
