@@ -78,7 +78,7 @@ def _embedding(dtype: str, width: int) -> Iterator[Case]:
         "num_tokens": "i32",
         "num_rows": "i32",
     }
-    constants = {"H": width, **embedding.backward_config(width), "UNROLL": embedding._UNROLL}
+    constants = {"H": width, **embedding.backward_config(width), "SINGLE": embedding._SINGLE, "TILE": embedding._TILE}
     yield f"embedding backward {dtype} {width}", embedding._backward_kernel, types, constants
 
 

@@ -1,4 +1,4 @@
-"""Token embedding in Triton: a gather, and a gradient that adds each row's tokens in order, without atomics."""
+"""Token embedding in Triton: a gather, and a gradient that adds each row's tokens in a fixed order, without atomics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows in flight while one vocabulary row is summed. They are added one by one, so this does not decide bits.
-_UNROLL = 32
+# The first rows of a vocabulary entry are added one by one, further ones in tiles whose rows are in flight at once: the
+# most frequent tokens of a batch occur a thousand times. Both numbers decide bits.
+_SINGLE = 4
+_TILE = 32
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -41,25 +43,33 @@ def _backward_kernel(
     num_rows,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
+    SINGLE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     first = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = columns < H
-    row = tl.load(ids_ptr + first).to(tl.int64)
-    previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    row = tl.load(ids_ptr + first)
+    previous = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
     # One program per distinct id does the work: the one at the start of the id's run.
     if (row != previous) & (row >= 0) & (row < num_rows):
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        index = first
-        while tl.load(ids_ptr + index, mask=index < num_tokens, other=-1) == row:
-            for step in tl.static_range(UNROLL):
-                here = index + step
-                same = tl.load(ids_ptr + here, mask=here < num_tokens, other=-1) == row
-                token = tl.load(order_ptr + here, mask=same, other=0).to(tl.int64)
-                total += tl.load(dy_ptr + token * H + columns, mask=in_row & same, other=0.0).to(tl.float32)
-            index += UNROLL
-        tl.store(out_ptr + row * H + columns, total.to(out_ptr.dtype.element_ty), mask=in_row)
+        for step in tl.static_range(SINGLE):
+            here = first + step
+            same = tl.load(ids_ptr + here, mask=here < num_tokens, other=-1) == row
+            token = tl.load(order_ptr + here, mask=same, other=0)
+            total += tl.load(dy_ptr + token * H + columns, mask=in_row & same, other=0.0).to(tl.float32)
+        places = first + SINGLE + tl.arange(0, TILE)
+        more = tl.load(ids_ptr + first + SINGLE, mask=first + SINGLE < num_tokens, other=-1) == row
+        while more:
+            in_run = tl.load(ids_ptr + places, mask=places < num_tokens, other=-1) == row
+            tokens = tl.load(order_ptr + places, mask=places < num_tokens, other=0)
+            mask = in_run[:, None] & in_row[None, :]
+            tile = tl.load(dy_ptr + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0)
+            total += tl.sum(tile.to(tl.float32), 0)
+            more = tl.sum(in_run.to(tl.int32), 0) == TILE
+            places += TILE
+        tl.store(out_ptr + row.to(tl.int64) * H + columns, total.to(out_ptr.dtype.element_ty), mask=in_row)
 
 
 def launch_config(width: int) -> dict[str, int]:
@@ -114,7 +124,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """Gradient (V, H) of the table: per row the fp32 sum of its tokens' ``dy`` in token order, rounded once.
+    """Gradient (V, H) of the table: per row the fp32 sum of its tokens' ``dy`` in a fixed order, rounded once.
 
     Args:
         dy: (T, H) contiguous. ids: (T,). num_rows: V. Ids outside [0, V) contribute nothing.
@@ -134,7 +144,8 @@ def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
         num_tokens,
         num_rows,
         H=width,
-        UNROLL=_UNROLL,
+        SINGLE=_SINGLE,
+        TILE=_TILE,
         **config,
         enable_fp_fusion=False,
     )
