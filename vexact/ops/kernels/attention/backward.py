@@ -14,8 +14,8 @@ on every run.
 import triton
 import triton.language as tl
 
+from vexact.ops.kernels.attention.keys import load_tile
 from vexact.ops.kernels.attention.rows import find_sequence
-from vexact.ops.kernels.attention.walk import load_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

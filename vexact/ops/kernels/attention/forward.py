@@ -7,9 +7,10 @@ table.
 import triton
 import triton.language as tl
 
+from vexact.ops.kernels.attention.keys import Keys, load_tile
 from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates
 from vexact.ops.kernels.attention.step import finish
-from vexact.ops.kernels.attention.walk import load_tile, walk_keys
+from vexact.ops.kernels.attention.walk import walk_keys
 
 
 @triton.jit
@@ -47,6 +48,7 @@ def forward_kernel(
     """Attention of one tile of query rows.
 
     q (T, NUM_HEADS, D); k (Tk, Hkv, D) and v (Tk, Hkv, DV), or with PAGE_SIZE > 0 (pages, PAGE_SIZE, Hkv, ...);
+    k_desc and v_desc: the same as (rows, Hkv * ...), read only if DESCRIBED;
     kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if
     paged; out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are
     left alone. CHUNK 0: no sequence has more than one chunk. The heaviest tiles of a causal sequence start first.
@@ -77,9 +79,12 @@ def forward_kernel(
     limit, end, full_end = key_limits(position, valid, first, q_len, kv_len, BLOCK_Q, BLOCK_N, CAUSAL)
     head = first_head + tile_head
     q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
-    m, total, acc = walk_keys(
-        q_tile, limit, c, k_base, v_base, k_desc, v_desc, k_start, first_head // GROUP, table, 0, end, full_end, kv_len,
+    keys = Keys(
+        k_base, v_base, k_desc, v_desc, k_start, first_head // GROUP, table, kv_len,
         stride_kp, stride_kt, stride_vp, stride_vt,
+    )  # fmt: skip
+    m, total, acc = walk_keys(
+        q_tile, limit, c, keys, 0, end, full_end,
         BLOCK_M, BLOCK_N, CHUNK, D, DV, D_PAD, DV_PAD, PAGE_SIZE, DESCRIBED,
     )  # fmt: skip
     value, lse_value = finish(m, total, acc, c)

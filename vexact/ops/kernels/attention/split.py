@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vexact.ops.kernels.attention.forward import load_queries, store_rows
+from vexact.ops.kernels.attention.keys import Keys
 from vexact.ops.kernels.attention.rows import key_limits, row_coordinates
 from vexact.ops.kernels.attention.step import finish, merge_states
 from vexact.ops.kernels.attention.walk import walk_keys
@@ -50,10 +51,12 @@ def chunk_kernel(
     row = q_start + position
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
+    keys = Keys(
+        k + kv_head * stride_kh, v + kv_head * stride_vh, k_desc, v_desc, 0, first_head // GROUP,
+        table + sequence.to(tl.int64) * stride_table, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+    )  # fmt: skip
     m, total, acc = walk_keys(
-        q_tile, limit, c, k + kv_head * stride_kh, v + kv_head * stride_vh, k_desc, v_desc, 0, first_head // GROUP,
-        table + sequence.to(tl.int64) * stride_table,
-        begin, tl.minimum(begin + CHUNK, end), full_end, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
+        q_tile, limit, c, keys, begin, tl.minimum(begin + CHUNK, end), full_end,
         BLOCK_M, BLOCK_N, 0, D, DV, D_PAD, DV_PAD, PAGE_SIZE, DESCRIBED,
     )  # fmt: skip
     if OVERLAP:
