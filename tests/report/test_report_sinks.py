@@ -100,6 +100,15 @@ def test_plain_rows_align_and_show_the_mismatch(tmp_path):
     assert "\x1b" not in text.getvalue()
 
 
+def test_the_remaining_time_forgets_the_first_step(tmp_path, monkeypatch):
+    clock = iter([0.0, 60.0, 62.0, 64.0])  # the start, then the end of each step
+    monkeypatch.setattr("vexact.report.console.monotonic", lambda: next(clock))
+    sink, text = plain_console(RunInfo(tmp_path, total_steps=13))
+    for step in (1, 2, 3):
+        sink.step(StepStats(step, ROW))
+    assert [line.split()[-1] for line in text.getvalue().splitlines()[1:]] == ["0:12:00", "0:00:22", "0:00:20"]
+
+
 def test_header_is_repeated(tmp_path):
     sink, text = plain_console(RunInfo(tmp_path))
     for step in range(1, 2 * HEADER_EVERY + 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from vexact.report.sink import RunInfo, Sink
 from vexact.types import StepStats
 
 HEADER_EVERY = 20
+ETA_STEPS = 20  # the remaining time follows the mean of so many steps
 Metrics = dict[str, float]
 
 
@@ -66,6 +68,7 @@ class ConsoleSink(Sink):
         self._total, self._first = run.total_steps, run.first_step
         self._num_rows = 0
         self._started = monotonic()  # of the first stage, once there is one
+        self._ends: deque[float] = deque(maxlen=ETA_STEPS + 1)  # of the latest steps
         self._has_stage = False
         self._progress: Progress | None = None
 
@@ -126,9 +129,12 @@ class ConsoleSink(Sink):
     def _eta(self, step: int) -> str:
         if self._total is None:
             return "-"
-        done = step - self._first + 1
-        seconds = (monotonic() - self._started) / done * max(0, self._total - step)
-        return str(timedelta(seconds=round(seconds)))
+        self._ends.append(monotonic())
+        if len(self._ends) > 1:  # kernels compile in the first step, so it says little about the others
+            per_step = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        else:
+            per_step = self._ends[0] - self._started
+        return str(timedelta(seconds=round(per_step * max(0, self._total - step))))
 
     def _bar(self) -> Progress:
         if self._progress is None:
