@@ -88,6 +88,8 @@ def merge_kernel(
     q_start = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - q_start
     kv_len = tl.load(kv_lengths + sequence)
+    if OVERLAP:
+        gdc_wait()  # every program, also those without work: whoever waits for this kernel waits for the states, too
     if (position >= q_len) | (q_len > max_rows) | (kv_len <= CHUNK):
         return
     offs_dv = tl.arange(0, DV_PAD)[None, :]
@@ -98,8 +100,6 @@ def merge_kernel(
     m = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, DV_PAD), tl.float32)
-    if OVERLAP:
-        gdc_wait()
     for chunk in tl.range(0, used_chunks, CHUNKS_IN_FLIGHT):
         for ahead in tl.static_range(CHUNKS_IN_FLIGHT):
             flat = first_part + (chunk + ahead) * stride_chunk + one
