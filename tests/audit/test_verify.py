@@ -10,7 +10,7 @@ import torch
 from vexact import cli
 from vexact.audit.verify import VerifyOptions, bits, run, verify
 from vexact.audit.verify.bits import BitTally
-from vexact.audit.verify.native import _compare
+from vexact.audit.verify.gradients import compare_named
 from vexact.audit.verify.sides import HfSide, VexactSide, load_hf, pack_padded
 from vexact.audit.verify.workload import rounds
 from vexact.models import ModelConfig, load_model, random_model, save_hf
@@ -184,11 +184,11 @@ def test_the_workload_crosses_edges_shares_prefixes_and_varies_the_engine():
 
 def test_gradients_that_are_missing_or_not_numbers_are_named():
     good = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0]), "c": torch.tensor([1.0])}
-    result = _compare(good | {"b": torch.tensor([float("nan")]), "c": torch.zeros(1)}, good)
+    result = compare_named(good | {"b": torch.tensor([float("nan")]), "c": torch.zeros(1)}, good)
     assert (result.non_finite, result.zero, result.usable) == (["b"], ["c"], False)
-    assert _compare({"a": -good["a"]}, {"a": good["a"]}).min_cosine == pytest.approx(-1)
+    assert compare_named({"a": -good["a"]}, {"a": good["a"]}).min_cosine == pytest.approx(-1)
     with pytest.raises(ValueError, match="different parameters, among them b"):
-        _compare({"a": good["a"]}, {"a": good["a"], "b": good["b"]})
+        compare_named({"a": good["a"]}, {"a": good["a"], "b": good["b"]})
 
 
 @pytest.mark.parametrize("fault", [False, True])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 EPILOG = """\
 exit code: 0 every compared bit is equal; 1 one is not (or a gradient is missing or not finite); 2 wrong usage.
-docs/verify.md explains the table.
+closeness to transformers does not change it. docs/verify.md explains the table.
 """
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vexact.audit.verify.bits import BitTally
-from vexact.audit.verify.native import TOP_K, Closeness, Gradients, Native
+from vexact.audit.verify.native import LEAST_ARGMAX, LEAST_COSINE, Native, NativeComparisons
+from vexact.audit.verify.native_table import native_lines, percent, problems
 
 if TYPE_CHECKING:
     from vexact.audit.verify.run import VerifyOptions
-
-_SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +24,13 @@ class VerifyReport:
     environment: dict[str, object]
     bits: BitTally
     scheduling: dict[str, float]
-    native: Native
-    yardstick: Native | None  # how far transformers in this dtype is from transformers in float32
+    native: NativeComparisons
     seconds: float
 
     @property
     def passed(self) -> bool:
         """Every bit equal, every number finite, every parameter with a gradient. Closeness has no threshold."""
-        return self.bits.exact and self.native.gradients.usable
+        return self.bits.exact and self.native.same.gradients.usable
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -49,16 +47,24 @@ class VerifyReport:
             "seconds": self.seconds,
             "bits": tally | {"exact": self.bits.exact, "tokens_matched": self.bits.tokens - len(unmatched)},
             "scheduling": self.scheduling,
-            "native": _native_dict(self.native),
-            "yardstick": _native_dict(self.yardstick) if self.yardstick is not None else None,
+            "agrees_with_transformers": {
+                "agrees": self.native.agrees,
+                "argmax": self.native.argmax,
+                "argmax_at_least": LEAST_ARGMAX,
+                "gradient_cosine": self.native.cosine,
+                "gradient_cosine_at_least": LEAST_COSINE,
+            },
+            "native": _native_dict(self.native.same),
+            "native_float32": _native_dict(self.native.float32),
+            "yardstick": _native_dict(self.native.yardstick),
         }
 
     def table(self) -> str:
         """Aligned lines, the verdict last."""
-        rows = [*self._head(), *self._bit_rows(), *self._native_rows()]
+        rows = [*self._head(), *self._bit_rows()]
         width = max(len(name) for name, value in rows if value)
         lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
-        return "\n".join([*lines, "", self.verdict()])
+        return "\n".join([*lines, *native_lines(self.native, self.options.dtype), self.verdict()])
 
     def _head(self) -> list[tuple[str, str]]:
         o = self.options
@@ -86,7 +92,7 @@ class VerifyReport:
         rows = [
             ("", ""),
             ("(a) rollout = training, bit for bit", ""),
-            ("    tokens matched", f"{matched} / {b.tokens} ({_percent(matched, b.tokens)})"),
+            ("    tokens matched", f"{matched} / {b.tokens} ({percent(matched, b.tokens)})"),
             (
                 "    log-probs different",
                 f"{b.logprobs_different} / {b.logprobs_compared}, max |diff| {b.max_abs_logprob_diff:.3g}, "
@@ -106,26 +112,6 @@ class VerifyReport:
                 rows.append((f"    first different {name}", f"{where}: {values}"))
         return rows
 
-    def _native_rows(self) -> list[tuple[str, str]]:
-        dtype, g = self.options.dtype, self.native.gradients
-        rows = [
-            ("", ""),
-            (f"(b) logits, training side and transformers (sdpa, {dtype})", ""),
-            *_closeness_rows(self.native.closeness),
-            ("", ""),
-            ("(c) gradients, training side and transformers", ""),
-            ("    finite, non-zero", _problems(g) or f"all {g.parameters} parameters"),
-            *_gradient_rows(g),
-        ]
-        if self.yardstick is not None:
-            rows += [
-                ("", ""),
-                (f"for scale: transformers in {dtype} and transformers in float32", ""),
-                *_closeness_rows(self.yardstick.closeness),
-                *_gradient_rows(self.yardstick.gradients),
-            ]
-        return rows
-
     def verdict(self) -> str:
         """One line: what was proven, or what was not."""
         if self.passed:
@@ -135,40 +121,11 @@ class VerifyReport:
             if self.options.model_backend == "hf" or self.options.attn_impl != "triton-invariant":
                 hint = " (expected: only vexact with triton-invariant has every operator in common with the rollout)"
             return f"NOT EXACT: {len(self.bits.unmatched)} of {self.bits.tokens} tokens differ{hint}"
-        return f"EXACT, but the gradients are unusable: {_problems(self.native.gradients)}"
+        return f"EXACT, but the gradients are unusable: {problems(self.native.same.gradients)}"
 
 
-def _closeness_rows(c: Closeness) -> list[tuple[str, str]]:
-    agree = c.argmax_equal + c.argmax_tied
-    tied = f", {c.argmax_tied} of them ties in the rounded logits of transformers" if c.argmax_tied else ""
-    return [
-        ("    argmax equal", f"{agree} / {c.positions} ({_percent(agree, c.positions)}){tied}"),
-        (f"    top-{TOP_K} overlap", f"{100 * c.top_k_overlap:.2f} %"),
-        ("    logits |diff|", f"max {c.max_abs_diff:.3g}, mean {c.mean_abs_diff:.3g}"),
-    ]
-
-
-def _gradient_rows(g: Gradients) -> list[tuple[str, str]]:
-    return [
-        ("    gradient cosine", f"{g.cosine:.6f} over all, least {g.min_cosine:.6f} ({g.min_cosine_parameter})"),
-        ("    gradient norm ratio", f"{g.relative_norm:.6f}"),
-    ]
-
-
-def _native_dict(native: Native) -> dict[str, Any]:
+def _native_dict(native: Native | None) -> dict[str, Any] | None:
+    if native is None:
+        return None
     closeness = dataclasses.asdict(native.closeness) | {"argmax_agreement": native.closeness.argmax_agreement}
     return {"closeness": closeness, "gradients": dataclasses.asdict(native.gradients)}
-
-
-def _problems(gradients: Gradients) -> str:
-    parts = []
-    for what, names in (("non-finite", gradients.non_finite), ("zero", gradients.zero)):
-        if names:
-            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            parts.append(f"{what} in {', '.join(names[:_SHOWN_NAMES])}{more}")
-    return "; ".join(parts)
-
-
-def _percent(part: int, whole: int) -> str:
-    """Rounded down, so that 100 % means all."""
-    return f"{int(10000 * part / whole) / 100:.2f} %" if whole else "nothing compared"

@@ -13,7 +13,7 @@ import torch
 
 from vexact.audit.environment import environment, tile_table_hash
 from vexact.audit.verify.bits import BitTally, compare_round
-from vexact.audit.verify.native import compare_native
+from vexact.audit.verify.native import NativeComparisons, compare_native
 from vexact.audit.verify.report import VerifyReport
 from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
 from vexact.audit.verify.workload import Round, rounds
@@ -65,13 +65,17 @@ def verify(options: VerifyOptions) -> VerifyReport:
     log.info("comparing with transformers")
     hf = load_hf(path, dtype, device, "sdpa")
     num_parameters = sum(p.numel() for p in hf.parameters())
-    native = compare_native(side, hf, samples, options.use_fused_lce, device)
-    yardstick = None
+    same = compare_native(side, hf, samples, options.use_fused_lce, dtype, device)
+    float32 = yardstick = None
     if dtype != torch.float32:
+        log.info("comparing with transformers in float32")
+        del hf
+        reference = load_hf(path, torch.float32, device, "sdpa")
+        float32 = compare_native(side, reference, samples, options.use_fused_lce, dtype, device)
         log.info("comparing transformers with its own float32")
         del side
-        exact = load_hf(path, torch.float32, device, "sdpa")
-        yardstick = compare_native(HfSide(hf), exact, samples, False, device)
+        hf = load_hf(path, dtype, device, "sdpa")
+        yardstick = compare_native(HfSide(hf), reference, samples, False, dtype, device)
     return VerifyReport(
         options=options,
         architecture=config.architecture,
@@ -79,8 +83,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
         environment=environment(device) | {"tile_table": tile_table_hash()},
         bits=tally,
         scheduling=scheduling,
-        native=native,
-        yardstick=yardstick,
+        native=NativeComparisons(same, float32, yardstick),
         seconds=perf_counter() - started,
     )
 

@@ -122,6 +122,11 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
     return model.to(device).eval()
 
 
+def hf_logits(hf: Any, batch: PackedBatch) -> Tensor:
+    """(R, V) of a stock model for a batch that holds one sequence, in its dtype's values but as fp32."""
+    return hf(input_ids=batch.input_ids[None], use_cache=False).logits[0].index_select(0, batch.targets.rows).float()
+
+
 def scorer(side: TrainingSide, fused: bool) -> Callable[[PackedBatch], Tensor]:
     """Log-probabilities (R,) of a batch: by the fused head, or from logits and the sampler's definition."""
     if fused:
