@@ -36,7 +36,7 @@ class Candidate:
     tile: Tile
     block_n: int = 64
     chunk: int = 2048
-    page_size: int = 16
+    page_size: int = 64
     heads: Heads = QWEN3
 
     @property
@@ -47,7 +47,7 @@ class Candidate:
 def candidates(kinds: list[str]) -> list[Candidate]:
     """What is worth a compile, best guesses first."""
     found: list[Candidate] = []
-    d64 = Heads(16, 8, 64, 64)
+    d64, d256 = Heads(16, 8, 64, 64), Heads(16, 8, 256, 256)
     if "forward" in kinds:
         for block_m, warps, stages in ((128, 8, 3), (128, 8, 4), (128, 8, 2), (64, 4, 2), (64, 4, 3)):
             found.append(Candidate("forward", Tile(block_m, warps, stages)))
@@ -57,12 +57,14 @@ def candidates(kinds: list[str]) -> list[Candidate]:
             (128, 8, 3, 64), (128, 8, 3, 128), (64, 4, 3, 64), (64, 4, 3, 128), (64, 4, 2, 128),
         ):  # fmt: skip
             found.append(Candidate("forward", Tile(block_m, warps, stages), block_n=block_n, heads=d64))
+        for stages, block_n in ((2, 32), (3, 32), (2, 64)):
+            found.append(Candidate("forward", Tile(128, 8, stages), block_n=block_n, heads=d256))
     if "decode" in kinds:
         for warps, stages in ((4, 3), (4, 4), (4, 5), (4, 6), (2, 4), (8, 4), (8, 6)):
             found.append(Candidate("decode", Tile(16, warps, stages)))
-        found += [Candidate("decode", Tile(16, 4, 4), page_size=size) for size in (64, 256)]
-        found += [Candidate("decode", Tile(16, 4, 4), chunk=chunk) for chunk in (512, 1024)]
-        found += [Candidate("decode", Tile(16, 4, stages), block_n=128) for stages in (3, 4)]
+        found += [Candidate("decode", Tile(16, 4, 3), page_size=size) for size in (16, 256)]
+        found += [Candidate("decode", Tile(16, 4, 3), chunk=chunk) for chunk in (512, 1024)]
+        found += [Candidate("decode", Tile(16, 4, 3), chunk=1024, block_n=128, page_size=128)]
     if "keys" in kinds:
         for block_m, warps, stages, block_n in (
             (64, 4, 2, 64), (64, 8, 2, 128), (64, 4, 1, 64), (32, 4, 2, 64), (32, 4, 3, 64), (32, 8, 3, 128),
