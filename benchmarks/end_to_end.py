@@ -105,6 +105,7 @@ def overrides(name: str, work: Path, smollm2: str | None) -> list[str]:
             f"actor_rollout_ref.model.path={smollm2}",
             "data.train_batch_size=16",
             "data.max_response_length=128",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=16384",
             "trainer.total_training_steps=20",
             "trainer.test_freq=-1",
             "trainer.val_before_train=false",
