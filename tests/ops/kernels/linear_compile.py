@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vexact.ops.kernels import linear, linear_cross_entropy, logprob
+from vexact.ops.kernels import linear, linear_cross_entropy, linear_cross_entropy_launch, logprob
 from vexact.ops.kernels.linear_tile_table import TUNED
 from vexact.ops.kernels.linear_tiles import FLOAT32_TILES, POINTER_TILES, Layout, Tile
 
@@ -58,7 +58,7 @@ def compile_launches(arch: int, launch: Callable[[], object]) -> list[tuple[str,
 
     driver.set_active(CompileOnlyDriver(arch))
     JITFunction.__getitem__ = instead_of_launching
-    for module in (linear, linear_cross_entropy):
+    for module in (linear, linear_cross_entropy_launch):
         module.capability = lambda device: (arch // 10, arch % 10)
     launch()
     return binaries

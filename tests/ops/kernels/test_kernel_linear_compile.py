@@ -12,8 +12,8 @@ import pytest
 
 _SCRIPT = Path(__file__).with_name("linear_compile.py")
 _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may use
-_FUSED = {"matmul_states_kernel", "matmul_dlogits_kernel"}
-_EVERYWHERE = {"block_states_kernel", "merge_states_kernel", "dlogits_kernel"}
+_FUSED = {"matmul_states_kernel", "matmul_dlogits_kernel", "exponentials_to_dlogits_kernel"}
+_EVERYWHERE = {"block_states_kernel", "merge_states_kernel"}
 
 
 @pytest.mark.parametrize("arch", sorted(_SHARED_LIMIT))
@@ -34,5 +34,7 @@ def test_tiles_compile_within_shared_memory_and_serve_every_batch(arch: int, tmp
         assert record["binaries"] == 1, name
     assert records.keys() >= _EVERYWHERE
     assert (records.keys() >= _FUSED) == (arch == 90)
+    assert ("dlogits_kernel" in records) == (arch != 90)  # reads stored logits
     if arch == 90:
-        assert records["matmul_states_kernel"]["binaries"] == 2  # with and without stored logits
+        assert records["matmul_states_kernel"]["binaries"] == 2  # with and without stored exponentials
+        assert records["exponentials_to_dlogits_kernel"]["binaries"] == 1

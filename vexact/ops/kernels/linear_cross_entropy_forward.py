@@ -6,14 +6,26 @@ import triton
 import triton.language as tl
 
 from vexact.ops.kernels.linear_pointer import tile_coordinates
-from vexact.ops.kernels.linear_tma import halves, multiply_tile
-from vexact.ops.kernels.logprob import block_state, scaled
+from vexact.ops.kernels.linear_tma import halves, joined, multiply_tile
+from vexact.ops.kernels.logprob import block_state, block_top, exponential_terms, scaled
+
+
+@triton.jit
+def block_exponentials(first, second, third, fourth):
+    """e^(z - m) of a block in quarters (R, BLOCK / 4) -> (R, BLOCK); what ``block_state`` sums, kept once by CSE."""
+    _, base = block_top(first, second, third, fourth)
+    p0, _ = exponential_terms(first, base)
+    p1, _ = exponential_terms(second, base)
+    p2, _ = exponential_terms(third, base)
+    p3, _ = exponential_terms(fourth, base)
+    return joined(joined(p0, p1), joined(p2, p3))
 
 
 @triton.jit
 def store_strip_states(
+    exponentials_desc,
     logit,  # (BLOCK_M, WIDTH), one block of the vocabulary
-    rows,
+    row,
     column,
     M,
     N,
@@ -27,8 +39,10 @@ def store_strip_states(
     min_logit_ptr,
     WIDTH: tl.constexpr,
     QUARTER_LEVELS: tl.constexpr,
+    STORE_EXPONENTIALS: tl.constexpr,
 ):
     """Store the state of one block for every row of the tile, and the target's logit where the block holds it."""
+    rows = row + tl.arange(0, logit.shape[0])
     in_rows = rows < M
     columns = column + tl.arange(0, WIDTH)[None, :]
     inv_temperature = tl.load(inv_temperature_ptr + rows, mask=in_rows, other=0.0)[:, None]
@@ -36,6 +50,10 @@ def store_strip_states(
     left, right = halves(scaled(logit, inv_temperature, min_logit, columns, N))
     first, second = halves(left)
     third, fourth = halves(right)
+    if STORE_EXPONENTIALS:
+        # Before the sums, which then run while the tile is being written.
+        exponentials = block_exponentials(first, second, third, fourth)
+        exponentials_desc.store([row, column], exponentials.to(exponentials_desc.dtype))
     top, total, moment = block_state(first, second, third, fourth, QUARTER_LEVELS)
     at = rows.to(tl.int64) * blocks + column // WIDTH
     tl.store(top_ptr + at, top, mask=in_rows)
@@ -52,7 +70,7 @@ def store_strip_states(
 def matmul_states_kernel(
     a_desc,  # hidden (M, K)
     b_desc,  # weight (N, K)
-    logits_desc,  # (M, N) fp32, blocks of BLOCK_M x WIDTH; unused without STORE_LOGITS
+    exponentials_desc,  # (M, N) e^(z - m), blocks of BLOCK_M x WIDTH; unused without STORE_EXPONENTIALS
     top_ptr,  # (M, blocks) fp32, as the next two
     total_ptr,
     moment_ptr,
@@ -69,7 +87,7 @@ def matmul_states_kernel(
     QUARTER_LEVELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    STORE_LOGITS: tl.constexpr,
+    STORE_EXPONENTIALS: tl.constexpr,
 ):
     """The product of ``matmul_tma_kernel`` in tiles of BLOCK_M x 4 WIDTH, where WIDTH is a log-prob block."""
     BLOCK_N: tl.constexpr = 4 * WIDTH
@@ -82,18 +100,16 @@ def matmul_states_kernel(
         acc = multiply_tile(a_desc, b_desc, acc, tile_m * BLOCK_M, tile_n * BLOCK_N, K, BLOCK_K, True, True, False)
         tile_m, tile_n = tile_coordinates(stored, tiles_m, tiles_n, GROUP_M)
         stored += tl.num_programs(0)
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         left, right = halves(acc)
         for side in tl.static_range(2):
             first, second = halves(left if side == 0 else right)
             for strip in tl.static_range(2):
                 logit = first if strip == 0 else second
                 column = tile_n * BLOCK_N + (2 * side + strip) * WIDTH
-                if STORE_LOGITS:
-                    logits_desc.store([tile_m * BLOCK_M, column], logit)
                 store_strip_states(
+                    exponentials_desc,
                     logit,
-                    rows,
+                    tile_m * BLOCK_M,
                     column,
                     M,
                     N,
@@ -107,4 +123,5 @@ def matmul_states_kernel(
                     min_logit_ptr,
                     WIDTH,
                     QUARTER_LEVELS,
+                    STORE_EXPONENTIALS,
                 )

@@ -70,6 +70,12 @@ def halves(x):
     return left, right
 
 
+@triton.jit
+def joined(left, right):
+    """The inverse of ``halves``: the columns of ``left``, then those of ``right``."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
+
+
 @triton.jit(do_not_specialize=["M", "N", "K"])
 def matmul_tma_kernel(
     a_desc,  # (M, K) when A_K_MAJOR, else (K, M)

@@ -46,13 +46,19 @@ def exponential_terms(z, base):
 
 
 @triton.jit
+def block_top(first, second, third, fourth):
+    """Maximum per row of a block in quarters, and what its exponentials are taken from: the same, but never -inf."""
+    top = tl.maximum(tl.maximum(tl.max(first, 1), tl.max(second, 1)), tl.maximum(tl.max(third, 1), tl.max(fourth, 1)))
+    return top, tl.where(top == float("-inf"), 0.0, top)  # nothing kept: avoid inf - inf
+
+
+@triton.jit
 def block_state(first, second, third, fourth, QUARTER_LEVELS: tl.constexpr):
     """State of a block of columns per row, from the four quarters of its z, each (R, BLOCK / 4), in column order.
 
     Quarters, because adding them is free in every layout: the first two levels of the tree.
     """
-    top = tl.maximum(tl.maximum(tl.max(first, 1), tl.max(second, 1)), tl.maximum(tl.max(third, 1), tl.max(fourth, 1)))
-    base = tl.where(top == float("-inf"), 0.0, top)  # nothing kept: avoid inf - inf
+    top, base = block_top(first, second, third, fourth)
     p0, t0 = exponential_terms(first, base)
     p1, t1 = exponential_terms(second, base)
     p2, t2 = exponential_terms(third, base)
