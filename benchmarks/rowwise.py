@@ -21,7 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
-from vexact.ops.kernels import embedding, rms_norm, rope, sampling, swiglu
+from vexact.ops.kernels import embedding, qk_norm_rope, rms_norm, rope, sampling, swiglu
+from vexact.ops.qk_norm_rope import qk_norm_rope_reference
 
 TOKENS = 16384
 HIDDEN = (2048, 4096)
@@ -133,8 +134,8 @@ def head_norm_entry() -> dict[str, Any]:
     }
 
 
-def rope_entry() -> dict[str, Any]:
-    """Queries and keys, read as views of one fused projection, in one launch."""
+def rope_entries() -> Iterator[dict[str, Any]]:
+    """Queries and keys, read as views of one fused projection, in one launch: rotated, or normalised and rotated."""
     num_q_heads, num_kv_heads, size = HEADS
     fused = normal(TOKENS, (num_q_heads + 2 * num_kv_heads) * size)
     q = fused[:, : num_q_heads * size].view(TOKENS, num_q_heads, size)
@@ -145,12 +146,30 @@ def rope_entry() -> dict[str, Any]:
     cos, sin = (part[positions][:, None].double() for part in (cos_sin[:, : size // 2], cos_sin[:, size // 2 :]))
     first, second = q.double().chunk(2, -1)
     reference = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-    return {
+    num_bytes = 2 * (num_q_heads + num_kv_heads) * size * TOKENS * 2 + TOKENS * size * 4
+    yield {
         "op": f"rope {num_q_heads}+{num_kv_heads} x {size}",
-        "bytes": 2 * (num_q_heads + num_kv_heads) * size * TOKENS * 2 + TOKENS * size * 4,
+        "bytes": num_bytes,
         "ms": milliseconds(lambda: rope.forward(q, k, positions, cos_sin, False)),
         "error": relative_error(rope.forward(q, k, positions, cos_sin, False)[0], reference),
         "different_rows": different_rows(lambda s: rope.forward(q[s], k[s], positions[s], cos_sin, False), TOKENS),
+    }
+    weights = normal(2, size)
+
+    def both(q_rows: Tensor, k_rows: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        return qk_norm_rope.forward(q_rows[rows], k_rows[rows], *weights, EPS, positions[rows], cos_sin)
+
+    everything, few = slice(0, TOKENS), slice(0, 1024)
+    copied = both(q.contiguous(), k.contiguous(), everything)
+    moved = sum(int((_words(a) != _words(b)).sum()) for a, b in zip(both(q, k, everything), copied))
+    yield {
+        "op": f"qk_norm_rope {num_q_heads}+{num_kv_heads} x {size}",
+        "bytes": num_bytes,
+        "ms": milliseconds(lambda: both(q, k, everything)),
+        "error": relative_error(
+            copied[0][few], qk_norm_rope_reference(q[few], weights[0], EPS, positions[few], cos_sin)
+        ),
+        "different_rows": different_rows(lambda s: both(q, k, s), TOKENS) + moved,
     }
 
 
@@ -244,7 +263,7 @@ def entries(prefix: str) -> Iterator[dict[str, Any]]:
     groups: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         **{f"rms_norm {width}": functools.partial(rms_norm_entries, width) for width in HIDDEN},
         "rms_norm heads": lambda: [head_norm_entry()],
-        "rope": lambda: [rope_entry()],
+        "rope": rope_entries,
         **{f"swiglu {width}": functools.partial(swiglu_entries, width) for width in INTERMEDIATE},
         "embedding": functools.partial(embedding_entries, HIDDEN[0]),
         **{f"sample {batch}": functools.partial(sampling_entries, batch) for batch in (256, 1)},

@@ -82,7 +82,9 @@ def rowwise(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     results += with_gradients((ops.swiglu(gate_up),), (gate_up,))
     q, k = draw(rows, 3, 40, dtype=dtype), draw(rows, 1, 40, dtype=dtype)
     table = torch.randn(rows, 40, device="cuda")
-    results += with_gradients(ops.rope(q, k, torch.arange(rows, device="cuda"), table), (q, k))
+    positions, norms = torch.arange(rows, device="cuda"), (draw(40, dtype=dtype), draw(40, dtype=dtype))
+    results += with_gradients(ops.rope(q, k, positions, table), (q, k))
+    results += with_gradients(ops.qk_norm_rope(q, k, *norms, 1e-6, positions, table), (q, k, *norms))
     ids, embeddings = torch.randint(0, 50, (rows,), device="cuda"), draw(50, width, dtype=dtype)
     return results + with_gradients((ops.embedding(ids, embeddings),), (embeddings,))
 

@@ -108,7 +108,7 @@ def test_1_an_operator_replaced_by_a_stock_one(sides, tmp_path):
     assert "reproduced" in again.describe()
 
 
-def rope_with_fma(q, k, positions, cos_sin):
+def norm_and_rope_with_fma(q, k, q_weight, k_weight, eps, positions, cos_sin):
     """first * cos - second * sin with the first product unrounded, as a contracting compiler makes it."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 
@@ -117,14 +117,14 @@ def rope_with_fma(q, k, positions, cos_sin):
         low = (first.double() * cos.double() - (second * sin).double()).float()
         return torch.cat((low, second * cos + first * sin), dim=-1)
 
-    return rotate(q), rotate(k)
+    return rotate(invariant.rms_norm(q, q_weight, eps)), rotate(invariant.rms_norm(k, k_weight, eps))
 
 
 def test_2_a_multiply_add_spelled_differently(sides):
     engine, model = sides
-    plant(engine, rope=rope_with_fma)
+    plant(engine, qk_norm_rope=norm_and_rope_with_fma)
     found = diagnose(engine, model, generate(engine))
-    assert (found.stage, found.where, found.layer) == ("operator", "rope of layers.0.attention (query)", 0)
+    assert (found.stage, found.where, found.layer) == ("operator", "qk_norm_rope of layers.0.attention (query)", 0)
     assert found.position > 0, "position 0 is not rotated"
 
 

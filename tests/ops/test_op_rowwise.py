@@ -3,7 +3,7 @@ import torch
 
 from vexact.models.config import RopeConfig
 from vexact.models.rotary import cos_sin_table
-from vexact.ops import add_rms_norm, embedding, rms_norm, rope, swiglu
+from vexact.ops import add_rms_norm, embedding, qk_norm_rope, rms_norm, rope, swiglu
 from vexact.ops.cpu.reduce import tree_sum
 from vexact.ops.rms_norm import rms_norm_reference
 from vexact.ops.rope import rope_reference
@@ -98,6 +98,33 @@ def test_rope_rotates_both_and_inverts_in_backward():
         lambda a, b: torch.cat([rope_reference(t, positions, table) for t in (a, b)], dim=1),
         [q, k],
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_qk_norm_and_rope_have_the_bits_of_the_ops_apart(dtype):
+    torch.manual_seed(0)
+    table, positions = cos_sin_table(RopeConfig(), 16, 64), torch.tensor([0, 5, 63, 5])
+    fused = torch.randn(4, 6 * 16).to(dtype)
+    weights = [torch.randn(16).to(dtype) for _ in range(2)]
+    results = []
+    for apart in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (fused, *weights)]
+        q, k, _ = (part.unflatten(1, (-1, 16)) for part in leaves[0].split([48, 32, 16], dim=1))
+        if apart:
+            out = rope(rms_norm(q, leaves[1], 1e-6), rms_norm(k, leaves[2], 1e-6), positions, table)
+        else:
+            out = qk_norm_rope(q, k, *leaves[1:], 1e-6, positions, table)
+        dout = torch.cat(out, dim=1) * torch.arange(5).view(5, 1)
+        dout.sum().backward()
+        results.append([*out, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_qk_norm_rope_names_a_weight_of_another_size():
+    q, table = torch.randn(2, 3, 16), torch.zeros(4, 16)
+    with pytest.raises(ValueError, match=r"k_weight is \(8,\), expected \(16,\)"):
+        qk_norm_rope(q, q, torch.ones(16), torch.ones(8), 1e-6, torch.arange(2), table)
 
 
 def test_embedding_gradient_sums_repeated_tokens():

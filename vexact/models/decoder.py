@@ -48,8 +48,10 @@ class Attention(nn.Module):
             part.unflatten(1, (-1, head_dim)) for part in qkv.split(self.config.qkv_sizes, dim=1)
         )  # (T, heads, D)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.ops.rope(q, k, positions, cos_sin)
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, k = self.ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, positions, cos_sin)
+        else:
+            q, k = self.ops.rope(q, k, positions, cos_sin)
         out = self.ops.attention(q, k, v, metadata, head_dim**-0.5, kv_cache)
         return self.ops.linear(out.flatten(1), self.o_proj.weight, self.o_proj.bias)
 

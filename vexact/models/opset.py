@@ -27,6 +27,7 @@ class OpSet:
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
+    qk_norm_rope: Callable[..., Any]
     swiglu: Callable[..., Any]
     embedding: Callable[..., Any]
     attention: Callable[..., Any]
@@ -48,7 +49,7 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
         raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
     source: Any = invariant if ops == "invariant" else stock
     attention_source: Any = stock if ops == "stock" or attn_impl in STOCK_ATTENTION else invariant
-    names = ("linear", "rms_norm", "add_rms_norm", "rope", "swiglu", "embedding")
+    names = ("linear", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "embedding")
     chosen = {name: getattr(source, name) for name in names}
     return OpSet(**chosen, attention=attention_source.attention)
 

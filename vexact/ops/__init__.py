@@ -8,6 +8,7 @@ from vexact.ops.embedding import embedding
 from vexact.ops.linear import linear
 from vexact.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_one_pass
 from vexact.ops.logprob import token_logprobs
+from vexact.ops.qk_norm_rope import qk_norm_rope
 from vexact.ops.rms_norm import add_rms_norm, rms_norm
 from vexact.ops.rope import rope
 from vexact.ops.sampling import SamplingTensors, sample
@@ -24,6 +25,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
     "sample",

@@ -75,6 +75,13 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     return module("rms_norm", dy).backward(dy, x, weight, rstd)
 
 
+@_opaque(lambda q, k, *others: (*_same(q, k), _rows(q, q.shape[1]), _rows(k, k.shape[1])))
+def qk_norm_rope_forward(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos_sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return module("qk_norm_rope", q).forward(q, k, q_weight, k_weight, eps, positions, cos_sin)
+
+
 @_opaque(lambda q, k, positions, cos_sin, inverse: _same(q, k))
 def rope_forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return module("rope", q).forward(q, k, positions, cos_sin, inverse)
@@ -202,6 +209,7 @@ OPS = {
     "linear_cross_entropy": SimpleNamespace(
         forward=linear_cross_entropy_forward, backward=linear_cross_entropy_backward
     ),
+    "qk_norm_rope": SimpleNamespace(forward=qk_norm_rope_forward),
     "rms_norm": SimpleNamespace(forward=rms_norm_forward, add_forward=rms_norm_add_forward, backward=rms_norm_backward),
     "rope": SimpleNamespace(forward=rope_forward),
     "swiglu": SimpleNamespace(forward=swiglu_forward, backward=swiglu_backward),

@@ -37,6 +37,13 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos_sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """torch's RMSNorm of every head, then rotate-half."""
+    return rope(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), positions, cos_sin)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up in the dtype of the input."""
     gate, up = gate_up.chunk(2, dim=-1)

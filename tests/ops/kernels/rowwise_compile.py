@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vexact.ops.kernels import embedding, rms_norm, rope, sampling, sampling_threshold, swiglu
+from vexact.ops.kernels import embedding, qk_norm_rope, rms_norm, rope, sampling, sampling_threshold, swiglu
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
 
@@ -27,6 +27,7 @@ def cases() -> Iterator[Case]:
         yield from _rms_norm(dtype, width)
     for dtype, heads in (("bf16", (16, 8, 128)), ("fp32", (9, 3, 80))):
         yield _rope(dtype, *heads)
+        yield _qk_norm_rope(dtype, *heads)
     for dtype, width in (("bf16", 6144),):
         yield from _swiglu(dtype, width)
     for dtype, width in (("bf16", 2048),):
@@ -56,6 +57,21 @@ def _rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Cas
     constants = {"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2, "INVERSE": True}
     config = rope.launch_config(num_q_heads, num_kv_heads, head_dim)
     return f"rope {dtype} {num_q_heads}/{num_kv_heads}x{head_dim}", rope._rope_kernel, types, {**constants, **config}
+
+
+def _qk_norm_rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Case:
+    tensors = ("q_ptr", "k_ptr", "q_weight_ptr", "k_weight_ptr", "q_out_ptr", "k_out_ptr")
+    types = {
+        **dict.fromkeys(tensors, f"*{dtype}"),
+        **dict.fromkeys(("cos_sin_ptr", "q_rstd_ptr", "k_rstd_ptr"), "*fp32"),
+        **dict.fromkeys(("q_stride", "k_stride", "num_positions"), "i32"),
+        "positions_ptr": "*i64",
+        "eps": "fp32",
+    }
+    constants = {"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2}
+    config = rope.launch_config(num_q_heads, num_kv_heads, head_dim)
+    name = f"qk_norm_rope {dtype} {num_q_heads}/{num_kv_heads}x{head_dim}"
+    return name, qk_norm_rope._qk_norm_rope_kernel, types, {**constants, **config}
 
 
 def _swiglu(dtype: str, width: int) -> Iterator[Case]:
