@@ -42,7 +42,6 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, int, int], scale: float, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse = backend("attention", q).packed_forward(q, k, v, *lengths, scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.lengths, ctx.scale, ctx.causal = lengths, scale, causal
