@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
 # The first rows of a vocabulary entry are added one by one, further ones in tiles whose rows are in flight at once: the
 # most frequent tokens of a batch occur a thousand times. Both numbers decide bits.
 _SINGLE = 4
@@ -74,13 +76,13 @@ def _backward_kernel(
 
 def launch_config(width: int) -> dict[str, int]:
     """Columns per program and its warp count."""
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(2048, next_power_of_2(width))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
 def backward_config(width: int) -> dict[str, int]:
     """The same for the gradient: narrow programs, so that many rows of a frequent token are in flight."""
-    block = min(512, triton.next_power_of_2(width))
+    block = min(512, next_power_of_2(width))
     return {"BLOCK": block, "num_warps": max(1, block // 128)}
 
 
@@ -89,7 +91,7 @@ def forward(ids: Tensor, weight: Tensor) -> Tensor:
     width = weight.shape[1]
     out = torch.empty((ids.shape[0], width), dtype=weight.dtype, device=weight.device)
     config = launch_config(width)
-    grid = (ids.shape[0], triton.cdiv(width, config["BLOCK"]))
+    grid = (ids.shape[0], cdiv(width, config["BLOCK"]))
     _forward_kernel[grid](ids.contiguous(), weight.contiguous(), out, weight.shape[0], H=width, **config)
     return out
 
@@ -135,7 +137,7 @@ def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
         return out.zero_()
     sorted_ids, order = _sort_beside_zeros(ids, out)
     config = backward_config(width)
-    grid = (num_tokens, triton.cdiv(width, config["BLOCK"]))
+    grid = (num_tokens, cdiv(width, config["BLOCK"]))
     _backward_kernel[grid](
         dy,
         sorted_ids,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,6 +12,7 @@ from vexact.ops.kernels.linear_pointer import matmul_pointer_kernel
 from vexact.ops.kernels.linear_select import fit_float32_output, select_tile
 from vexact.ops.kernels.linear_tiles import Layout, Tile
 from vexact.ops.kernels.linear_tma import matmul_tma_kernel
+from vexact.ops.kernels.sizes import cdiv
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -111,7 +111,7 @@ def strip_descriptor(out: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def num_programs(m: int, n: int, tile: Tile, device: torch.device) -> int:
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    tiles = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
     return min(tiles, tile.waves * multiprocessors(device)) if tile.waves else tiles
 
 
@@ -150,7 +150,7 @@ def _launch_pointer(
 ) -> None:
     (m, k), n = a.shape, b.shape[0]
     k_unit = 1 if tokens_are_depth or k % 16 else 16
-    matmul_pointer_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+    matmul_pointer_kernel[(cdiv(m, tile.block_m) * cdiv(n, tile.block_n),)](
         a,
         b,
         out,

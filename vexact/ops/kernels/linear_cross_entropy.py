@@ -9,7 +9,6 @@ epilogue of the product, its part of dweight is complete at once, and only the s
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from vexact.ops.kernels import linear_cross_entropy_launch as launch
@@ -17,6 +16,7 @@ from vexact.ops.kernels.linear import matmul
 from vexact.ops.kernels.linear_cross_entropy_chunks import ROW_MULTIPLE, balanced_size, cut, padded
 from vexact.ops.kernels.linear_cross_entropy_one_pass import one_pass
 from vexact.ops.kernels.logprob import BLOCK, token_logprobs
+from vexact.ops.kernels.sizes import cdiv
 
 __all__ = ["backward", "forward", "one_pass"]
 
@@ -32,7 +32,7 @@ def forward(
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     fused = launch.fuses_epilogue(hidden, weight)
     width = padded(vocabulary)
-    bytes_per_token = 12 * triton.cdiv(width, BLOCK) if fused else 4 * width
+    bytes_per_token = 12 * cdiv(width, BLOCK) if fused else 4 * width
     size = max(min(balanced_size(tokens, WORKSPACE_BYTES // bytes_per_token, ROW_MULTIPLE), tokens), 1)
     logits = None if fused else torch.empty(size, width, dtype=torch.float32, device=hidden.device)[:, :vocabulary]
     results = [torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(3)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import triton
+from vexact.ops.kernels.sizes import cdiv
 
 ROW_MULTIPLE = 128  # tokens of a tile
 
@@ -12,8 +12,8 @@ ROW_MULTIPLE = 128  # tokens of a tile
 def balanced_size(total: int, limit: int, multiple: int) -> int:
     """The length, a multiple of ``multiple`` and at most ``limit`` where that allows, that cuts ``total`` evenly."""
     limit = max(limit // multiple, 1) * multiple
-    pieces = max(triton.cdiv(total, limit), 1)
-    return max(triton.cdiv(triton.cdiv(total, pieces), multiple), 1) * multiple
+    pieces = max(cdiv(total, limit), 1)
+    return max(cdiv(cdiv(total, pieces), multiple), 1) * multiple
 
 
 def cut(total: int, size: int) -> Iterator[slice]:
@@ -24,4 +24,4 @@ def cut(total: int, size: int) -> Iterator[slice]:
 
 def padded(columns: int) -> int:
     """``columns`` rounded up so that every row of a workspace starts at an address descriptors accept."""
-    return triton.cdiv(columns, 16) * 16
+    return cdiv(columns, 16) * 16

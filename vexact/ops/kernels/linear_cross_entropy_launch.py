@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from vexact.ops.kernels.linear import (
@@ -21,6 +20,7 @@ from vexact.ops.kernels.linear_cross_entropy_exponentials import exponentials_to
 from vexact.ops.kernels.linear_cross_entropy_forward import matmul_states_kernel
 from vexact.ops.kernels.linear_cross_entropy_grad import dlogits_kernel, matmul_dlogits_kernel
 from vexact.ops.kernels.logprob import BLOCK, QUARTER_LEVELS, empty_states, merge_states
+from vexact.ops.kernels.sizes import cdiv
 
 DLOGITS_TILE = (128, 256, 64, 8)  # rows, columns, depth, column-group height
 STATES_TILE = (128, 64, 16, 4)  # rows, depth, column-group height, stages
@@ -71,7 +71,7 @@ def logprobs(
     states = empty_states(tokens, vocabulary, hidden.device)
     chosen = torch.full((tokens,), float("nan"), dtype=torch.float32, device=hidden.device)
     block_m, block_k, group_m, stages = STATES_TILE
-    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(vocabulary, 4 * BLOCK)
+    tiles = cdiv(tokens, block_m) * cdiv(vocabulary, 4 * BLOCK)
     hidden_desc = operand_descriptor(hidden, block_m, block_k)[0]
     stored = hidden_desc if exponentials is None else strip_descriptor(exponentials, block_m, BLOCK)
     matmul_states_kernel[(min(tiles, multiprocessors(hidden.device)),)](
@@ -107,7 +107,7 @@ def recomputed_dlogits(hidden: Tensor, weight: Tensor, rows: RowStatistics, firs
         logits = torch.empty(tokens, padded(count), dtype=torch.float32, device=hidden.device)[:, :count]
         return stored_dlogits(matmul(hidden, weight, logits, layout="forward"), rows, first_column, out)
     block_m, block_n, block_k, group_m = DLOGITS_TILE
-    tiles = triton.cdiv(tokens, block_m) * triton.cdiv(count, block_n)
+    tiles = cdiv(tokens, block_m) * cdiv(count, block_n)
     matmul_dlogits_kernel[(min(tiles, multiprocessors(hidden.device)),)](
         operand_descriptor(hidden, block_m, block_k)[0],
         operand_descriptor(weight, block_n, block_k)[0],
@@ -132,7 +132,7 @@ def recomputed_dlogits(hidden: Tensor, weight: Tensor, rows: RowStatistics, firs
 def stored_dlogits(logits: Tensor, rows: RowStatistics, first_column: int, out: Tensor) -> Tensor:
     """Gradients of fp32 ``logits`` (T, N), written into ``out``."""
     tokens, count = logits.shape
-    dlogits_kernel[(tokens, triton.cdiv(count, DLOGITS_BLOCK))](
+    dlogits_kernel[(tokens, cdiv(count, DLOGITS_BLOCK))](
         logits,
         out,
         *rows.pointers(),
@@ -155,7 +155,7 @@ def exponentials_to_dlogits(values: Tensor, tops: Tensor, token_logprobs: Tensor
     """
     tokens, vocabulary = values.shape
     blocks = tops.shape[1]
-    exponentials_to_dlogits_kernel[(tokens, triton.cdiv(blocks, DLOGITS_BLOCK // BLOCK))](
+    exponentials_to_dlogits_kernel[(tokens, cdiv(blocks, DLOGITS_BLOCK // BLOCK))](
         values,
         tops,
         rows.targets.contiguous(),

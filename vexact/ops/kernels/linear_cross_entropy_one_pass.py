@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
 from vexact.ops.kernels import linear_cross_entropy_launch as launch
 from vexact.ops.kernels.linear import matmul
 from vexact.ops.kernels.linear_cross_entropy_chunks import ROW_MULTIPLE, balanced_size, cut, padded
 from vexact.ops.kernels.logprob import BLOCK, token_logprobs
+from vexact.ops.kernels.sizes import cdiv
 
 # Allocated beside what is returned and fp32 dweight: the gradients of a group of tokens, and for a chunk of them the
 # log-prob states (one part in STATES_PART of the bytes) or also fp32 logits (one in LOGITS_PART). At a vocabulary of
@@ -65,7 +65,7 @@ def one_pass(
 def group_and_chunk(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
     """Tokens whose gradients are held at once, and tokens whose product is formed at once."""
     tokens, width = hidden.shape[0], padded(weight.shape[0])
-    chunk_bytes, part = 12 * triton.cdiv(width, BLOCK), STATES_PART
+    chunk_bytes, part = 12 * cdiv(width, BLOCK), STATES_PART
     if not launch.fuses_epilogue(hidden, weight):
         chunk_bytes, part = chunk_bytes + 4 * width, LOGITS_PART
     workspace = WORKSPACE_BYTES // part

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.sizes import cdiv
+
 BLOCK = 64  # decides bits
 QUARTER_LEVELS = (BLOCK // 4).bit_length() - 1
 BLOCKS_PER_PROGRAM = 32
@@ -160,7 +162,7 @@ def empty_states(rows: int, vocabulary: int, device: torch.device) -> Tensor:
     The number of blocks is rounded up to a multiple of 4 (the state of a block beyond the vocabulary is that of an
     empty set), so that alignment does not depend on the rows and one binary serves every batch size.
     """
-    return torch.empty(3, rows, 4 * triton.cdiv(vocabulary, 4 * BLOCK), dtype=torch.float32, device=device)
+    return torch.empty(3, rows, 4 * cdiv(vocabulary, 4 * BLOCK), dtype=torch.float32, device=device)
 
 
 def token_logprobs(
@@ -175,7 +177,7 @@ def token_logprobs(
     blocks = states.shape[2]
     if rows:
         # Without fusion each product is rounded where it is written, in every binary that forms a state.
-        block_states_kernel[(rows, triton.cdiv(blocks, BLOCKS_PER_PROGRAM))](
+        block_states_kernel[(rows, cdiv(blocks, BLOCKS_PER_PROGRAM))](
             logits,
             inv_temperature.contiguous(),
             min_logit.contiguous(),

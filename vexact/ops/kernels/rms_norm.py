@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
 PARTIAL_CONFIG = {"BLOCK_P": 256, "BLOCK_D": 16, "num_warps": 4}
 
 
@@ -115,14 +117,14 @@ def _sum_partials_kernel(
 
 def forward_config(width: int) -> dict[str, int]:
     """Tile and warp count of the forward kernel: a function of the row length only, because they decide bits."""
-    block_d = triton.next_power_of_2(width)
+    block_d = next_power_of_2(width)
     block_m = max(1, 2048 // block_d)
     return {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 1024))}
 
 
 def backward_config(width: int) -> dict[str, int]:
     """Tile, pipeline depth and warp count of the backward kernel, from the row length only."""
-    block_d = triton.next_power_of_2(width)
+    block_d = next_power_of_2(width)
     if block_d < 2048:
         return {"BLOCK_M": 2048 // block_d, "BLOCK_D": block_d, "STAGES": 3, "num_warps": 4}
     return {"BLOCK_M": 2 if block_d <= 4096 else 1, "BLOCK_D": block_d, "STAGES": 3, "num_warps": 8}
@@ -135,8 +137,8 @@ def row_block(num_rows: int, width: int) -> int:
     """
     tile_rows = backward_config(width)["BLOCK_M"]
     max_programs = 512 if width < 2048 else 256
-    tiles = triton.cdiv(num_rows, tile_rows)
-    return max(1, triton.cdiv(tiles, max_programs)) * tile_rows
+    tiles = cdiv(num_rows, tile_rows)
+    return max(1, cdiv(tiles, max_programs)) * tile_rows
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -179,7 +181,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     num_rows, width = x.shape
     dy, x, weight = _aligned(dy), _aligned(x), _aligned(weight)
     rows_per_block = row_block(num_rows, width)
-    num_blocks = triton.cdiv(num_rows, rows_per_block)
+    num_blocks = cdiv(num_rows, rows_per_block)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     partial = torch.empty((num_blocks, width), dtype=torch.float32, device=x.device)
     _backward_kernel[(num_blocks,)](
@@ -195,7 +197,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
         **backward_config(width),
         enable_fp_fusion=False,
     )
-    _sum_partials_kernel[(triton.cdiv(width, PARTIAL_CONFIG["BLOCK_D"]),)](
+    _sum_partials_kernel[(cdiv(width, PARTIAL_CONFIG["BLOCK_D"]),)](
         partial, dweight, num_blocks, D=width, **PARTIAL_CONFIG, enable_fp_fusion=False
     )
     return dx, dweight
@@ -207,7 +209,7 @@ def _launch_forward(
     num_rows, width = x.shape
     config = forward_config(width)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    _forward_kernel[(triton.cdiv(num_rows, config["BLOCK_M"]),)](
+    _forward_kernel[(cdiv(num_rows, config["BLOCK_M"]),)](
         x,
         residual,
         _aligned(weight),

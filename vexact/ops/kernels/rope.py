@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.sizes import next_power_of_2
+
 
 @triton.jit
 def _rotate(
@@ -68,10 +70,10 @@ def _rope_kernel(
 
 def launch_config(num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:
     """Tile of one token and its warp count."""
-    block_hq, block_half = triton.next_power_of_2(num_q_heads), triton.next_power_of_2(head_dim // 2)
+    block_hq, block_half = next_power_of_2(num_q_heads), next_power_of_2(head_dim // 2)
     return {
         "BLOCK_HQ": block_hq,
-        "BLOCK_HKV": triton.next_power_of_2(num_kv_heads),
+        "BLOCK_HKV": next_power_of_2(num_kv_heads),
         "BLOCK_HALF": block_half,
         "num_warps": min(8, max(1, block_hq * block_half // 256)),
     }

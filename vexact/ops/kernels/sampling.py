@@ -14,6 +14,7 @@ from torch import Tensor
 from vexact.ops.kernels.logprob import token_logprobs
 from vexact.ops.kernels.philox import philox_4x32_10
 from vexact.ops.kernels.sampling_threshold import thresholds
+from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 1024, "num_warps": 4}
 
@@ -176,7 +177,7 @@ def draw(
 ) -> Tensor:
     """Token ids (B,) int64: the largest of z + Gumbel noise over {logit >= min_logit}, or of the logits if greedy."""
     num_rows, vocab_size = logits.shape
-    num_chunks = triton.cdiv(vocab_size, DRAW_CONFIG["CHUNK"])
+    num_chunks = cdiv(vocab_size, DRAW_CONFIG["CHUNK"])
     best_score = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -195,6 +196,6 @@ def draw(
         enable_fp_fusion=False,
     )
     _choose_kernel[(num_rows,)](
-        best_score, best_token, token_ids, num_chunks, BLOCK_S=triton.next_power_of_2(num_chunks), num_warps=1
+        best_score, best_token, token_ids, num_chunks, BLOCK_S=next_power_of_2(num_chunks), num_warps=1
     )
     return token_ids

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
 
 @triton.jit
 def _sigmoid(x):
@@ -55,7 +57,7 @@ def _backward_kernel(
 
 def launch_config(width: int) -> dict[str, int]:
     """Columns per program and its warp count."""
-    block = min(2048, triton.next_power_of_2(width))
+    block = min(2048, next_power_of_2(width))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
@@ -64,7 +66,7 @@ def forward(gate_up: Tensor) -> Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     config = launch_config(width)
-    grid = (num_rows, triton.cdiv(width, config["BLOCK"]))
+    grid = (num_rows, cdiv(width, config["BLOCK"]))
     _forward_kernel[grid](gate_up, out, I=width, **config, enable_fp_fusion=False)
     return out
 
@@ -74,6 +76,6 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     num_rows, width = dy.shape
     grad = torch.empty_like(gate_up)
     config = launch_config(width)
-    grid = (num_rows, triton.cdiv(width, config["BLOCK"]))
+    grid = (num_rows, cdiv(width, config["BLOCK"]))
     _backward_kernel[grid](dy, gate_up, grad, I=width, **config, enable_fp_fusion=False)
     return grad

@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vexact.ops.kernels.sizes import next_power_of_2
+
 LOG2E = 1.4426950408889634
 
 
@@ -131,7 +133,7 @@ class HeadShape:
 @cache
 def padded(dim: int) -> int:
     """The power of two, at least 16, that holds `dim` columns."""
-    return max(16, 1 << (dim - 1).bit_length())
+    return max(16, next_power_of_2(dim))
 
 
 def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
