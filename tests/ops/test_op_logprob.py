@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from vexact.ops import linear, linear_cross_entropy, linear_cross_entropy_one_pass, token_logprobs
+from vexact.ops import (
+    linear,
+    linear_cross_entropy,
+    linear_cross_entropy_one_pass,
+    linear_cross_entropy_trained,
+    token_logprobs,
+)
 from vexact.ops.cpu import linear_cross_entropy as cpu_lce
 from vexact.ops.logprob import token_logprobs_reference
 
@@ -73,6 +79,21 @@ def test_one_pass_agrees_with_the_general_form():
     assert torch.equal(fused.logprobs, out.logprobs)
     torch.testing.assert_close(fused.dhidden, general[0].grad)
     torch.testing.assert_close(fused.dweight, general[1].grad)
+
+
+def test_trained_form_is_the_one_pass_form_inside_autograd():
+    x, weight, targets, inv_temperature, min_logit, _ = _case()
+    advantages = torch.randn(50)
+    rows = targets, lambda logprobs, t: -advantages[t] * logprobs.exp(), inv_temperature, min_logit
+    expected = linear_cross_entropy_one_pass(x, weight, *rows)
+    source, leaf = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = linear_cross_entropy_trained(source * 1.0, leaf, *rows)
+    assert torch.equal(out.logprobs, expected.logprobs)
+    assert torch.equal(out.entropy, expected.entropy)
+    assert not out.logprobs.requires_grad
+    (4.0 * out.surrogate).backward()  # a power of two scales without rounding
+    assert torch.equal(source.grad, 4.0 * expected.dhidden)
+    assert torch.equal(leaf.grad, 4.0 * expected.dweight)
 
 
 def test_bad_input_is_named():

@@ -31,6 +31,29 @@ def test_micro_batch_size_and_order_do_not_change_the_gradient(loss):
         torch.testing.assert_close(other_gradients, gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("config", "applies"),
+    [
+        ({"loss_agg_mode": "seq-mean-token-mean"}, True),
+        ({"use_kl_loss": True, "kl_loss_coef": 0.5}, True),
+        ({"loss_mode": "reinforce", "fsdp": True}, True),
+        ({"loss_mode": "gspo"}, False),
+        ({"entropy_coeff": 0.01}, False),
+    ],
+)
+def test_the_head_is_trained_in_one_pass_where_the_loss_is_elementwise(config, applies, monkeypatch):
+    sequences = random_sequences(12, ref_logprobs=True)
+    config = {"ppo_max_token_len_per_gpu": 40, "grad_clip": math.inf, **config}
+    actor = tiny_actor(**config)
+    assert actor.one_pass is applies
+    metrics, gradients = actor.update(sequences), gradients_of(actor)
+    monkeypatch.setattr("vexact.training.one_pass.MAX_ACCUMULATOR_BYTES", 0)
+    general = tiny_actor(**config)
+    assert not general.one_pass
+    assert general.update(sequences) == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    torch.testing.assert_close(gradients, gradients_of(general), rtol=1e-4, atol=1e-6)
+
+
 def test_metrics_have_verls_names_and_on_policy_values_are_exactly_zero():
     actor = tiny_actor(use_kl_loss=True, entropy_coeff=0.01, ppo_max_token_len_per_gpu=30)
     reference = Reference(tiny_model(), actor.config)

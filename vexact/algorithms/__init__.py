@@ -8,6 +8,7 @@ from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInp
 from vexact.algorithms.registry import (
     ADVANTAGE_ESTIMATORS,
     FIXED_AGG_MODES,
+    PER_TOKEN_LOSSES,
     POLICY_LOSSES,
     advantage_estimator,
     policy_loss,
@@ -18,6 +19,7 @@ __all__ = [
     "FIXED_AGG_MODES",
     "KL_ESTIMATORS",
     "LOSS_AGG_MODES",
+    "PER_TOKEN_LOSSES",
     "POLICY_LOSSES",
     "AdvantageConfig",
     "AdvantageInputs",

@@ -40,6 +40,9 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 FIXED_AGG_MODES: dict[str, str] = {"gspo": "seq-mean-token-mean"}
 """Losses that are defined per sequence and, as in verl, ignore ``loss_agg_mode``."""
 
+PER_TOKEN_LOSSES = frozenset({"vanilla", "reinforce", "gpg"})
+"""Losses whose value for a token depends on no other token's log-probability."""
+
 
 def advantage_estimator(name: str) -> AdvantageEstimator:
     """The estimator of ``algorithm.adv_estimator=name``. Raises ValueError listing the known names."""

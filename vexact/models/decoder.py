@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from vexact.models.config import ModelConfig
 from vexact.models.opset import OpSet, op_set
 from vexact.models.rotary import cos_sin_table
-from vexact.ops import PackedMetadata, PagedMetadata, linear_cross_entropy
-from vexact.ops.linear_cross_entropy import LinearCrossEntropy
+from vexact.ops import PackedMetadata, PagedMetadata, linear_cross_entropy, linear_cross_entropy_trained
+from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 
 Metadata = PackedMetadata | PagedMetadata
 KVCache = tuple[Tensor, Tensor]
@@ -26,6 +27,9 @@ class Targets:
     token_ids: Tensor  # (R,) int64, the token each row predicts
     inv_temperature: Tensor  # (R,) fp32
     min_logit: Tensor  # (R,) fp32
+    # d loss / d logprob of the targets in a slice, for a loss that is elementwise in the log-probability: gradients of
+    # the head are then taken in the forward, see ops.linear_cross_entropy_trained
+    dloss: Callable[[Tensor, slice], Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -151,7 +155,7 @@ class CausalLM(nn.Module):
         metadata: Metadata,
         kv_caches: list[KVCache] | None = None,
         targets: Targets | None = None,
-    ) -> Tensor | LinearCrossEntropy:
+    ) -> Tensor | LinearCrossEntropy | TrainedCrossEntropy:
         """Hidden states after the final norm, or with ``targets`` their log-probabilities and entropies.
 
         The head runs inside ``forward`` so that sharded weights are gathered when it needs them.
@@ -161,7 +165,8 @@ class CausalLM(nn.Module):
             kv_caches: one (k_cache, v_cache) per layer for paged metadata.
 
         Returns:
-            (T, H), or :class:`LinearCrossEntropy` with fields (R,) fp32.
+            (T, H), or :class:`LinearCrossEntropy` with fields (R,) fp32, or with ``targets.dloss``
+            :class:`TrainedCrossEntropy`.
         """
         x: Tensor = self.ops.embedding(input_ids, self.embed_tokens.weight)
         residual: Tensor | None = None
@@ -175,9 +180,10 @@ class CausalLM(nn.Module):
         if targets is None:
             return hidden
         rows = hidden.index_select(0, targets.rows)
-        return linear_cross_entropy(
-            rows, self.lm_head_weight, targets.token_ids, targets.inv_temperature, targets.min_logit
-        )
+        kept = targets.inv_temperature, targets.min_logit
+        if targets.dloss is not None:
+            return linear_cross_entropy_trained(rows, self.lm_head_weight, targets.token_ids, targets.dloss, *kept)
+        return linear_cross_entropy(rows, self.lm_head_weight, targets.token_ids, *kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V) fp32, never rounded to the model's dtype."""

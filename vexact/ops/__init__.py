@@ -6,7 +6,11 @@ CUDA tensors run Triton kernels, CPU tensors run their plain-torch twins; each i
 from vexact.ops.attention import PackedMetadata, PagedMetadata, attention, flash_attn_varlen_func, write_kv
 from vexact.ops.embedding import embedding
 from vexact.ops.linear import linear
-from vexact.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_one_pass
+from vexact.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_one_pass,
+    linear_cross_entropy_trained,
+)
 from vexact.ops.logprob import token_logprobs
 from vexact.ops.qk_norm_rope import qk_norm_rope
 from vexact.ops.rms_norm import add_rms_norm, rms_norm
@@ -25,6 +29,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",
+    "linear_cross_entropy_trained",
     "qk_norm_rope",
     "rms_norm",
     "rope",

@@ -69,6 +69,59 @@ def linear_cross_entropy_one_pass(
     return OnePass(*op.one_pass(hidden.contiguous(), weight, targets, inv_temperature, min_logit, dloss))
 
 
+class TrainedCrossEntropy(NamedTuple):
+    """Result of :func:`linear_cross_entropy_trained`."""
+
+    logprobs: Tensor  # (T,) fp32, without gradient
+    entropy: Tensor  # (T,) fp32, without gradient
+    surrogate: Tensor  # scalar 0, whose gradient is that of the summed token losses
+
+
+def linear_cross_entropy_trained(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dloss: Callable[[Tensor, slice], Tensor],
+    inv_temperature: Tensor | float = 1.0,
+    min_logit: Tensor | None = None,
+) -> TrainedCrossEntropy:
+    """:func:`linear_cross_entropy_one_pass` as a part of an autograd graph: call ``surrogate.backward()``, once.
+
+    The log-probabilities have the bits of :func:`linear_cross_entropy`; the gradients, taken in its forward, wait for
+    the backward.
+    """
+    inv_temperature, min_logit = _per_token(hidden, targets, inv_temperature, min_logit)
+    return TrainedCrossEntropy(*_Trained.apply(hidden, weight, targets, inv_temperature, min_logit, dloss))
+
+
+class _Trained(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        inv_temperature: Tensor,
+        min_logit: Tensor,
+        dloss: Callable[[Tensor, slice], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = hidden.contiguous()
+        op = backend("linear_cross_entropy", hidden)
+        logprobs, entropy, dhidden, dweight = op.one_pass(hidden, weight, targets, inv_temperature, min_logit, dloss)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.mark_non_differentiable(logprobs, entropy)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy, logprobs.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _dlogprobs: None, _dentropy: None, scale: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden.mul_(scale), dweight.mul_(scale), None, None, None, None
+
+
 def _per_token(
     hidden: Tensor, targets: Tensor, inv_temperature: Tensor | float, min_logit: Tensor | None
 ) -> tuple[Tensor, Tensor]:

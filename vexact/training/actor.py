@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vexact.algorithms import Denominators
 from vexact.models import CausalLM
+from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
+from vexact.training import one_pass
 from vexact.training.batch import PolicyTargets, TokenSequence, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
 from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
@@ -35,6 +37,7 @@ class Actor:
     def __init__(self, model: CausalLM, config: ActorConfig, device: torch.device | str | None = None) -> None:
         """Raises ValueError when the mini-batch cannot be split over the ranks, or sharding is off but needed."""
         self.config, self.model = config, model
+        self.one_pass = one_pass.applies(config, model.config)
         self.ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
         if config.ppo_mini_batch_size % self.ranks.world_size:
             raise ValueError(
@@ -153,16 +156,22 @@ class Actor:
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its log-probabilities (R,)."""
         batch = group_batch(tokens, group, self.ranks.device)
-        scores = token_scores(self.model, batch)
         if group:
             targets = policy_targets([chosen[i] for i in group], self.ranks.device)
         else:
-            targets = PolicyTargets(*[torch.zeros_like(scores.logprobs)] * 3)
-        loss, shares = micro_batch_loss(scores, batch, targets, self.config, denominators)
+            targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
         weight = 1.0 if group else 0.0
-        metrics.add(shares, weight)
         # FSDP averages gradients over the ranks, but the loss already has global denominators.
-        (loss * (weight * self.ranks.world_size)).backward()
+        scale = weight * self.ranks.world_size
+        if self.one_pass:
+            batch = one_pass.with_derivative(batch, targets, self.config, denominators, scale)
+        scores = token_scores(self.model, batch)
+        loss, shares = micro_batch_loss(scores, batch, targets, self.config, denominators)
+        metrics.add(shares, weight)
+        if isinstance(scores, TrainedCrossEntropy):
+            scores.surrogate.backward()
+        else:
+            (loss * scale).backward()
         return scores.logprobs.detach()
 
     def _denominators(self, tokens: Sequence[TokenSequence]) -> Denominators:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vexact.models import CausalLM
-from vexact.ops.linear_cross_entropy import LinearCrossEntropy
+from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.packing import pack
 from vexact.training.ranks import Ranks, lone_mesh, shard
@@ -35,7 +35,7 @@ def prepare(model: CausalLM, ranks: Ranks, dtype: torch.dtype, fsdp: bool | None
         shard(model, list(model.parallel_layers), mesh, dtype)
 
 
-def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy:
+def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy | TrainedCrossEntropy:
     """Log-probability and entropy of every response token of the batch, fp32 (R,)."""
     return model(batch.input_ids, batch.positions, batch.attention, targets=batch.targets)
 

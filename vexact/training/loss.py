@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from vexact.algorithms import Denominators, PolicyLossInputs, kl_penalty, policy_loss, token_weights
-from vexact.ops.linear_cross_entropy import LinearCrossEntropy
+from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, PolicyTargets
 from vexact.training.config import ActorConfig
 
 
 def micro_batch_loss(
-    scores: LinearCrossEntropy,
+    scores: LinearCrossEntropy | TrainedCrossEntropy,
     batch: PackedBatch,
     targets: PolicyTargets,
     config: ActorConfig,
