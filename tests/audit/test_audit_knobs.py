@@ -4,7 +4,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from vexact.audit import Audit
 from vexact.models import ModelConfig, random_model
@@ -28,13 +27,7 @@ CONFIG = ModelConfig.from_hf_dict(
 )
 NUM_CASES = 50
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _generate(rng):

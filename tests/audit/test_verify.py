@@ -35,13 +35,7 @@ FAMILIES = {
 }
 SMALL = ["--num_prompts", "6", "--max_new_tokens", "5", "--device", "cpu"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

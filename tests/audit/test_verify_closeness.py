@@ -34,13 +34,7 @@ SHAPE = {
 THETA, WRONG_THETA = 10_000.0, 100.0
 PAIRS = ("training side, HF bfloat16", "training side, HF float32", "HF bfloat16, HF float32")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,8 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
         raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
     source: Any = invariant if ops == "invariant" else stock
     attention_source: Any = stock if ops == "stock" or attn_impl in STOCK_ATTENTION else invariant
-    names = ("linear", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "embedding")
-    chosen = {name: getattr(source, name) for name in names}
-    return OpSet(**chosen, attention=attention_source.attention)
+    chosen = {name: getattr(source, name) for name in OP_NAMES}
+    return OpSet(**chosen | {"attention": attention_source.attention})
 
 
 def set_ops(model: nn.Module, ops: OpSet) -> None:

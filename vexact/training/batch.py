@@ -37,6 +37,11 @@ class PolicyTargets:
     advantages: Tensor
     ref_logprobs: Tensor | None
 
+    def at(self, tokens: slice) -> PolicyTargets:
+        """Those of some response tokens."""
+        reference = None if self.ref_logprobs is None else self.ref_logprobs[tokens]
+        return PolicyTargets(self.old_logprobs[tokens], self.advantages[tokens], reference)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSequence:

@@ -5,10 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vexact.algorithms import Denominators, PolicyLossInputs, kl_penalty, policy_loss, token_weights
+from vexact.algorithms import Denominators, PolicyLossInputs, PolicyLossOutput, kl_penalty, policy_loss, token_weights
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, PolicyTargets
 from vexact.training.config import ActorConfig
+
+
+def policy_terms(
+    logprobs: Tensor, targets: PolicyTargets, lengths: Tensor, config: ActorConfig
+) -> tuple[PolicyLossOutput, Tensor | None]:
+    """Policy loss and KL penalty (None without ``use_kl_loss``) per token, of ``logprobs`` (R,) that carry gradients.
+
+    ``lengths`` (B,) are those of the sequences; only a loss outside ``PER_TOKEN_LOSSES`` reads them.
+    """
+    inputs = PolicyLossInputs(logprobs, targets.old_logprobs, targets.advantages, lengths)
+    policy = policy_loss(config.loss_mode)(inputs, config.clip)
+    if not config.use_kl_loss:
+        return policy, None
+    assert targets.ref_logprobs is not None, "the actor checks for reference log-probs before it packs"
+    return policy, kl_penalty(logprobs, targets.ref_logprobs, config.kl_loss_type)
 
 
 def micro_batch_loss(
@@ -24,16 +39,13 @@ def micro_batch_loss(
     are detached.
     """
     weights = token_weights(batch.response_lengths, config.agg_mode, denominators)  # (R,)
-    inputs = PolicyLossInputs(scores.logprobs, targets.old_logprobs, targets.advantages, batch.response_lengths)
-    policy = policy_loss(config.loss_mode)(inputs, config.clip)
+    policy, kl = policy_terms(scores.logprobs, targets, batch.response_lengths, config)
     loss = (policy.losses * weights).sum()
     shares = {"pg_loss": loss}
     if config.entropy_coeff != 0:
         shares["entropy_loss"] = (scores.entropy * weights).sum()
         loss = loss - config.entropy_coeff * shares["entropy_loss"]
-    if config.use_kl_loss:
-        assert targets.ref_logprobs is not None, "the actor checks for reference log-probs before it packs"
-        kl = kl_penalty(scores.logprobs, targets.ref_logprobs, config.kl_loss_type)
+    if kl is not None:
         shares["kl_loss"] = (kl * weights).sum()
         loss = loss + config.kl_loss_coef * shares["kl_loss"]
     shares["loss"] = loss

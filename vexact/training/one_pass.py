@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vexact.algorithms import PER_TOKEN_LOSSES, Denominators, PolicyLossInputs, kl_penalty, policy_loss, token_weights
+from vexact.algorithms import PER_TOKEN_LOSSES, Denominators, token_weights
 from vexact.models import ModelConfig
 from vexact.training.batch import PackedBatch, PolicyTargets
 from vexact.training.config import ActorConfig
+from vexact.training.loss import policy_terms
 
 MAX_ACCUMULATOR_BYTES = 3 << 29
 """The head's gradient is accumulated in fp32. Above 1.5 GiB that memory is worth more than the product it saves."""
@@ -35,14 +36,8 @@ def with_derivative(
     def dloss(logprobs: Tensor, tokens: slice) -> Tensor:
         with torch.enable_grad():
             leaf = logprobs.detach().requires_grad_()
-            given = targets.old_logprobs[tokens], targets.advantages[tokens]
-            losses = policy_loss(config.loss_mode)(
-                PolicyLossInputs(leaf, *given, batch.response_lengths), config.clip
-            ).losses
-            if config.use_kl_loss:
-                assert targets.ref_logprobs is not None, "the actor checks for reference log-probs before it packs"
-                penalty = kl_penalty(leaf, targets.ref_logprobs[tokens], config.kl_loss_type)
-                losses = losses + config.kl_loss_coef * penalty
+            policy, kl = policy_terms(leaf, targets.at(tokens), batch.response_lengths, config)
+            losses = policy.losses if kl is None else policy.losses + config.kl_loss_coef * kl
             (gradient,) = torch.autograd.grad((losses * weights[tokens]).sum(), leaf)
         return gradient
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.rope import launch_config
+from vexact.ops.kernels.rope import launch_config, packed_heads, store_rotated, token_angles
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def _norm_and_rotate(
     second = (second * rstd[:, None]).to(dtype).to(tl.float32) * second_weight[None, :]
 
     first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-    tl.store(out_ptr + offsets, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=mask)
-    tl.store(out_ptr + offsets + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=mask)
+    store_rotated(out_ptr + offsets, first, second, cos, sin, mask, HALF)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -75,12 +74,7 @@ def _qk_norm_rope_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_HALF)
-    # A position outside the table gives NaN, which every later check sees, instead of another row's angle.
-    readable = (lanes < HALF) & (position >= 0) & (position < num_positions)
-    angles = cos_sin_ptr + position * (2 * HALF) + lanes
-    cos = tl.load(angles, mask=readable, other=float("nan"))
-    sin = tl.load(angles + HALF, mask=readable, other=float("nan"))
+    cos, sin = token_angles(cos_sin_ptr, position, num_positions, HALF, BLOCK_HALF)
     _norm_and_rotate(
         q_ptr + token * q_stride, q_weight_ptr, q_out_ptr + token * (HQ * 2 * HALF), q_rstd_ptr + token * HQ,
         cos, sin, eps, HQ, HALF, BLOCK_HQ, BLOCK_HALF,
@@ -134,6 +128,6 @@ def _readable(x: Tensor) -> Tensor:
 
     Triton compiles another layout, and so another order of additions, for rows that are not 16-byte aligned.
     """
-    packed = x.stride(2) == 1 and x.stride(1) == x.shape[2]
-    aligned = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-    return x if packed and aligned else x.clone(memory_format=torch.contiguous_format)
+    x = packed_heads(x)
+    aligned = (x.stride(0) % 16 == 0 or x.is_contiguous()) and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

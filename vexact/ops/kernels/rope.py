@@ -14,6 +14,26 @@ from vexact.ops.kernels.sizes import next_power_of_2
 
 
 @triton.jit
+def token_angles(cos_sin_ptr, position, num_positions, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Cosines and sines (BLOCK_HALF,) of a token's position."""
+    lanes = tl.arange(0, BLOCK_HALF)
+    # A position outside the table gives NaN, which every later check sees, instead of another row's angle.
+    readable = (lanes < HALF) & (position >= 0) & (position < num_positions)
+    angles = cos_sin_ptr + position * (2 * HALF) + lanes
+    cos = tl.load(angles, mask=readable, other=float("nan"))
+    sin = tl.load(angles + HALF, mask=readable, other=float("nan"))
+    return cos, sin
+
+
+@triton.jit
+def store_rotated(pointers, first, second, cos, sin, mask, HALF: tl.constexpr):
+    """Rotate the halves (BLOCK_HEADS, BLOCK_HALF) fp32 of a token's heads and store them, the second HALF further."""
+    dtype = pointers.dtype.element_ty
+    tl.store(pointers, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=mask)
+    tl.store(pointers + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=mask)
+
+
+@triton.jit
 def _rotate(
     in_ptr,  # (heads, 2 * HALF), one token
     out_ptr,
@@ -30,9 +50,7 @@ def _rotate(
     offsets = heads * (2 * HALF) + lanes
     first = tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(in_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    dtype = out_ptr.dtype.element_ty
-    tl.store(out_ptr + offsets, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=mask)
-    tl.store(out_ptr + offsets + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=mask)
+    store_rotated(out_ptr + offsets, first, second, cos, sin, mask, HALF)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -56,12 +74,7 @@ def _rope_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_HALF)
-    # A position outside the table gives NaN, which every later check sees, instead of another row's angle.
-    readable = (lanes < HALF) & (position >= 0) & (position < num_positions)
-    angles = cos_sin_ptr + position * (2 * HALF) + lanes
-    cos = tl.load(angles, mask=readable, other=float("nan"))
-    sin = tl.load(angles + HALF, mask=readable, other=float("nan"))
+    cos, sin = token_angles(cos_sin_ptr, position, num_positions, HALF, BLOCK_HALF)
     if INVERSE:
         sin = -sin
     _rotate(q_ptr + token * q_stride, q_out_ptr + token * (HQ * 2 * HALF), cos, sin, HQ, HALF, BLOCK_HQ, BLOCK_HALF)
@@ -92,7 +105,7 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inverse: b
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    q, k = _packed_heads(q), _packed_heads(k)
+    q, k = packed_heads(q), packed_heads(k)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     _rope_kernel[(num_tokens,)](
@@ -115,6 +128,6 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inverse: b
     return q_out, k_out
 
 
-def _packed_heads(x: Tensor) -> Tensor:
+def packed_heads(x: Tensor) -> Tensor:
     """``x`` (T, heads, D) with one token's heads adjacent in memory; copies only if they are not."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -17,7 +17,7 @@ def row_descriptors(k: Tensor, v: Tensor, block_n: int) -> Descriptors | None:
         k: (Tk, Hkv, D) or (num_pages, page_size, Hkv, D). v: likewise with Dv.
 
     A block of keys must lie in one page, head dimensions must be powers of two (a wider box would read the next head),
-    and rows must be at most a constant number of aligned bytes apart.
+    a row's heads must be adjacent, and rows an equal number of aligned bytes apart, across pages too.
     """
     if capability(k.device)[0] < 9 or (k.dim() == 4 and k.shape[1] % block_n):
         return None

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vexact.ops.kernels.attention.launch import padded
+from vexact.ops.kernels.sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -58,7 +59,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     if num_rows == 0:
         return
     rows_per_program = 16
-    write_kernel[(-(-num_rows * num_heads // rows_per_program),)](
+    write_kernel[(cdiv(num_rows * num_heads, rows_per_program),)](
         k, v, k_cache, v_cache, slot_mapping, num_rows,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         *k_cache.stride()[:3], *v_cache.stride()[:3],

@@ -20,6 +20,7 @@ from vexact.ops.kernels.attention.launch import (
     exponent_scale,
     head_shape,
 )
+from vexact.ops.kernels.sizes import cdiv
 
 PREPARE_ROWS = 32
 
@@ -123,7 +124,7 @@ def packed_backward(
         "D": shape.dim, "DV": shape.value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
     }  # fmt: skip
     if num_rows:
-        prepare_kernel[(-(-num_rows // PREPARE_ROWS) * shape.num_heads,)](
+        prepare_kernel[(cdiv(num_rows, PREPARE_ROWS) * shape.num_heads,)](
             dout, out, lse, delta, lse2, num_rows,
             NUM_HEADS=shape.num_heads, DV=shape.value_dim, DV_PAD=shape.value_dim_pad, ROWS=PREPARE_ROWS, num_warps=4,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from vexact.ops.kernels.attention.launch import (
 )
 from vexact.ops.kernels.attention.split import chunk_kernel, merge_kernel
 from vexact.ops.kernels.linear import capability
+from vexact.ops.kernels.sizes import cdiv
 
 
 def paged_forward(
@@ -146,7 +147,7 @@ class _Call:
         """Sequences of at most `max_rows` query rows, chunks in parallel, then merged where there is more than one."""
         shape, chunk = self.shape, self.blocks.chunk
         tile_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
-        num_chunks = max(1, -(-self.max_seqlen_k // chunk))
+        num_chunks = max(1, cdiv(self.max_seqlen_k, chunk))
         parts = (self.num_sequences * num_chunks * max_rows if num_chunks > 1 else 0, shape.num_heads)
         part_acc = self.lse.new_empty((*parts, shape.value_dim))
         part_ml = self.lse.new_empty((*parts, 2))
