@@ -180,7 +180,7 @@ def test_paged_checks_its_heads() -> None:
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_descriptors_load_what_pointers_load(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the slots and rows after a sequence are NaN, and where heads are a slice of wider rows."""
-    batch = make_batch([40, 5], [70, 33], heads=(4, 2), dims=(32, 16))
+    batch = make_batch([5, 40], [70, 90], heads=(4, 2), dims=(32, 16))  # several whole blocks that every row sees
     wide = [torch.cat([rows, rows * float("nan")], dim=1)[:, :2] for rows in (batch.k, batch.v)]
     sliced = Batch(batch.q, *wide, batch.q_lens, batch.k_lens)
     pages = make_pages(batch, page_size)
