@@ -60,17 +60,17 @@ def attention_mask(
     """
     if use_vmap:
         raise ValueError(f"{NAME}: the model adds its own mask pattern; only causal and full attention are supported")
-    if attention_mask is not None and not (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
-        raise ValueError(
-            f"{NAME}: the attention mask has padding; pack the sequences into one row with position_ids that restart "
-            "at every sequence, or batch sequences of equal length"
-        )
     if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor) or kv_offset != 0:
         raise ValueError(f"{NAME}: static and sliding-window caches are not supported; use a DynamicCache")
     if q_length is not None and kv_length != q_offset + q_length:
         raise ValueError(
             f"{NAME}: {kv_length} keys for {q_offset} cached and {q_length} new tokens; use a DynamicCache, "
             "which holds tokens only"
+        )
+    if attention_mask is not None and not (attention_mask.shape[-1] == kv_length and bool(attention_mask.all())):
+        raise ValueError(
+            f"{NAME}: the attention mask has padding; pack the sequences into one row with position_ids that restart "
+            "at every sequence, or batch sequences of equal length"
         )
 
 

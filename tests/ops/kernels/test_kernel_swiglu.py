@@ -22,9 +22,9 @@ def test_forward_matches_fp64_and_the_twin(width: int, dtype: torch.dtype) -> No
     reference = swiglu_reference(gate_up)
     assert out.dtype == dtype
     assert relative_error(out, reference) < TOLERANCE[dtype]
-    # One rounding: the error is that of rounding the exact value once, so it is close to the twin's.
+    # One rounding: the error is close to the twin's, plus an fp32 rounding for another exponential.
     twin_error = relative_error(twin.forward(gate_up.cpu()), reference.cpu())
-    assert relative_error(out, reference) <= 1.5 * twin_error
+    assert relative_error(out, reference) <= 1.5 * twin_error + 2**-24
 
 
 @pytest.mark.parametrize("width", [73, 6144])
