@@ -14,11 +14,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vexact.ops.kernels import embedding, qk_norm_rope, rms_norm, rope, sampling, sampling_threshold, swiglu
+from vexact.ops.kernels import (
+    embedding,
+    embedding_grad,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+    sampling,
+    sampling_threshold,
+    swiglu,
+)
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
 
-_POINTER_ALIGNMENT = [["tt.divisibility", 16]]
+_ALIGNMENT = [["tt.divisibility", 16]]
 
 
 def cases() -> Iterator[Case]:
@@ -86,16 +95,24 @@ def _embedding(dtype: str, width: int) -> Iterator[Case]:
     tensor, constants = f"*{dtype}", {"H": width, **embedding.launch_config(width)}
     types = {"ids_ptr": "*i64", "weight_ptr": tensor, "out_ptr": tensor, "num_rows": "i32"}
     yield f"embedding forward {dtype} {width}", embedding._forward_kernel, types, constants
-    types = {
-        "dy_ptr": tensor,
-        "ids_ptr": "*i32",
-        "order_ptr": "*i64",
-        "out_ptr": tensor,
-        "num_tokens": "i32",
-        "num_rows": "i32",
-    }
-    constants = {"H": width, **embedding.backward_config(width), "SINGLE": embedding._SINGLE, "TILE": embedding._TILE}
-    yield f"embedding backward {dtype} {width}", embedding._backward_kernel, types, constants
+    yield from _embedding_grad(dtype, width)
+
+
+def _embedding_grad(dtype: str, width: int) -> Iterator[Case]:
+    tensor = f"*{dtype}"
+    types = {"ids_ptr": "*i64", "keys_ptr": "*i32", "named_ptr": "*i8", "num_tokens": "i32", "num_rows": "i32"}
+    constants = {"BLOCK": embedding_grad._MARK_BLOCK, "num_warps": 4}
+    yield "embedding mark", embedding_grad._mark_kernel, types, constants
+    types = {"named_ptr": "*i8", "out_ptr": tensor, "num_rows": "i32"}
+    constants = {"H": width, **embedding_grad.zero_config(width)}
+    yield f"embedding zeros {dtype} {width}", embedding_grad._zero_kernel, types, constants
+    runs = {**dict.fromkeys(("keys_ptr", "starts_ptr", "ends_ptr"), "*i32"), "partials_ptr": "*fp32", "out_ptr": tensor}
+    types = {**runs, "dy_ptr": tensor, "order_ptr": "*i64"}
+    constants = {"H": width, **embedding_grad.segment_config(width)}
+    yield f"embedding segments {dtype} {width}", embedding_grad._segment_kernel, types, constants
+    types = {**runs, "num_tokens": "i32"}
+    constants = {"H": width, **embedding_grad.long_run_config(width)}
+    yield f"embedding long runs {dtype} {width}", embedding_grad._long_run_kernel, types, constants
 
 
 def _sampling() -> Iterator[Case]:
@@ -129,7 +146,11 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
     options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
     constants = {key: value for key, value in constants.items() if key != "num_warps"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(i,): _POINTER_ALIGNMENT for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    aligned = {
+        (i,): _ALIGNMENT
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith("_stride")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = binary.asm["ptx"]
@@ -138,6 +159,7 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
         "arch": arch,
         "shared": binary.metadata.shared,
         "contracted": "fma.rn.f32" in ptx,
+        "loads_first": ptx.rfind("ld.global") < ptx.find("st.global"),
         "wide_loads": "ld.global.v4" in ptx or "ld.global.v2.b64" in ptx,
         "cubin": len(binary.asm["cubin"]),
     }

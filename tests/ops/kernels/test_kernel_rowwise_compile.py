@@ -23,12 +23,15 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     )
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) == 23
+    assert len(binaries) == 26
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT[arch], binary
         assert binary["cubin"] > 0
         # Only the logarithm inside the sampler's noise asks for fused multiply-adds, by name.
         assert binary["contracted"] == (binary["name"] == "sampling draw"), binary
+        # A load that follows a store would wait for it.
+        assert binary["loads_first"] or "rope" not in binary["name"], binary
     by_name = {binary["name"]: binary for binary in binaries}
-    for name in ("rms_norm forward fused=True bf16 2048", "rope bf16 16/8x128", "swiglu backward bf16 6144"):
+    wide = ("rope bf16 16/8x128", "qk_norm_rope bf16 16/8x128", "swiglu backward bf16 6144")
+    for name in ("rms_norm forward fused=True bf16 2048", *wide):
         assert by_name[name]["wide_loads"], name

@@ -12,41 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.rope import launch_config, packed_heads, store_rotated, token_angles
+from vexact.ops.kernels.rope import head_tile, launch_config, load_halves, packed_heads, store_rotated, token_angles
 
 
 @triton.jit
-def _norm_and_rotate(
-    in_ptr,  # (heads, 2 * HALF), one token
-    weight_ptr,  # (2 * HALF,)
-    out_ptr,  # (heads, 2 * HALF)
-    rstd_ptr,  # (heads,) fp32
-    cos,  # (BLOCK_HALF,) fp32
-    sin,
-    eps,
-    NUM_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    heads = tl.arange(0, BLOCK_HEADS)
-    lanes = tl.arange(0, BLOCK_HALF)
-    mask = (heads < NUM_HEADS)[:, None] & (lanes < HALF)[None, :]
-    offsets = heads[:, None] * (2 * HALF) + lanes[None, :]
-    dtype = out_ptr.dtype.element_ty
-    first = tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(in_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-
-    mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
-    rstd = tl.rsqrt(mean_square + eps)
-    tl.store(rstd_ptr + heads, rstd, mask=heads < NUM_HEADS)
-    first_weight = tl.load(weight_ptr + lanes, mask=lanes < HALF, other=0.0).to(tl.float32)
-    second_weight = tl.load(weight_ptr + HALF + lanes, mask=lanes < HALF, other=0.0).to(tl.float32)
-    first = (first * rstd[:, None]).to(dtype).to(tl.float32) * first_weight[None, :]
-    second = (second * rstd[:, None]).to(dtype).to(tl.float32) * second_weight[None, :]
-
-    first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
-    store_rotated(out_ptr + offsets, first, second, cos, sin, mask, HALF)
+def _normalize(first, second, first_weight, second_weight, eps, HALF: tl.constexpr):
+    """Normalised halves (BLOCK_HEADS, BLOCK_HALF) of the input dtype, rounded before and after the weight, and rstd."""
+    dtype = first.dtype
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(first * first + second * second, 1) / (2 * HALF) + eps)
+    first, second = (first * rstd[:, None]).to(dtype), (second * rstd[:, None]).to(dtype)
+    first = first.to(tl.float32) * first_weight.to(tl.float32)[None, :]
+    second = second.to(tl.float32) * second_weight.to(tl.float32)[None, :]
+    return first.to(dtype), second.to(dtype), rstd
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -74,15 +52,24 @@ def _qk_norm_rope_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
+    q_tile, q_mask = head_tile(HQ, HALF, BLOCK_HQ, BLOCK_HALF)
+    k_tile, k_mask = head_tile(HKV, HALF, BLOCK_HKV, BLOCK_HALF)
+    q_first, q_second = load_halves(q_ptr + token * q_stride + q_tile, q_mask, HALF)
+    k_first, k_second = load_halves(k_ptr + token * k_stride + k_tile, k_mask, HALF)
+    lanes = tl.arange(0, BLOCK_HALF)
+    q_first_weight, q_second_weight = load_halves(q_weight_ptr + lanes, lanes < HALF, HALF)
+    k_first_weight, k_second_weight = load_halves(k_weight_ptr + lanes, lanes < HALF, HALF)
     cos, sin = token_angles(cos_sin_ptr, position, num_positions, HALF, BLOCK_HALF)
-    _norm_and_rotate(
-        q_ptr + token * q_stride, q_weight_ptr, q_out_ptr + token * (HQ * 2 * HALF), q_rstd_ptr + token * HQ,
-        cos, sin, eps, HQ, HALF, BLOCK_HQ, BLOCK_HALF,
-    )  # fmt: skip
-    _norm_and_rotate(
-        k_ptr + token * k_stride, k_weight_ptr, k_out_ptr + token * (HKV * 2 * HALF), k_rstd_ptr + token * HKV,
-        cos, sin, eps, HKV, HALF, BLOCK_HKV, BLOCK_HALF,
-    )  # fmt: skip
+
+    q_first, q_second, q_rstd = _normalize(q_first, q_second, q_first_weight, q_second_weight, eps, HALF)
+    store_rotated(q_out_ptr + token * (HQ * 2 * HALF) + q_tile, q_first, q_second, cos, sin, q_mask, HALF)
+    k_first, k_second, k_rstd = _normalize(k_first, k_second, k_first_weight, k_second_weight, eps, HALF)
+    store_rotated(k_out_ptr + token * (HKV * 2 * HALF) + k_tile, k_first, k_second, cos, sin, k_mask, HALF)
+
+    # Last, because their layout goes through shared memory: nothing waits for these barriers.
+    q_heads, k_heads = tl.arange(0, BLOCK_HQ), tl.arange(0, BLOCK_HKV)
+    tl.store(q_rstd_ptr + token * HQ + q_heads, q_rstd, mask=q_heads < HQ)
+    tl.store(k_rstd_ptr + token * HKV + k_heads, k_rstd, mask=k_heads < HKV)
 
 
 def forward(

@@ -26,31 +26,30 @@ def token_angles(cos_sin_ptr, position, num_positions, HALF: tl.constexpr, BLOCK
 
 
 @triton.jit
-def store_rotated(pointers, first, second, cos, sin, mask, HALF: tl.constexpr):
-    """Rotate the halves (BLOCK_HEADS, BLOCK_HALF) fp32 of a token's heads and store them, the second HALF further."""
-    dtype = pointers.dtype.element_ty
-    tl.store(pointers, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=mask)
-    tl.store(pointers + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=mask)
+def head_tile(NUM_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Offsets (BLOCK_HEADS, BLOCK_HALF) of the first halves of a token's heads, and which of them exist."""
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    lanes = tl.arange(0, BLOCK_HALF)[None, :]
+    return heads * (2 * HALF) + lanes, (heads < NUM_HEADS) & (lanes < HALF)
 
 
 @triton.jit
-def _rotate(
-    in_ptr,  # (heads, 2 * HALF), one token
-    out_ptr,
-    cos,  # (BLOCK_HALF,) fp32
-    sin,
-    NUM_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    heads = tl.arange(0, BLOCK_HEADS)[:, None]
-    lanes = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = (heads < NUM_HEADS) & (lanes < HALF)
-    offsets = heads * (2 * HALF) + lanes
-    first = tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(in_ptr + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    store_rotated(out_ptr + offsets, first, second, cos, sin, mask, HALF)
+def load_halves(pointers, mask, HALF: tl.constexpr):
+    """Values at the pointers and HALF further, as stored.
+
+    Kernels load all they need before they store: the compiler never moves a load above a store, so a later load would
+    start only when everything stored before it had been computed.
+    """
+    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + HALF, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rotated(pointers, first, second, cos, sin, mask, HALF: tl.constexpr):
+    """Rotate the halves (BLOCK_HEADS, BLOCK_HALF) of a token's heads and store them, the second HALF further."""
+    dtype = pointers.dtype.element_ty
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    tl.store(pointers, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask=mask)
+    tl.store(pointers + HALF, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -74,11 +73,15 @@ def _rope_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
+    q_tile, q_mask = head_tile(HQ, HALF, BLOCK_HQ, BLOCK_HALF)
+    k_tile, k_mask = head_tile(HKV, HALF, BLOCK_HKV, BLOCK_HALF)
+    q_first, q_second = load_halves(q_ptr + token * q_stride + q_tile, q_mask, HALF)
+    k_first, k_second = load_halves(k_ptr + token * k_stride + k_tile, k_mask, HALF)
     cos, sin = token_angles(cos_sin_ptr, position, num_positions, HALF, BLOCK_HALF)
     if INVERSE:
         sin = -sin
-    _rotate(q_ptr + token * q_stride, q_out_ptr + token * (HQ * 2 * HALF), cos, sin, HQ, HALF, BLOCK_HQ, BLOCK_HALF)
-    _rotate(k_ptr + token * k_stride, k_out_ptr + token * (HKV * 2 * HALF), cos, sin, HKV, HALF, BLOCK_HKV, BLOCK_HALF)
+    store_rotated(q_out_ptr + token * (HQ * 2 * HALF) + q_tile, q_first, q_second, cos, sin, q_mask, HALF)
+    store_rotated(k_out_ptr + token * (HKV * 2 * HALF) + k_tile, k_first, k_second, cos, sin, k_mask, HALF)
 
 
 def launch_config(num_q_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, int]:

@@ -141,8 +141,7 @@ def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
 
     Raises:
         ValueError: dtypes differ or are not fp32, bf16 or fp16; the head counts do not divide; a head dimension is
-            above
-            256; the last dimension of a tensor is not contiguous.
+            above 256; the last dimension of a tensor is not contiguous.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; q, k and v must share fp32, bf16 or fp16")
