@@ -181,7 +181,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     if record["variants_not_reached"]:
-        sys.exit(f"{record['variants_not_reached']} paths were not reached: repeat with more than {args.seconds:g} seconds")
+        sys.exit(f"{record['variants_not_reached']} paths were not reached; --seconds {args.seconds:g} is too short")
     if record["rows_different"] or record["backward_rows_different"]:
         sys.exit(1)
 
