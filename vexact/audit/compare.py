@@ -55,9 +55,6 @@ def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -
     Raises:
         ValueError: a sample and its log-probabilities differ in length or dtype.
     """
-    num_tokens = num_different = num_sequences = max_ulp = 0
-    max_diff = 0.0
-    first = None
     for sample, trainer in zip(samples, trainer_logprobs, strict=True):
         rollout = sample.logprobs
         if rollout.shape != trainer.shape or rollout.dtype != np.float32 or trainer.dtype != np.float32:
@@ -65,20 +62,23 @@ def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -
                 f"request {sample.request_id}: rollout log-probs are {rollout.dtype}{rollout.shape}, the trainer's "
                 f"{trainer.dtype}{trainer.shape}; both must be float32 of one length"
             )
-        num_tokens += len(rollout)
-        where = np.flatnonzero(rollout.view(np.int32) != trainer.view(np.int32))
-        if not len(where):
-            continue
-        ulps = np.abs(_ordered(rollout[where]) - _ordered(trainer[where]))
-        num_different, num_sequences = num_different + len(where), num_sequences + 1
-        max_ulp = max(max_ulp, int(ulps.max()))
-        max_diff = max(max_diff, float(np.abs(rollout[where].astype(np.float64) - trainer[where]).max()))
-        if first is None:
-            i = int(where[0])
-            first = TokenDifference(
-                sample.request_id, i, sample.token_ids[i], float(rollout[i]), float(trainer[i]), int(ulps[0])
-            )
-    return Comparison(num_tokens, num_different, num_sequences, max_ulp, max_diff, first)
+    if not samples:
+        return Comparison(0, 0, 0, 0, 0.0, None)
+    rollouts, trainers = np.concatenate([sample.logprobs for sample in samples]), np.concatenate(trainer_logprobs)
+    where = np.flatnonzero(rollouts.view(np.int32) != trainers.view(np.int32))
+    if not len(where):
+        return Comparison(len(rollouts), 0, 0, 0, 0.0, None)
+    ends = np.cumsum([len(sample.logprobs) for sample in samples])
+    sequences = np.searchsorted(ends, where, side="right")
+    a, b = rollouts[where], trainers[where]
+    ulps = np.abs(_ordered(a) - _ordered(b))
+    sample = samples[sequences[0]]
+    position = int(where[0] - ends[sequences[0]]) + len(sample.logprobs)
+    first = TokenDifference(
+        sample.request_id, position, sample.token_ids[position], float(a[0]), float(b[0]), int(ulps[0])
+    )
+    max_diff = float(np.abs(a.astype(np.float64) - b).max())
+    return Comparison(len(rollouts), len(where), len(np.unique(sequences)), int(ulps.max()), max_diff, first)
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
