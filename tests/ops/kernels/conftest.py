@@ -1,0 +1,90 @@
+"""Under Triton's interpreter every address that a kernel loads or stores must lie in one of its arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore = [] if INTERPRETED else ["test_interpreter_bounds.py"]  # a GPU has compute-sanitizer for this
+
+
+@pytest.fixture(autouse=True)
+def accesses_stay_in_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compute-sanitizer checks on a GPU. numpy would read a neighbour's memory and say nothing."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    host_arguments, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+    spans = np.zeros((0, 2), np.uint64)
+    kernel = ""
+
+    def remember_arguments(self: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        nonlocal spans, kernel
+        result = host_arguments(self, arguments, named)
+        spans, kernel = merged(chain(result[0], result[1].values())), self.fn.__name__
+        return result
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = np.asarray(pointers.data)[np.asarray(mask.data, bool)]
+        if addresses.size:
+            outside = first_outside(addresses, pointers.get_element_ty().primitive_bitwidth // 8, spans)
+            if outside:
+                raise AssertionError(f"{kernel}: {outside}")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **hints: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest, **hints)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **hints: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **hints)
+
+    monkeypatch.setattr(executor, "_init_args_hst", remember_arguments)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+
+
+def first_outside(addresses: np.ndarray, size: int, spans: np.ndarray) -> str | None:
+    """The first access of ``size`` bytes that is not within one of the ``spans`` (N, 2), in words."""
+    addresses = addresses.astype(np.uint64)
+    span = np.searchsorted(spans[:, 0], addresses, side="right") - 1
+    inside = (span >= 0) & (addresses + np.uint64(size) <= spans[span, 1])
+    if inside.all():
+        return None
+    address = int(addresses[~inside][0])
+    past = min((address + size - int(end) for _, end in spans), key=abs)
+    return f"an access of {size} bytes ends {past} bytes from the end of the nearest argument"
+
+
+def merged(arguments: Iterable[Any]) -> np.ndarray:
+    """[begin, end) in bytes of the memory of all tensors, ascending, those that overlap or touch made one."""
+    spans: list[list[int]] = []
+    for begin, end in sorted(extent(tensor) for tensor in tensors(arguments)):
+        if spans and begin <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([begin, end])
+    return np.array(spans, np.uint64).reshape(-1, 2)
+
+
+def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        base = getattr(argument, "base", argument)  # of a tensor descriptor
+        if isinstance(base, tuple):
+            yield from tensors(base)
+        elif isinstance(base, Tensor) and base.numel():
+            yield base
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
