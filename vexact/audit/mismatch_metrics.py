@@ -13,8 +13,13 @@ def mismatch_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray
     """``training/rollout_probs_diff_*`` (in probability space) and ``rollout_corr/*`` (d = trainer - rollout log-prob).
 
     Args:
-        rollout, trainer: per sequence (R,) fp32 log-probabilities of the same tokens.
+        rollout, trainer: per sequence (R,) fp32 log-probabilities of the same tokens; empty sequences are left out.
+
+    Raises:
+        ValueError: the two sides differ in the number or the lengths of their sequences.
     """
+    if [len(sequence) for sequence in rollout] != [len(sequence) for sequence in trainer]:
+        raise ValueError("rollout and trainer log-probs differ in the number or the lengths of their sequences")
     if not rollout:
         return {"training/rollout_probs_diff_valid": 0.0}
     lengths = np.array([len(sequence) for sequence in rollout if len(sequence)])

@@ -203,10 +203,12 @@ def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     # is used there alone. The fill is launched first, yet its blocks give way: the second stream has priority.
     main, beside = torch.cuda.current_stream(out.device), _second_stream(out.device)
     beside.wait_stream(main)
-    _zero_others(named, out)
-    with torch.cuda.stream(beside):
-        _sum_runs(dy, *_sort(keys), out)
-    main.wait_stream(beside)
+    try:
+        _zero_others(named, out)
+        with torch.cuda.stream(beside):
+            _sum_runs(dy, *_sort(keys), out)
+    finally:  # also when memory runs out: the caller's memory is about to be used again
+        main.wait_stream(beside)
     return out
 
 
