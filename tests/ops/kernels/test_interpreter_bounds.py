@@ -18,7 +18,7 @@ def copy_kernel(source, target, count, BLOCK: tl.constexpr):
 def test_an_access_past_the_end_of_an_argument_is_an_error() -> None:
     whole = torch.zeros(64)
     copy_kernel[(1,)](whole[:5], whole[32:39], 5, BLOCK=8)
-    with pytest.raises(InterpreterError, match="copy_kernel: .* at byte 20 of an argument of 20"):
+    with pytest.raises(InterpreterError, match=r"copy_kernel: .* at byte 20 of an argument of 20"):
         copy_kernel[(1,)](whole[:5], whole[32:39], 6, BLOCK=8)  # reads one element too many
-    with pytest.raises(InterpreterError, match="copy_kernel: .* at byte 24 of an argument of 24"):
+    with pytest.raises(InterpreterError, match=r"copy_kernel: .* at byte 24 of an argument of 24"):
         copy_kernel[(1,)](whole[:5], whole[32:38], 5, BLOCK=8)  # writes one
