@@ -18,11 +18,11 @@ def mismatch_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray
     Raises:
         ValueError: the two sides differ in the number or the lengths of their sequences.
     """
-    if [len(sequence) for sequence in rollout] != [len(sequence) for sequence in trainer]:
+    lengths = np.array([len(sequence) for sequence in rollout])
+    if lengths.tolist() != [len(sequence) for sequence in trainer]:
         raise ValueError("rollout and trainer log-probs differ in the number or the lengths of their sequences")
     if not rollout:
         return {"training/rollout_probs_diff_valid": 0.0}
-    lengths = np.array([len(sequence) for sequence in rollout if len(sequence)])
     a, b = (np.concatenate(side).astype(np.float64) for side in (trainer, rollout))
     return _probability_metrics(np.exp(a), np.exp(b)) | _token_metrics(a - b) | _sequence_metrics(a, b, lengths)
 
@@ -53,6 +53,7 @@ def _token_metrics(d: np.ndarray) -> dict[str, float]:
 
 
 def _sequence_metrics(trainer: np.ndarray, rollout: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    lengths = lengths[lengths > 0]
     starts = np.cumsum(lengths) - lengths
     mean_t, mean_r = (np.add.reduceat(side, starts) / lengths for side in (trainer, rollout))
     sums = np.add.reduceat(trainer - rollout, starts)

@@ -1,28 +1,16 @@
-"""Where the attention kernel tests run, and their inputs: on the GPU if there is one, else in Triton's interpreter."""
+"""Inputs of the attention kernel tests."""
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
+from rowwise import DEVICE
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-if DEVICE == "cpu":
-    # The interpreter is chosen when a kernel module is imported, so this module comes first in every kernel test.
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
-    import interpreter_bf16
-
-    interpreter_bf16.install()
-
-from vexact.ops.kernels.attention import paged_forward  # noqa: E402
-from vexact.ops.kernels.attention.launch import KeyBlocks, Tile  # noqa: E402
+from vexact.ops.kernels.attention import paged_forward
+from vexact.ops.kernels.attention.launch import KeyBlocks, Tile
 
 # Small key blocks make short sequences cross many of them, and several chunks.
 SMALL = KeyBlocks(16, 32)

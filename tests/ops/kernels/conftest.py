@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from rowwise import DEVICE
 from torch import Tensor
 
-INTERPRETED = not torch.cuda.is_available()
+INTERPRETED = DEVICE == "cpu"
 collect_ignore = [] if INTERPRETED else ["test_interpreter_bounds.py"]  # a GPU has compute-sanitizer for this
 
 

@@ -1,4 +1,4 @@
-"""Where the row-wise kernel tests run: on the GPU if there is one, else on CPU tensors in Triton's interpreter."""
+"""Where the kernel tests run: on the GPU if there is one, else on CPU tensors in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from vexact.ops.kernels import (
     sampling_threshold,
     swiglu,
 )
+from vexact.ops.kernels.sizes import column_blocks
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
 
@@ -84,7 +85,7 @@ def _qk_norm_rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int
 
 
 def _swiglu(dtype: str, width: int) -> Iterator[Case]:
-    tensor, constants = f"*{dtype}", {"I": width, **swiglu.launch_config(width)}
+    tensor, constants = f"*{dtype}", {"I": width, **column_blocks(width)}
     types = {"gate_up_ptr": tensor, "out_ptr": tensor}
     yield f"swiglu forward {dtype} {width}", swiglu._forward_kernel, types, constants
     types = {"gate_up_ptr": tensor, "dy_ptr": tensor, "grad_ptr": tensor}
@@ -92,7 +93,7 @@ def _swiglu(dtype: str, width: int) -> Iterator[Case]:
 
 
 def _embedding(dtype: str, width: int) -> Iterator[Case]:
-    tensor, constants = f"*{dtype}", {"H": width, **embedding.launch_config(width)}
+    tensor, constants = f"*{dtype}", {"H": width, **column_blocks(width)}
     types = {"ids_ptr": "*i64", "weight_ptr": tensor, "out_ptr": tensor, "num_rows": "i32"}
     yield f"embedding forward {dtype} {width}", embedding._forward_kernel, types, constants
     yield from _embedding_grad(dtype, width)

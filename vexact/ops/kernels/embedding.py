@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vexact.ops.kernels.embedding_grad import backward
-from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+from vexact.ops.kernels.sizes import cdiv, column_blocks
 
 __all__ = ["backward", "forward"]
 
@@ -31,17 +31,11 @@ def _forward_kernel(
     tl.store(out_ptr + token * H + columns, value, mask=columns < H)
 
 
-def launch_config(width: int) -> dict[str, int]:
-    """Columns per program and its warp count."""
-    block = min(2048, next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
-
-
 def forward(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of ``weight`` (V, H) at ``ids`` (T,) -> (T, H); an id outside [0, V) gives a row of NaN."""
     width = weight.shape[1]
     out = torch.empty((ids.shape[0], width), dtype=weight.dtype, device=weight.device)
-    config = launch_config(width)
+    config = column_blocks(width)
     grid = (ids.shape[0], cdiv(width, config["BLOCK"]))
     _forward_kernel[grid](ids.contiguous(), weight.contiguous(), out, weight.shape[0], H=width, **config)
     return out

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+from vexact.ops.kernels.sizes import cdiv, column_blocks
 
 # Tokens that one program adds. Of all numbers here, only this one decides bits: masked additions add zero to a sum that
 # starts at +0 and so is never -0.
@@ -132,20 +132,17 @@ def _long_run_kernel(
 
 def zero_config(width: int) -> dict[str, int]:
     """Rows and columns per program of the fill, and its warp count."""
-    block = min(2048, next_power_of_2(width))
-    return {"ROWS": 4, "BLOCK": block, "num_warps": max(1, block // 512)}
+    return {"ROWS": 4, **column_blocks(width, per_warp=512)}
 
 
 def segment_config(width: int) -> dict[str, int]:
     """Columns per program, tokens per program and per step, and the warp count."""
-    block = min(2048, next_power_of_2(width))
-    return {"BLOCK": block, "SEGMENT": _SEGMENT, "STEP": 4, "num_warps": max(1, block // 256)}
+    return {"SEGMENT": _SEGMENT, "STEP": 4, **column_blocks(width)}
 
 
 def long_run_config(width: int) -> dict[str, int]:
     """The same for sums of segments, of which ``STAGES`` are in flight: narrow programs, as few runs are long."""
-    block = min(512, next_power_of_2(width))
-    return {"BLOCK": block, "SEGMENT": _SEGMENT, "STAGES": 8, "num_warps": max(1, block // 128)}
+    return {"SEGMENT": _SEGMENT, "STAGES": 8, **column_blocks(width, widest=512, per_warp=128)}
 
 
 def _mark(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

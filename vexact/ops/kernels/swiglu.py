@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+from vexact.ops.kernels.sizes import cdiv, column_blocks
 
 
 @triton.jit
@@ -55,17 +55,11 @@ def _backward_kernel(
     tl.store(grad_ptr + offsets + I, dup.to(dtype), mask=mask)
 
 
-def launch_config(width: int) -> dict[str, int]:
-    """Columns per program and its warp count."""
-    block = min(2048, next_power_of_2(width))
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
-
-
 def forward(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of ``[gate | up]`` (M, 2I) contiguous -> (M, I) in the same dtype."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    config = launch_config(width)
+    config = column_blocks(width)
     grid = (num_rows, cdiv(width, config["BLOCK"]))
     _forward_kernel[grid](gate_up, out, I=width, **config, enable_fp_fusion=False)
     return out
@@ -75,7 +69,7 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient (M, 2I) of :func:`forward` from ``dy`` (M, I) and its input, both contiguous."""
     num_rows, width = dy.shape
     grad = torch.empty_like(gate_up)
-    config = launch_config(width)
+    config = column_blocks(width)
     grid = (num_rows, cdiv(width, config["BLOCK"]))
     _backward_kernel[grid](dy, gate_up, grad, I=width, **config, enable_fp_fusion=False)
     return grad
