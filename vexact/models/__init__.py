@@ -1,7 +1,7 @@
 """Decoder definitions used by both rollout and training."""
 
 from vexact.models.config import ModelConfig
-from vexact.models.decoder import CausalLM, Targets
+from vexact.models.decoder import CausalLM, LogitProbe, Targets
 from vexact.models.load import load_model, random_model, save_hf
 
-__all__ = ["CausalLM", "ModelConfig", "Targets", "load_model", "random_model", "save_hf"]
+__all__ = ["CausalLM", "LogitProbe", "ModelConfig", "Targets", "load_model", "random_model", "save_hf"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +16,25 @@ from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training import one_pass
-from vexact.training.batch import PolicyTargets, TokenSequence, policy_targets, token_sequence
+from vexact.training.batch import PackedBatch, PolicyTargets, TokenSequence, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
 from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.optimizer import Optimizer, unsharded
 from vexact.training.ranks import Ranks
+from vexact.training.redraw import Redraw
 from vexact.training.state import ActorState, gather_state, restore_state
 from vexact.types import TrainSequence
 
 log = logging.getLogger(__name__)
 Audit = Callable[[list[int], list[np.ndarray]], None]
+
+
+class Scored(NamedTuple):
+    """Sequences by index, and the log-probabilities of each, fp32 (R,)."""
+
+    indices: list[int]
+    logprobs: list[np.ndarray]
 
 
 class Actor:
@@ -52,32 +62,45 @@ class Actor:
         self.optimizer = Optimizer(model.parameters(), config.optim)
         self.num_updates = 0
 
-    def update(self, sequences: Sequence[TrainSequence], audit: Audit | None = None) -> dict[str, float]:
+    def update(
+        self,
+        sequences: Sequence[TrainSequence],
+        audit: Audit | None = None,
+        *,
+        redraw: Redraw | None = None,
+        every_token: bool = False,
+    ) -> dict[str, float]:
         """One PPO update: ``ppo_epochs`` passes in mini-batches, one optimizer step each.
 
         ``audit(indices, logprobs)`` is called once per rank, after the first mini-batch's backward and before any
         weight changes, with this rank's sequence indices and their training log-probabilities (fp32 (R,) arrays, same
-        order). What it raises leaves the weights untouched.
+        order). What it raises leaves the weights untouched. The indices are those of the first mini-batch, or with
+        ``every_token`` of all sequences: the others then get a forward of their own. ``redraw``, made for
+        ``sequences``, repeats draws in these forwards.
 
-        Returns the means over the optimizer steps by verl's metric names, plus ``actor/skipped_steps``. Raises
-        ValueError for a sequence that does not fit the token budget, and for missing reference log-probabilities.
+        Returns the means over the optimizer steps by verl's metric names, plus ``actor/skipped_steps`` and
+        ``timing_s/audit_forward``. Raises ValueError for a sequence that does not fit the token budget, and for
+        missing reference log-probabilities.
         """
         self._check(sequences)
         lr = self.config.optim.lr_at(self.num_updates)
         self.optimizer.set_lr(lr)
-        steps = []
+        steps, started, beyond = [], perf_counter(), Scored([], [])
+        if audit is not None and every_token:
+            first = set(self._mini_batches(len(sequences), 0)[0])
+            beyond = self._score(sequences, [i for i in range(len(sequences)) if i not in first], redraw)
+        audit_seconds = perf_counter() - started
         for epoch in range(self.config.ppo_epochs):
             for indices in self._mini_batches(len(sequences), epoch):
-                steps.append(self._step(sequences, indices, audit))
-                audit = None
+                steps.append(self._step(sequences, indices, audit, beyond, redraw))
+                audit = redraw = None
         self.num_updates += 1
-        return _mean_metrics(steps) | {"actor/lr": lr} | self._coefficients()
+        means = _mean_metrics(steps) | {"timing_s/audit_forward": audit_seconds}
+        return means | {"actor/lr": lr} | self._coefficients()
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training."""
-        names = [s.sample.request_id for s in sequences]
-        tokens = [token_sequence(s) for s in sequences]
-        return score(self.model, tokens, names, self.config.ppo_max_token_len_per_gpu, self.ranks)
+        return self._score(sequences, list(range(len(sequences)))).logprobs
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its model name: whole, in the compute dtype, one at a time.
@@ -98,6 +121,17 @@ class Actor:
         Raises ValueError naming the parameters that do not match the model.
         """
         self.num_updates = restore_state(self.model, self.optimizer, state)
+
+    def _score(self, sequences: Sequence[TrainSequence], indices: list[int], redraw: Redraw | None = None) -> Scored:
+        """Log-probabilities of some of the sequences by a forward without gradients. All ranks call it together."""
+        names = [sequences[i].sample.request_id for i in indices]
+        tokens = [token_sequence(sequences[i]) for i in indices]
+
+        def watch(batch: PackedBatch, group: list[int]) -> PackedBatch:
+            return batch if redraw is None else redraw.watch(batch, [indices[i] for i in group])
+
+        budget = self.config.ppo_max_token_len_per_gpu
+        return Scored(indices, score(self.model, tokens, names, budget, self.ranks, watch))
 
     def _check(self, sequences: Sequence[TrainSequence]) -> None:
         (most,) = self.ranks.maximum(len(sequences))
@@ -129,8 +163,15 @@ class Actor:
         (count,) = self.ranks.maximum(math.ceil(num_sequences / size))
         return [order[i * size : (i + 1) * size] for i in range(count)]
 
-    def _step(self, sequences: Sequence[TrainSequence], indices: list[int], audit: Audit | None) -> dict[str, float]:
-        """One optimizer step on one mini-batch."""
+    def _step(
+        self,
+        sequences: Sequence[TrainSequence],
+        indices: list[int],
+        audit: Audit | None,
+        beyond: Scored,
+        redraw: Redraw | None,
+    ) -> dict[str, float]:
+        """One optimizer step on one mini-batch; the audit sees it together with what was scored ``beyond`` it."""
         chosen = [sequences[i] for i in indices]
         tokens = [token_sequence(s) for s in chosen]
         denominators = self._denominators(tokens)
@@ -139,9 +180,14 @@ class Actor:
         metrics = MiniBatchMetrics()
         self.optimizer.zero_grad()
         groups = micro_batches(tokens, names, budget, balance, self.ranks)
-        values = [self._accumulate(chosen, tokens, group, denominators, metrics) for group in groups]
+        values = []
+        for group in groups:
+            batch = group_batch(tokens, group, self.ranks.device)
+            if redraw is not None:
+                batch = redraw.watch(batch, [indices[i] for i in group])
+            values.append(self._accumulate(chosen, batch, group, denominators, metrics))
         if audit is not None:
-            audit(indices, by_sequence(values, tokens, groups))
+            audit(indices + beyond.indices, by_sequence(values, tokens, groups) + beyond.logprobs)
         norm = self.optimizer.step(self.config.grad_clip)
         sums = self.ranks.total_of(metrics.sums).tolist()
         return dict(zip(metrics.names, sums, strict=True)) | {"grad_norm": norm}
@@ -149,13 +195,12 @@ class Actor:
     def _accumulate(
         self,
         chosen: Sequence[TrainSequence],
-        tokens: Sequence[TokenSequence],
+        batch: PackedBatch,
         group: list[int],
         denominators: Denominators,
         metrics: MiniBatchMetrics,
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its log-probabilities (R,)."""
-        batch = group_batch(tokens, group, self.ranks.device)
         if group:
             targets = policy_targets([chosen[i] for i in group], self.ranks.device)
         else:
