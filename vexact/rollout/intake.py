@@ -95,7 +95,10 @@ class Intake:
         self._in_use.discard(request.request_id)
 
     def _prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
-        token_ids = np.asarray(prompt)
+        try:
+            token_ids = np.asarray(prompt)
+        except ValueError:
+            raise ValueError(f"a prompt must be one flat list of token ids, got {prompt!r:.80}") from None
         if token_ids.ndim != 1 or token_ids.size == 0:
             raise ValueError(f"a prompt must be a non-empty list of token ids, got shape {token_ids.shape}")
         if token_ids.dtype.kind not in "iu":

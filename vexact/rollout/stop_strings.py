@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 INCOMPLETE = "\ufffd"  # what a tokenizer prints for bytes that are no character, or not one yet
-_MARGIN = 8  # characters beyond a stop string: the first ones of a window may miss a space, or part of a character
+_CONTEXT = 4  # characters before a token that fix how it reads: with a space before it, or as the rest of a character
 _MAX_BYTES = 4  # of a UTF-8 character, hence the most tokens it spans
+_MAX_WINDOW = 2 * _MAX_BYTES * (_CONTEXT + 1)  # tokens
 
 
 class Tokenizer(Protocol):
@@ -31,8 +32,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 class StopStringChecker:
-    """The stop strings of one request. ``push`` costs one decode of a bounded number of tokens, two if a stop string
-    holds a special token and more.
+    """The stop strings of one request. ``push`` decodes a few tokens (at most ``_MAX_WINDOW``), however long the output
+    and the stop strings; a second time if a stop string holds a special token and more.
 
     A stop string is looked for in the response as ``Sample.text`` shows it, without special tokens. One that is, or
     holds, the text of a special token also matches that token. Of several that are complete after a token the one that
@@ -79,7 +80,7 @@ class StopStringChecker:
 
 
 class _Tail:
-    """The last tokens of a response as text, long enough for every stop string.
+    """The end of a response as text, long enough for every stop string: some text, then tokens that may still change.
 
     A stop string is never missed, but one may be seen that a full decode does not have: decoders look at neighbours.
     """
@@ -90,10 +91,10 @@ class _Tail:
         self._stop = stop
         self._unseen: frozenset[int] = unseen or frozenset()
         self._skip_special_tokens = unseen is not None
-        self._keep = max(map(len, stop)) + _MARGIN
-        self._most_tokens = 2 * _MAX_BYTES * (self._keep + 1)
+        self._longest = max(map(len, stop))
+        self._head = ""  # text before the window
         self._window: list[int] = []
-        self._text = ""
+        self._text = ""  # of the window
         self._num_unfinished = 0  # tokens since the text last ended with a whole character
 
     def push(self, token_id: int) -> bool:
@@ -106,10 +107,10 @@ class _Tail:
         self._window.append(token_id)
         self._text = text
         self._num_unfinished = self._num_unfinished + 1 if text.endswith(INCOMPLETE) else 0
-        in_sight = any(string in text for string in self._stop)
-        if len(text) > 2 * self._keep or len(self._window) > self._most_tokens:
+        seen = self._head + text
+        if len(text) > 2 * _CONTEXT or len(self._window) > _MAX_WINDOW:
             self._trim()
-        return in_sight
+        return any(string in seen for string in self._stop)
 
     def _trim(self) -> None:
         """Drop about half of the window, where the rest still reads the same: not inside a character.
@@ -121,12 +122,17 @@ class _Tail:
         if unreadable or not self._num_unfinished:
             for start in range(middle, max(0, middle - _MAX_BYTES), -1):
                 text = self._decode(self._window[start:])
-                if len(text) >= self._keep and (unreadable or self._text.endswith(text)):
-                    self._window, self._text = self._window[start:], text
+                if len(text) >= _CONTEXT and (unreadable or self._text.endswith(text)):
+                    self._cut(start, text)
                     return
-        if len(self._window) > self._most_tokens:
-            self._window = self._window[middle:]
-            self._text = self._decode(self._window)
+        if len(self._window) > _MAX_WINDOW:
+            self._cut(middle, self._decode(self._window[middle:]))
+
+    def _cut(self, start: int, text: str) -> None:
+        """Let the window begin at its token ``start``; it then reads ``text``."""
+        dropped = self._text[: max(0, len(self._text) - len(text))]
+        self._head = (self._head + dropped)[-self._longest :]
+        self._window, self._text = self._window[start:], text
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, token_ids, self._skip_special_tokens)

@@ -140,7 +140,7 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
         mismatch_mode=rollout.mismatch.mode,
         mismatch_scale=rollout.mismatch.scale,
     )
-    if not (engine.eos_token_ids or rollout.stop or rollout.stop_token_ids):
+    if not (rollout.ignore_eos or engine.eos_token_ids or rollout.stop or rollout.stop_token_ids):
         log.warning(
             "neither the model nor its tokenizer names an end-of-sequence token: every response runs to "
             "data.max_response_length; actor_rollout_ref.rollout.stop or .stop_token_ids ends them"
