@@ -118,7 +118,9 @@ class CountingTokenizer:
 
 
 @pytest.mark.parametrize("stop", ["\n", "</answer>", "x" * 200])
-@pytest.mark.parametrize("what", ["continuation bytes", "first bytes", "special tokens", "rows without a token", "text"])
+@pytest.mark.parametrize(
+    "what", ["continuation bytes", "first bytes", "special tokens", "rows without a token", "text"]
+)
 def test_a_push_decodes_few_tokens_whatever_came_before(what, stop):
     first, *_, last = byte_level().encode("日", add_special_tokens=False)
     run = {

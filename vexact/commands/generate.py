@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.model_path} has no tokenizer files; copy tokenizer.json and tokenizer_config.json there"
         )
     rows = [
-        Row(_messages(prompt, arguments.system), "", "", where=f"--prompt {prompt!r:.40}") for prompt in arguments.prompt
+        Row(_messages(prompt, arguments.system), "", "", where=f"--prompt {prompt!r:.40}")
+        for prompt in arguments.prompt
     ]
     prompts = tokenize(rows, engine.tokenizer, PromptFormat(apply_chat_template=not arguments.raw))
     samples = engine.generate(prompts, parameters)

@@ -61,7 +61,9 @@ def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 class ChatTemplate:
     """Renders chats with a tokenizer's template and sees that every message is in the text."""
 
-    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any], origin: str = "the tokenizer's chat template") -> None:
+    def __init__(
+        self, tokenizer: Any, kwargs: Mapping[str, Any], origin: str = "the tokenizer's chat template"
+    ) -> None:
         """Raises ValueError as ``check_kwargs``. ``origin`` names the template in messages."""
         self._tokenizer = tokenizer
         self._kwargs = check_kwargs(kwargs, tokenizer)

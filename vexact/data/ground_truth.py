@@ -81,10 +81,8 @@ def _described(value: Any) -> str:
 
 
 def _check_gsm8k(text: str, where: str) -> None:
-    last = None
-    for last in _GSM8K_NUMBER.finditer(text if "####" in text else f"#### {text}"):
-        pass
-    if last is None or _GOES_ON.match(last.string, last.end()):
+    numbers = list(_GSM8K_NUMBER.finditer(text if "####" in text else f"#### {text}"))
+    if not numbers or _GOES_ON.match(numbers[-1].string, numbers[-1].end()):
         raise ValueError(
             f"{where}: the ground truth {text!r:.80} holds no number that GSM8K's grader reads; it takes '18' and "
             "'… #### 18'"

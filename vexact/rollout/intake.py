@@ -46,7 +46,9 @@ class Intake:
         Raises ValueError for one that could never run; then no id is taken, and the counter stands where it stood.
         """
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling parameters must be a SamplingParams, got {type(params).__name__} {params!r:.80}")
+            raise ValueError(
+                f"sampling parameters must be a SamplingParams, got {type(params).__name__} {params!r:.80}"
+            )
         token_ids = self._prompt_array(prompt)
         name = str(self._counter) if request_id is None else request_id
         if not isinstance(name, str) or not name:

@@ -92,7 +92,9 @@ def _own_eos(model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
     found = list(dict.fromkeys([*model.config.eos_token_ids, *(index for index in also if index is not None)]))
     for index in found:
         if not _is_id(index):
-            raise ValueError(f"eos_token_id={index!r} of the model or its tokenizer must be a token id, or a list of them")
+            raise ValueError(
+                f"eos_token_id={index!r} of the model or its tokenizer must be a token id, or a list of them"
+            )
     outside = [index for index in found if not 0 <= index < model.config.vocab_size]
     if outside:
         log.warning(
