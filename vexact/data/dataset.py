@@ -39,8 +39,6 @@ class PromptDataset:
         all_ids = tokenize(rows, tokenizer, form)
         self._prompts: list[Prompt] = []
         for row, ids in zip(rows, all_ids):
-            if not ids:
-                raise ValueError(f"{row.where}: the prompt {row.text!r:.80} tokenises to nothing")
             limited = _limit(row.where, ids, form)
             if limited is not None:
                 self._prompts.append(_prompt(len(self._prompts), row, limited))

@@ -40,13 +40,22 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[li
 
     Raises:
         ValueError: a prompt is a list of messages, but there is no chat template or it is switched off; a message
-            that is no text; a template that refuses a prompt or leaves part of it out.
+            that is no text; a template that refuses a prompt or leaves part of it out; a prompt without a token.
     """
     rows = [plain_row(row, number) for number, row in enumerate(rows)]
     if form.apply_chat_template and tokenizer.chat_template:
         chat = ChatTemplate(tokenizer, form.apply_chat_template_kwargs)
         texts = [chat.render(_messages(row), row.where) for row in rows]
-        return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        all_ids = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    else:
+        all_ids = _tokenize_as_is(rows, tokenizer, form)
+    for row, ids in zip(rows, all_ids):
+        if not ids:
+            raise ValueError(f"{row.where}: the prompt {row.text!r:.80} tokenises to nothing")
+    return all_ids
+
+
+def _tokenize_as_is(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[list[int]]:
     for row in rows:
         if not isinstance(row.prompt, str):
             raise _no_template(row.where, form.apply_chat_template)
