@@ -73,6 +73,21 @@ def test_checkpoint_without_a_tokenizer_is_named(
     assert "tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", "x", "--prompt", "", "--raw"), "--prompt '': the prompt '' tokenises to nothing"),
+        (("--prompt", "is <eos> text?"), "holds '<eos>', a special token"),
+        (("--prompt", "x", "--temperature", "nan"), "temperature=nan"),
+    ],
+)
+def test_a_prompt_or_parameter_that_cannot_be_meant_is_a_message(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    assert generate(checkpoint, *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(tmp_path / "nowhere", "--prompt", "x") == 2
     assert "nowhere" in capsys.readouterr().err

@@ -61,8 +61,20 @@ def without(key):
         (without("reward_model"), r"row 1: no column 'reward_model'.*Set data\.answer_key"),
         ({**VERL_ROW, "reward_model": {"style": "rule"}}, r"must be a mapping with the key 'ground_truth'"),
         ({**VERL_ROW, "prompt": []}, "non-empty list of"),
-        ({**VERL_ROW, "prompt": [{"role": "user"}]}, r"row 1: column 'prompt' must be a string or a non-empty list"),
+        ({**VERL_ROW, "prompt": [{"role": "user"}]}, r"row 1: column 'prompt', message 0 \(role 'user'\): content"),
+        ({**VERL_ROW, "prompt": ["1+2="]}, r"row 1: column 'prompt' must be a string or a non-empty list"),
+        ({**VERL_ROW, "prompt": {"role": "user", "content": "x"}}, "must be a string or a non-empty list .*is dict"),
+        ({**VERL_ROW, "prompt": None}, "must be a string or a non-empty list .* it is NoneType"),
+        ({**VERL_ROW, "prompt": 5}, "must be a string or a non-empty list .* it is int"),
         ({**VERL_ROW, "prompt": ""}, "empty string"),
+        ({**VERL_ROW, "prompt": " \n"}, "row 1: column 'prompt' is blank"),
+        ({**VERL_ROW, "prompt": [{"role": "user", "content": " "}]}, "row 1: .*content of every message is blank"),
+        ({**VERL_ROW, "prompt": json.dumps(VERL_ROW["prompt"])}, "row 1: .*spells a list of messages.*store the list"),
+        ({**VERL_ROW, "prompt": str(VERL_ROW["prompt"])}, "row 1: .*spells a list of messages"),
+        ({**VERL_ROW, "prompt": "a\ud800"}, "row 1: column 'prompt' holds the lone surrogate"),
+        ({**VERL_ROW, "reward_model": None}, "must be a mapping with the key 'ground_truth', it is None"),
+        ({**VERL_ROW, "extra_info": "{}"}, "'extra_info' must be a mapping, it is str"),
+        ({**VERL_ROW, "extra_info": [["a", 1]]}, "'extra_info' must be a mapping, it is list"),
         ({**VERL_ROW, "extra_info": 3}, "'extra_info' must be a mapping, it is int 3"),
         ([1, 2], r"bad\.jsonl, line 2: expected a JSON object, got \[1, 2\]"),
     ],
@@ -91,6 +103,17 @@ def test_file_not_found():
         ("broken.jsonl", "{", r"broken\.jsonl, line 1 is not valid JSON"),
         ("broken.json", "[1,", r"broken\.json is not valid JSON"),
         ("list.json", "[1]", r"list\.json, row 0: expected a JSON object"),
+        ("empty.json", "[]", "empty.json holds no rows"),
+        ("blank.jsonl", "\n \n", "blank.jsonl holds no rows"),
+        ("empty.parquet", "", r"empty\.parquet is not a readable parquet file"),
+        (
+            "twice.jsonl",
+            '{"prompt": "a", "prompt": "b"}',
+            r"twice\.jsonl, line 1 is not valid JSON: .*'prompt' appears twice",
+        ),
+        ("deep.jsonl", "[" * 10**5, r"deep\.jsonl, line 1 is not valid JSON"),
+        ("digits.jsonl", '{"prompt": ' + "1" * 5000 + "}", r"digits\.jsonl, line 1 is not valid JSON"),
+        ("lfs.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "lfs.parquet is a Git LFS pointer"),
         ("broken.parquet", "not parquet", r"broken\.parquet is not a readable parquet file"),
         ("rows.csv", "a,b", r"unknown data file type '\.csv'; known: \.parquet, \.jsonl, \.json"),
     ],
@@ -100,6 +123,64 @@ def test_unreadable_file(tmp_path, name, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_rows(path)
+
+
+def test_a_byte_order_mark_is_no_data(tmp_path):
+    for name, text in (("rows.jsonl", json.dumps(VERL_ROW)), ("rows.json", json.dumps([VERL_ROW]))):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+        assert load_rows(tmp_path / name)[0].ground_truth == "3"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_text_in_another_encoding_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(json.dumps(VERL_ROW).replace("What", "\u00dc").encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: byte 0xdc at \d+; save it as UTF-8"):
+        load_rows(tmp_path / name)
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([VERL_ROW] * 50), path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"rows\.parquet is not a readable parquet file"):
+        load_rows(path)
+
+
+def test_parquet_columns_are_those_of_the_file_alone(tmp_path):
+    folder = tmp_path / "data_source=openai"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([without("data_source")]), folder / "rows.parquet")
+    assert load_rows(folder / "rows.parquet")[0].data_source == "exact_match"
+    table = pa.table([["1?"], ["2?"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet has several columns named 'prompt'"):
+        load_rows(tmp_path / "twice.parquet")
+
+
+def test_parquet_rows_with_parts_and_without(tmp_path):
+    """A parquet file gives every part the keys of all, null where they are missing."""
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2="}]
+    pq.write_table(
+        pa.Table.from_pylist([{**VERL_ROW, "prompt": [{"role": "user", "content": parts}]}]), tmp_path / "parts.parquet"
+    )
+    assert load_rows(tmp_path / "parts.parquet")[0].prompt == ({"role": "user", "content": "1+2="},)
+    image = [*parts, {"type": "image", "image": "x.png"}]
+    pq.write_table(
+        pa.Table.from_pylist([{**VERL_ROW, "prompt": [{"role": "user", "content": image}]}]), tmp_path / "image.parquet"
+    )
+    with pytest.raises(ValueError, match=r"image\.parquet, row 0: .*part 2 is of type 'image'"):
+        load_rows(tmp_path / "image.parquet")
+
+
+def test_a_question_about_json_is_a_question(tmp_path):
+    questions = [
+        '[{"role": "user"}] is what?',
+        '[{"a": 1}]',
+        "[1, 2] has the role of content?",
+        '[{"role": 1, "content"',
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**VERL_ROW, "prompt": question} for question in questions])
+    assert [row.prompt for row in load_rows(path)] == questions
 
 
 def test_no_files():

@@ -44,7 +44,8 @@ def test_a_stop_token_ends_the_request_and_is_kept(model):
     free = first(make(model), FREE)
     stop = free.token_ids[10]
     end = free.token_ids.index(stop) + 1
-    sample = first(make(model), SamplingParams(max_tokens=24, ignore_eos=True, stop_token_ids=[VOCAB + 5, stop]))
+    other = next(token for token in range(VOCAB) if token not in free.token_ids)
+    sample = first(make(model), SamplingParams(max_tokens=24, ignore_eos=True, stop_token_ids=[other, stop]))
     assert sample.token_ids == free.token_ids[:end]
     assert bits(sample.logprobs) == bits(free.logprobs[:end])
     assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)

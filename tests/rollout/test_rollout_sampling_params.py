@@ -1,5 +1,6 @@
 """Validation of sampling parameters: the message names the value and the fix."""
 
+import numpy as np
 import pytest
 
 from vexact.rollout.sampling_params import SamplingParams
@@ -23,6 +24,29 @@ from vexact.rollout.sampling_params import SamplingParams
         ("seed", "x", ["seed='x'", "integer"]),
         ("stop", ["ok", ""], ["stop holds ''", "non-empty"]),
         ("stop_token_ids", [3, -1], ["stop_token_ids=-1", "at least 0"]),
+        ("n", 2**17, ["n=131072", "at most 65536"]),
+        ("max_tokens", None, ["max_tokens=None", "integer"]),
+        ("temperature", 1e-5, ["temperature=1e-05", "0.001"]),
+        ("temperature", float("inf"), ["temperature=inf", "finite"]),
+        ("temperature", 1e38, ["temperature=1e+38", "at most 1e+06"]),
+        ("temperature", 10**400, ["temperature=1000", "finite"]),
+        ("temperature", "0.7", ["temperature='0.7'", "number"]),
+        ("temperature", True, ["temperature=True", "number"]),
+        ("top_p", float("nan"), ["top_p=nan", "finite"]),
+        ("min_p", None, ["min_p=None", "number"]),
+        ("top_k", 1.0, ["top_k=1.0", "integer"]),
+        ("seed", True, ["seed=True", "not a truth value"]),
+        ("stop", 5, ["stop=5", "a string or a list of strings"]),
+        ("stop", b"END", ["stop=b'END'", "a string or a list of strings"]),
+        ("stop", {"END": 1}, ["a string or a list of strings"]),
+        ("stop", [None], ["stop holds None", "non-empty"]),
+        ("stop", "a\ufffd", ["no response can contain", "U+FFFD"]),
+        ("stop", ["\ud800"], ["no response can contain"]),
+        ("stop_token_ids", 5, ["stop_token_ids=5", "a list of vocabulary indices"]),
+        ("stop_token_ids", "12", ["stop_token_ids='12'", "a list of vocabulary indices"]),
+        ("stop_token_ids", [True], ["stop_token_ids=True", "not a truth value"]),
+        ("stop_token_ids", [1.0], ["stop_token_ids=1.0", "integer"]),
+        ("ignore_eos", "false", ["ignore_eos='false'", "True or False"]),
     ],
 )
 def test_a_bad_value_is_refused_with_its_fix(field, value, words):
@@ -39,3 +63,10 @@ def test_stop_conditions_become_tuples():
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams().stop == ()
     assert SamplingParams().stop_token_ids == ()
+    assert SamplingParams(stop_token_ids=np.array([3, 4])).stop_token_ids == (3, 4)
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    params = SamplingParams(n=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(-3))
+    assert (params.n, params.temperature, params.top_p, params.seed) == (2, 0.5, 0.9, -3)
+    assert SamplingParams(temperature=1).temperature == 1.0

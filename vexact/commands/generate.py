@@ -48,7 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"{arguments.model_path} has no tokenizer files; copy tokenizer.json and tokenizer_config.json there"
         )
-    rows = [Row(_messages(prompt, arguments.system), "", "") for prompt in arguments.prompt]
+    rows = [
+        Row(_messages(prompt, arguments.system), "", "", where=f"--prompt {prompt!r:.40}")
+        for prompt in arguments.prompt
+    ]
     prompts = tokenize(rows, engine.tokenizer, PromptFormat(apply_chat_template=not arguments.raw))
     samples = engine.generate(prompts, parameters)
     sys.stdout.writelines(f"{sample.text}\n" for sample in samples)

@@ -16,7 +16,9 @@ class DataConfig:
     val_files: tuple[str, ...] = opt((), "Validation rows, same forms; empty means no validation.")
     train_max_samples: int = opt(-1, "Use only the first so many training rows; -1 uses all.", ge=-1)
     val_max_samples: int = opt(-1, "Use only the first so many validation rows; -1 uses all.", ge=-1)
-    prompt_key: str = opt("prompt", "Column with the prompt: a string or a list of {role, content}.")
+    prompt_key: str = opt(
+        "prompt", "Column with the prompt: a string or a list of {role, content}; content is a string or text parts."
+    )
     answer_key: str | None = opt(
         None, "Column with the answer, for plain datasets without `reward_model.ground_truth`."
     )
@@ -31,5 +33,5 @@ class DataConfig:
         "error", "What to do with a longer prompt: stop with an error, or cut that side."
     )
     apply_chat_template_kwargs: dict[str, Any] = opt(
-        {}, "Extra arguments of the chat template, e.g. {enable_thinking: false}."
+        {}, "Variables of the chat template, e.g. {enable_thinking: false}, and add_generation_prompt (true)."
     )

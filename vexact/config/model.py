@@ -13,7 +13,9 @@ class ModelSection:
         "", "Directory of a Hugging Face checkpoint (config.json, safetensors, tokenizer). Required.", verl="~/models/…"
     )
     tokenizer_path: str | None = opt(None, "Tokenizer directory; null takes the model's.")
-    custom_chat_template: str | None = opt(None, "Jinja chat template to use instead of the tokenizer's.")
+    custom_chat_template: str | None = opt(
+        None, "Jinja chat template to use instead of the tokenizer's: its text, or a file that holds it."
+    )
     enable_gradient_checkpointing: bool = opt(
         True, "Recompute activations in the backward pass: less memory, same bits."
     )

@@ -70,9 +70,13 @@ class RolloutSection:
     top_p: float = opt(1.0, "Nucleus mass; the trainer renormalises over the same kept tokens.", gt=0, le=1)
     top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
     min_p: float = opt(0.0, "Keep tokens of at least this share of the largest probability.", ge=0, le=1)
-    ignore_eos: bool = opt(False, "Sample on past the end-of-sequence token.")
-    stop: tuple[str, ...] = opt((), "Strings that end a response.")
-    stop_token_ids: tuple[int, ...] = opt((), "Token ids that end a response, besides the end-of-sequence token.")
+    ignore_eos: bool = opt(False, "Sample on past the end-of-sequence tokens.")
+    stop: tuple[str, ...] = opt((), "Strings that end a response and are cut from its text; special tokens too.")
+    stop_token_ids: tuple[int, ...] = opt(
+        (),
+        "Token ids that end a response, besides the end-of-sequence tokens of generation_config.json, config.json and "
+        "the tokenizer.",
+    )
     seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0)
     page_size: int = opt(64, "Tokens per key-value page; multiples of 64 are fastest.", ge=1)
     num_pages: int | None = opt(None, "Pages in the key-value cache; null sizes it in bytes.", ge=1)

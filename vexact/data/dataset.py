@@ -9,7 +9,7 @@ from typing import Any
 
 from vexact.data.rows import ColumnNames, Row
 from vexact.data.sources import load_rows
-from vexact.data.template import PromptFormat, tokenize, truncate
+from vexact.data.template import PromptFormat, plain_row, tokenize, truncate
 from vexact.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,11 @@ class PromptDataset:
         if not rows:
             raise ValueError("the dataset has no rows; set data.train_files and data.val_files to files with rows")
         form = form or PromptFormat()
+        rows = [plain_row(row, number) for number, row in enumerate(rows)]
         all_ids = tokenize(rows, tokenizer, form)
         self._prompts: list[Prompt] = []
-        for number, (row, ids) in enumerate(zip(rows, all_ids)):
-            if not ids:
-                raise ValueError(f"row {number}: the prompt {row.text!r:.80} tokenises to nothing")
-            limited = _limit(number, ids, form)
+        for row, ids in zip(rows, all_ids):
+            limited = _limit(row.where, ids, form)
             if limited is not None:
                 self._prompts.append(_prompt(len(self._prompts), row, limited))
         self.num_filtered = len(rows) - len(self._prompts)
@@ -55,9 +54,10 @@ class PromptDataset:
         columns: ColumnNames | None = None,
         form: PromptFormat | None = None,
         max_samples: int = -1,
+        custom_reward: bool = False,
     ) -> PromptDataset:
         """Read ``files`` (see ``load_rows``) and tokenise them. Raises ValueError as both parts do."""
-        return cls(load_rows(files, columns, max_samples), tokenizer, form)
+        return cls(load_rows(files, columns, max_samples, custom_reward=custom_reward), tokenizer, form)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -70,7 +70,7 @@ def _prompt(index: int, row: Row, ids: list[int]) -> Prompt:
     return Prompt(index, tuple(ids), row.text, row.data_source, row.ground_truth, row.extra_info)
 
 
-def _limit(number: int, ids: list[int], form: PromptFormat) -> list[int] | None:
+def _limit(where: str, ids: list[int], form: PromptFormat) -> list[int] | None:
     """``ids`` within the limit, or None for a prompt to leave out."""
     if len(ids) <= form.max_prompt_length:
         return ids
@@ -78,7 +78,7 @@ def _limit(number: int, ids: list[int], form: PromptFormat) -> list[int] | None:
         return None
     if form.truncation == "error":
         raise ValueError(
-            f"row {number}: the prompt has {len(ids)} tokens, more than "
+            f"{where}: the prompt has {len(ids)} tokens, more than "
             f"data.max_prompt_length={form.max_prompt_length}; "
             "raise data.max_prompt_length, or set data.filter_overlong_prompts=true to leave such rows out, "
             "or data.truncation=left|right|middle to cut them"

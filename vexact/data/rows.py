@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-EXACT_MATCH = "exact_match"
-GSM8K = "openai/gsm8k"
+from vexact.data.ground_truth import GSM8K, own_truth, text_truth
+from vexact.data.messages import Message, check_text, plain_messages
 
-Message = dict[str, Any]
+EXACT_MATCH = "exact_match"
+PROCEDURAL = "reasoning_gym/"  # these graders read the task's whole entry, not the ground truth
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class Row:
     data_source: str
     ground_truth: Any
     extra_info: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # file and row number, for messages
 
     @property
     def text(self) -> str:
@@ -38,51 +43,81 @@ class Row:
         return "\n".join(str(message["content"]) for message in self.prompt)
 
 
-def parse_rows(records: Sequence[Mapping[str, Any]], origin: str, columns: ColumnNames) -> list[Row]:
+def parse_rows(
+    records: Sequence[Mapping[str, Any]], origin: str, columns: ColumnNames, *, custom_reward: bool = False
+) -> list[Row]:
     """Turn raw records into rows.
 
     Args:
         records: one mapping per row, as read from the file.
         origin: the file name, for messages.
         columns: which columns to read.
+        custom_reward: the user's own function grades, so ground truths keep their types.
 
     Raises:
-        ValueError: no records; a column is missing; a value has the wrong shape. Each names the file and the row.
+        ValueError: no records; a column is missing; a value has the wrong shape; a ground truth that no answer can
+            match. Each names the file, the row and the column.
     """
     if not records:
         raise ValueError(
             f"{origin} holds no rows; give a file with at least one row in data.train_files or data.val_files"
         )
-    return [_parse_row(record, number, origin, columns) for number, record in enumerate(records)]
+    return [_parse_row(record, f"{origin}, row {n}", columns, custom_reward) for n, record in enumerate(records)]
 
 
-def _parse_row(record: Mapping[str, Any], number: int, origin: str, columns: ColumnNames) -> Row:
-    where = f"{origin}, row {number}"
+def _parse_row(record: Mapping[str, Any], where: str, columns: ColumnNames, custom_reward: bool) -> Row:
     if columns.prompt not in record:
         raise _missing(columns.prompt, where, record, "data.prompt_key to the column that holds the prompt or question")
-    prompt = _parse_prompt(record[columns.prompt], where, columns.prompt)
-    truth = _ground_truth(record, where, columns)
+    prompt = _parse_prompt(record[columns.prompt], f"{where}: column {columns.prompt!r}")
     extra = record.get("extra_info")
     if extra is not None and not isinstance(extra, Mapping):
         raise ValueError(f"{where}: column 'extra_info' must be a mapping, it is {type(extra).__name__} {extra!r:.80}")
-    return Row(prompt, _data_source(record, truth, columns), truth, dict(extra or {}))
+    truth = _ground_truth(record, where, columns)
+    source = _data_source(record, truth, where, columns)
+    column = columns.answer or "reward_model.ground_truth"
+    if custom_reward:
+        truth = own_truth(truth, f"{where}: column {column!r}")
+    elif not source.startswith(PROCEDURAL):
+        truth = text_truth(truth, source, f"{where}: column {column!r}")
+    elif "entry" not in (extra or {}):
+        raise ValueError(
+            f"{where}: data_source={source!r} needs extra_info.entry, the whole task entry; make such rows with the "
+            "data source 'reasoning_gym:NAME' or with 'vexact prepare reasoning_gym:NAME'"
+        )
+    return Row(prompt, source, truth, dict(extra or {}), where)
 
 
-def _parse_prompt(value: Any, where: str, column: str) -> str | tuple[Message, ...]:
+def _parse_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
     if isinstance(value, str):
-        if not value:
-            raise ValueError(f"{where}: column {column!r} is an empty string")
-        return value
-    if isinstance(value, Sequence) and value and all(_is_message(item) for item in value):
-        return tuple(dict(item) for item in value)
+        if not value.strip():
+            raise ValueError(f"{where} is {'blank' if value else 'an empty string'}; give the prompt, or drop the row")
+        if _is_written_chat(value):
+            raise ValueError(
+                f"{where} is a text that spells a list of messages, {value!r:.80}; store the list itself, not its text"
+            )
+        return check_text(value, where)
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+        messages = plain_messages(value, where)
+        if not any(message["content"].strip() for message in messages):
+            raise ValueError(f"{where}: the content of every message is blank; give the prompt, or drop the row")
+        return messages
     raise ValueError(
-        f"{where}: column {column!r} must be a string or a non-empty list of {{'role', 'content'}} messages, "
+        f"{where} must be a string or a non-empty list of {{'role', 'content'}} messages, "
         f"it is {type(value).__name__} {value!r:.120}"
     )
 
 
-def _is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and {"role", "content"} <= set(item)
+def _is_written_chat(text: str) -> bool:
+    """Whether a list of messages was written into a text column, as JSON or, by a CSV export, as Python."""
+    if not text.lstrip().startswith("[{") or "role" not in text or "content" not in text:
+        return False
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return all(isinstance(item, dict) and {"role", "content"} <= set(item) for item in value)
+    return False
 
 
 def _ground_truth(record: Mapping[str, Any], where: str, columns: ColumnNames) -> Any:
@@ -101,12 +136,17 @@ def _ground_truth(record: Mapping[str, Any], where: str, columns: ColumnNames) -
     return model["ground_truth"]
 
 
-def _data_source(record: Mapping[str, Any], truth: Any, columns: ColumnNames) -> str:
+def _data_source(record: Mapping[str, Any], truth: Any, where: str, columns: ColumnNames) -> str:
     """Rows without the column get a grader by the look of the answer: GSM8K's ``#### 18``, else an exact match."""
     value = record.get(columns.data_source)
-    if value is not None:
-        return str(value)
-    return GSM8K if isinstance(truth, str) and "####" in truth else EXACT_MATCH
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for a missing text
+        return GSM8K if isinstance(truth, str) and "####" in truth else EXACT_MATCH
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(
+            f"{where}: column {columns.data_source!r} must name the row's grader, it is {type(value).__name__} "
+            f"{value!r:.80}; set data.reward_fn_key to the column that does, or leave it null"
+        )
+    return check_text(str(value), f"{where}: column {columns.data_source!r}")
 
 
 def _missing(column: str, where: str, record: Mapping[str, Any], fix: str) -> ValueError:

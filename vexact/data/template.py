@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from vexact.data.chat_template import KEY, ChatTemplate
+from vexact.data.messages import Message, check_text, plain_messages
 from vexact.data.rows import Row
 
 Truncation = Literal["error", "left", "right", "middle"]
@@ -34,27 +36,62 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[li
     """Token ids of every row, before any length limit.
 
     A string prompt becomes one user message when the tokenizer has a chat template and ``apply_chat_template`` is on;
-    otherwise it is tokenised as it stands, with the special tokens the tokenizer itself adds.
+    otherwise it is tokenised as it stands, with the special tokens that the tokenizer itself puts before it.
 
     Raises:
-        ValueError: a prompt is a list of messages, but there is no chat template or it is switched off.
+        ValueError: a prompt is a list of messages, but there is no chat template or it is switched off; a message
+            that is no text; a template that refuses a prompt or leaves part of it out; a prompt without a token.
     """
-    chat = form.apply_chat_template and bool(tokenizer.chat_template)
-    if not chat:
-        for number, row in enumerate(rows):
-            if not isinstance(row.prompt, str):
-                raise _no_template(number, form.apply_chat_template)
-        return [list(ids) for ids in tokenizer([row.prompt for row in rows])["input_ids"]]
-    texts = [render(row, tokenizer, form) for row in rows]
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    rows = [plain_row(row, number) for number, row in enumerate(rows)]
+    if form.apply_chat_template and tokenizer.chat_template:
+        chat = ChatTemplate(tokenizer, form.apply_chat_template_kwargs)
+        texts = [chat.render(_messages(row), row.where) for row in rows]
+        all_ids = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    else:
+        all_ids = _tokenize_as_is(rows, tokenizer, form)
+    for row, ids in zip(rows, all_ids):
+        if not ids:
+            raise ValueError(f"{row.where}: the prompt {row.text!r:.80} tokenises to nothing")
+    return all_ids
+
+
+def _tokenize_as_is(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[list[int]]:
+    for row in rows:
+        if not isinstance(row.prompt, str):
+            raise _no_template(row.where, form.apply_chat_template)
+    all_ids = tokenizer([row.prompt for row in rows])["input_ids"]
+    return [_open_ended(list(ids), row.text, tokenizer) for row, ids in zip(rows, all_ids)]
 
 
 def render(row: Row, tokenizer: Any, form: PromptFormat) -> str:
-    """The prompt with the chat template applied, ready for the model's answer."""
-    messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **form.apply_chat_template_kwargs
-    )
+    """The prompt with the chat template applied, ready for the model's answer. Raises ValueError as ``tokenize``."""
+    row = plain_row(row, 0)
+    return ChatTemplate(tokenizer, form.apply_chat_template_kwargs).render(_messages(row), row.where)
+
+
+def plain_row(row: Row, number: int) -> Row:
+    """The row with messages whose content is one string each, and with a name. Raises ValueError for other content."""
+    where = row.where or f"row {number}"
+    if isinstance(row.prompt, str):
+        prompt: str | tuple[Message, ...] = check_text(row.prompt, where)
+    else:
+        prompt = plain_messages(row.prompt, where)
+    return replace(row, prompt=prompt, where=where)
+
+
+def _messages(row: Row) -> tuple[Message, ...]:
+    return ({"role": "user", "content": row.prompt},) if isinstance(row.prompt, str) else row.prompt
+
+
+def _open_ended(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """``ids`` without what a tokenizer made for whole documents adds: an end to be written past, or a second beginning
+    where the text brings its own."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if len(ids) > 1 and ids[-1] == eos and not text.rstrip().endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if bos is not None and ids[:2] == [bos, bos] and not text.lstrip().startswith(2 * tokenizer.bos_token):
+        ids = ids[1:]
+    return ids
 
 
 def truncate(ids: list[int], limit: int, side: Truncation) -> list[int]:
@@ -74,12 +111,12 @@ def truncate(ids: list[int], limit: int, side: Truncation) -> list[int]:
     return ids[:head] + ids[head - limit :]
 
 
-def _no_template(number: int, wanted: bool) -> ValueError:
+def _no_template(where: str, wanted: bool) -> ValueError:
     if not wanted:
         return ValueError(
-            f"row {number}: the prompt is a list of messages, which data.apply_chat_template=false cannot format"
+            f"{where}: the prompt is a list of messages, which data.apply_chat_template=false cannot format"
         )
     return ValueError(
-        f"row {number}: the prompt is a list of messages, but the tokenizer has no chat template; "
-        "set actor_rollout_ref.model.custom_chat_template, or give string prompts"
+        f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; "
+        f"set {KEY}, or give string prompts"
     )

@@ -57,7 +57,8 @@ class Engine:
     ) -> None:
         """Either ``model_path`` (a Hugging Face directory) or a ready ``model``; ``config`` are EngineConfig fields.
 
-        ``eos_token_ids`` defaults to the generation config's, else the model config's.
+        ``eos_token_ids``: tokens that end a response. Default: those of the generation config (else the model config)
+        and the tokenizer's end-of-sequence token.
 
         Raises ValueError for a bad field, or if the KV cache cannot hold one page.
         """
@@ -73,6 +74,7 @@ class Engine:
         )
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
+        self.eos_token_ids = loaded.eos_token_ids
         self.weights_version = 0
         self._build(loaded)
 
@@ -125,14 +127,21 @@ class Engine:
     ) -> list[str]:
         """Queue one prompt; returns the ids of its n samples (the request's own id if n is 1, else ``id/0 .. id/n-1``).
 
-        Raises ValueError, naming the value and the knob, for a request that could never run or an id in use.
+        Raises ValueError, naming the value and the knob, for a request that could never run or an id in use. Whatever
+        it raises, nothing of the request stays behind.
         """
         self._check_weights()
         if not self.has_unfinished:
             self._runner.refresh()
         requests = self._intake.make(prompt_token_ids, sampling_params, request_id)
-        for request in requests:
-            self._scheduler.add(request)
+        try:
+            for request in requests:
+                self._scheduler.add(request)
+        except BaseException:
+            self._scheduler.withdraw(requests)
+            for request in requests:
+                self._intake.forget(request)
+            raise
         return [request.request_id for request in requests]
 
     def step(self) -> list[Sample]:

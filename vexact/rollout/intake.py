@@ -10,7 +10,7 @@ import numpy as np
 from vexact.rollout.block_manager import BlockManager
 from vexact.rollout.request import Request, request_seed
 from vexact.rollout.sampling_params import SamplingParams
-from vexact.rollout.stop_strings import StopStringChecker, Tokenizer
+from vexact.rollout.stop_strings import StopStringChecker, Tokenizer, special_tokens
 
 T = TypeVar("T")
 
@@ -35,29 +35,38 @@ class Intake:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
+        self._specials = special_tokens(tokenizer)
         self._hash_pages = hash_pages
         self._in_use: set[str] = set()
         self._counter = 0
 
     def make(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None) -> list[Request]:
-        """The n requests of one prompt. Raises ValueError for one that could never run."""
+        """The n requests of one prompt; their ids are taken from now on.
+
+        Raises ValueError for one that could never run; then no id is taken, and the counter stands where it stood.
+        """
+        if not isinstance(params, SamplingParams):
+            raise ValueError(
+                f"sampling parameters must be a SamplingParams, got {type(params).__name__} {params!r:.80}"
+            )
         token_ids = self._prompt_array(prompt)
-        if request_id is None:
-            request_id = str(self._counter)
-            self._counter += 1
-        self._check_fits(request_id, len(token_ids), params)
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"request {request_id!r}: stop={params.stop!r} needs an engine with a tokenizer")
-        ids = [request_id] if params.n == 1 else [f"{request_id}/{index}" for index in range(params.n)]
+        name = str(self._counter) if request_id is None else request_id
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"request id {name!r} must be a non-empty string")
+        self._check_fits(name, len(token_ids), params)
+        self._check_stops(name, params)
+        ids = [name] if params.n == 1 else [f"{name}/{index}" for index in range(params.n)]
         used = self._in_use.intersection(ids)
         if used:
             raise ValueError(f"request id {sorted(used)[0]!r} is already running; ids must be unique")
-        self._in_use.update(ids)
         keys: list[bytes] = []
         if self._hash_pages:
             self._blocks.extend_keys(keys, token_ids, (len(token_ids) - 1) // self._blocks.page_size)
         prompt_token_ids = tuple(token_ids.tolist())
-        return [self._request(sample_id, prompt_token_ids, token_ids, params, list(keys)) for sample_id in ids]
+        requests = [self._request(sample_id, prompt_token_ids, token_ids, params, list(keys)) for sample_id in ids]
+        self._in_use.update(ids)
+        self._counter += request_id is None
+        return requests
 
     def _request(
         self,
@@ -71,7 +80,7 @@ class Intake:
         checker = None
         if params.stop:
             assert self._tokenizer is not None
-            checker = StopStringChecker(self._tokenizer, tuple(params.stop))
+            checker = StopStringChecker(self._tokenizer, tuple(params.stop), self._specials)
         return Request(
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
@@ -88,7 +97,10 @@ class Intake:
         self._in_use.discard(request.request_id)
 
     def _prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
-        token_ids = np.asarray(prompt)
+        try:
+            token_ids = np.asarray(prompt)
+        except ValueError:
+            raise ValueError(f"a prompt must be one flat list of token ids, got {prompt!r:.80}") from None
         if token_ids.ndim != 1 or token_ids.size == 0:
             raise ValueError(f"a prompt must be a non-empty list of token ids, got shape {token_ids.shape}")
         if token_ids.dtype.kind not in "iu":
@@ -100,6 +112,16 @@ class Intake:
                 f"prompt token id {bad} is outside the vocabulary of {self._vocab_size}; is the tokenizer this model's?"
             )
         return token_ids.astype(np.int64)
+
+    def _check_stops(self, request_id: str, params: SamplingParams) -> None:
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"request {request_id!r}: stop={params.stop!r} needs an engine with a tokenizer")
+        outside = [index for index in params.stop_token_ids or () if index >= self._vocab_size]
+        if outside:
+            raise ValueError(
+                f"request {request_id!r}: stop_token_ids holds {outside[0]}, which is never sampled: the model's "
+                f"vocabulary has the ids 0 to {self._vocab_size - 1}"
+            )
 
     def _check_fits(self, request_id: str, num_prompt: int, params: SamplingParams) -> None:
         total = num_prompt + params.max_tokens

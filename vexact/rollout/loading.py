@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from vexact.models.decoder import CausalLM
 from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.mismatch import apply_mismatch
 from vexact.rollout.stop_strings import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -42,7 +46,7 @@ def load(
     """Load from ``model_path``, or wrap ``model`` as it is (then ``dtype``, ``device`` and the operators are its own).
 
     Raises ValueError unless exactly one of the two is given, for an unknown dtype, and for a mismatch on a ready model,
-    which may be the trainer's as well.
+    which may be the trainer's as well; and for an ``eos_token_ids`` outside the vocabulary.
     """
     if (model_path is None) == (model is None):
         raise ValueError("Engine needs exactly one of model_path=<directory> and model=<a loaded model>")
@@ -62,8 +66,44 @@ def load(
         )
         apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
         tokenizer = tokenizer or _load_tokenizer(Path(model_path))
-    eos = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-    return Loaded(model, model.lm_head_weight.device, tokenizer, tuple(eos))
+    eos = _own_eos(model, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
+    return Loaded(model, model.lm_head_weight.device, tokenizer, eos)
+
+
+def _given_eos(model: CausalLM, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    vocab_size = model.config.vocab_size
+    for index in eos_token_ids:
+        if not _is_id(index) or not 0 <= index < vocab_size:
+            raise ValueError(f"eos_token_ids holds {index!r}; the model's vocabulary has the ids 0 to {vocab_size - 1}")
+    return tuple(int(index) for index in eos_token_ids)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _own_eos(model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
+    """The configurations' end-of-sequence tokens and the tokenizer's: a chat template ends its turns with the latter,
+    which the configuration of a base model does not name. One that the model cannot sample is named and left out.
+    """
+    own = getattr(tokenizer, "eos_token_id", None)
+    raw = model.config.raw.get("eos_token_id")  # config.json's, where generation_config.json names others
+    also = [*(raw if isinstance(raw, list) else [raw]), own]
+    found = list(dict.fromkeys([*model.config.eos_token_ids, *(index for index in also if index is not None)]))
+    for index in found:
+        if not _is_id(index):
+            raise ValueError(
+                f"eos_token_id={index!r} of the model or its tokenizer must be a token id, or a list of them"
+            )
+    outside = [index for index in found if not 0 <= index < model.config.vocab_size]
+    if outside:
+        log.warning(
+            "end-of-sequence tokens %s are outside the model's vocabulary of %d and never end a response%s",
+            outside,
+            model.config.vocab_size,
+            "; is the tokenizer this model's?" if own in outside else "",
+        )
+    return tuple(index for index in found if index not in outside)
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

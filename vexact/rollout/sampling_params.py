@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+from vexact.rollout.stop_strings import INCOMPLETE
+
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
+MAX_TEMPERATURE = 1e6  # above this fp32 no longer separates the probabilities of logits that are less than 0.1 apart
+MAX_SAMPLES = 2**16  # of one prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, low=1, fix="ask for at least one sample"))
+        if self.n > MAX_SAMPLES:
+            raise ValueError(f"sampling parameter n={self.n} must be at most {MAX_SAMPLES} samples of one prompt")
         self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1, fix="allow at least one new token"))
         self._set("top_k", _integer("top_k", self.top_k, low=-1, fix="use -1 or 0 to turn top-k off"))
         if self.seed is not None:
@@ -46,9 +53,9 @@ class SamplingParams:
         self._set("min_p", _number("min_p", self.min_p))
         self._check_ranges()
         self._set("stop", _stop_strings(self.stop))
-        ids = () if self.stop_token_ids is None else tuple(self.stop_token_ids)
-        fix = "stop_token_ids holds vocabulary indices"
-        self._set("stop_token_ids", tuple(_integer("stop_token_ids", i, low=0, fix=fix) for i in ids))
+        self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"sampling parameter ignore_eos={self.ignore_eos!r} must be True or False")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -57,6 +64,11 @@ class SamplingParams:
         if self.temperature != 0 and self.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 f"sampling parameter temperature={self.temperature!r} must be 0 (greedy) or at least {MIN_TEMPERATURE}"
+            )
+        if self.temperature > MAX_TEMPERATURE:
+            raise ValueError(
+                f"sampling parameter temperature={self.temperature!r} must be at most {MAX_TEMPERATURE:g}; samples are "
+                "uniform long before"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling parameter top_p={self.top_p!r} must be in (0, 1]; use 1.0 to turn top-p off")
@@ -77,18 +89,49 @@ def _integer(name: str, value: Any, *, low: int | None, fix: str) -> int:
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"sampling parameter {name}={value!r} must be a number")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"sampling parameter {name}={value!r} must be a number") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"sampling parameter {name}={value!r} must be finite")
+        raise ValueError(f"sampling parameter {name}={value!r:.40} must be finite")
     return number
 
 
 def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = (stop,) if isinstance(stop, str) else _items("stop", stop, "a string or a list of strings")
     for string in strings:
         if not isinstance(string, str) or not string:
             raise ValueError(f"sampling parameter stop holds {string!r}; every stop string must be a non-empty string")
+        if INCOMPLETE in string or not _is_unicode(string):
+            raise ValueError(
+                f"sampling parameter stop holds {string!r}, which no response can contain: U+FFFD and lone surrogates "
+                "stand for bytes that are no character"
+            )
     return strings
+
+
+def _stop_token_ids(ids: Iterable[int] | None) -> tuple[int, ...]:
+    fix = "stop_token_ids holds vocabulary indices"
+    return tuple(
+        _integer("stop_token_ids", index, low=0, fix=fix)
+        for index in _items("stop_token_ids", ids, "a list of vocabulary indices")
+    )
+
+
+def _items(name: str, value: Iterable[Any] | None, what: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ValueError(f"sampling parameter {name}={value!r} must be {what}")
+    return tuple(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self._waiting.append(request)
+
+    def withdraw(self, requests: Collection[Request]) -> None:
+        """Take back requests that wait for their first step, whether they were added or not."""
+        self._waiting = deque(request for request in self._waiting if request not in requests)
 
     def schedule(self) -> Schedule:
         """Grant pages to running requests, split the token budget, then admit. Changes nothing but page ownership."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 from vexact.algorithms import PolicyLossConfig
 from vexact.config import Config
 from vexact.data import ColumnNames, DataOrder, PromptDataset, PromptFormat
+from vexact.data.chat_template import KEY as CHAT_TEMPLATE_KEY
+from vexact.data.chat_template import ChatTemplate, read_template
 from vexact.models import load_model
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import RewardSpec
 from vexact.rollout import Engine
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +72,27 @@ def num_steps(config: Config, num_rows: int) -> int:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The checkpoint's tokenizer, with ``custom_chat_template`` put in.
+    """The checkpoint's tokenizer, with ``custom_chat_template`` (Jinja, or a file of it) put in and looked at.
 
     Raises:
-        ValueError: the directory holds none.
+        ValueError: the directory holds none, or a chat template that is broken or leaves out what a user says.
     """
     from transformers import AutoTokenizer
 
     path = config.model.tokenizer_path or config.model.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers reports a broken file as a bare Exception
         raise ValueError(
-            f"no tokenizer in {path} ({str(error).splitlines()[0]}); put tokenizer.json there or set "
+            f"no tokenizer in {path} ({str(error).partition(chr(10))[0]}); put tokenizer.json there or set "
             "actor_rollout_ref.model.tokenizer_path"
         ) from error
+    origin = f"the chat template of the tokenizer in {path}"
     if config.model.custom_chat_template is not None:
-        tokenizer.chat_template = config.model.custom_chat_template
+        origin = CHAT_TEMPLATE_KEY
+        tokenizer.chat_template = read_template(config.model.custom_chat_template)
+    if tokenizer.chat_template:
+        ChatTemplate(tokenizer, config.data.apply_chat_template_kwargs, origin).check()
     return tokenizer
 
 
@@ -97,12 +106,19 @@ def load_dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_sam
         filter_overlong_prompts=data.filter_overlong_prompts,
         apply_chat_template_kwargs=data.apply_chat_template_kwargs,
     )
-    return PromptDataset.from_files(files, tokenizer, columns=columns, form=form, max_samples=max_samples)
+    return PromptDataset.from_files(
+        files,
+        tokenizer,
+        columns=columns,
+        form=form,
+        max_samples=max_samples,
+        custom_reward=config.reward.custom_reward_function.path is not None,
+    )
 
 
 def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
     rollout = config.rollout
-    return Engine(
+    engine = Engine(
         config.model.path,
         tokenizer=tokenizer,
         dtype=config.dtype(device.type),
@@ -124,6 +140,12 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
         mismatch_mode=rollout.mismatch.mode,
         mismatch_scale=rollout.mismatch.scale,
     )
+    if not (rollout.ignore_eos or engine.eos_token_ids or rollout.stop or rollout.stop_token_ids):
+        log.warning(
+            "neither the model nor its tokenizer names an end-of-sequence token: every response runs to "
+            "data.max_response_length; actor_rollout_ref.rollout.stop or .stop_token_ids ends them"
+        )
+    return engine
 
 
 def _actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:

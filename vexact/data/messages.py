@@ -1,0 +1,70 @@
+"""The messages of a chat prompt, made plain: a role and one text each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def plain_messages(messages: Sequence[Any], where: str) -> tuple[Message, ...]:
+    """Messages whose ``content`` is one string: a list of text parts is joined, as chat templates that know parts do.
+
+    Keys that are null are left out, since a parquet file gives every message the keys of all.
+
+    Args:
+        messages: a non-empty list of ``{"role", "content"}`` mappings.
+        where: file, row and column, for messages.
+
+    Raises:
+        ValueError: no messages; no role or content; a part that is no text (an image, say); a content of another type;
+            tool calls; text that UTF-8 cannot hold.
+    """
+    if not messages:
+        raise ValueError(f"{where} holds no messages; give at least {{'role': 'user', 'content': …}}")
+    return tuple(_plain(message, f"{where}, message {number}") for number, message in enumerate(messages))
+
+
+def check_text(text: str, where: str) -> str:
+    """``text``. Raises ValueError if it holds a lone surrogate, which no tokenizer encodes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise ValueError(
+            f"{where} holds the lone surrogate {bad!r} at character {error.start}, which is no text; mend the row"
+        ) from None
+    return text
+
+
+def _plain(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where} must be a mapping with 'role' and 'content', it is {message!r:.80}")
+    kept = {str(key): value for key, value in message.items() if value is not None}
+    role = kept.get("role")
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"{where}: role={role!r} must be a name such as 'user'; keys there: {', '.join(kept)}")
+    if kept.get("tool_calls"):
+        raise ValueError(f"{where} (role {role!r}) holds tool_calls, which are not supported; write them as content")
+    kept["content"] = check_text(_text(kept.get("content"), f"{where} (role {role!r})"), where)
+    return kept
+
+
+def _text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple) and content:
+        return "".join(_part(part, f"{where}, part {number}") for number, part in enumerate(content))
+    what = "is missing or null" if content is None else f"is {type(content).__name__} {content!r:.80}"
+    raise ValueError(f"{where}: content must be a string or a list of text parts, it {what}")
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and kind in ("text", None) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    what = f"is of type {kind!r}" if kind not in ("text", None) else f"is {part!r:.80}"
+    raise ValueError(f"{where} {what}; only parts {{'type': 'text', 'text': …}} are supported")
