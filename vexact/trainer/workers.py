@@ -10,7 +10,8 @@ import torch
 from vexact.algorithms import PolicyLossConfig
 from vexact.config import Config
 from vexact.data import ColumnNames, DataOrder, PromptDataset, PromptFormat
-from vexact.models import load_model
+from vexact.models import ModelConfig, load_model
+from vexact.models.tokenizer import read_tokenizer
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import RewardSpec
 from vexact.rollout import Engine
@@ -41,6 +42,7 @@ def build_workers(config: Config, device: torch.device) -> Workers:
     Raises:
         ValueError, FileNotFoundError: what the user has to fix, named.
     """
+    ModelConfig.from_hf_dir(config.model.path)  # the tokenizer reads it too, but cannot say what is wrong in it
     tokenizer = load_tokenizer(config)
     train_data = load_dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
     val_data = None
@@ -70,18 +72,13 @@ def load_tokenizer(config: Config) -> Any:
     """The checkpoint's tokenizer, with ``custom_chat_template`` put in.
 
     Raises:
-        ValueError: the directory holds none.
+        ValueError: the directory holds none, or a broken one.
     """
-    from transformers import AutoTokenizer
-
     path = config.model.tokenizer_path or config.model.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = read_tokenizer(path)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer in {path} ({str(error).splitlines()[0]}); put tokenizer.json there or set "
-            "actor_rollout_ref.model.tokenizer_path"
-        ) from error
+        raise ValueError(f"{error}; actor_rollout_ref.model.tokenizer_path names another directory") from error
     if config.model.custom_chat_template is not None:
         tokenizer.chat_template = config.model.custom_chat_template
     return tokenizer
