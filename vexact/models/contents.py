@@ -15,7 +15,7 @@ FORMATS = ("F32", "BF16", "F16")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Frequencies that old Llama checkpoints carry along; they are computed from config.json
 _LEFTOVER = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.inv_freq")
-_QUANTISED_PARTS = ("scale", "scales", "scale_inv", "zeros", "zero_point", "qweight", "qzeros", "g_idx", "absmax")
+_QUANTISED_PARTS = ("scale", "scales", "zeros", "zero_point", "qweight", "qzeros", "g_idx", "absmax")
 
 
 def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mapping[str, Shape]) -> None:
@@ -84,7 +84,7 @@ def _reason(surplus: list[str], config: ModelConfig) -> str:
     """The likely cause, with the fix."""
     name = surplus[0]
     layer = re.search(r"\.layers\.(\d+)\.", name)
-    if any(part in _QUANTISED_PARTS or part.endswith("_scale") for part in name.split(".")):
+    if any(part in _QUANTISED_PARTS or "_scale" in part for part in name.split(".")):
         return "scales belong to quantised weights; use the bf16, fp16 or fp32 original"
     if "lora_" in name or ".base_layer." in name:
         return "they are of a LoRA adapter; merge it into the model first"
