@@ -113,7 +113,7 @@ def _interpret(raw: dict[str, Any], file: str, stop: Fields | None) -> ModelConf
 def _architecture(config: Fields) -> str:
     names = config.values.get("architectures")
     supported = ", ".join(ARCHITECTURES)
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in tuple(ARCHITECTURES):
         config.refuse("architectures", f"must be a list with one supported architecture; supported: {supported}")
     architecture = str(names[0])
     if "model_type" in config:

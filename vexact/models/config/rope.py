@@ -18,6 +18,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 _COMMON = ("rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor", "finetuned")
 _OUTER = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")  # keys of config.json itself
+_SPELLINGS = {"type": "rope_type"}  # old name to new
 ROPE_TYPES = tuple(_KEYS)
 
 
@@ -63,6 +64,8 @@ def _holder(config: Fields, rope: Fields, key: str) -> Fields:
 def _merged(config: Fields) -> Fields:
     """All spellings as one object; where two say something, they must say the same."""
     new, old = config.object("rope_parameters"), config.object("rope_scaling")
+    if new.values and old.values:
+        _require_same(new, old)
     merged: dict[str, Any] = {}
     outer = {key: config.values[key] for key in _OUTER if key in config}
     for part in (Fields(outer, config.file), old, new):
@@ -73,10 +76,20 @@ def _merged(config: Fields) -> Fields:
     return Fields(merged, config.file, (new if new.values else old).prefix if new.values or old.values else "")
 
 
+def _require_same(new: Fields, old: Fields) -> None:
+    """transformers takes one object whole, not keys of both: a key in only one of them would be lost."""
+    spelt = [{_SPELLINGS.get(key, key): value for key, value in part.values.items()} for part in (new, old)]
+    for part in (new, old):
+        for key in part.values:
+            name = _SPELLINGS.get(key, key)
+            if any(name not in other or other[name] != spelt[0].get(name) for other in spelt):
+                part.refuse(key, "is not the same in rope_parameters and rope_scaling; remove one of the two objects")
+
+
 def _type(rope: Fields) -> str:
     types = {key: rope.choice(key, ROPE_TYPES) for key in ("rope_type", "type") if key in rope}
     if len(set(types.values())) > 1:
-        rope.refuse("type", f"contradicts rope_type={types['rope_type']!r}; only one can be meant")
+        rope.refuse("type", "contradicts rope_type; only one can be meant")
     return next(iter(types.values()), "default")
 
 
@@ -88,4 +101,4 @@ def _refuse_strangers(config: Fields, rope: Fields, kind: str) -> None:
             )
         strange = key not in (*_COMMON, *_KEYS[kind]) and value is not None
         if strange and not (key == "factor" and value == 1):
-            rope.refuse(key, f"does not belong to rope_type {kind!r}; give the type that is meant, or remove the key")
+            rope.refuse(key, f"does not belong to rope_type {kind}; give the type that is meant, or remove the key")
