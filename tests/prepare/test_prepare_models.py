@@ -98,6 +98,13 @@ def test_addition_rows_and_answers():
     assert 0.25 < right < 0.32
 
 
+@pytest.mark.parametrize("content", ["", "{", "3", "[1]"])
+def test_a_damaged_marker_is_named(tmp_path, content):
+    (tmp_path / "prepared.json").write_text(content)
+    with pytest.raises(ValueError, match=r"prepared\.json is damaged .*; remove .* or choose another --out"):
+        prepare("tiny", tmp_path)
+
+
 def test_tokenizers_round_trip():
     characters = character_tokenizer()
     assert len(characters("17+25=")["input_ids"]) == 6

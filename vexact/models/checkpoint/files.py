@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
 UNFINISHED = ".unfinished-save"  # where a save puts its files until all of them are whole
 _HEAD_BYTES = 256
 _AGAIN = "download or copy it again"
@@ -108,6 +111,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _RepeatedKey(repr(key))
         content[key] = value
     return content
+
+
+@lru_cache  # a run reads the same files several times
+def mention(message: str) -> None:
+    """Logs a warning, once."""
+    log.warning(message)
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

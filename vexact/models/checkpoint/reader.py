@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +11,9 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vexact.models.checkpoint.files import UNFINISHED, checkpoint_directory, listed, require_sound
+from vexact.models.checkpoint.files import UNFINISHED, checkpoint_directory, listed, mention, require_sound
 from vexact.models.checkpoint.index import INDEX, read_index, single_file
 
-log = logging.getLogger(__name__)
 Shape = tuple[int, ...]
 _MOST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
@@ -144,4 +142,4 @@ def _mention_unread(directory: Path, read: set[Path]) -> None:
     if (directory / UNFINISHED).exists():
         unread.append(UNFINISHED)
     if unread:
-        log.warning("%s: not read, because the checkpoint does not name it: %s", directory, listed(unread))
+        mention(f"{directory}: not read, because the checkpoint does not name it: {listed(unread)}")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
-
+from vexact.models.checkpoint.files import mention
 from vexact.models.config.fields import Fields, is_number
-
-log = logging.getLogger(__name__)
 
 _QUANTISED = "says that the weights are quantised, which is not supported; use the bf16 or fp32 original"
 _ATTENTION = "changes the attention, and is not supported; it must be absent"
@@ -117,7 +113,7 @@ def refuse_unsupported(config: Fields, architecture: str, num_layers: int) -> No
     _refuse_own_code(config)
     known = _HARMLESS.union(_MUST_BE_OFF, _MUST_BE_ONE, _QUANTISATION, ("hidden_activation", "activation_function"))
     if unknown := sorted(set(config.values) - known):
-        _mention(config.file, ", ".join(unknown))
+        mention(f"{config.file}: these keys are not known here and change nothing: {', '.join(unknown)}")
 
 
 def _refuse_windows(config: Fields, architecture: str, num_layers: int) -> None:
@@ -143,8 +139,3 @@ def _refuse_own_code(config: Fields) -> None:
             "names code of the checkpoint's own, which is never executed; remove the key if the weights are those of "
             "the plain architecture",
         )
-
-
-@lru_cache  # a run reads the same file several times
-def _mention(file: str, keys: str) -> None:
-    log.warning("%s: these keys are not known here and change nothing: %s", file, keys)
