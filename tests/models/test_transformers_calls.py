@@ -18,7 +18,6 @@ from vexact.prepare.tokenizers import byte_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("vexact", "scripts", "benchmarks", "examples")
 FACTORIES = ("from_pretrained", "from_config", "pipeline")
-EXPLICIT = ("trust_remote_code", "local_files_only")
 
 
 def calls():
