@@ -112,7 +112,7 @@ def test_dry_run_prints_configuration_and_plan(tmp_path: Path, capsys: pytest.Ca
     sizes = (
         '"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8'
     )
-    (tmp_path / "config.json").write_text(f"{{{sizes}}}")
+    (tmp_path / "config.json").write_text(f'{{"architectures": ["Qwen3ForCausalLM"], {sizes}}}')
     (tmp_path / "rows.jsonl").touch()
     overrides = [
         f"actor_rollout_ref.model.path={tmp_path}",

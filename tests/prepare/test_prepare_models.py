@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
@@ -97,6 +98,13 @@ def test_addition_rows_and_answers():
     assert 0.25 < right < 0.32
 
 
+@pytest.mark.parametrize("content", ["", "{", "3", "[1]"])
+def test_a_damaged_marker_is_named(tmp_path, content):
+    (tmp_path / "prepared.json").write_text(content)
+    with pytest.raises(ValueError, match=r"prepared\.json is damaged .*; remove .* or choose another --out"):
+        prepare("tiny", tmp_path)
+
+
 def test_tokenizers_round_trip():
     characters = character_tokenizer()
     assert len(characters("17+25=")["input_ids"]) == 6
@@ -157,9 +165,7 @@ def test_random_weights_depend_on_seed_and_name_only(tmp_path, monkeypatch):
 def test_public_shapes_have_the_right_size(arch):
     """Exactly as many parameters as the published checkpoint, tied embeddings counted once."""
     raw = shapes.SHAPES[arch] | {"eos_token_id": 1, "pad_token_id": 0}
-    total = 0
-    for _, shape in random_weights._tensor_shapes(raw):
-        total += random_weights._num_bytes(shape, 1)
+    total = sum(math.prod(shape) for _, shape in random_weights._tensor_shapes(raw))
     published = {
         "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
         "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512,

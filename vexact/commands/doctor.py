@@ -87,7 +87,7 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
 
     for notice in config.notices:
         yield warning("configuration", notice, "none needed if that is meant")
-    yield from _model_checks(str(config.model.path), device)
+    yield from _model_checks(str(config.model.path), device, config.dtype(device))
     files = config.data.train_files
     result, prompts = check_data(lambda: load_dataset(config, load_tokenizer(config), files, DATA_ROWS))
     yield result
@@ -100,11 +100,13 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
         yield check_rewards(grade, prompts)
 
 
-def _model_checks(path: str, device: str) -> Iterator[CheckResult]:
+def _model_checks(path: str, device: str, dtype: str = "float32") -> Iterator[CheckResult]:
+    import torch
+
     from vexact.audit.doctor.machine import available_bytes
     from vexact.audit.doctor.model import check_model, check_model_memory, check_tokenizer
 
-    result = check_model(path)
+    result = check_model(path, getattr(torch, dtype))
     yield result
     if result.status != "error":
         yield check_model_memory(path, device, available_bytes(device))

@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from vexact.config.plan import build_plan
         from vexact.device import resolve_device
+        from vexact.models import ModelConfig
 
+        ModelConfig.from_hf_dir(config.model.path)
         plan = build_plan(config, resolve_device(config.trainer.device))
         sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")
         return 0

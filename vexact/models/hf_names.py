@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from vexact.models.config import ModelConfig
@@ -36,19 +35,3 @@ def to_hf(config: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[
         sources, sizes = hf_sources(config, name)
         parts = [tensor] if len(sources) == 1 else tensor.split(sizes, dim=0)
         yield from zip(sources, parts, strict=True)
-
-
-def from_hf(config: ModelConfig, names: Iterable[str], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Assembles our parameters from Hugging Face tensors.
-
-    Raises:
-        ValueError: the checkpoint lacks tensors; the message lists them.
-    """
-    wanted = {name: hf_sources(config, name)[0] for name in names}
-    missing = [source for sources in wanted.values() for source in sources if source not in tensors]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors that {config.architecture} needs: {shown}")
-    for name, sources in wanted.items():
-        parts = [tensors[source] for source in sources]
-        yield name, parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)

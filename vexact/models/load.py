@@ -1,22 +1,20 @@
-"""Building models: from a Hugging Face directory, or with seeded random weights."""
+"""Building models, from a Hugging Face directory or with seeded random weights, and saving them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from vexact.models.checkpoint import CheckpointReader, write_checkpoint
+from vexact.models.checkpoint.values import all_finite, refuse_values
 from vexact.models.config import ModelConfig
+from vexact.models.contents import check_contents
 from vexact.models.decoder import CausalLM
-from vexact.models.hf_names import from_hf, to_hf
+from vexact.models.hf_names import hf_sources, to_hf
 
-_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
 
 
@@ -30,24 +28,26 @@ def load_model(
 ) -> CausalLM:
     """Loads a checkpoint of a supported architecture.
 
+    Every tensor of the checkpoint is used, or the checkpoint is refused. On the device "meta" all is checked and
+    nothing is kept.
+
     Args:
         path: directory with config.json and safetensors, sharded or not.
         ops: "invariant", or "stock" for torch's own kernels.
 
     Raises:
         FileNotFoundError: no such directory, no config, or no weights in it.
-        ValueError: unsupported architecture, or tensors missing or of another shape.
+        ValueError: a damaged file or config, an unsupported architecture, tensors missing, left over or of another
+            shape, values that are not finite or not so in ``dtype``. The message names file and tensor or key.
     """
     config = ModelConfig.from_hf_dir(path)
-    tensors = _Checkpoint(Path(path))
-    model = _empty_model(config, dtype, device, ops, attn_impl)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in from_hf(config, parameters, tensors):
-            if tensor.shape != parameters[name].shape:
-                want, got = tuple(parameters[name].shape), tuple(tensor.shape)
-                raise ValueError(f"{path}: {name} is {got} in the checkpoint, but config.json implies {want}")
-            parameters[name].copy_(tensor)
+    model = _meta_model(config, dtype, ops, attn_impl)
+    with CheckpointReader(path) as reader:
+        check_contents(reader, config, {name: tuple(t.shape) for name, t in to_hf(config, model.named_parameters())})
+        _allocate(model, device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                _read(reader, config, name, parameter)
     return model
 
 
@@ -60,7 +60,7 @@ def random_model(
     attn_impl: str = "triton-invariant",
 ) -> CausalLM:
     """A model with seeded N(0, initializer_range) weights, unit norms and zero biases; equal on every device."""
-    model = _empty_model(config, dtype, device, ops, attn_impl)
+    model = _allocate(_meta_model(config, dtype, ops, attn_impl), device)
     std = float(config.raw.get("initializer_range", 0.02))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -75,69 +75,32 @@ def random_model(
 
 
 def save_hf(named: Iterable[tuple[str, Tensor]], config: ModelConfig, path: str | Path) -> None:
-    """Writes parameters (our names) as Hugging Face safetensors with config.json, in shards of at most 4 GiB."""
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    dtype = None
-    for name, tensor in to_hf(config, named):
-        num_bytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + num_bytes > MAX_SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
-        size, dtype = size + num_bytes, tensor.dtype
-    _write_shards(directory, shards)
-    raw = config.raw | {"dtype": str(dtype).removeprefix("torch.")}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    """Writes parameters (our names) as Hugging Face safetensors with config.json, in shards of at most 4 GiB.
+
+    The model in ``path`` is replaced by this one, stop tokens included: a save that is killed leaves the old one, the
+    new one, or a directory that is refused.
+    """
+    stop = {"eos_token_id": list(config.eos_token_ids)} if config.eos_token_ids else None
+    write_checkpoint(path, to_hf(config, named), config.raw, stop, MAX_SHARD_BYTES)
 
 
-def _write_shards(directory: Path, shards: list[dict[str, Tensor]]) -> None:
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _empty_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: str, attn_impl: str
-) -> CausalLM:
+def _meta_model(config: ModelConfig, dtype: torch.dtype, ops: str, attn_impl: str) -> CausalLM:
     with torch.device("meta"):
-        model = CausalLM(config, ops, attn_impl)
-    model.to(dtype).to_empty(device=device)
+        return CausalLM(config, ops, attn_impl).to(dtype)
+
+
+def _allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
+    model.to_empty(device=device)
     model.init_rope(device)
     return model
 
 
-class _Checkpoint(Mapping[str, Tensor]):
-    """The tensors of all safetensors files in a directory, read one at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"model directory {directory} has no weights (*.safetensors); "
-                "convert the checkpoint with transformers' save_pretrained"
-            )
-        self._files: dict[str, Any] = {}
-        for file in files:
-            handle = safe_open(file, framework="pt")
-            self._files |= dict.fromkeys(handle.keys(), handle)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def _read(reader: CheckpointReader, config: ModelConfig, name: str, parameter: Tensor) -> None:
+    """Fills one parameter from its tensors, and looks at what came of them in the parameter's dtype."""
+    sources, sizes = hf_sources(config, name)
+    parts = [parameter] if len(sources) == 1 else parameter.split(sizes)
+    for source, part in zip(sources, parts, strict=True):
+        stored = reader.tensor(source)
+        part.copy_(stored)
+        if not all_finite(stored.to(part.dtype) if part.is_meta else part):
+            refuse_values(stored, part.dtype, source, reader.file(source))

@@ -2,7 +2,7 @@
 
     from vexact.ops import hf
     hf.register()
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="triton-invariant")
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="triton-invariant", trust_remote_code=False)
 
 Batches are packed (sequence boundaries from ``cu_seq_lens_*`` or from ``position_ids`` that restart) or unpadded;
 anything else is refused rather than computed differently from what was asked. CPU tensors run the CPU twin.

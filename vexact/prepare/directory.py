@@ -66,7 +66,10 @@ def _is_made(out: Path, recipe: dict[str, Any]) -> bool:
     marker = out / MARKER
     if not marker.is_file():
         raise ValueError(f"{out} exists and was not made by vexact prepare; choose another --out or remove it")
-    made = json.loads(marker.read_text(encoding="utf-8"))
+    try:
+        made = dict(json.loads(marker.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{marker} is damaged ({error}); remove {out} or choose another --out") from error
     wanted = json.loads(json.dumps(recipe))
     if (made.get("name"), made.get("options")) != (wanted["name"], wanted["options"]):
         raise ValueError(

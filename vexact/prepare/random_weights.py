@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,21 @@ def write_random_model(directory: Path, arch: str, seed: int = 0, dtype: str = "
     tokenizer = byte_tokenizer(SHAPES[arch]["vocab_size"])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     raw = SHAPES[arch] | {"eos_token_id": eos, "pad_token_id": pad, "dtype": dtype}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    _write_weights(directory, raw, seed)
     write_generation_config(directory, eos, pad)
     tokenizer.save_pretrained(directory)
-    _write_weights(directory, raw, seed)
 
 
 def _write_weights(directory: Path, raw: dict[str, Any], seed: int) -> None:
     import torch
-    from safetensors.torch import save_file
 
-    dtype = getattr(torch, raw["dtype"])
-    shards = _shards(_tensor_shapes(raw), dtype.itemsize)
-    total = sum(_num_bytes(shape, dtype.itemsize) for shard in shards for shape in shard.values())
-    require_disk(directory, total)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {
-            name: _tensor(name, shape, seed, raw["initializer_range"]).to(dtype) for name, shape in shard.items()
-        }
-        save_file(tensors, directory / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    from vexact.models.checkpoint import write_checkpoint
+
+    dtype, shapes = getattr(torch, raw["dtype"]), dict(_tensor_shapes(raw))
+    require_disk(directory, sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize)
+    std = raw["initializer_range"]
+    tensors = ((name, _tensor(name, shape, seed, std).to(dtype)) for name, shape in shapes.items())
+    write_checkpoint(directory, tensors, raw, None, SHARD_BYTES)
 
 
 def _tensor_shapes(raw: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
@@ -73,26 +63,6 @@ def _tensor_shapes(raw: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
         model = CausalLM(config)
     for name, tensor in to_hf(config, model.named_parameters()):
         yield name, tuple(tensor.shape)
-
-
-def _shards(shapes: Iterator[tuple[str, Shape]], itemsize: int) -> list[dict[str, Shape]]:
-    shards: list[dict[str, Shape]] = [{}]
-    size = 0
-    for name, shape in shapes:
-        num_bytes = _num_bytes(shape, itemsize)
-        if shards[-1] and size + num_bytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += num_bytes
-    return shards
-
-
-def _num_bytes(shape: Shape, itemsize: int) -> int:
-    count = itemsize
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def _tensor(name: str, shape: Shape, seed: int, std: float) -> Any:

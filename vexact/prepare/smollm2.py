@@ -26,8 +26,12 @@ def write_smollm2(directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+    )
     _save(model, directory)
     write_generation_config(directory, tokenizer.eos_token_id, tokenizer.pad_token_id)
     tokenizer.save_pretrained(directory)
@@ -35,19 +39,14 @@ def write_smollm2(directory: Path) -> None:
 
 def _save(model: Any, directory: Path) -> None:
     """By hand: ``save_pretrained`` refuses a model that came out of a GGUF file, though nothing in it is quantised."""
-    from safetensors.torch import save_file
+    from vexact.models.checkpoint import write_checkpoint
+    from vexact.models.load import MAX_SHARD_BYTES
 
     tied = model.config.tie_word_embeddings
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(
-        {name: tensors[name] for name in tensors if not (tied and name == "lm_head.weight")},
-        directory / "model.safetensors",
-        {"format": "pt"},
-    )
-    raw = json.loads(model.config.to_json_string())
+    tensors = ((name, t) for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight"))
+    raw = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
     raw = {key: value for key, value in raw.items() if key not in ("quantization_config", "_name_or_path")}
-    raw |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_checkpoint(directory, tensors, raw, None, MAX_SHARD_BYTES)
 
 
 def _find_gguf() -> Path:

@@ -13,6 +13,7 @@ import torch
 
 from vexact.models import load_model
 from vexact.models.decoder import CausalLM
+from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.mismatch import apply_mismatch
 from vexact.rollout.stop_strings import Tokenizer
@@ -20,7 +21,6 @@ from vexact.rollout.stop_strings import Tokenizer
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ def load(
             attn_impl=config.attn_impl,
         )
         apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
-        tokenizer = tokenizer or _load_tokenizer(Path(model_path))
+        if tokenizer is None and has_tokenizer(model_path):  # without one: token ids in, token ids out
+            tokenizer = read_tokenizer(model_path)
     eos = _own_eos(model, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
     return Loaded(model, model.lm_head_weight.device, tokenizer, eos)
 
@@ -112,12 +113,3 @@ def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    """The directory's tokenizer, or None if it ships none: token ids in, token ids out then."""
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer  # a second of import time that a ready model does not need
-
-    return AutoTokenizer.from_pretrained(directory)

@@ -13,7 +13,8 @@ from vexact.config import Config
 from vexact.data import ColumnNames, DataOrder, PromptDataset, PromptFormat
 from vexact.data.chat_template import KEY as CHAT_TEMPLATE_KEY
 from vexact.data.chat_template import ChatTemplate, read_template
-from vexact.models import load_model
+from vexact.models import ModelConfig, load_model
+from vexact.models.tokenizer import read_tokenizer
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import RewardSpec
 from vexact.rollout import Engine
@@ -46,6 +47,7 @@ def build_workers(config: Config, device: torch.device) -> Workers:
     Raises:
         ValueError, FileNotFoundError: what the user has to fix, named.
     """
+    ModelConfig.from_hf_dir(config.model.path)  # the tokenizer reads it too, but cannot say what is wrong in it
     tokenizer = load_tokenizer(config)
     train_data = load_dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
     val_data = None
@@ -75,19 +77,14 @@ def load_tokenizer(config: Config) -> Any:
     """The checkpoint's tokenizer, with ``custom_chat_template`` (Jinja, or a file of it) put in and looked at.
 
     Raises:
-        ValueError: the directory holds none, or a chat template that is broken or leaves out what a user says.
+        ValueError: the directory holds none or a broken one, or a chat template that is broken or leaves out what a user says.
     """
-    from transformers import AutoTokenizer
-
     path = config.model.tokenizer_path or config.model.path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers reports a broken file as a bare Exception
-        raise ValueError(
-            f"no tokenizer in {path} ({str(error).partition(chr(10))[0]}); put tokenizer.json there or set "
-            "actor_rollout_ref.model.tokenizer_path"
-        ) from error
     origin = f"the chat template of the tokenizer in {path}"
+    try:
+        tokenizer = read_tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; actor_rollout_ref.model.tokenizer_path names another directory") from error
     if config.model.custom_chat_template is not None:
         origin = CHAT_TEMPLATE_KEY
         tokenizer.chat_template = read_template(config.model.custom_chat_template)

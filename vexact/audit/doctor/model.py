@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from vexact.audit.doctor.result import GIB, CheckResult, error, ok, warning
 from vexact.audit.guard import ReductionGuard, watch
 from vexact.models import CausalLM, ModelConfig, load_model, random_model
 from vexact.models.decoder import Targets
+from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.ops import PackedMetadata
 from vexact.rollout import Engine, SamplingParams
 
@@ -67,16 +66,14 @@ def _both_sides(model: CausalLM) -> None:
         model(ids, positions, PackedMetadata.from_lengths(list(map(len, tokens)), device), targets=targets)
 
 
-def check_model(path: str) -> CheckResult:
-    """Reads the configuration and every weight, without keeping them."""
+def check_model(path: str, dtype: torch.dtype = torch.float32) -> CheckResult:
+    """Reads the configuration and every weight, without keeping them; ``dtype`` must be able to hold the weights."""
     try:
-        config = ModelConfig.from_hf_dir(path)
-        model = load_model(path, device="meta")
-    except (ValueError, OSError, SafetensorError) as problem:
+        model = load_model(path, device="meta", dtype=dtype)
+    except Exception as problem:  # of any class: a doctor does not crash on what it examines
         return error("model", _one_line(problem), "give a supported Hugging Face checkpoint with safetensors")
     count = sum(parameter.numel() for parameter in model.parameters())
-    architecture = config.raw.get("architectures", ["?"])[0]
-    return ok("model", f"{architecture}, {count / 1e6:.4g} M parameters, all weights present and readable")
+    return ok("model", f"{model.config.architecture}, {count / 1e6:.4g} M parameters, all weights present and readable")
 
 
 def check_model_memory(path: str, device: str, available: int) -> CheckResult:
@@ -99,10 +96,16 @@ def _size(num_bytes: int) -> str:
 
 def check_tokenizer(path: str) -> CheckResult:
     """For a bare ``--model_path``: the engine runs without one, training does not."""
-    if any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return ok("tokenizer", "its files are there")
-    return warning("tokenizer", f"no tokenizer files in {path}", "copy tokenizer.json and tokenizer_config.json there")
+    fix = "copy tokenizer.json and tokenizer_config.json there"
+    if not has_tokenizer(path):
+        return warning("tokenizer", f"no tokenizer files in {path}", fix)
+    try:
+        size = len(read_tokenizer(path))
+    except Exception as problem:  # as above
+        return error("tokenizer", _one_line(problem), fix)
+    return ok("tokenizer", f"{size} tokens")
 
 
 def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())
+    text = " ".join(str(problem).split())
+    return text if isinstance(problem, (ValueError, OSError)) else f"{type(problem).__name__}: {text}"

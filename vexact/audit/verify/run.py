@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -18,12 +17,12 @@ from vexact.audit.verify.report import VerifyReport
 from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
 from vexact.audit.verify.workload import Round, rounds
 from vexact.models import ModelConfig, load_model
+from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.types import Sample
 
 log = logging.getLogger(__name__)
 ROLLOUT_ATTENTION = "triton-invariant"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +131,7 @@ def rounds_of(options: VerifyOptions, config: ModelConfig) -> Iterator[Round]:
         max_new_tokens=options.max_new_tokens,
         max_model_len=config.max_position_embeddings,
         vocab_size=config.vocab_size,
-        tokenizer=_tokenizer(Path(options.model_path)),
+        tokenizer=read_tokenizer(options.model_path) if has_tokenizer(options.model_path) else None,
         on_gpu=options.device.startswith("cuda"),
         seed=options.seed,
     )
-
-
-def _tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer, or None when it has none: prompts are random ids then."""
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)

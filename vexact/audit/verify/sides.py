@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vexact.models import CausalLM, Targets, load_model
+from vexact.models.checkpoint.index import check_one_reading
 from vexact.models.hf_names import to_hf
 from vexact.models.opset import INVARIANT_ATTENTION
 from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
@@ -109,16 +110,24 @@ def load_side(backend: str, path: Path, dtype: torch.dtype, device: torch.device
 
 
 def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> Any:
-    """A stock transformers model in evaluation mode."""
+    """A stock transformers model in evaluation mode.
+
+    Raises:
+        ValueError: transformers cannot load the checkpoint, or would read other weights than we do.
+    """
     from transformers import AutoModelForCausalLM
 
     if attn_impl in INVARIANT_ATTENTION:
         from vexact.ops import hf
 
         hf.register()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=attn_impl, local_files_only=True
-    )
+    check_one_reading(path)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_impl, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any class: what our loader takes, transformers may still refuse
+        raise ValueError(f"transformers cannot load {path}: {error}") from error
     return model.to(device).eval()
 
 

@@ -1,0 +1,95 @@
+"""Whether a checkpoint holds the tensors of a model: all of them, no others, in shapes and formats that can be read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from vexact.models.checkpoint import CheckpointReader, Shape
+from vexact.models.checkpoint.files import listed
+from vexact.models.config import ModelConfig
+
+FORMATS = ("F32", "BF16", "F16")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Frequencies that old Llama checkpoints carry along; they are computed from config.json
+_LEFTOVER = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.inv_freq")
+_QUANTISED_PARTS = ("scale", "scales", "zeros", "zero_point", "qweight", "qzeros", "g_idx", "absmax")
+
+
+def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mapping[str, Shape]) -> None:
+    """Reads headers only, but for a head that must equal the embedding.
+
+    Args:
+        wanted: shapes by Hugging Face name, as config.json implies.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape or format; the message names it and its file.
+    """
+    held = [name for name in reader if not _is_leftover(name, config)]
+    _check_formats(reader, held)
+    if missing := [name for name in wanted if name not in reader]:
+        hint = "; is tie_word_embeddings=true missing in config.json?" if missing == [HEAD] else ""
+        raise ValueError(
+            f"{reader.directory}: the checkpoint lacks {len(missing)} tensors that {config.architecture} needs: "
+            f"{listed(missing)}{hint}"
+        )
+    surplus = [name for name in held if name not in wanted]
+    if config.tie_word_embeddings and HEAD in surplus:
+        _check_tied_head(reader)
+        surplus.remove(HEAD)
+    if surplus:
+        raise ValueError(
+            f"{reader.file(surplus[0])}: {config.architecture} with this config.json has no use for {len(surplus)} "
+            f"tensors of the checkpoint: {listed(surplus)}; {_reason(surplus, config)}"
+        )
+    for name, shape in wanted.items():
+        if reader.shape(name) != shape:
+            raise ValueError(
+                f"{reader.file(name)}: {name} is {reader.shape(name)}, but config.json implies {shape}; "
+                "config.json and weights are of different models"
+            )
+
+
+def _is_leftover(name: str, config: ModelConfig) -> bool:
+    found = _LEFTOVER.fullmatch(name)
+    return found is not None and (found["layer"] is None or int(found["layer"]) < config.num_layers)
+
+
+def _check_formats(reader: CheckpointReader, names: Iterable[str]) -> None:
+    odd = [name for name in names if reader.dtype(name) not in FORMATS]
+    if not odd:
+        return
+    name, kind = odd[0], reader.dtype(odd[0])
+    fix = (
+        "convert the checkpoint to float32" if kind == "F64" else "it is quantised; use the bf16, fp16 or fp32 original"
+    )
+    raise ValueError(f"{reader.file(name)}: {name} is stored as {kind} ({len(odd)} such tensors); {fix}")
+
+
+def _check_tied_head(reader: CheckpointReader) -> None:
+    head, embedding = reader.tensor(HEAD), reader.tensor(EMBEDDING)
+    if head.dtype != embedding.dtype:
+        head, embedding = head.float(), embedding.float()
+    bits = torch.int32 if head.dtype == torch.float32 else torch.int16
+    if not torch.equal(head.view(bits), embedding.view(bits)):
+        raise ValueError(
+            f"{reader.file(HEAD)}: {HEAD} differs from {EMBEDDING}, but config.json has tie_word_embeddings=true; set "
+            "it to false if the head is meant, or remove the head"
+        )
+
+
+def _reason(surplus: list[str], config: ModelConfig) -> str:
+    """The likely cause, with the fix."""
+    name = surplus[0]
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if any(part in _QUANTISED_PARTS or "_scale" in part for part in name.split(".")):
+        return "scales belong to quantised weights; use the bf16, fp16 or fp32 original"
+    if "lora_" in name or ".base_layer." in name:
+        return "they are of a LoRA adapter; merge it into the model first"
+    if layer is not None and int(layer[1]) >= config.num_layers:
+        return f"num_hidden_layers={config.num_layers} is too small, or the files are another model's"
+    if name.endswith(".bias"):
+        return "set attention_bias or mlp_bias if the architecture has them, or use the right architecture"
+    return "config.json is another model's, or the tensors are not this model's; leaving them out would change it"
