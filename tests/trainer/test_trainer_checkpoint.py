@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vexact.models import ModelConfig, load_model
-from vexact.trainer import checkpoint
 from vexact.trainer.checkpoint import CheckpointError, CheckpointStore, Progress, load_checkpoint
+from vexact.trainer.checkpoint import store as store_module
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_half_written(
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, failing, full)
+    monkeypatch.setattr(store_module, failing, full)
     with pytest.raises(
         CheckpointError, match=r"could not write .*step_2: .*No space left.* MiB free.*default_local_dir"
     ):
@@ -57,7 +57,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_half_written(
 
 
 def test_a_full_disk_is_noticed_before_writing(save, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match="disk is full: a checkpoint needs"):
         save(1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
