@@ -77,5 +77,5 @@ def test_unreadable_checkpoints_are_named(tmp_path, save):
         load_checkpoint(tmp_path)
     path = save(3)
     (path / "trainer_state.pt").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(CheckpointError, match=r"cannot read .*trainer_state\.pt"):
+    with pytest.raises(CheckpointError, match=r"trainer_state\.pt has 9 bytes, but \d+ were saved"):
         load_checkpoint(path)

@@ -18,6 +18,15 @@ from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads before its model: cheap, and where most mistakes are."""
+
+    tokenizer: Any
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+
+
+@dataclass(frozen=True, slots=True)
 class Workers:
     """One process holds both engines: the rollout's weights are its own copy, in the compute dtype."""
 
@@ -35,8 +44,8 @@ class Workers:
         self.rewards.close()
 
 
-def build_workers(config: Config, device: torch.device) -> Workers:
-    """Reads data and model and starts the reward processes; data first, since its mistakes are the cheapest to find.
+def load_inputs(config: Config) -> Inputs:
+    """Tokenizer, training rows and validation rows.
 
     Raises:
         ValueError, FileNotFoundError: what the user has to fix, named.
@@ -46,14 +55,23 @@ def build_workers(config: Config, device: torch.device) -> Workers:
     val_data = None
     if config.data.val_files:
         val_data = load_dataset(config, tokenizer, config.data.val_files, config.data.val_max_samples)
-    engine = _engine(config, tokenizer, device)
+    return Inputs(tokenizer, train_data, val_data)
+
+
+def build_workers(config: Config, device: torch.device, inputs: Inputs) -> Workers:
+    """Reads the model and starts the reward processes.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user has to fix, named.
+    """
+    num_rows = len(inputs.train_data)
     return Workers(
-        tokenizer=tokenizer,
-        train_data=train_data,
-        val_data=val_data,
-        order=DataOrder(len(train_data), config.data_seed, config.data.shuffle),
-        engine=engine,
-        actor=_actor(config, device, num_steps(config, len(train_data))),
+        tokenizer=inputs.tokenizer,
+        train_data=inputs.train_data,
+        val_data=inputs.val_data,
+        order=DataOrder(num_rows, config.data_seed, config.data.shuffle),
+        engine=_engine(config, inputs.tokenizer, device),
+        actor=_actor(config, device, num_steps(config, num_rows)),
         reference=_reference(config, device) if config.needs_reference else None,
         rewards=start_rewards(config),
     )

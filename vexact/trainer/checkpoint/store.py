@@ -1,13 +1,15 @@
-"""Checkpoints that are either whole or absent: written under a temporary name, fsynced, renamed."""
+"""Checkpoints that are either whole or absent: written under a temporary name, flushed, hashed, renamed."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,80 +18,146 @@ import torch
 from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
 from vexact.models.config import ModelConfig
+from vexact.trainer.checkpoint import manifest, state_file
+from vexact.trainer.checkpoint.error import CheckpointError
+from vexact.trainer.checkpoint.manifest import Digests
+from vexact.trainer.checkpoint.pointer import FOLDER, LatestPointer, sync
+from vexact.trainer.checkpoint.read import IDENTITY_FILE, advice
+from vexact.trainer.checkpoint.state_file import Progress
 from vexact.training import ActorState
 
-STATE_FILE = "trainer_state.pt"
-LATEST = "latest"
-_PREFIX = "step_"
+log = logging.getLogger(__name__)
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
 _TEMPORARY = ".tmp-"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; what was there before is untouched."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands; data order and sampling are pure functions of it."""
-
-    step: int
-    data_cursor: int
-
-
 class CheckpointStore:
-    """``checkpoints/step_N/`` holds the trainer's state, Hugging Face safetensors, tokenizer and certificate."""
+    """``checkpoints/step_N/``: the trainer's state, Hugging Face safetensors, tokenizer, certificate, what the run is
+    (``identity.json``) and the SHA-256 of all of it (``manifest.json``)."""
 
     def __init__(self, run_dir: Path, keep_last: int | None) -> None:
-        self.directory = run_dir / "checkpoints"
-        self.latest_file = run_dir / LATEST
+        self.directory = run_dir / FOLDER
+        self.pointer = LatestPointer(run_dir)
         self.certificate_file = run_dir / CERTIFICATE_FILE
         self.keep_last = keep_last
 
     def remove_leftovers(self) -> None:
-        """Deletes what a killed run left half-written."""
+        """Finishes or removes what a killed run left half-done."""
+        self.pointer.recover()
         for path in self.directory.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path)
+            _remove(path)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint of this run."""
-        steps = self._steps()
-        return self.directory / f"{_PREFIX}{steps[-1]}" if steps else None
+        """The checkpoint that the run goes on from.
+
+        Raises:
+            CheckpointError: ``latest`` names none although there are some. Which one is meant is not guessed.
+        """
+        try:
+            path = self.pointer.read()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {advice(self.directory)}") from error
+        if path is None and self.steps():
+            raise CheckpointError(
+                f"{self.directory} holds checkpoints, but {self.pointer.file} does not exist, so which of them this "
+                f"run goes on from is unknown; {advice(self.directory)}"
+            )
+        return path
+
+    def steps(self, after: int = -1) -> list[int]:
+        """Steps above ``after`` of which there is a checkpoint, in order."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_STEP.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
+        return sorted(step for match in matches if match is not None and (step := int(match[1])) > after)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step_{step}"
 
     def save(
-        self, progress: Progress, state: ActorState, model: ModelConfig, save_tokenizer: Callable[[Path], Any]
+        self,
+        progress: Progress,
+        state: ActorState,
+        model: ModelConfig,
+        save_tokenizer: Callable[[Path], Any],
+        identity: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Writes one checkpoint and removes those beyond ``keep_last``.
+        """Writes one checkpoint, points ``latest`` to it and removes older ones beyond ``keep_last``.
 
         Raises:
             CheckpointError: the disk is full or not writable; nothing half-written stays behind.
         """
-        final = self.directory / f"{_PREFIX}{progress.step}"
+        final = self.path(progress.step)
         temporary = self.directory / f"{_TEMPORARY}{final.name}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._require_space(state)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            torch.save({"progress": (progress.step, progress.data_cursor), "actor": state}, temporary / STATE_FILE)
+            state_file.write_state(temporary / state_file.FILE, progress, state)
             weights = ((name, saved["weight"]) for name, saved in state["parameters"].items())
             save_hf(weights, model, temporary)
             save_tokenizer(temporary)
             if model.eos_token_ids:
                 stop = {"eos_token_id": list(model.eos_token_ids)}
                 (temporary / "generation_config.json").write_text(json.dumps(stop) + "\n")
+            if identity is not None:
+                (temporary / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
             if self.certificate_file.is_file():
                 shutil.copy(self.certificate_file, temporary)
-            _sync_tree(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            _sync(self.directory)
-            self._point_latest(final)
+            with Digests(temporary) as digests:
+                _sync_tree(temporary)
+                manifest.write_manifest(temporary, progress.step, digests.entries())
+            sync(temporary / manifest.FILE)
+            sync(temporary)
+            self._publish(temporary, final)
         except (OSError, RuntimeError) as error:  # torch and safetensors report a failed write as RuntimeError
             raise self._failure(final, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._remove_old()
+        self._remove_old(progress.step)
         return final
+
+    def go_on_from(self, step: int | None) -> None:
+        """Points ``latest`` to a step that is here, or to none: whoever starts next does not go on from another one."""
+        if step is None:
+            self.pointer.remove()
+        elif not self._is_latest(step):
+            self.pointer.point(self.path(step).name)
+
+    def set_aside(self, steps: Sequence[int], number: int) -> Path:
+        """Moves checkpoints that the run does not go on from into ``checkpoints.<number>``; returns that directory."""
+        place = self.place_aside(number)
+        place.mkdir(exist_ok=True)
+        for step in steps:
+            if self._is_latest(step):
+                self.pointer.remove()
+            self.path(step).rename(place / self.path(step).name)
+        return place
+
+    def place_aside(self, number: int) -> Path:
+        """Where checkpoints are set aside: on the disk that holds them, also when ``checkpoints`` is a link."""
+        directory = self.directory.resolve()
+        if os.path.ismount(directory):
+            return directory / f"aside.{number}"
+        return directory.with_name(f"{directory.name}.{number}")
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        if final.exists():
+            number = next(n for n in count(1) if not self.place_aside(n).exists())
+            self.set_aside([int(final.name.removeprefix("step_"))], number)
+        self.pointer.announce(final.name)
+        try:
+            temporary.rename(final)
+            sync(self.directory)
+        finally:
+            self.pointer.recover()
+
+    def _is_latest(self, step: int) -> bool:
+        try:
+            return self.pointer.read() == self.path(step)
+        except CheckpointError:
+            return False
 
     def _failure(self, final: Path, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(self.directory if self.directory.is_dir() else Path.cwd()).free
@@ -108,53 +176,28 @@ class CheckpointStore:
         if free < needed:
             raise OSError(errno.ENOSPC, f"the disk is full: a checkpoint needs {needed / 2**20:.0f} MiB")
 
-    def _point_latest(self, final: Path) -> None:
-        temporary = self.latest_file.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.write(f"{final.relative_to(self.latest_file.parent)}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.latest_file)
-
-    def _remove_old(self) -> None:
+    def _remove_old(self, saved: int) -> None:
+        """Keeps the checkpoint just saved and those before it, ``keep_last`` in all."""
         if self.keep_last is None:
             return
-        for step in self._steps()[: -self.keep_last]:
-            shutil.rmtree(self.directory / f"{_PREFIX}{step}")
+        earlier = [step for step in self.steps() if step < saved]
+        for step in earlier[: max(0, len(earlier) - (self.keep_last - 1))]:
+            hidden = self.directory / f"{_TEMPORARY}old-{step}"  # never half a checkpoint under a checkpoint's name
+            try:
+                self.path(step).rename(hidden)
+                _remove(hidden)
+            except OSError as error:
+                log.warning("could not remove the old checkpoint %s: %s", self.path(step), error.strerror)
 
-    def _steps(self) -> list[int]:
-        names = [path.name.removeprefix(_PREFIX) for path in self.directory.glob(f"{_PREFIX}*")]
-        return sorted(int(name) for name in names if name.isdigit())
 
-
-def load_checkpoint(path: Path) -> tuple[Progress, ActorState]:
-    """Reads a checkpoint directory.
-
-    Raises:
-        CheckpointError: it is missing or not readable.
-    """
-    file = path / STATE_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} is not a checkpoint (no {STATE_FILE}); give a checkpoints/step_N directory in "
-            "trainer.resume_from_path, or set trainer.resume_mode=disable to start anew"
-        )
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}; resume from another step_N directory") from error
-    return Progress(*saved["progress"]), saved["actor"]
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(directory)
