@@ -25,24 +25,31 @@ Entry = dict[str, Any]  # {"bytes": int, "sha256": str}
 
 
 class Digests:
-    """Hashes every file below a directory in threads, so that it costs little beside a flush to disk or a read.
+    """Hashes the files below a directory in threads, beside the writing, flushing or reading of others.
 
     >>> with Digests(directory) as digests:          # doctest: +SKIP
-    ...     flush(directory)
+    ...     write_large_file(directory)
+    ...     digests.begin()
+    ...     write_more(directory)
     ...     entries = digests.entries()
     """
 
     def __init__(self, directory: Path) -> None:
-        self._stop = Event()
+        self._directory, self._stop = directory, Event()
         self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="sha256")
-        files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != FILE)
-        self._pending: dict[str, Future[Entry]] = {
-            path.relative_to(directory).as_posix(): self._pool.submit(self._entry, path) for path in files
-        }
+        self._begun: dict[str, Future[Entry]] = {}
+
+    def begin(self) -> None:
+        """Starts on the files that are there and were not yet; they must be complete."""
+        for path in sorted(self._directory.rglob("*")):
+            name = path.relative_to(self._directory).as_posix()
+            if path.is_file() and name != FILE and name not in self._begun:
+                self._begun[name] = self._pool.submit(self._entry, path)
 
     def entries(self) -> dict[str, Entry]:
-        """By relative name. Raises OSError for a file that cannot be read."""
-        return {name: future.result() for name, future in self._pending.items()}
+        """Of every file, by relative name. Raises OSError for a file that cannot be read."""
+        self.begin()
+        return {name: future.result() for name, future in self._begun.items()}
 
     def _entry(self, path: Path) -> Entry:
         digest, size, block = hashlib.sha256(), 0, bytearray(_BLOCK)

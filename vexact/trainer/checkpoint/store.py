@@ -94,18 +94,13 @@ class CheckpointStore:
             self._require_space(state)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            state_file.write_state(temporary / state_file.FILE, progress, state)
-            weights = ((name, saved["weight"]) for name, saved in state["parameters"].items())
-            save_hf(weights, model, temporary)
-            save_tokenizer(temporary)
-            if model.eos_token_ids:
-                stop = {"eos_token_id": list(model.eos_token_ids)}
-                (temporary / "generation_config.json").write_text(json.dumps(stop) + "\n")
-            if identity is not None:
-                (temporary / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
-            if self.certificate_file.is_file():
-                shutil.copy(self.certificate_file, temporary)
             with Digests(temporary) as digests:
+                state_file.write_state(temporary / state_file.FILE, progress, state)
+                digests.begin()
+                self._write_model(temporary, state, model, save_tokenizer)
+                if identity is not None:
+                    (temporary / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
+                digests.begin()
                 _sync_tree(temporary)
                 manifest.write_manifest(temporary, progress.step, digests.entries())
             sync(temporary / manifest.FILE)
@@ -158,6 +153,19 @@ class CheckpointStore:
             return self.pointer.read() == self.path(step)
         except CheckpointError:
             return False
+
+    def _write_model(
+        self, directory: Path, state: ActorState, model: ModelConfig, save_tokenizer: Callable[[Path], Any]
+    ) -> None:
+        """What others read: safetensors, configuration and tokenizer in Hugging Face's layout, and the certificate."""
+        weights = ((name, saved["weight"]) for name, saved in state["parameters"].items())
+        save_hf(weights, model, directory)
+        save_tokenizer(directory)
+        if model.eos_token_ids:
+            stop = {"eos_token_id": list(model.eos_token_ids)}
+            (directory / "generation_config.json").write_text(json.dumps(stop) + "\n")
+        if self.certificate_file.is_file():
+            shutil.copy(self.certificate_file, directory)
 
     def _failure(self, final: Path, error: Exception) -> CheckpointError:
         free = shutil.disk_usage(self.directory if self.directory.is_dir() else Path.cwd()).free
