@@ -79,7 +79,7 @@ def _check(named: dict[str, nn.Parameter], saved: dict[str, ParameterState]) -> 
         if set(state) != set(wanted):
             lacking, surplus = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
             raise ValueError(
-                f"the state of {name} is incomplete: missing {_some(lacking)}; unexpected {_some(surplus)}"
+                f"the state of {name} has other parts than AdamW's: missing {_some(lacking)}; unexpected {_some(surplus)}"
             )
         for key in wanted[:3]:
             _check_tensor(f"{key} of {name}", state[key], parameter)

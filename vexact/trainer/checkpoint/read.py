@@ -26,7 +26,9 @@ def verify_checkpoint(path: Path) -> int | None:
         CheckpointError: as ``load_checkpoint``.
     """
     with _advised(path):
-        return manifest.verify(path)
+        step = manifest.verify(path)
+        _require_state(path)
+        return step
 
 
 def load_checkpoint(path: Path, *, verified: bool = False) -> tuple[Progress, ActorState]:
@@ -114,11 +116,15 @@ def _load(path: Path, verified: bool = False) -> tuple[Progress, ActorState, boo
     saved_step = None if listed is None else listed["step"]
     if listed is not None and not verified:
         manifest.verify(path)
-    if not file.is_file():
-        raise CheckpointError(f"{path} is not a checkpoint (no {state_file.FILE})")
+    _require_state(path)
     version, progress, state = state_file.read_state(file, check_crc=saved_step is None)
     if saved_step is None and version != 1:
         raise CheckpointError(f"{path / manifest.FILE} is missing, so nothing in {path} can be checked")
     if saved_step not in (None, progress.step):
         raise CheckpointError(f"{path / manifest.FILE} is of step {saved_step}, {file} of step {progress.step}")
     return progress, state, saved_step is not None
+
+
+def _require_state(path: Path) -> None:
+    if not (path / state_file.FILE).is_file():
+        raise CheckpointError(f"{path} is not a checkpoint (no {state_file.FILE})")
