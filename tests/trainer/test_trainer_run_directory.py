@@ -197,7 +197,7 @@ def _other_vocabulary(root):
         (_other_rope, "model: config.json rope_theta=500000.0 (was absent)"),
         (_other_weights, "model: the weights that training began from are others"),
         (_other_reward, "reward: its file changed"),
-        (_other_vocabulary, "tokenizer: its files, the vocabulary changed"),
+        (_other_vocabulary, "tokenizer: the vocabulary, its files changed"),
     ],
 )
 def test_a_file_that_changed_under_the_run_is_named(tiny, used, tmp_path, change, named):

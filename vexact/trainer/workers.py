@@ -50,11 +50,11 @@ def load_inputs(config: Config) -> Inputs:
     Raises:
         ValueError, FileNotFoundError: what the user has to fix, named.
     """
-    tokenizer = load_tokenizer(config)
-    train_data = load_dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
+    tokenizer, data = load_tokenizer(config), config.data
+    train_data = _load_named("data.train_files", config, tokenizer, data.train_files, data.train_max_samples)
     val_data = None
-    if config.data.val_files:
-        val_data = load_dataset(config, tokenizer, config.data.val_files, config.data.val_max_samples)
+    if data.val_files:
+        val_data = _load_named("data.val_files", config, tokenizer, data.val_files, data.val_max_samples)
     return Inputs(tokenizer, train_data, val_data)
 
 
@@ -116,6 +116,13 @@ def load_dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_sam
         apply_chat_template_kwargs=data.apply_chat_template_kwargs,
     )
     return PromptDataset.from_files(files, tokenizer, columns=columns, form=form, max_samples=max_samples)
+
+
+def _load_named(key: str, config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
+    try:
+        return load_dataset(config, tokenizer, files, max_samples)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:

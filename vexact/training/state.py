@@ -78,9 +78,8 @@ def _check(named: dict[str, nn.Parameter], saved: dict[str, ParameterState]) -> 
         state: Any = saved[name]
         if set(state) != set(wanted):
             lacking, surplus = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-            raise ValueError(
-                f"the state of {name} has other parts than AdamW's: missing {_some(lacking)}; unexpected {_some(surplus)}"
-            )
+            parts = f"missing {_some(lacking)}; unexpected {_some(surplus)}"
+            raise ValueError(f"the state of {name} has other parts than AdamW's: {parts}")
         for key in wanted[:3]:
             _check_tensor(f"{key} of {name}", state[key], parameter)
         if moments:
