@@ -38,6 +38,8 @@ def open_run_directory(run_dir: Path, needed_bytes: int) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
+            if os.path.lexists(run_dir) and not run_dir.is_dir():
+                raise NotADirectoryError(None, "it is not a directory", None)
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_if_empty, run_dir)
             stack.enter_context(run_lock(run_dir))
@@ -76,16 +78,16 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
         else:
             shutil.copy(metrics, kept)  # the lines up to the step stay, too
         moved.append(kept.name)
-    for name in (TENSORBOARD, RUN_ID_FILE) if anew else (RUN_ID_FILE,):  # a W&B run cannot go back
-        if (run_dir / name).exists():
-            (run_dir / name).rename(run_dir / f"{name}.{number}")
+    if anew and (run_dir / TENSORBOARD).exists():
+        (run_dir / TENSORBOARD).rename(run_dir / f"{TENSORBOARD}.{number}")
+    (run_dir / RUN_ID_FILE).unlink(missing_ok=True)  # a W&B run cannot go back: what begins is another one
     (run_dir / PENDING_FILE).unlink(missing_ok=True)
     return ", ".join(moved)
 
 
 def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
     path = run_dir / METRICS_FILE
-    names = [f"{path.stem}.{number}{path.suffix}", *(f"{n}.{number}" for n in (SAMPLES, TENSORBOARD, RUN_ID_FILE))]
+    names = [f"{path.stem}.{number}{path.suffix}", *(f"{n}.{number}" for n in (SAMPLES, TENSORBOARD))]
     return [store.place_aside(number), *(run_dir / name for name in names)]
 
 
