@@ -282,6 +282,25 @@ def test_a_checkpoint_of_another_name_or_model_is_refused(used, tiny, tmp_path):
         start("trainer.total_training_steps=7")
 
 
+def test_a_run_of_an_earlier_version_goes_on(used):
+    """No manifest, no identity, no format in the state."""
+    directory, start = used
+    path = directory / "checkpoints" / "step_4"
+    saved = torch.load(path / "trainer_state.pt", weights_only=True)
+    torch.save({key: saved[key] for key in ("progress", "actor")}, path / "trainer_state.pt")
+    for name in ("manifest.json", "identity.json"):
+        (path / name).unlink()
+    text = start("trainer.total_training_steps=5", "trainer.seed=43")
+    assert "written by an earlier version: it has no digests" in text
+    assert "resuming after step 4" in text
+    first = saved["actor"]["parameters"]["norm.weight"]
+    del first["exp_avg_sq"]
+    torch.save({key: saved[key] for key in ("progress", "actor")}, path / "trainer_state.pt")
+    (directory / "latest").write_text("checkpoints/step_4\n")
+    with pytest.raises(CheckpointError, match=r"step_4: the state of norm\.weight has other .*: missing exp_avg_sq"):
+        start("trainer.total_training_steps=5")
+
+
 def test_a_validation_moves_nothing(used, tiny):
     directory, start = used
     validate = ("trainer.val_only=true", f"data.val_files={tiny / 'test.jsonl'}")
