@@ -47,5 +47,10 @@ class TrainerSection:
         "auto", "Go on from the run directory's latest checkpoint, start anew, or go on from resume_from_path."
     )
     resume_from_path: str | None = opt(None, "Checkpoint directory for resume_mode=resume_path.")
+    resume_changed: Literal["refuse", "allow"] = opt(
+        "refuse",
+        "On a resume whose settings, data, model, tokenizer or reward changed, so that its steps would not be those of "
+        "an uninterrupted run: name the changes and stop, or go on.",
+    )
     nnodes: int = opt(1, "Machines.", ge=1, le=1, why=ONE_PROCESS)
     n_gpus_per_node: int = opt(1, "GPUs per machine.", verl=8, ge=1, le=1, why=ONE_PROCESS)

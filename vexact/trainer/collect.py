@@ -25,18 +25,7 @@ class Collector:
 
     def __init__(self, config: Config, workers: Workers, timer: Timer) -> None:
         self.config, self.workers, self.timer = config, workers, timer
-        rollout = config.rollout
-        self.sampling = SamplingParams(
-            n=rollout.n,
-            max_tokens=config.data.max_response_length,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            stop=list(rollout.stop) or None,
-            stop_token_ids=list(rollout.stop_token_ids) or None,
-            ignore_eos=rollout.ignore_eos,
-        )
+        self.sampling = training_sampling(config)
 
     def collect(self, step: int, cursor: int) -> tuple[list[SampleGroup], list[SampleGroup], int]:
         """Samples until ``train_batch_size`` groups are there.
@@ -80,6 +69,22 @@ class Collector:
         metric = self.config.algorithm.filter_groups.metric or "score"
         values = [[_metric(score, metric) for score in group.scores] for group in groups]
         return [groups[i] for i in informative_groups(values)]
+
+
+def training_sampling(config: Config) -> SamplingParams:
+    """The rollout's settings as the engine takes them. Raises ValueError for what it refuses."""
+    rollout = config.rollout
+    return SamplingParams(
+        n=rollout.n,
+        max_tokens=config.data.max_response_length,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        stop=list(rollout.stop) or None,
+        stop_token_ids=list(rollout.stop_token_ids) or None,
+        ignore_eos=rollout.ignore_eos,
+    )
 
 
 def sample_groups(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.certificate import CertificateError, require_certificate
@@ -12,10 +12,11 @@ from vexact.config import Config
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
 from vexact.trainer.advantages import train_sequences
-from vexact.trainer.checkpoint import CheckpointStore, Progress, load_checkpoint
+from vexact.trainer.checkpoint import CheckpointStore, Progress
 from vexact.trainer.collect import Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
+from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.workers import Workers
 from vexact.types import SampleGroup, StepStats, TrainSequence
 from vexact.weights import sync_weights
@@ -35,9 +36,12 @@ class Driver:
         audit: Audit,
         total_steps: int,
         progress: Progress,
+        identity: Mapping[str, Any],
     ) -> None:
+        """``identity`` is what the run is; every checkpoint holds it."""
         self.config, self.workers, self.reporter, self.store = config, workers, reporter, store
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
+        self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.timers = Timers(on_enter=reporter.stage)
         self.collector = Collector(config, workers, self.timers)
 
@@ -50,12 +54,14 @@ class Driver:
             self._report_validation(self.progress.step)
         if trainer.val_only:
             return
+        self._report_pending()
+        if self.progress.step >= self.total_steps:
+            return
         self._self_test()
         first, rewards = self.progress.step + 1, []
         for step in range(first, self.total_steps + 1):
             rewards.append(self._step(step))
-        if rewards:
-            log.info("%s", self._summary(first, rewards))
+        log.info("%s", self._summary(first, rewards))
 
     def _self_test(self) -> None:
         config, workers = self.config, self.workers
@@ -76,8 +82,7 @@ class Driver:
     def _summary(self, first: int, rewards: list[float]) -> str:
         return (
             f"done: steps {first} to {self.total_steps}, reward {rewards[0]:.3f} to {rewards[-1]:.3f}, "
-            f"{self.audit.totals()}; "
-            f"everything is in {self.config.run_dir}"
+            f"{self.audit.totals()}; everything is in {self.config.run_dir}"
         )
 
     def _step(self, step: int) -> float:
@@ -99,29 +104,34 @@ class Driver:
             with self.timers("update_weights"):
                 sync_metrics = sync_weights(workers.actor, workers.engine, step)
             self.progress = Progress(step, cursor)
-            # 9: validation when due
-            validation = self._validate_if_due(step)
-        # 10: report; then the checkpoint when due, so that a run killed in between repeats a row rather than lacks one
+            # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
+            self._write_samples(step, sampled)
+            data = self.config.data
+            metrics = {
+                "training/global_step": float(step),
+                "training/epoch": float(workers.order.epoch(max(cursor - 1, 0))),
+                **score_metrics(sampled),
+                **reward_metrics,
+                **advantage_metrics(sequences),
+                **length_metrics(samples, data.max_prompt_length, data.max_response_length),
+                **actor_metrics,
+                **self.audit.metrics(),
+                **rollout_metrics,
+                **sync_metrics,
+            }
+            save, validate = self._is_save_due(step), self._is_validation_due(step)
+            if save and validate:
+                self.pending.write(step, metrics)
+                self._save()
+            if validate:
+                metrics |= self._timed_validation(step)
+        # 10: report; a checkpoint without validation comes after, so that a killed run repeats a row and lacks none
         timing = self.timers.take()
-        self._write_samples(step, sampled)
-        data = self.config.data
-        metrics = {
-            "training/global_step": float(step),
-            "training/epoch": float(workers.order.epoch(max(cursor - 1, 0))),
-            **score_metrics(sampled),
-            **reward_metrics,
-            **advantage_metrics(sequences),
-            **length_metrics(samples, data.max_prompt_length, data.max_response_length),
-            **actor_metrics,
-            **self.audit.metrics(),
-            **rollout_metrics,
-            **sync_metrics,
-            **perf_metrics(sum(sample.num_tokens for sample in samples), timing["timing_s/step"]),
-            **timing,
-            **validation,
-        }
+        metrics |= perf_metrics(sum(sample.num_tokens for sample in samples), timing["timing_s/step"]) | timing
         self.reporter.log(StepStats(step, metrics))
-        self._save_if_due(step)
+        self.pending.clear()
+        if save and not validate:
+            self._save()
         return metrics["critic/score/mean"]
 
     def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
@@ -141,11 +151,27 @@ class Driver:
             diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
             raise
 
-    def _validate_if_due(self, step: int) -> dict[str, float]:
-        every = self.config.trainer.test_freq
-        due = step == self.total_steps or (every > 0 and step % every == 0)
-        if not due or self.workers.val_data is None:
-            return {}
+    def _report_pending(self) -> None:
+        """Ends a step whose checkpoint was saved by a run that ended before it could report it."""
+        step = self.progress.step
+        metrics = self.pending.metrics(step)
+        if metrics is not None:
+            if self._is_validation_due(step):
+                log.info("step %d is trained and saved; its validation is repeated", step)
+                metrics |= self._timed_validation(step)
+            self.reporter.log(StepStats(step, metrics | self.timers.take()))
+        self.pending.clear()
+
+    def _is_validation_due(self, step: int) -> bool:
+        return self.workers.val_data is not None and self._is_due(step, self.config.trainer.test_freq)
+
+    def _is_save_due(self, step: int) -> bool:
+        return self._is_due(step, self.config.trainer.save_freq)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _timed_validation(self, step: int) -> dict[str, float]:
         with self.timers("testing"):
             return self._validate(step)
 
@@ -155,38 +181,17 @@ class Driver:
         return metrics
 
     def _report_validation(self, step: int) -> None:
-        with self.timers("testing"):
-            metrics = self._validate(step)
+        metrics = self._timed_validation(step)
         if metrics:
             self.reporter.log(StepStats(step, metrics | self.timers.take()))
 
-    def _save_if_due(self, step: int) -> None:
-        every = self.config.trainer.save_freq
-        if not (step == self.total_steps or (every > 0 and step % every == 0)):
-            return
+    def _save(self) -> None:
         with self.timers("save_checkpoint"):
             actor = self.workers.actor
-            path = self.store.save(
-                self.progress, actor.state_dict(), actor.model.config, self.workers.tokenizer.save_pretrained
-            )
+            save_tokenizer = self.workers.tokenizer.save_pretrained
+            path = self.store.save(self.progress, actor.state_dict(), actor.model.config, save_tokenizer, self.identity)
         log.info("saved %s", path)
 
     def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
         limit = self.config.trainer.samples_per_step
         write_samples(self.config.run_dir, step, groups, limit=limit, stem=stem)
-
-
-def resume_point(config: Config, store: CheckpointStore, workers: Workers) -> Progress:
-    """Restores the trainer as ``resume_mode`` says and returns where the run stands."""
-    trainer = config.trainer
-    if trainer.resume_mode == "disable":
-        return Progress(0, 0)
-    if trainer.resume_mode == "resume_path":
-        path: Path | None = Path(str(trainer.resume_from_path)).expanduser()
-    else:
-        path = store.latest()
-    if path is None:
-        return Progress(0, 0)
-    progress, state = load_checkpoint(path)
-    workers.actor.load_state_dict(state)
-    return progress

@@ -17,8 +17,18 @@ def evaluate(config: Config, workers: Workers) -> tuple[dict[str, float], list[S
     """
     if workers.val_data is None:
         return {}, []
+    sampling = validation_sampling(config)
+    prompts = [workers.val_data[row] for row in range(len(workers.val_data))]
+    groups = sample_groups(workers, prompts, sampling, [f"val-row{prompt.row}" for prompt in prompts])
+    workers.engine.stats()  # the next step's rollout metrics are about training
+    scored = score_groups(workers, groups)
+    return validation_metrics(scored), scored
+
+
+def validation_sampling(config: Config) -> SamplingParams:
+    """``rollout.val_kwargs`` as the engine takes them. Raises ValueError for what it refuses."""
     settings = config.rollout.val_kwargs
-    sampling = SamplingParams(
+    return SamplingParams(
         n=settings.n,
         max_tokens=config.data.max_response_length,
         temperature=settings.temperature if settings.do_sample else 0.0,
@@ -28,8 +38,3 @@ def evaluate(config: Config, workers: Workers) -> tuple[dict[str, float], list[S
         stop=list(config.rollout.stop) or None,
         stop_token_ids=list(config.rollout.stop_token_ids) or None,
     )
-    prompts = [workers.val_data[row] for row in range(len(workers.val_data))]
-    groups = sample_groups(workers, prompts, sampling, [f"val-row{prompt.row}" for prompt in prompts])
-    workers.engine.stats()  # the next step's rollout metrics are about training
-    scored = score_groups(workers, groups)
-    return validation_metrics(scored), scored

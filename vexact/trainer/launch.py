@@ -6,19 +6,24 @@ import logging
 import signal
 from contextlib import ExitStack
 from types import FrameType
+from typing import Any
 
 import torch
 
 from vexact.audit import Audit
 from vexact.config import Config
-from vexact.config.plan import build_plan
+from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, ModelShape, build_plan
 from vexact.device import resolve_device
+from vexact.models import ModelConfig
 from vexact.report import Reporter
-from vexact.trainer.checkpoint import CheckpointStore
-from vexact.trainer.driver import Driver, resume_point
-from vexact.trainer.preflight import check_rewards
+from vexact.trainer.checkpoint import CheckpointStore, Progress
+from vexact.trainer.driver import Driver
+from vexact.trainer.pending_step import PendingStep
+from vexact.trainer.preflight import check_before_training
+from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity, weights_digest
+from vexact.trainer.run_directory import RunDirectoryError, open_run_directory, set_aside
 from vexact.trainer.run_record import write_run_record
-from vexact.trainer.workers import build_workers, num_steps
+from vexact.trainer.workers import build_workers, load_inputs, num_steps
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +31,42 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> int:
     """Trains (or with ``trainer.val_only`` validates) as configured; 0 when every step was done.
 
+    What can be wrong is looked for in the order of its cost: the run directory, the checkpoint to go on from, data and
+    settings, the model, the graders. Nothing of an earlier run is touched before all of it is right.
+
     Raises:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
     device = torch.device(resolve_device(config.trainer.device))
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's kill ends like Ctrl-C: workers stopped, sinks flushed
     with ExitStack() as stack:
-        workers = build_workers(config, device)
-        stack.callback(workers.close)
-        check_rewards(config, workers)
+        stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
         store = CheckpointStore(config.run_dir, config.trainer.keep_last)
         store.remove_leftovers()
-        progress = resume_point(config, store, workers)
-        total_steps = num_steps(config, len(workers.train_data))
+        source = find_source(config, store)
+        inputs = load_inputs(config)
+        total_steps = num_steps(config, len(inputs.train_data))
+        identity = run_identity(config, device, total_steps, inputs.tokenizer, inputs.train_data)
+        _check_source(config, store, source, identity)
+        if source is not None and _is_finished(config, source, total_steps):
+            log.info(
+                "nothing is left to do: step %d of %d is saved in %s; raise trainer.total_training_steps to go on, or "
+                "start anew with trainer.resume_mode=disable",
+                source.step,
+                total_steps,
+                source.path,
+            )
+            return 0
+        workers = build_workers(config, device, inputs)
+        stack.callback(workers.close)
+        identity["model"]["weights"] = weights_digest(workers.actor.model)
+        check_before_training(config, workers)
+        progress = Progress(0, 0)
+        if source is not None:
+            check_changes(source, identity, _may_change(config))
+            progress = source.restore(workers.actor)
+        if not config.trainer.val_only:
+            _begin_part(config, store, source, progress)
         reporter = Reporter(
             config.trainer.logger,
             config.run_dir,
@@ -54,16 +82,59 @@ def run(config: Config) -> int:
         write_run_record(config, device)
         if progress.step:
             log.info("resuming after step %d", progress.step)
-        Driver(
-            config,
-            workers,
-            reporter,
-            store,
-            Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio),
-            total_steps,
-            progress,
-        ).run()
+        audit = Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio)
+        Driver(config, workers, reporter, store, audit, total_steps, progress, identity).run()
     return 0
+
+
+def _check_source(config: Config, store: CheckpointStore, source: Source | None, identity: dict[str, Any]) -> None:
+    """Whether the run may go on from ``source``, before the model is loaded."""
+    if source is not None:
+        check_changes(source, identity, _may_change(config))
+        note_environment(source, identity)
+    if config.trainer.val_only and config.trainer.resume_mode != "auto" and store.steps(_last_kept(source)):
+        raise RunDirectoryError(
+            f"trainer.val_only=true with trainer.resume_mode={config.trainer.resume_mode} validates other weights than "
+            f"those that {config.run_dir} stands at; set trainer.default_local_dir to another directory"
+        )
+
+
+def _begin_part(config: Config, store: CheckpointStore, source: Source | None, progress: Progress) -> None:
+    """Sets aside what the run does not go on from, so that its directory holds one run."""
+    after = _last_kept(source)
+    abandoned = store.steps(after)
+    if source is not None and source.in_this_run:
+        store.go_on_from(progress.step)
+    elif abandoned:
+        store.go_on_from(None)
+    if progress.step == 0 or abandoned:
+        moved = set_aside(config.run_dir, store, after)
+        if moved:
+            log.info("set aside what this run does not go on from: %s in %s", moved, config.run_dir)
+
+
+def _last_kept(source: Source | None) -> int:
+    """The last step of this run directory that stays; -1: none does."""
+    return source.step if source is not None and source.in_this_run and source.step is not None else -1
+
+
+def _is_finished(config: Config, source: Source, total_steps: int) -> bool:
+    if config.trainer.val_only or source.step is None or source.step < total_steps:
+        return False
+    return not source.in_this_run or PendingStep(config.run_dir).metrics(source.step) is None
+
+
+def _may_change(config: Config) -> bool:
+    """A validation does not go on with the run, so it may look at it under other settings."""
+    return config.trainer.resume_changed == "allow" or config.trainer.val_only
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Weights and two moments in the state, weights once more as safetensors, all fp32."""
+    if config.trainer.val_only:
+        return 0
+    ModelConfig.from_hf_dir(config.model.path)  # names what is wrong with config.json
+    return ModelShape.read(config.model.path).num_parameters * TRAINING_BYTES_PER_PARAMETER
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -1,13 +1,17 @@
-"""What is checked before the first step, while a mistake is still cheap."""
+"""What is checked before the first step, while a mistake is still cheap: training and validation alike."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vexact.config import Config
+from vexact.data import PromptDataset
 from vexact.reward.pool import RewardPool
-from vexact.reward.spec import GradeRequest
+from vexact.reward.spec import GradeRequest, RewardError
+from vexact.rollout import Engine, SamplingParams
+from vexact.trainer.collect import training_sampling
+from vexact.trainer.evaluate import validation_sampling
 from vexact.trainer.workers import Workers
 from vexact.types import Prompt, Score
 
@@ -15,16 +19,71 @@ log = logging.getLogger(__name__)
 _DRY_RUN_ROWS = 8
 
 
-def check_rewards(config: Config, workers: Workers) -> None:
-    """Grades the ground truths and an empty answer of the first rows.
+def check_before_training(config: Config, workers: Workers) -> None:
+    """Sampling settings, every prompt, and the graders of all kinds of rows.
+
+    Raises:
+        ValueError: the engine would refuse the settings or a prompt.
+        RewardError: a grader fails on every row tried of one ``data_source``.
+    """
+    check_sampling("actor_rollout_ref.rollout", lambda: training_sampling(config))
+    check_sampling("actor_rollout_ref.rollout.val_kwargs", lambda: validation_sampling(config))
+    for key, data in _datasets(workers):
+        check_prompts(key, data, workers.engine, config.data.max_response_length)
+        check_graders(key, data, workers.rewards)
+
+
+def check_sampling(section: str, build: Callable[[], SamplingParams]) -> None:
+    """Raises ValueError, with the section's name, for settings that the sampler refuses."""
+    try:
+        build()
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def check_prompts(key: str, data: PromptDataset, engine: Engine, max_response_length: int) -> None:
+    """Raises ValueError for a prompt with ids the model does not have, or longer than the key-value cache holds."""
+    vocab_size, cache = engine.model.config.vocab_size, engine.num_pages * engine.config.page_size
+    for row in range(len(data)):
+        ids = data[row].token_ids
+        wrong = next((each for each in (min(ids), max(ids)) if not 0 <= each < vocab_size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{key}, row {row} ({data[row].text!r:.60}): token id {wrong} is outside the model's vocabulary of "
+                f"{vocab_size}; is the tokenizer this model's?"
+            )
+        needed = len(ids) + max_response_length - 1  # the last sampled token is never fed back
+        if needed > cache:
+            raise ValueError(
+                f"{key}, row {row}: {len(ids)} prompt tokens and data.max_response_length={max_response_length} need "
+                f"{needed} tokens of key-value cache, and it holds {cache}; raise "
+                "actor_rollout_ref.rollout.kv_cache_bytes or num_pages"
+            )
+
+
+def check_graders(key: str, data: PromptDataset, rewards: RewardPool) -> None:
+    """Grades the ground truths and an empty answer of the first rows of every ``data_source``.
 
     Raises:
         RewardError: the grader fails on every one of them.
     """
-    prompts = [workers.train_data[row] for row in range(min(_DRY_RUN_ROWS, len(workers.train_data)))]
-    right, empty = dry_run(prompts, workers.rewards)
-    if max(score.value for score in right) <= min(score.value for score in empty):
-        log.info("reward dry run: no ground truth scores above an empty answer (ground truths may be unformatted)")
+    by_source: dict[str, list[Prompt]] = {}
+    for row in range(len(data)):
+        prompts = by_source.setdefault(data[row].data_source, [])
+        if len(prompts) < _DRY_RUN_ROWS:
+            prompts.append(data[row])
+    for source, prompts in by_source.items():
+        try:
+            right, empty = dry_run(prompts, rewards)
+        except RewardError as error:
+            raise RewardError(f"{key}, rows of data_source {source!r}: {error}") from error
+        if max(score.value for score in right) <= min(score.value for score in empty):
+            log.info(
+                "reward dry run of %s (%s): no ground truth scores above an empty answer (ground truths may be "
+                "unformatted)",
+                key,
+                source,
+            )
 
 
 def dry_run(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score], list[Score]]:
@@ -37,6 +96,12 @@ def dry_run(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score]
     scores = rewards.score(requests)
     rewards.take_metrics()
     return scores[::2], scores[1::2]
+
+
+def _datasets(workers: Workers) -> Iterator[tuple[str, PromptDataset]]:
+    yield "data.train_files", workers.train_data
+    if workers.val_data is not None:
+        yield "data.val_files", workers.val_data
 
 
 def _as_text(truth: object) -> str:

@@ -24,6 +24,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads before its model: cheap, and where most mistakes are."""
+
+    tokenizer: Any
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+
+
+@dataclass(frozen=True, slots=True)
 class Workers:
     """One process holds both engines: the rollout's weights are its own copy, in the compute dtype."""
 
@@ -41,26 +50,35 @@ class Workers:
         self.rewards.close()
 
 
-def build_workers(config: Config, device: torch.device) -> Workers:
-    """Reads data and model and starts the reward processes; data first, since its mistakes are the cheapest to find.
+def load_inputs(config: Config) -> Inputs:
+    """Tokenizer, training rows and validation rows.
 
     Raises:
         ValueError, FileNotFoundError: what the user has to fix, named.
     """
     ModelConfig.from_hf_dir(config.model.path)  # the tokenizer reads it too, but cannot say what is wrong in it
-    tokenizer = load_tokenizer(config)
-    train_data = load_dataset(config, tokenizer, config.data.train_files, config.data.train_max_samples)
+    tokenizer, data = load_tokenizer(config), config.data
+    train_data = _load_named("data.train_files", config, tokenizer, data.train_files, data.train_max_samples)
     val_data = None
-    if config.data.val_files:
-        val_data = load_dataset(config, tokenizer, config.data.val_files, config.data.val_max_samples)
-    engine = _engine(config, tokenizer, device)
+    if data.val_files:
+        val_data = _load_named("data.val_files", config, tokenizer, data.val_files, data.val_max_samples)
+    return Inputs(tokenizer, train_data, val_data)
+
+
+def build_workers(config: Config, device: torch.device, inputs: Inputs) -> Workers:
+    """Reads the model and starts the reward processes.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user has to fix, named.
+    """
+    num_rows = len(inputs.train_data)
     return Workers(
-        tokenizer=tokenizer,
-        train_data=train_data,
-        val_data=val_data,
-        order=DataOrder(len(train_data), config.data_seed, config.data.shuffle),
-        engine=engine,
-        actor=_actor(config, device, num_steps(config, len(train_data))),
+        tokenizer=inputs.tokenizer,
+        train_data=inputs.train_data,
+        val_data=inputs.val_data,
+        order=DataOrder(num_rows, config.data_seed, config.data.shuffle),
+        engine=_engine(config, inputs.tokenizer, device),
+        actor=_actor(config, device, num_steps(config, num_rows)),
         reference=_reference(config, device) if config.needs_reference else None,
         rewards=start_rewards(config),
     )
@@ -77,7 +95,8 @@ def load_tokenizer(config: Config) -> Any:
     """The checkpoint's tokenizer, with ``custom_chat_template`` (Jinja, or a file of it) put in and looked at.
 
     Raises:
-        ValueError: the directory holds none or a broken one, or a chat template that is broken or leaves out what a user says.
+        ValueError: the directory holds none or a broken one, or the chat template is broken or leaves out what a user
+            says.
     """
     path = config.model.tokenizer_path or config.model.path
     origin = f"the chat template of the tokenizer in {path}"
@@ -111,6 +130,13 @@ def load_dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_sam
         max_samples=max_samples,
         custom_reward=config.reward.custom_reward_function.path is not None,
     )
+
+
+def _load_named(key: str, config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
+    try:
+        return load_dataset(config, tokenizer, files, max_samples)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,11 @@ class ActorState(TypedDict):
 def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> ActorState:
     """Copies everything to the CPU of rank 0, one tensor at a time. All ranks call it together."""
     parameters: dict[str, ParameterState] = {}
+    has_moments = any(optimizer.state_of(parameter) for parameter in model.parameters())
     for name, parameter in model.named_parameters():
-        moments = optimizer.state_of(parameter)
         state: ParameterState = {"weight": _to_cpu(parameter)}
-        if moments:
+        if has_moments:
+            moments = optimizer.state_of(parameter) or _unstepped(parameter)
             state["exp_avg"], state["exp_avg_sq"] = (_to_cpu(moments[key]) for key in MOMENTS)
             state["num_steps"] = float(moments["step"])
         if _is_first_rank():
@@ -47,24 +48,21 @@ def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> Ac
 def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> int:
     """Loads rank 0's state into all ranks and returns the number of updates.
 
-    Raises ValueError naming missing, unexpected or misshapen parameters.
+    Raises ValueError naming what is missing, unexpected, or not like its parameter; nothing has changed then.
     """
     named = dict(model.named_parameters())
-    if _is_first_rank():
+    first = _is_first_rank()
+    if first:
         _check(named, state["parameters"])
     optimizer.forget()
     has_moments = _from_first_rank(any("exp_avg" in s for s in state["parameters"].values()))
     for name, parameter in named.items():
-        saved = state["parameters"].get(name, {})
+        saved: Any = state["parameters"][name] if first else _placeholders(parameter)
         with torch.no_grad():
-            parameter.copy_(like(saved.get("weight", _placeholder(parameter)), parameter))
+            parameter.copy_(like(saved["weight"], parameter))
         if has_moments:
-            first, second = saved.get("exp_avg"), saved.get("exp_avg_sq")
-            moments = {
-                key: _placeholder(parameter) if moment is None else moment
-                for key, moment in zip(MOMENTS, (first, second), strict=True)
-            }
-            optimizer.restore(parameter, moments, _from_first_rank(saved.get("num_steps", 0.0)))
+            moments = {key: saved[key] for key in MOMENTS}
+            optimizer.restore(parameter, moments, _from_first_rank(saved["num_steps"] if first else 0.0))
     return _from_first_rank(state["num_updates"])
 
 
@@ -74,10 +72,49 @@ def _check(named: dict[str, nn.Parameter], saved: dict[str, ParameterState]) -> 
         raise ValueError(
             f"the checkpoint is of another model: missing {_some(missing)}; unexpected {_some(unexpected)}"
         )
+    moments = any(key in state for state in saved.values() for key in (*MOMENTS, "num_steps"))
+    wanted = ("weight", *MOMENTS, "num_steps") if moments else ("weight",)
     for name, parameter in named.items():
-        if saved[name]["weight"].shape != parameter.shape:
-            got, want = tuple(saved[name]["weight"].shape), tuple(parameter.shape)
-            raise ValueError(f"the checkpoint is of another model: {name} has shape {got}, the model has {want}")
+        state: Any = saved[name]
+        if set(state) != set(wanted):
+            lacking, surplus = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+            parts = f"missing {_some(lacking)}; unexpected {_some(surplus)}"
+            raise ValueError(f"the state of {name} has other parts than AdamW's: {parts}")
+        for key in wanted[:3]:
+            _check_tensor(f"{key} of {name}", state[key], parameter)
+        if moments:
+            _check_moments(name, state["exp_avg_sq"], state["num_steps"])
+
+
+def _check_tensor(what: str, tensor: Any, parameter: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{what} is no plain tensor but {_kind(tensor)}")
+    if tensor.shape != parameter.shape:
+        got, want = tuple(tensor.shape), tuple(parameter.shape)
+        raise ValueError(f"the checkpoint is of another model: {what} has shape {got}, the model has {want}")
+    if tensor.dtype != parameter.dtype:
+        raise ValueError(f"{what} is {tensor.dtype}, the model has {parameter.dtype}; it would be rounded in silence")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{what} holds numbers that are not finite; go on from an earlier checkpoint")
+
+
+def _check_moments(name: str, second: Tensor, num_steps: Any) -> None:
+    if not isinstance(num_steps, (int, float)) or not float(num_steps).is_integer() or num_steps < 0:
+        raise ValueError(f"num_steps of {name} is {num_steps!r}, not a number of optimizer steps")
+    if bool((second < 0).any()):
+        raise ValueError(f"exp_avg_sq of {name} has negative values; a mean of squares has none")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "one on the meta device" if value.is_meta else f"a {str(value.layout).removeprefix('torch.')} one"
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+def _unstepped(parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter that never had a gradient, as AdamW itself would begin it."""
+    zeros = torch.zeros_like(parameter)
+    return {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros)}
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:
@@ -90,9 +127,9 @@ def _to_cpu(tensor: Tensor) -> Tensor:
     return unsharded(tensor.detach()).to("cpu", copy=True)
 
 
-def _placeholder(parameter: Tensor) -> Tensor:
-    """A tensor of the parameter's full shape whose values rank 0 will replace."""
-    return torch.empty(parameter.shape, dtype=parameter.dtype)
+def _placeholders(parameter: Tensor) -> dict[str, Tensor]:
+    """What a rank other than 0 has of a parameter: tensors of its full shape whose values rank 0's will replace."""
+    return dict.fromkeys(("weight", *MOMENTS), torch.empty(parameter.shape, dtype=parameter.dtype))
 
 
 def _is_first_rank() -> bool:

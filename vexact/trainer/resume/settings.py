@@ -1,0 +1,120 @@
+"""Which configuration keys decide the bits of a run, and with what value in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from vexact.config import Config
+from vexact.config.fields import flatten
+
+MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+COVERED = {
+    "rows": (
+        "data.train_files",
+        "data.train_max_samples",
+        "data.prompt_key",
+        "data.answer_key",
+        "data.reward_fn_key",
+        "data.max_prompt_length",
+        "data.truncation",
+        "data.filter_overlong_prompts",
+        "data.apply_chat_template_kwargs",
+    ),
+    "model": (f"{MODEL}.path",),
+    "tokenizer": (f"{MODEL}.tokenizer_path", f"{MODEL}.custom_chat_template"),
+    "reward": (
+        "reward.custom_reward_function.path",
+        "reward.custom_reward_function.name",
+        "reward.custom_reward_function.reward_kwargs",
+    ),
+}
+"""Keys whose effect is compared itself: a file that moved is the same data."""
+
+_FREE = (
+    "trainer",  # but for seed, device and the number of steps, which deciding_settings states
+    "data.val_files",
+    "data.val_max_samples",
+    f"{MODEL}.enable_gradient_checkpointing",
+    f"{ACTOR}.strategy",
+    f"{ACTOR}.fsdp_config",
+    f"{ROLLOUT}.name",
+    f"{ROLLOUT}.dtype",
+    f"{ROLLOUT}.page_size",
+    f"{ROLLOUT}.num_pages",
+    f"{ROLLOUT}.kv_cache_bytes",
+    f"{ROLLOUT}.gpu_memory_utilization",
+    f"{ROLLOUT}.max_num_seqs",
+    f"{ROLLOUT}.max_num_batched_tokens",
+    f"{ROLLOUT}.max_model_len",
+    f"{ROLLOUT}.enable_chunked_prefill",
+    f"{ROLLOUT}.enable_prefix_caching",
+    f"{ROLLOUT}.enforce_eager",
+    f"{ROLLOUT}.cudagraph_capture_sizes",
+    f"{ROLLOUT}.val_kwargs",
+    "actor_rollout_ref.ref",
+    "algorithm.filter_groups.max_num_gen_batches",
+    "reward.reward_manager",
+    "reward.num_workers",
+    "reward.timeout_s",
+)
+"""Keys and sections that never change a result; a key that nobody put here is taken to matter."""
+
+_IN_FORCE = (
+    f"{ACTOR}.clip_ratio",
+    f"{ACTOR}.clip_ratio_low",
+    f"{ACTOR}.clip_ratio_high",
+    f"{ACTOR}.ppo_mini_batch_size",
+    f"{ROLLOUT}.seed",
+    "data.seed",
+)
+"""Keys whose value in force takes another key into account; `deciding_settings` states that one."""
+
+
+def deciding_settings(config: Config, device: str, total_steps: int) -> dict[str, Any]:
+    """Dotted keys to the values in force. Those that have no effect under this configuration are left out.
+
+    Args:
+        device: "cpu" or "cuda".
+        total_steps: of the whole run; it matters only to a schedule that ends with it.
+    """
+    covered = [key for keys in COVERED.values() for key in keys]
+    unused = [*covered, *_FREE, *_IN_FORCE, *_switched_off(config)]
+    decided = {key: value for key, value in flatten(config.to_dict()).items() if not is_one_of(key, unused)}
+    decided |= {
+        "trainer.seed": config.trainer.seed,
+        "trainer.device": device,
+        f"{ROLLOUT}.dtype": config.dtype(device),
+        f"{ROLLOUT}.seed": config.rollout_seed,
+        "data.seed": config.data_seed,
+        f"{ACTOR}.ppo_mini_batch_size": config.mini_batch_prompts,
+        f"{ACTOR}.clip_ratio_low": config.actor.clip_low,
+        f"{ACTOR}.clip_ratio_high": config.actor.clip_high,
+    }
+    optim = config.actor.optim
+    if optim.lr_scheduler_type != "constant" or (optim.lr_warmup_steps < 0 and optim.lr_warmup_steps_ratio > 0):
+        decided["trainer.total_training_steps"] = total_steps
+    return decided
+
+
+def is_one_of(key: str, names: Iterable[str]) -> bool:
+    """Whether ``key`` is one of ``names``, or lies in a section or mapping among them."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _switched_off(config: Config) -> list[str]:
+    """Keys without effect because of the value of another one."""
+    actor, algorithm, optim = config.actor, config.algorithm, config.actor.optim
+    off = {
+        f"{ACTOR}.kl_loss_coef": not actor.use_kl_loss,
+        f"{ACTOR}.kl_loss_type": not actor.use_kl_loss,
+        "algorithm.kl_penalty": not algorithm.use_kl_in_reward,
+        "algorithm.kl_ctrl": not algorithm.use_kl_in_reward,
+        "algorithm.filter_groups.metric": not algorithm.filter_groups.enable,
+        "algorithm.gamma": algorithm.adv_estimator != "reinforce_plus_plus",
+        "reward.reward_kwargs": not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
+        f"{ACTOR}.optim.lr_warmup_steps_ratio": optim.lr_warmup_steps >= 0,
+        f"{ACTOR}.optim.min_lr_ratio": optim.lr_scheduler_type == "constant",
+    }
+    return [key for key, is_off in off.items() if is_off]

@@ -1,0 +1,131 @@
+"""The run directory before anything is in it: made, locked and tried, and cleared of an earlier life of the run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from vexact.report.jsonl import FILE_NAME as METRICS_FILE
+from vexact.report.wandb import RUN_ID_FILE
+from vexact.trainer.checkpoint import CheckpointStore
+from vexact.trainer.pending_step import FILE as PENDING_FILE
+from vexact.trainer.run_lock import run_lock
+
+SAMPLES, TENSORBOARD = "samples", "tensorboard"
+_TRIAL = b"\0" * (1 << 16)
+_SAMPLES_OF_STEP = re.compile(r"\w+_(\d+)\.jsonl")
+
+
+class RunDirectoryError(ValueError):
+    """The run directory cannot be used; the message names it and the reason."""
+
+
+@contextmanager
+def open_run_directory(run_dir: Path, needed_bytes: int) -> Iterator[None]:
+    """Makes the directory, locks it, and writes to it once: a run must not find out with its first checkpoint.
+
+    Args:
+        needed_bytes: what one checkpoint takes on disk.
+
+    Raises:
+        RunDirectoryError: it is a file or not writable, or its disk is full.
+        RunLockedError: another run is in it.
+    """
+    with ExitStack() as stack:
+        try:
+            if os.path.lexists(run_dir) and not run_dir.is_dir():
+                raise NotADirectoryError(None, "it is not a directory", None)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.callback(_remove_if_empty, run_dir)
+            stack.enter_context(run_lock(run_dir))
+            _try_writing(run_dir, needed_bytes)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"the run directory {run_dir} cannot be used: {error.strerror or error}"
+                f"{f' ({error.filename})' if error.filename else ''}; set trainer.default_local_dir to a directory "
+                "that can be written"
+            ) from error
+        yield
+
+
+def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
+    """Moves what an abandoned part of the run left out of the way of the part that begins.
+
+    Args:
+        after: the step that the run goes on from; -1 when it starts anew and nothing of the earlier run stays.
+
+    Returns:
+        What was moved, for one line of the log; empty when there was nothing.
+    """
+    anew = after < 0
+    number = next(n for n in count(1) if not any(place.exists() for place in _places(run_dir, store, n)))
+    moved = []
+    if steps := store.steps(after):
+        names = f"step_{steps[0]}" if len(steps) == 1 else f"step_{steps[0]} to step_{steps[-1]}"
+        moved.append(f"{store.set_aside(steps, number).name} ({names})")
+    if _move_samples(run_dir / SAMPLES, after, number):
+        moved.append(f"{SAMPLES}.{number}")
+    metrics = run_dir / METRICS_FILE
+    if metrics.exists():
+        kept = metrics.with_name(f"{metrics.stem}.{number}{metrics.suffix}")
+        if anew:
+            metrics.rename(kept)
+        else:
+            shutil.copy(metrics, kept)  # the lines up to the step stay, too
+        moved.append(kept.name)
+    if anew and (run_dir / TENSORBOARD).exists():
+        (run_dir / TENSORBOARD).rename(run_dir / f"{TENSORBOARD}.{number}")
+    (run_dir / RUN_ID_FILE).unlink(missing_ok=True)  # a W&B run cannot go back: what begins is another one
+    (run_dir / PENDING_FILE).unlink(missing_ok=True)
+    return ", ".join(moved)
+
+
+def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
+    path = run_dir / METRICS_FILE
+    names = [f"{path.stem}.{number}{path.suffix}", *(f"{n}.{number}" for n in (SAMPLES, TENSORBOARD))]
+    return [store.place_aside(number), *(run_dir / name for name in names)]
+
+
+def _move_samples(folder: Path, after: int, number: int) -> bool:
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    matches = ((file, _SAMPLES_OF_STEP.fullmatch(file.name)) for file in files)
+    abandoned = [file for file, match in matches if match is not None and int(match[1]) > after]
+    place = folder.with_name(f"{folder.name}.{number}")
+    if abandoned:
+        place.mkdir(exist_ok=True)
+    for file in abandoned:
+        file.rename(place / file.name)
+    return bool(abandoned)
+
+
+def _try_writing(run_dir: Path, needed_bytes: int) -> None:
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / SAMPLES):
+        if folder.is_dir():
+            _write_once(folder / ".write-test")
+        elif os.path.lexists(folder):
+            raise NotADirectoryError(None, "not a directory", str(folder))
+    free = shutil.disk_usage(run_dir / "checkpoints" if (run_dir / "checkpoints").is_dir() else run_dir).free
+    if free < needed_bytes:
+        needed = f"a checkpoint needs {needed_bytes / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
+        raise OSError(None, f"its disk is too full: {needed}")
+
+
+def _write_once(file: Path) -> None:
+    try:
+        with file.open("wb") as opened:
+            opened.write(_TRIAL)
+            opened.flush()
+            os.fsync(opened.fileno())
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _remove_if_empty(run_dir: Path) -> None:
+    """A run that ends before it wrote anything leaves nothing."""
+    with suppress(OSError):
+        run_dir.rmdir()
