@@ -23,6 +23,12 @@ class TrainerSection:
     exactness: Literal["strict", "warn", "off"] = opt(
         "strict", "On a log-probability whose bits differ: stop, log and go on, or do not look."
     )
+    max_skipped_updates: int = opt(
+        2,
+        "Optimizer steps in a row that may be skipped because loss or gradient is not finite; one more stops the run "
+        "under exactness=strict. 0 stops at the first.",
+        ge=0,
+    )
     total_epochs: int = opt(30, "Passes over the training rows.", ge=1)
     total_training_steps: int | None = opt(None, "Stop after so many steps, whatever total_epochs says.", ge=1)
     logger: tuple[Sink, ...] = opt(

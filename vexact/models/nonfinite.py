@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class NonFiniteError(RuntimeError):
@@ -36,11 +36,11 @@ def find_nonfinite(named_tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def cause_of_nonfinite(model: nn.Module) -> str:
-    """One sentence on why this model computes numbers that are not finite, from a scan of all its weights."""
-    found = find_nonfinite([*model.named_parameters(), *model.named_buffers()])
+def cause_of_nonfinite(named_weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> str:
+    """One sentence on why a model in ``dtype`` computes numbers that are not finite, from a scan of its weights."""
+    found = find_nonfinite(named_weights)
     if found is not None:
         return found
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    wider = "" if dtype == "float32" else "; try a wider dtype (float16 ends at 65504)"
-    return f"every weight is finite, so a number overflows inside the {dtype} forward pass{wider}"
+    name = str(dtype).removeprefix("torch.")
+    wider = "" if dtype == torch.float32 else "; try a wider dtype (float16 ends at 65504)"
+    return f"every weight is finite, so a number overflows inside the {name} forward pass{wider}"

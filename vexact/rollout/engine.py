@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ class Engine:
 
     def _drop_nonfinite(self, slots: np.ndarray, output: StepOutput) -> tuple[str, list[str]]:
         """Takes the requests in ``slots`` out; returns what to say about them, and their ids."""
-        requests = [self._state.request(slot) for slot in slots.tolist()]
+        model, requests = self.model, [self._state.request(slot) for slot in slots.tolist()]
         first, position = requests[0], int(self._state.num_tokens[slots[0]]) - requests[0].num_prompt_tokens
         for request in requests:
             self._scheduler.release(request)
@@ -185,7 +186,8 @@ class Engine:
         more = f" (and {len(requests) - 1} more requests of this step)" if len(requests) > 1 else ""
         message = (
             f"request {first.request_id}, response position {position}: token {output.token_ids[0]} was sampled with "
-            f"{values}{more}. {cause_of_nonfinite(self.model)}"
+            f"{values}{more}. "
+            + cause_of_nonfinite(chain(model.named_parameters(), model.named_buffers()), model.lm_head_weight.dtype)
         )
         return message, [request.request_id for request in requests]
 

@@ -16,7 +16,7 @@ import torch
 from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
 from vexact.models.config import ModelConfig
-from vexact.training import ActorState
+from vexact.training import ActorState, nonfinite_in
 
 STATE_FILE = "trainer_state.pt"
 LATEST = "latest"
@@ -61,8 +61,11 @@ class CheckpointStore:
         """Writes one checkpoint and removes those beyond ``keep_last``.
 
         Raises:
-            CheckpointError: the disk is full or not writable; nothing half-written stays behind.
+            CheckpointError: the disk is full or not writable, or the state is not finite; nothing half-written stays
+                behind, and earlier checkpoints are untouched.
         """
+        if (found := nonfinite_in(state)) is not None:
+            raise CheckpointError(f"step {progress.step} is not saved: {found}. Earlier checkpoints are untouched")
         final = self.directory / f"{_PREFIX}{progress.step}"
         temporary = self.directory / f"{_TEMPORARY}{final.name}"
         try:

@@ -16,7 +16,9 @@ from vexact.trainer.checkpoint import CheckpointStore, Progress, load_checkpoint
 from vexact.trainer.collect import Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
+from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
+from vexact.training import Ledger
 from vexact.types import SampleGroup, StepStats, TrainSequence
 from vexact.weights import sync_weights
 
@@ -38,6 +40,7 @@ class Driver:
     ) -> None:
         self.config, self.workers, self.reporter, self.store = config, workers, reporter, store
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
+        self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
         self.timers = Timers(on_enter=reporter.stage)
         self.collector = Collector(config, workers, self.timers)
 
@@ -90,11 +93,11 @@ class Driver:
             rollout_metrics = workers.engine.stats() | workers.rewards.take_metrics()
             # 5-6: reference log-probabilities if a KL term is on, advantages
             with self.timers("adv"):
-                sequences, reward_metrics = train_sequences(self.config, groups, workers.reference)
+                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference)
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             self.audit.begin([sequence.sample for sequence in sequences])
             with self.timers("update_actor"):
-                actor_metrics = self._update(step, sequences)
+                actor_metrics = self._update(step, sequences, ledger)
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
                 sync_metrics = sync_weights(workers.actor, workers.engine, step)
@@ -125,16 +128,21 @@ class Driver:
         self._save_if_due(step)
         return metrics["critic/score/mean"]
 
-    def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
+    def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
+        actor, metrics = self.workers.actor, {"training/global_step": float(step)}
         try:
-            return self.workers.actor.update(sequences, self.audit.check)
-        except ExactnessError as error:
-            self.reporter.log(StepStats(step, {"training/global_step": float(step), **self.audit.metrics()}))
-            config, first = self.config, error.comparison.first
-            assert first is not None, "an ExactnessError has a first unequal token"
-            sample = next(s.sample for s in sequences if s.sample.request_id == first.request_id)
-            diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
+            metrics |= actor.update(sequences, self.audit.check, ledger)
+            self.audit.require_compared()
+            self.health.check(metrics, actor.problems)
+        except (ExactnessError, UpdateError) as error:
+            self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
+            first = error.comparison.first if isinstance(error, ExactnessError) else None
+            if first is not None:
+                config = self.config
+                sample = next(s.sample for s in sequences if s.sample.request_id == first.request_id)
+                diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
             raise
+        return metrics
 
     def _validate_if_due(self, step: int) -> dict[str, float]:
         every = self.config.trainer.test_freq

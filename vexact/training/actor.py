@@ -16,7 +16,9 @@ from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training import one_pass
 from vexact.training.batch import PolicyTargets, TokenSequence, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
+from vexact.training.finite import check_numbers, nonfinite_state, why_skipped
 from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
+from vexact.training.ledger import Ledger, checksums
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.optimizer import Optimizer, unsharded
 from vexact.training.ranks import Ranks
@@ -51,27 +53,45 @@ class Actor:
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
         self.optimizer = Optimizer(model.parameters(), config.optim)
         self.num_updates = 0
+        self.skipped_in_a_row = 0  # optimizer steps, over all updates of this process
+        self.problems: list[str] = []  # of the last update: why steps were skipped, what is no longer finite
 
-    def update(self, sequences: Sequence[TrainSequence], audit: Audit | None = None) -> dict[str, float]:
+    def update(
+        self, sequences: Sequence[TrainSequence], audit: Audit | None = None, ledger: Ledger | None = None
+    ) -> dict[str, float]:
         """One PPO update: ``ppo_epochs`` passes in mini-batches, one optimizer step each.
 
         ``audit(indices, logprobs)`` is called once per rank, after the first mini-batch's backward and before any
         weight changes, with this rank's sequence indices and their training log-probabilities (fp32 (R,) arrays, same
-        order). What it raises leaves the weights untouched.
+        order). What it raises leaves the weights untouched. ``ledger`` is of the same sequences, made where their
+        advantages were; every optimizer step compares what its loss reads with it.
 
-        Returns the means over the optimizer steps by verl's metric names, plus ``actor/skipped_steps``. Raises
-        ValueError for a sequence that does not fit the token budget, and for missing reference log-probabilities.
+        A step whose loss or gradient norm is not finite is skipped: nothing changes. Returns the means over the steps
+        taken by verl's metric names, plus ``actor/skipped_steps``, ``actor/skipped_in_a_row`` (the longest series that
+        reaches into this update) and ``actor/nonfinite_tensors`` (weights and moments); ``problems`` says more.
+
+        Raises:
+            ValueError: a sequence does not fit the token budget, lacks reference log-probabilities, or holds numbers
+                that are not finite.
+            LedgerError: the loss reads something else than the ledger says.
         """
         self._check(sequences)
+        ledger = Ledger(sequences) if ledger is None else ledger
+        ledger.require(sequences)
         lr = self.config.optim.lr_at(self.num_updates)
         self.optimizer.set_lr(lr)
-        steps = []
+        steps, longest = [], 0
+        self.problems = []
         for epoch in range(self.config.ppo_epochs):
-            for indices in self._mini_batches(len(sequences), epoch):
-                steps.append(self._step(sequences, indices, audit))
+            mini_batches = self._mini_batches(len(sequences), epoch)
+            ledger.require_each_once(range(len(sequences)), [i for indices in mini_batches for i in indices])
+            for indices in mini_batches:
+                steps.append(self._step(sequences, indices, audit, ledger))
+                longest = max(longest, self.skipped_in_a_row)
                 audit = None
         self.num_updates += 1
-        return _mean_metrics(steps) | {"actor/lr": lr} | self._coefficients()
+        health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
+        return _mean_metrics(steps) | health | {"actor/lr": lr} | self._coefficients()
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training."""
@@ -115,6 +135,12 @@ class Actor:
             for key, values in per_token.items():
                 if len(values) != num_tokens:
                     raise ValueError(f"{name} has {num_tokens} response tokens but {len(values)} {key}")
+        check_numbers(sequences)
+
+    def _num_nonfinite(self) -> float:
+        found = nonfinite_state(self.model, self.optimizer)
+        self.problems += found
+        return float(self.ranks.maximum(len(found))[0])
 
     def _mini_batches(self, num_sequences: int, epoch: int) -> list[list[int]]:
         """This rank's indices of every mini-batch; as many on every rank, the last ones possibly short or empty.
@@ -129,7 +155,9 @@ class Actor:
         (count,) = self.ranks.maximum(math.ceil(num_sequences / size))
         return [order[i * size : (i + 1) * size] for i in range(count)]
 
-    def _step(self, sequences: Sequence[TrainSequence], indices: list[int], audit: Audit | None) -> dict[str, float]:
+    def _step(
+        self, sequences: Sequence[TrainSequence], indices: list[int], audit: Audit | None, ledger: Ledger
+    ) -> dict[str, float]:
         """One optimizer step on one mini-batch."""
         chosen = [sequences[i] for i in indices]
         tokens = [token_sequence(s) for s in chosen]
@@ -139,12 +167,21 @@ class Actor:
         metrics = MiniBatchMetrics()
         self.optimizer.zero_grad()
         groups = micro_batches(tokens, names, budget, balance, self.ranks)
-        values = [self._accumulate(chosen, tokens, group, denominators, metrics) for group in groups]
+        values, read = zip(*[self._accumulate(chosen, tokens, group, denominators, metrics) for group in groups])
+        if indices:
+            order = [indices[i] for group in groups for i in group]
+            ledger.require_each_once(indices, order)
+            ledger.compare(order, torch.cat([each for each in read if each is not None], dim=1).cpu())
         if audit is not None:
             audit(indices, by_sequence(values, tokens, groups))
-        norm = self.optimizer.step(self.config.grad_clip)
-        sums = self.ranks.total_of(metrics.sums).tolist()
-        return dict(zip(metrics.names, sums, strict=True)) | {"grad_norm": norm}
+        sums = dict(zip(metrics.names, self.ranks.total_of(metrics.sums).tolist(), strict=True))
+        norm = self.optimizer.step(self.config.grad_clip) if math.isfinite(sums["loss"]) else math.nan
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+            self.problems.append(why_skipped(sums["loss"], self.model))
+        return sums | {"grad_norm": norm}
 
     def _accumulate(
         self,
@@ -153,11 +190,13 @@ class Actor:
         group: list[int],
         denominators: Denominators,
         metrics: MiniBatchMetrics,
-    ) -> Tensor:
-        """Forward and backward of one micro-batch; returns its log-probabilities (R,)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward of one micro-batch; returns its log-probabilities (R,), and what a ledger compares."""
         batch = group_batch(tokens, group, self.ranks.device)
+        read = None
         if group:
-            targets = policy_targets([chosen[i] for i in group], self.ranks.device)
+            targets = policy_targets([chosen[i] for i in group], self.config.use_kl_loss, self.ranks.device)
+            read = checksums(batch.targets.token_ids, targets, batch.response_lengths)
         else:
             targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
         weight = 1.0 if group else 0.0
@@ -172,7 +211,7 @@ class Actor:
             scores.surrogate.backward()
         else:
             (loss * scale).backward()
-        return scores.logprobs.detach()
+        return scores.logprobs.detach(), read
 
     def _denominators(self, tokens: Sequence[TokenSequence]) -> Denominators:
         local_tokens = sum(len(s.response) for s in tokens)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vexact.models.nonfinite import find_nonfinite
 from vexact.training.optimizer import MOMENTS, Optimizer, like, unsharded
 
 T = TypeVar("T")
@@ -44,14 +45,29 @@ def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> Ac
     return {"num_updates": num_updates, "parameters": parameters}
 
 
+def nonfinite_in(state: ActorState) -> str | None:
+    """Names the first weight, moment or step count of a gathered state that is NaN or infinite; None when all is well.
+
+    Such a state must never take the place of a healthy checkpoint.
+    """
+    return find_nonfinite(
+        (name if key == "weight" else f"{key} of {name}", torch.as_tensor(value))
+        for name, saved in state["parameters"].items()
+        for key, value in saved.items()
+    )
+
+
 def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> int:
     """Loads rank 0's state into all ranks and returns the number of updates.
 
-    Raises ValueError naming missing, unexpected or misshapen parameters.
+    Raises ValueError naming missing, unexpected, misshapen or non-finite parameters.
     """
     named = dict(model.named_parameters())
     if _is_first_rank():
         _check(named, state["parameters"])
+        found = nonfinite_in(state)
+        if found is not None:
+            raise ValueError(f"the checkpoint cannot be trained on: {found}; resume from an earlier one")
     optimizer.forget()
     has_moments = _from_first_rank(any("exp_avg" in s for s in state["parameters"].values()))
     for name, parameter in named.items():
