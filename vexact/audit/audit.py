@@ -21,10 +21,10 @@ class ExactnessError(RuntimeError):
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         super().__init__(
-            f"{comparison.describe()}. The weights are as they were before this step; "
+            f"rollout and trainer disagree: {comparison.describe()}. The weights are as they were before this step; "
             "trainer.exactness=warn logs such differences and goes on"
             if comparison.first is not None
-            else f"{comparison.describe()}, so this update proves nothing"
+            else f"{comparison.describe()}: this update proves nothing about rollout and trainer"
         )
 
 
@@ -65,7 +65,8 @@ class Audit:
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
             if self.total_different == comparison.tokens_different:
-                log.warning("%s (later steps: see the mismatch column and bitwise/*)", comparison.describe())
+                what = f"rollout and trainer disagree: {comparison.describe()}"
+                log.warning("%s (later steps: see the mismatch column and bitwise/*)", what)
 
     def require_compared(self) -> None:
         """To be called after an update: one that compared nothing proves nothing.

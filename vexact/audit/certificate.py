@@ -75,7 +75,10 @@ class Certificate:
         pair = f"{self.rollout_attention} (rollout) and {self.trainer_attention} (trainer)"
         if c.exact:
             return f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, attention {pair}"
-        return f"the self-test before the first step failed with attention {pair}: {c.describe()}. `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
+        return (
+            f"the self-test before the first step failed: {c.describe()}. Attention is {pair}; `vexact verify` looks "
+            "closer; trainer.exactness=warn logs this and goes on"
+        )
 
 
 def run_self_test(engine: Engine, actor: Actor) -> SelfTest:

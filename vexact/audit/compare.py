@@ -70,14 +70,14 @@ class Comparison:
     def describe(self) -> str:
         """What differs, how much, and the first such token; for a comparison that is not exact."""
         if self.first is None:
-            return "rollout and trainer were not compared: 0 log-probabilities"
+            return "nothing was compared, 0 log-probabilities"
         what = "have other bits"
         if self.tokens_nonfinite:
             what += f" or no finite value ({self.tokens_nonfinite})"
         return (
-            f"rollout and trainer disagree: {self.tokens_different} of {self.tokens_compared} log-probabilities in "
-            f"{self.sequences_different} sequences {what} (largest gap {self.max_abs_logprob_diff:.3g}, "
-            f"{self.max_ulp} ulp). First: {self.first.describe()}"
+            f"{self.tokens_different} of {self.tokens_compared} log-probabilities in {self.sequences_different} "
+            f"sequences {what} (largest gap {self.max_abs_logprob_diff:.3g}, {self.max_ulp} ulp). First: "
+            f"{self.first.describe()}"
         )
 
 
@@ -115,13 +115,13 @@ def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -
         sample.request_id, position, sample.token_ids[position], float(a[0]), float(b[0]), int(ulps[0])
     )
     finite = np.isfinite(a) & np.isfinite(b)
-    gaps = np.abs(np.subtract(a, b, dtype=np.float64, where=finite, out=np.full(len(a), np.inf)))
+    largest = float(np.abs(a.astype(np.float64) - b).max()) if finite.all() else math.inf
     return Comparison(
         tokens_compared=len(rollouts),
         tokens_different=len(where),
         sequences_different=len(np.unique(sequences)),
         max_ulp=int(ulps.max()),
-        max_abs_logprob_diff=float(gaps.max()),
+        max_abs_logprob_diff=largest,
         first=first,
         tokens_nonfinite=int((~finite).sum()),
     )

@@ -24,7 +24,8 @@ def mismatch_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray
         raise ValueError("rollout and trainer log-probs differ in the number or the lengths of their sequences")
     if not rollout:
         return {"training/rollout_probs_diff_valid": 0.0}
-    a, b = (np.concatenate(side).astype(np.float64) for side in (trainer, rollout))
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        a, b = (np.concatenate(side).astype(np.float64) for side in (trainer, rollout))
     finite = np.isfinite(a) & np.isfinite(b)
     if not finite.all():
         a, b = (np.where(finite, side, np.nan) for side in (a, b))

@@ -43,4 +43,4 @@ def cause_of_nonfinite(named_weights: Iterable[tuple[str, Tensor]], dtype: torch
         return found
     name = str(dtype).removeprefix("torch.")
     wider = "" if dtype == torch.float32 else "; try a wider dtype (float16 ends at 65504)"
-    return f"every weight is finite, so a number overflows inside the {name} forward pass{wider}"
+    return f"Every weight is finite, so a number overflows inside the {name} forward pass{wider}"

@@ -1,4 +1,4 @@
-"""Which sample a score was given for: a seal over sample and value, made where the score is and checked where it counts."""
+"""Which sample a score was given for: a seal over both, made where the score is and checked where it counts."""
 
 from __future__ import annotations
 

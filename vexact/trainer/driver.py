@@ -136,10 +136,9 @@ class Driver:
             self.health.check(metrics, actor.problems)
         except (ExactnessError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
-            first = error.comparison.first if isinstance(error, ExactnessError) else None
-            if first is not None:
-                config = self.config
-                sample = next(s.sample for s in sequences if s.sample.request_id == first.request_id)
+            if isinstance(error, ExactnessError) and error.comparison.first is not None:
+                name, config = error.comparison.first.request_id, self.config
+                sample = next(s.sample for s in sequences if s.sample.request_id == name)
                 diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
             raise
         return metrics

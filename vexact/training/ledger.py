@@ -37,10 +37,11 @@ class Ledger:
     def require(self, sequences: Sequence[TrainSequence]) -> None:
         """
         Raises:
-            LedgerError: these are not the sequences of this ledger, in its order.
+            LedgerError: these are not the sequences of this ledger, in its order and with its numbers.
         """
         got = [sequence.sample.request_id for sequence in sequences]
         if got == self.request_ids:
+            self.compare(range(len(got)), Ledger(sequences)._sums)
             return
         missing = sorted(set(self.request_ids) - set(got)) or sorted(set(got) - set(self.request_ids))
         which = next((i for i, pair in enumerate(zip(got, self.request_ids)) if pair[0] != pair[1]), 0)
