@@ -26,17 +26,21 @@ def seal(key: str, value: float) -> str:
     return blake2b(key.encode() + struct.pack("<d", value), digest_size=16).hexdigest()
 
 
-def require_seals(samples: Sequence[Sample], scores: Sequence[Score]) -> None:
+def require_seals(samples: Sequence[Sample], scores: Sequence[Score], keys: Sequence[str] | None = None) -> None:
     """
+    Args:
+        keys: of the samples, if they are known already.
+
     Raises:
         SealError: scores are missing, or one was given for another sample or had another value.
     """
     if len(samples) != len(scores):
         raise SealError(f"{len(scores)} scores came back for {len(samples)} samples")
-    for sample, score in zip(samples, scores):
-        if score.seal == seal(sample_key(sample), score.value):
+    keys = [sample_key(sample) for sample in samples] if keys is None else keys
+    for sample, score, key in zip(samples, scores, keys):
+        if score.seal == seal(key, score.value):
             continue
-        owner = next((other for other in samples if score.seal == seal(sample_key(other), score.value)), None)
+        owner = next((other for other, key in zip(samples, keys) if score.seal == seal(key, score.value)), None)
         whose = "was changed after grading, or given for another sample"
         if owner is not None:
             whose = f"was given for request {owner.request_id}"

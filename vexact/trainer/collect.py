@@ -96,7 +96,7 @@ def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[Sample
         for prompt, sample in flat
     ]
     given = workers.rewards.score(requests)
-    require_seals([sample for _, sample in flat], given)
+    require_seals([sample for _, sample in flat], given, [request.key for request in requests])
     scores = iter(given)
     return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
 

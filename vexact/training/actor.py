@@ -76,10 +76,8 @@ class Actor:
             LedgerError: the loss reads something else than the ledger says.
         """
         self._check(sequences)
-        if ledger is None:
-            ledger = Ledger(sequences)
-        else:
-            ledger.require(sequences)
+        ledger = Ledger(sequences) if ledger is None else ledger
+        ledger.require(sequences)
         lr = self.config.optim.lr_at(self.num_updates)
         self.optimizer.set_lr(lr)
         steps, longest = [], 0
