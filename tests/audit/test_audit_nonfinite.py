@@ -6,32 +6,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from audit_support import CONFIG, PAIR
 
 from vexact import cli
 from vexact.audit import Audit, ExactnessError, compare
 from vexact.audit.certificate import CertificateError, require_certificate
 from vexact.audit.mismatch_metrics import mismatch_metrics
 from vexact.audit.verify.bits import BitTally
-from vexact.models import ModelConfig, random_model, save_hf
+from vexact.models import random_model, save_hf
 from vexact.models.nonfinite import all_finite, cause_of_nonfinite, find_nonfinite
 from vexact.rollout import Engine, NonFiniteLogprobError
 from vexact.training import Actor, ActorConfig
 from vexact.types import Sample
 
-CONFIG = ModelConfig.from_hf_dict(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 53,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "tie_word_embeddings": False,
-    }
-)
-PAIR = {"rollout_attention": "triton-invariant", "trainer_attention": "triton-invariant"}
 NAN, INF = np.nan, np.inf
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -51,8 +51,12 @@ def why_skipped(loss: float, model: nn.Module) -> str:
 
 
 def nonfinite_state(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """What of the weights and moments (of this rank) is not finite, a clause per tensor; empty when all is well."""
-    if all_finite(tensor for _, tensor in _named_state(model, optimizer)):
+    """What of the weights and moments (of this rank) is not finite, a clause per tensor; empty when all is well.
+
+    To be called after an optimizer step, which passes what is not finite in a first moment on to its weight: first
+    moments are read only to name them. An infinite second moment would freeze its weight and leave it finite.
+    """
+    if all_finite(tensor for name, tensor in _named_state(model, optimizer) if not name.startswith(f"{MOMENTS[0]} of")):
         return []
     found = (find_nonfinite([(name, tensor)]) for name, tensor in _named_state(model, optimizer))
     return [clause for clause in found if clause is not None]
