@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from vexact.audit import ExactnessError
 from vexact.config import load_config
 from vexact.reward.pool import RewardPool
 from vexact.reward.run import Run
@@ -19,6 +20,7 @@ from vexact.trainer.checkpoint import CheckpointError, load_checkpoint
 from vexact.trainer.launch import run
 from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.training import Actor, LedgerError
+from vexact.training import actor as actor_module
 from vexact.training.optimizer import Optimizer
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
@@ -245,3 +247,18 @@ def test_health_names_what_it_saw_once_per_kind(caplog):
         health.check(broken, ["norm.weight holds 1"])
         health.check(skipped, ["the loss was nan"])
     assert (caplog.text.count("norm.weight holds 1"), caplog.text.count("the loss was nan")) == (1, 1)
+
+
+def test_a_training_forward_without_numbers_stops_at_the_audit_and_says_why(inline, metrics, monkeypatch):
+    by_sequence = actor_module.by_sequence
+
+    def broken(*args):
+        first, *rest = by_sequence(*args)
+        first[1] = np.nan
+        return [first, *rest]
+
+    monkeypatch.setattr(actor_module, "by_sequence", broken)
+    message = r"no finite value \(1\).*position 1, token \d+, rollout -[\d.]+, trainer nan[^\n]*\nEvery weight is"
+    with pytest.raises(ExactnessError, match=message):
+        run(inline())
+    assert metrics()[-1]["bitwise/tokens_nonfinite"] == 1

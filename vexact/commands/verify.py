@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 EPILOG = """\
-exit code: 0 every compared bit is equal; 1 one is not (or a gradient is missing or not finite); 2 wrong usage.
+exit code: 0 every compared bit is equal; 1 one is not (or a log-probability or gradient is not finite); 2 wrong usage.
 closeness to transformers does not change it. docs/verify.md explains the table.
 """
 
