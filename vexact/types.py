@@ -61,6 +61,20 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawSettings:
+    """How a request asked to be sampled: with logits and a position, all that decides a token.
+
+    ``top_k`` <= 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    """
+
+    seed: int  # signed 64 bits, of this request alone
+    temperature: float  # 0 means greedy
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """What a grader said about one sample. A failed grader gives ``value=0`` and says so in ``status``."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from vexact.audit.verify.gradients import compare_named
 from vexact.audit.verify.sides import HfSide, VexactSide, load_hf, pack_padded
 from vexact.audit.verify.workload import rounds
 from vexact.models import ModelConfig, load_model, random_model, save_hf
-from vexact.rollout import Engine
+from vexact.ops import token_logprobs
+from vexact.rollout import Engine, sampler
 from vexact.training.batch import TokenSequence, pack_tokens
 
 SHAPE = {
@@ -202,9 +204,42 @@ def test_samples_that_are_drawn_again_unobserved_are_compared_too(checkpoints, m
     one_round = next(run.rounds_of(options, ModelConfig.from_hf_dir(checkpoints / "qwen3")))
     model, side = (load_model(checkpoints / "qwen3") for _ in range(2))
     tally = BitTally()
-    bits.compare_round(model, VexactSide(side), one_round, fused=True, padded=False, redraw=True, seed=0, tally=tally)
+    bits.compare_round(
+        model, VexactSide(side), one_round, fused=True, padded=False, unobserved=True, seed=0, tally=tally
+    )
     assert drawn[0] == drawn[1]
     assert tally.logprobs_different == (3 if fault else 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"position": -1}, {"top_k": 1}, {"temperature": 0.2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_sampler_that_draws_otherwise_fails_although_every_log_probability_is_true(
+    checkpoints, monkeypatch, capsys, change
+):
+    """Seed and position move the noise, one more kept token moves the threshold, another temperature moves both."""
+
+    def shifted(logits, params):
+        ((name, by),) = change.items()
+        values = getattr(params, name)
+        wrong = sampler.sample_as_it_is(logits, params._replace(**{name: values + by * (values > 0)}))
+        right = wrong.logprobs
+        if name == "temperature":
+            inverse = torch.where(params.temperature > 0, 1 / params.temperature, 1.0)
+            right = token_logprobs(logits, wrong.token_ids, inverse, wrong.min_logit).logprobs
+        return wrong._replace(logprobs=right)
+
+    monkeypatch.setattr(sampler, "sample_as_it_is", sampler.sample, raising=False)
+    monkeypatch.setattr(sampler, "sample", shifted)
+    assert cli.main(["verify", "--model_path", str(checkpoints / "qwen3"), "--num_prompts", "24", *SMALL[2:]]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"log-probs different +0 /", out)
+    assert re.search(
+        r"first different draw +request verify/\d+, response position \d: sampled \d+, drawn again \d+", out
+    )
+    assert "NOT EXACT" in out
 
 
 def test_nothing_compared_is_not_exact():

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from vexact.ops import SamplingTensors, sample, token_logprobs
-from vexact.ops.cpu.philox import philox4x32, uniform
+from vexact.ops.cpu.gumbel import gumbel
+from vexact.ops.cpu.philox import philox4x32, random_bits
+from vexact.ops.cpu.portable_math import exp_of_negative, log_of_normal
 
 
 def _params(num, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, seed=None, position=None):
@@ -29,13 +31,44 @@ def test_philox_known_answers(word, expected):
     assert tuple(int(v) for v in philox4x32((w, w, w, w), (w, w))[0]) == expected
 
 
-def test_uniforms_are_open_and_differ_by_seed_and_position():
-    u = uniform(np.array([1, 1, 2, -1]), np.array([0, 1, 0, 2**40]), 1001)
-    assert u.dtype == np.float32
-    assert u.min() > 0
-    assert u.max() < 1
-    assert len({row.tobytes() for row in u}) == 4
-    assert abs(u.mean() - 0.5) < 0.02
+def test_random_bits_differ_by_seed_and_position():
+    bits = random_bits(np.array([1, 1, 2, -1]), np.array([0, 1, 0, 2**40]), 1001)
+    assert bits.max() < 2**23
+    assert len({row.tobytes() for row in bits}) == 4
+    assert abs(bits.mean() / 2**23 - 0.5) < 0.02
+
+
+def rounded_once(a, b, c):
+    """a * b + c for fp32 arrays: the exact sum, rounded to odd in fp64 so that the second rounding is the only one."""
+    product, c = a.astype(np.float64) * np.float64(1) * b, np.float64(1) * c
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    bits = total.view(np.int64)
+    towards = np.where((error > 0) == (total > 0), 1, -1)
+    return np.where((error != 0) & (bits & 1 == 0), bits + towards, bits).view(np.float64).astype(np.float32)
+
+
+def test_noise_has_the_bits_of_fused_multiply_adds(monkeypatch):
+    """All 2^23 values there are, against sums that are rounded once; and the table against computing them."""
+    from vexact.ops.cpu import portable_math
+
+    words = np.arange(1 << 23)
+    table = gumbel(words)
+    assert np.abs(table + np.log(-np.log((words + 0.5) * 2.0**-23))).max() < 1e-6
+    assert np.array_equal(gumbel(words[-40:]).view(np.int32), table[-40:].view(np.int32))
+    monkeypatch.setattr(portable_math, "_fma", rounded_once)
+    for part in np.split(words, 64):
+        u = (part.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+        exact = -log_of_normal(-log_of_normal(u))
+        assert np.array_equal(exact.view(np.int32), table[part].view(np.int32))
+
+
+def test_exponentials_are_accurate_and_end_in_zero():
+    z = -np.linspace(0, 40, 100_001, dtype=np.float32)
+    assert exp_of_negative(z[:1]) == 1.0
+    np.testing.assert_allclose(exp_of_negative(z), np.exp(z.astype(np.float64)), rtol=3e-6)
+    assert (exp_of_negative(np.array([-1e30, -np.inf], np.float32)) < 2.0**-60).all()
 
 
 def test_frequencies_follow_the_softmax():

@@ -140,7 +140,9 @@ ADVANTAGES = {
 @pytest.mark.parametrize("change", ADVANTAGES.values(), ids=ADVANTAGES.keys())
 def test_advantages_mixed_up_on_the_way_to_the_actor_stop_the_run(inline, tmp_path, monkeypatch, change):
     update = Actor.update
-    monkeypatch.setattr(Actor, "update", lambda self, sequences, *rest: update(self, change(sequences), *rest))
+    monkeypatch.setattr(
+        Actor, "update", lambda self, sequences, *args, **kwargs: update(self, change(sequences), *args, **kwargs)
+    )
     with pytest.raises(LedgerError, match=r"step1-\d-row\d+/\d"):
         run(inline())
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -5,9 +5,12 @@ import pytest
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from vexact.audit import ExactnessError
+from vexact.audit import DrawError, ExactnessError
 from vexact.audit.certificate import CertificateError
 from vexact.config import load_config
+from vexact.ops import sample as sampler_as_it_is
+from vexact.ops import token_logprobs
+from vexact.rollout import sampler as sampler_module
 from vexact.trainer import driver as driver_module
 from vexact.trainer import workers as workers_module
 from vexact.trainer.launch import run
@@ -105,6 +108,50 @@ def test_a_planted_non_invariant_linear_stops_the_run(overrides, metrics, monkey
     (row,) = metrics()
     assert row["bitwise/tokens_different"] > 0
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def _greedy(logits, params):
+    drawn = sampler_as_it_is(logits, params)
+    best = logits.argmax(-1)
+    logprobs = token_logprobs(logits, best, 1 / params.temperature, drawn.min_logit).logprobs
+    return drawn._replace(token_ids=best, logprobs=logprobs)
+
+
+def _other_seed(logits, params):
+    return sampler_as_it_is(logits, params._replace(seed=params.seed ^ 1))
+
+
+def _other_top_k(logits, params):
+    return sampler_as_it_is(logits, params._replace(top_k=params.top_k - 1))
+
+
+@pytest.mark.parametrize("planted", [_greedy, _other_seed, _other_top_k])
+def test_a_planted_sampler_whose_log_probabilities_are_true_stops_the_run(
+    overrides, metrics, monkeypatch, tmp_path, planted
+):
+    self_test = driver_module.require_certificate
+
+    def self_test_then_plant(*args, **kwargs):
+        self_test(*args, **kwargs)
+        monkeypatch.setattr(sampler_module, "sample", planted)
+
+    monkeypatch.setattr(driver_module, "require_certificate", self_test_then_plant)
+    with pytest.raises(
+        DrawError, match=r"First: request step1-\d+-row\d+/\d, response position \d+, sampled token \d+"
+    ):
+        run(load_config(overrides("actor_rollout_ref.rollout.top_k=12")))
+    (row,) = metrics()
+    assert row["bitwise/tokens_different"] == 0 < row["bitwise/tokens_redrawn_different"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_every_token_is_compared_every_so_many_steps(overrides, metrics):
+    more = ("actor_rollout_ref.actor.ppo_mini_batch_size=2", "trainer.audit_every_token_freq=2")
+    run(load_config(overrides(*more, "trainer.audit_redraw_ratio=1.0")))
+    compared = [row["bitwise/tokens_compared"] / row["rollout/num_tokens"] for row in metrics()]
+    assert compared[1] == 1 > max(compared[0], compared[2])
+    assert [row["timing_s/audit_forward"] > 1e-3 for row in metrics()] == [False, True, False]
+    assert all(row["bitwise/tokens_redrawn"] == row["bitwise/tokens_compared"] for row in metrics())
 
 
 @pytest.mark.parametrize("exactness", ["strict", "warn"])

@@ -9,8 +9,10 @@ from time import perf_counter
 import numpy as np
 
 from vexact.audit.compare import Comparison, compare
+from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.mismatch_metrics import mismatch_metrics
-from vexact.types import Sample
+from vexact.training.redraw import Redraw
+from vexact.types import DrawSettings, Sample
 
 log = logging.getLogger(__name__)
 
@@ -28,29 +30,51 @@ class ExactnessError(RuntimeError):
         )
 
 
-class Audit:
-    """Compares the first optimizer step's forward with the rollout; give :meth:`check` to ``Actor.update``.
+class DrawError(RuntimeError):
+    """The rollout sampled a token that its seed does not give for the trainer's logits; ``comparison`` says where."""
 
-    Under ``strict`` an unequal bit raises before any weight changes; under ``warn`` it is logged; ``off`` skips it.
+    def __init__(self, comparison: DrawComparison) -> None:
+        self.comparison = comparison
+        super().__init__(
+            f"{comparison.describe()}. The weights are as they were before this step; trainer.exactness=warn logs such "
+            "draws and goes on"
+        )
+
+
+class Audit:
+    """Compares the first optimizer step's forward with the rollout; give :meth:`check` and ``redraw`` to
+    ``Actor.update``.
+
+    Under ``strict`` an unequal bit or draw raises before any weight changes; under ``warn`` it is logged; ``off`` skips
+    it.
     """
 
-    def __init__(self, exactness: str) -> None:
+    def __init__(self, exactness: str, redraw_ratio: float = 0.0) -> None:
+        """``redraw_ratio`` is the share of the tokens whose draw is repeated.
+
+        Raises ValueError for an unknown ``exactness``.
+        """
         if exactness not in ("strict", "warn", "off"):
             raise ValueError(f"trainer.exactness={exactness!r}; use strict, warn or off")
-        self.exactness = exactness
+        self.exactness, self.redraw_ratio = exactness, redraw_ratio
+        self.redraw: Redraw | None = None
         self._samples: Sequence[Sample] = ()
         self._metrics: dict[str, float] = {}
-        self.total_compared = self.total_different = 0  # over all checks of this process
+        # over all checks of this process
+        self.total_compared = self.total_different = self.total_redrawn = self.total_redrawn_different = 0
 
-    def begin(self, samples: Sequence[Sample]) -> None:
-        """The samples that the next update trains on, in its order."""
+    def begin(self, samples: Sequence[Sample], settings: Sequence[DrawSettings] | None = None) -> None:
+        """The samples that the next update trains on, in its order, and how each of them should have been drawn."""
         self._samples = samples
         self._metrics = {}
+        wanted = settings is not None and self.exactness != "off" and self.redraw_ratio > 0
+        self.redraw = Redraw(samples, settings, self.redraw_ratio) if settings is not None and wanted else None
 
     def check(self, indices: list[int], logprobs: list[np.ndarray]) -> None:
         """
         Raises:
             ExactnessError: bits differ and exactness is strict.
+            DrawError: bits agree, a draw does not, and exactness is strict.
         """
         if self.exactness == "off":
             return
@@ -60,6 +84,7 @@ class Audit:
         self.total_compared += comparison.tokens_compared
         self.total_different += comparison.tokens_different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
+        draws = self._check_draws()
         self._metrics["timing_s/audit"] = perf_counter() - started
         if not comparison.exact:
             if self.exactness == "strict":
@@ -67,6 +92,11 @@ class Audit:
             if self.total_different == comparison.tokens_different:
                 what = f"rollout and trainer disagree: {comparison.describe()}"
                 log.warning("%s (later steps: see the mismatch column and bitwise/*)", what)
+        if draws is not None and draws.different:
+            if self.exactness == "strict":
+                raise DrawError(draws)
+            if self.total_redrawn_different == draws.different:
+                log.warning("%s (later steps: see bitwise/tokens_redrawn_different)", draws.describe())
 
     def require_compared(self) -> None:
         """To be called after an update: one that compared nothing proves nothing.
@@ -76,6 +106,24 @@ class Audit:
         """
         if not self._metrics.get("bitwise/tokens_compared") and self.exactness == "strict":
             raise ExactnessError(compare((), ()))
+
+    def _check_draws(self) -> DrawComparison | None:
+        if self.redraw is None:
+            return None
+        draws = compare_draws(self._samples, self.redraw.take())
+        self.total_redrawn += draws.redrawn
+        self.total_redrawn_different += draws.different
+        self._metrics |= draws.metrics()
+        return draws
+
+    def totals(self) -> str:
+        """What was compared since the start, and what differed."""
+        if not self.total_compared:
+            return "nothing compared"
+        text = f"{self.total_compared} log-probabilities compared, {self.total_different} different"
+        if self.total_redrawn:
+            text += f"; {self.total_redrawn} draws repeated, {self.total_redrawn_different} different"
+        return text
 
     def metrics(self) -> dict[str, float]:
         """``bitwise/*``, ``training/rollout_probs_diff_*``, ``rollout_corr/*`` and the time of the last check."""

@@ -157,7 +157,11 @@ def _run(config: Config) -> Iterator[str]:
             f"trainer.resume_mode={trainer.resume_mode} and trainer.resume_from_path={trainer.resume_from_path}: "
             "resume_path needs a path, and a path needs resume_mode=resume_path"
         )
-    for name, value in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
+    for name, value in (
+        ("save_freq", trainer.save_freq),
+        ("test_freq", trainer.test_freq),
+        ("audit_every_token_freq", trainer.audit_every_token_freq),
+    ):
         if value == 0:
             yield f"trainer.{name}=0: use -1 for never, or a number of steps"
     if trainer.val_only and not config.data.val_files:

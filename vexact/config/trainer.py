@@ -21,7 +21,16 @@ class TrainerSection:
     seed: int = opt(42, "The one seed: data order, sampling and initialisation.", ge=0)
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes the GPU if there is one.", verl="cuda")
     exactness: Literal["strict", "warn", "off"] = opt(
-        "strict", "On a log-probability whose bits differ: stop, log and go on, or do not look."
+        "strict", "On a log-probability or a draw that differs: stop, log and go on, or do not look."
+    )
+    audit_redraw_ratio: float = opt(
+        0.0625, "Share of the audited tokens that are drawn again, from the trainer's logits; 0 for none.", ge=0, le=1
+    )
+    audit_every_token_freq: int = opt(
+        20,
+        "Every so many steps, log-probabilities outside the first mini-batch are compared as well, by a forward before "
+        "the first update (timing_s/audit_forward); -1 for never.",
+        ge=-1,
     )
     max_skipped_updates: int = opt(
         2,

@@ -19,6 +19,17 @@ Metadata = PackedMetadata | PagedMetadata
 KVCache = tuple[Tensor, Tensor]
 
 
+PROBE_ROWS = 256  # rows of logits shown at a time: 150 MB at a vocabulary of 152 k
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitProbe:
+    """Shows raw logits of some targets during the forward; it changes no result."""
+
+    rows: Tensor  # (K,) int64 into the R targets
+    see: Callable[[Tensor, slice], None]  # called with logits (k, V) fp32 and which of the K rows they are of
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets:
     """Which rows of the batch predict which token; R of the T rows (prompt rows need no logits)."""
@@ -30,6 +41,7 @@ class Targets:
     # d loss / d logprob of the targets in a slice, for a loss that is elementwise in the log-probability: gradients of
     # the head are then taken in the forward, see ops.linear_cross_entropy_trained
     dloss: Callable[[Tensor, slice], Tensor] | None = None
+    probe: LogitProbe | None = None
 
 
 class Attention(nn.Module):
@@ -180,10 +192,18 @@ class CausalLM(nn.Module):
         if targets is None:
             return hidden
         rows = hidden.index_select(0, targets.rows)
+        if targets.probe is not None:
+            self._show_logits(rows, targets.probe)
         kept = targets.inv_temperature, targets.min_logit
         if targets.dloss is not None:
             return linear_cross_entropy_trained(rows, self.lm_head_weight, targets.token_ids, targets.dloss, *kept)
         return linear_cross_entropy(rows, self.lm_head_weight, targets.token_ids, *kept)
+
+    @torch.no_grad()
+    def _show_logits(self, hidden: Tensor, probe: LogitProbe) -> None:
+        for start in range(0, len(probe.rows), PROBE_ROWS):
+            some = slice(start, start + PROBE_ROWS)
+            probe.see(self.logits(hidden.index_select(0, probe.rows[some])), some)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V) fp32, never rounded to the model's dtype."""

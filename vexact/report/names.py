@@ -20,6 +20,10 @@ METRICS: dict[str, dict[str, str]] = {
         "bitwise/max_abs_logprob_diff": "Largest absolute difference of log-probabilities (nats); infinite when one is "
         "not finite. Expected: 0.",
         "bitwise/first_different_position": "Position in the response of the first different token; -1: none.",
+        "bitwise/tokens_redrawn": "Sampled tokens that were drawn again, from the trainer's logits and what the "
+        "request asked for (trainer.audit_redraw_ratio).",
+        "bitwise/tokens_redrawn_different": "How many of them came out as another token, or from another kept set. "
+        "Expected: 0.",
         "bitwise/weights_checksum_ok": "1 when the rollout's weights have the checksum of the trainer's after a sync.",
         "training/rollout_probs_diff_valid": "1 when probabilities were compared in this step and all were finite.",
         "training/rollout_probs_diff_{max,mean,std}": "Absolute difference of *probabilities* exp(log-prob), rollout "
@@ -89,6 +93,8 @@ METRICS: dict[str, dict[str, str]] = {
         "timing_s/audit": "Seconds the audit spent comparing, part of timing_s/update_actor. Copying the training "
         "log-probabilities to the host is the audit's too but not in it: one copy, 4 bytes a token, right before the "
         "optimizer waits for the device anyway.",
+        "timing_s/audit_forward": "Seconds of the forward over what lies outside the first mini-batch "
+        "(trainer.audit_every_token_freq), part of timing_s/update_actor.",
         "timing_s/update_weights": "Seconds moving the new weights into the rollout.",
         "timing_s/sync_weights": "The same as timing_s/update_weights.",
         "timing_s/testing": "Seconds of validation.",

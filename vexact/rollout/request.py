@@ -10,6 +10,7 @@ import numpy as np
 from vexact.rollout.block_manager import CachedPage
 from vexact.rollout.sampling_params import SamplingParams
 from vexact.rollout.stop_strings import StopStringChecker
+from vexact.types import DrawSettings
 
 NO_SLOT = -1
 
@@ -18,6 +19,12 @@ def request_seed(seed: int, request_id: str) -> int:
     """Signed 64-bit sampling seed of a request: a hash, so it depends on nothing but these two values."""
     digest = hashlib.blake2b(f"{seed}\0{request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def draw_settings(params: SamplingParams, seed: int, request_id: str) -> DrawSettings:
+    """How an engine of this seed must draw the tokens of a request (of one sample, where ``params.n`` is not 1)."""
+    own = request_seed(seed if params.seed is None else params.seed, request_id)
+    return DrawSettings(own, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 @dataclass(slots=True, eq=False)

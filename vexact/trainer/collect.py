@@ -10,8 +10,9 @@ from vexact.config import Config
 from vexact.reward.seal import require_seals, sample_key
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
+from vexact.rollout.request import draw_settings
 from vexact.trainer.workers import Workers
-from vexact.types import Prompt, SampleGroup, Score
+from vexact.types import DrawSettings, Prompt, SampleGroup, Score
 
 Timer = Callable[[str], AbstractContextManager[None]]
 
@@ -63,6 +64,10 @@ class Collector:
             everything += groups
             kept += self._informative(groups) if settings.enable else groups
         return kept[:wanted], everything, cursor
+
+    def draw_settings(self, request_id: str) -> DrawSettings:
+        """How the request of this id must have been sampled."""
+        return draw_settings(self.sampling, self.config.rollout_seed, request_id)
 
     def _batch(self, step: int, number: int, rows: Sequence[int]) -> list[SampleGroup]:
         prompts = [self.workers.train_data[row] for row in rows]

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from vexact.audit import Audit, ExactnessError
+from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.certificate import CertificateError, require_certificate
 from vexact.config import Config
 from vexact.report import Reporter, Timers, write_samples
@@ -77,10 +77,9 @@ class Driver:
             raise
 
     def _summary(self, first: int, rewards: list[float]) -> str:
-        compared, different = self.audit.total_compared, self.audit.total_different
-        audit = f"{compared} log-probabilities compared, {different} different" if compared else "nothing compared"
         return (
-            f"done: steps {first} to {self.total_steps}, reward {rewards[0]:.3f} to {rewards[-1]:.3f}, {audit}; "
+            f"done: steps {first} to {self.total_steps}, reward {rewards[0]:.3f} to {rewards[-1]:.3f}, "
+            f"{self.audit.totals()}; "
             f"everything is in {self.config.run_dir}"
         )
 
@@ -95,7 +94,8 @@ class Driver:
             with self.timers("adv"):
                 sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference)
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
-            self.audit.begin([sequence.sample for sequence in sequences])
+            samples = [sequence.sample for sequence in sequences]
+            self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
             with self.timers("update_actor"):
                 actor_metrics = self._update(step, sequences, ledger)
             # 8: the rollout gets version step, checksummed
@@ -107,7 +107,6 @@ class Driver:
         # 10: report; then the checkpoint when due, so that a run killed in between repeats a row rather than lacks one
         timing = self.timers.take()
         self._write_samples(step, sampled)
-        samples = [sequence.sample for sequence in sequences]
         data = self.config.data
         metrics = {
             "training/global_step": float(step),
@@ -130,11 +129,15 @@ class Driver:
 
     def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
         actor, metrics = self.workers.actor, {"training/global_step": float(step)}
+        every = self.config.trainer.audit_every_token_freq
+        every_token = every > 0 and step % every == 0
         try:
-            metrics |= actor.update(sequences, self.audit.check, ledger)
+            metrics |= actor.update(
+                sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
+            )
             self.audit.require_compared()
             self.health.check(metrics, actor.problems)
-        except (ExactnessError, UpdateError) as error:
+        except (ExactnessError, DrawError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
             if isinstance(error, ExactnessError) and error.comparison.first is not None:
                 name, config = error.comparison.first.request_id, self.config

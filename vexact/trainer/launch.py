@@ -54,7 +54,15 @@ def run(config: Config) -> int:
         write_run_record(config, device)
         if progress.step:
             log.info("resuming after step %d", progress.step)
-        Driver(config, workers, reporter, store, Audit(config.trainer.exactness), total_steps, progress).run()
+        Driver(
+            config,
+            workers,
+            reporter,
+            store,
+            Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio),
+            total_steps,
+            progress,
+        ).run()
     return 0
 
 

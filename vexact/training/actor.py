@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training import one_pass
-from vexact.training.batch import PolicyTargets, TokenSequence, policy_targets, token_sequence
+from vexact.training.batch import PackedBatch, PolicyTargets, TokenSequence, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
 from vexact.training.finite import check_numbers, nonfinite_state, why_skipped
 from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
@@ -22,11 +24,19 @@ from vexact.training.ledger import Ledger, checksums
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.optimizer import Optimizer, unsharded
 from vexact.training.ranks import Ranks
+from vexact.training.redraw import Redraw
 from vexact.training.state import ActorState, gather_state, restore_state
 from vexact.types import TrainSequence
 
 log = logging.getLogger(__name__)
 Audit = Callable[[list[int], list[np.ndarray]], None]
+
+
+class Scored(NamedTuple):
+    """Sequences by index, and the log-probabilities of each, fp32 (R,)."""
+
+    indices: list[int]
+    logprobs: list[np.ndarray]
 
 
 class Actor:
@@ -57,18 +67,27 @@ class Actor:
         self.problems: list[str] = []  # of the last update: why steps were skipped, what is no longer finite
 
     def update(
-        self, sequences: Sequence[TrainSequence], audit: Audit | None = None, ledger: Ledger | None = None
+        self,
+        sequences: Sequence[TrainSequence],
+        audit: Audit | None = None,
+        *,
+        ledger: Ledger | None = None,
+        redraw: Redraw | None = None,
+        every_token: bool = False,
     ) -> dict[str, float]:
         """One PPO update: ``ppo_epochs`` passes in mini-batches, one optimizer step each.
 
         ``audit(indices, logprobs)`` is called once per rank, after the first mini-batch's backward and before any
         weight changes, with this rank's sequence indices and their training log-probabilities (fp32 (R,) arrays, same
-        order). What it raises leaves the weights untouched. ``ledger`` is of the same sequences, made where their
+        order). What it raises leaves the weights untouched. The indices are those of the first mini-batch, or with
+        ``every_token`` of all sequences: the others then get a forward of their own. ``redraw``, made for
+        ``sequences``, repeats draws in these forwards. ``ledger``, of the same sequences, was made where their
         advantages were; every optimizer step compares what its loss reads with it.
 
         A step whose loss or gradient norm is not finite is skipped: nothing changes. Returns the means over the steps
         taken by verl's metric names, plus ``actor/skipped_steps``, ``actor/skipped_in_a_row`` (the longest series that
-        reaches into this update) and ``actor/nonfinite_tensors`` (weights and moments); ``problems`` says more.
+        reaches into this update), ``actor/nonfinite_tensors`` (weights and moments) and ``timing_s/audit_forward``;
+        ``problems`` says more.
 
         Raises:
             ValueError: a sequence does not fit the token budget, lacks reference log-probabilities, or holds numbers
@@ -80,24 +99,27 @@ class Actor:
         ledger.require(sequences)
         lr = self.config.optim.lr_at(self.num_updates)
         self.optimizer.set_lr(lr)
-        steps, longest = [], 0
+        steps, longest, audit_seconds, beyond = [], 0, 0.0, Scored([], [])
+        if audit is not None and every_token:
+            started, first = perf_counter(), set(self._mini_batches(len(sequences), 0)[0])
+            beyond = self._score(sequences, [i for i in range(len(sequences)) if i not in first], redraw)
+            audit_seconds = perf_counter() - started
         self.problems = []
         for epoch in range(self.config.ppo_epochs):
             mini_batches = self._mini_batches(len(sequences), epoch)
             ledger.require_each_once(range(len(sequences)), [i for indices in mini_batches for i in indices])
             for indices in mini_batches:
-                steps.append(self._step(sequences, indices, audit, ledger))
+                steps.append(self._step(sequences, indices, ledger, audit, beyond, redraw))
                 longest = max(longest, self.skipped_in_a_row)
-                audit = None
+                audit = redraw = None
         self.num_updates += 1
         health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
-        return _mean_metrics(steps) | health | {"actor/lr": lr} | self._coefficients()
+        means = _mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
+        return means | {"actor/lr": lr} | self._coefficients()
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training."""
-        names = [s.sample.request_id for s in sequences]
-        tokens = [token_sequence(s) for s in sequences]
-        return score(self.model, tokens, names, self.config.ppo_max_token_len_per_gpu, self.ranks)
+        return self._score(sequences, list(range(len(sequences)))).logprobs
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its model name: whole, in the compute dtype, one at a time.
@@ -118,6 +140,17 @@ class Actor:
         Raises ValueError naming the parameters that do not match the model.
         """
         self.num_updates = restore_state(self.model, self.optimizer, state)
+
+    def _score(self, sequences: Sequence[TrainSequence], indices: list[int], redraw: Redraw | None = None) -> Scored:
+        """Log-probabilities of some of the sequences by a forward without gradients. All ranks call it together."""
+        names = [sequences[i].sample.request_id for i in indices]
+        tokens = [token_sequence(sequences[i]) for i in indices]
+
+        def watch(batch: PackedBatch, group: list[int]) -> PackedBatch:
+            return batch if redraw is None else redraw.watch(batch, [indices[i] for i in group])
+
+        budget = self.config.ppo_max_token_len_per_gpu
+        return Scored(indices, score(self.model, tokens, names, budget, self.ranks, watch))
 
     def _check(self, sequences: Sequence[TrainSequence]) -> None:
         (most,) = self.ranks.maximum(len(sequences))
@@ -156,9 +189,15 @@ class Actor:
         return [order[i * size : (i + 1) * size] for i in range(count)]
 
     def _step(
-        self, sequences: Sequence[TrainSequence], indices: list[int], audit: Audit | None, ledger: Ledger
+        self,
+        sequences: Sequence[TrainSequence],
+        indices: list[int],
+        ledger: Ledger,
+        audit: Audit | None,
+        beyond: Scored,
+        redraw: Redraw | None,
     ) -> dict[str, float]:
-        """One optimizer step on one mini-batch."""
+        """One optimizer step on one mini-batch; the audit sees it together with what was scored ``beyond`` it."""
         chosen = [sequences[i] for i in indices]
         tokens = [token_sequence(s) for s in chosen]
         denominators = self._denominators(tokens)
@@ -167,13 +206,20 @@ class Actor:
         metrics = MiniBatchMetrics()
         self.optimizer.zero_grad()
         groups = micro_batches(tokens, names, budget, balance, self.ranks)
-        values, read = zip(*[self._accumulate(chosen, tokens, group, denominators, metrics) for group in groups])
+        values, read = [], []
+        for group in groups:
+            batch = group_batch(tokens, group, self.ranks.device)
+            if redraw is not None:
+                batch = redraw.watch(batch, [indices[i] for i in group])
+            logprobs, checksum = self._accumulate(chosen, batch, group, denominators, metrics)
+            values.append(logprobs)
+            read += checksum
         if indices:
             order = [indices[i] for group in groups for i in group]
             ledger.require_each_once(indices, order)
-            ledger.compare(order, torch.cat([each for each in read if each is not None], dim=1).cpu())
+            ledger.compare(order, torch.cat(read, dim=1).cpu())
         if audit is not None:
-            audit(indices, by_sequence(values, tokens, groups))
+            audit(indices + beyond.indices, by_sequence(values, tokens, groups) + beyond.logprobs)
         sums = dict(zip(metrics.names, self.ranks.total_of(metrics.sums).tolist(), strict=True))
         norm = self.optimizer.step(self.config.grad_clip) if math.isfinite(sums["loss"]) else math.nan
         if math.isfinite(norm):
@@ -186,17 +232,16 @@ class Actor:
     def _accumulate(
         self,
         chosen: Sequence[TrainSequence],
-        tokens: Sequence[TokenSequence],
+        batch: PackedBatch,
         group: list[int],
         denominators: Denominators,
         metrics: MiniBatchMetrics,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Forward and backward of one micro-batch; returns its log-probabilities (R,), and what a ledger compares."""
-        batch = group_batch(tokens, group, self.ranks.device)
-        read = None
+        read = []
         if group:
             targets = policy_targets([chosen[i] for i in group], self.config.use_kl_loss, self.ranks.device)
-            read = checksums(batch.targets.token_ids, targets, batch.response_lengths)
+            read.append(checksums(batch.targets.token_ids, targets, batch.response_lengths))
         else:
             targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
         weight = 1.0 if group else 0.0

@@ -83,10 +83,10 @@ def pack_tokens(sequences: Sequence[TokenSequence], device: torch.device | str =
 
     return PackedBatch(
         input_ids=tensor(np.array(inputs, np.int64)),
-        positions=tensor(_ramps(input_lengths)),
+        positions=tensor(ramps(input_lengths)),
         attention=PackedMetadata.from_lengths(input_lengths.tolist(), device),
         targets=Targets(
-            rows=tensor(_ramps(response_lengths) + np.repeat(starts + prompt_lengths - 1, response_lengths)),
+            rows=tensor(ramps(response_lengths) + np.repeat(starts + prompt_lengths - 1, response_lengths)),
             token_ids=tensor(np.array(outputs, np.int64)),
             inv_temperature=tensor(np.repeat(inv_temperature, response_lengths)),
             min_logit=tensor(min_logits),
@@ -110,7 +110,7 @@ def policy_targets(
     )
 
 
-def _ramps(lengths: np.ndarray) -> np.ndarray:
+def ramps(lengths: np.ndarray) -> np.ndarray:
     """0..length-1 for every length, one after another: (B,) -> (sum,) int64."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -56,11 +56,22 @@ def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], device
 
 @torch.no_grad()
 def score(
-    model: CausalLM, sequences: Sequence[TokenSequence], names: Sequence[str], budget: int, ranks: Ranks
+    model: CausalLM,
+    sequences: Sequence[TokenSequence],
+    names: Sequence[str],
+    budget: int,
+    ranks: Ranks,
+    watch: Callable[[PackedBatch, list[int]], PackedBatch] | None = None,
 ) -> list[np.ndarray]:
-    """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together."""
+    """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together.
+
+    ``watch(batch, group)`` may exchange the batch of a group for one whose forward is observed.
+    """
     groups = micro_batches(sequences, names, budget, True, ranks)
-    values = [token_scores(model, group_batch(sequences, group, ranks.device)).logprobs for group in groups]
+    values = []
+    for group in groups:
+        batch = group_batch(sequences, group, ranks.device)
+        values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
     return by_sequence(values, sequences, groups)
 
 

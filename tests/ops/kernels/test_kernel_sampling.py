@@ -250,3 +250,36 @@ def test_sample_agrees_with_the_twin() -> None:
     assert torch.allclose(logprobs.cpu(), twin_logprobs, rtol=1e-5, atol=1e-5)
     assert tokens.dtype == torch.int64
     assert logprobs.dtype == min_logit.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("vocab_size", "scale"), [(37, 1.0), (37, 20.0), (2003, 0.01), (2003, 4.0)])
+def test_draws_and_kept_sets_have_the_twin_s_bits(vocab_size: int, scale: float) -> None:
+    """Random filters on rows with and without ties, from nearly uniform to nearly one-hot."""
+    count = 500 if DEVICE == "cuda" else 8
+    rng = torch.Generator().manual_seed(vocab_size)
+    logits = randn(count, vocab_size, seed=vocab_size, scale=scale)
+    logits[::2] = (logits[::2] * 2).round() / 2
+    temperature, top_p, min_p = (torch.rand(count, generator=rng) for _ in range(3))
+    arguments = (
+        logits.cpu(),
+        torch.where(temperature < 0.1, 0.0, 2 * temperature),
+        torch.randint(-1, 50, (count,), generator=rng, dtype=torch.int32),
+        torch.where(top_p < 0.3, 1.0, top_p),
+        torch.where(min_p < 0.6, 0.0, 0.3 * min_p),
+        torch.randint(-(2**62), 2**62, (count,), generator=rng),
+        torch.randint(0, 9999, (count,), generator=rng),
+    )
+    tokens, _, min_logit = kernel.sample(*(argument.to(DEVICE) for argument in arguments))
+    twin_tokens, _, twin_min_logit = twin.sample(*arguments)
+    assert torch.equal(tokens.cpu(), twin_tokens)
+    assert same_bits(min_logit.cpu(), twin_min_logit)
+
+
+@pytest.mark.gpu
+def test_all_noise_has_the_twin_s_bits() -> None:
+    from vexact.ops.cpu.gumbel import gumbel as twin_gumbel
+
+    for first in range(0, 1 << 23, 1 << 20):
+        words = torch.arange(first, first + (1 << 20))
+        parts = [gumbel(part.to(DEVICE) << 9).cpu() for part in words.split(1 << 12)]
+        assert same_bits(torch.cat(parts), torch.from_numpy(twin_gumbel(words.numpy())))

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from vexact.audit.compare import Comparison, TokenDifference, compare
-from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded
+from vexact.audit.draws import DrawDifference, compare_draws
+from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded, show_targets
 from vexact.audit.verify.workload import Round
 from vexact.models import CausalLM
 from vexact.ops import SamplingTensors
 from vexact.rollout import Engine
-from vexact.rollout.request import request_seed
+from vexact.rollout.request import draw_settings, request_seed
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.redraw import Redraw, Redrawn
 from vexact.types import Sample
 
 _MOST_PER_BATCH = 6
@@ -37,7 +39,8 @@ class LogitDifference:
 
 @dataclass(slots=True)
 class BitTally:
-    """Sums over rounds and packings. A token is matched when its log-probability and all its logits have equal bits."""
+    """Sums over rounds and packings. A token is matched when its log-probability and all its logits have equal bits,
+    and it can be drawn again."""
 
     tokens: int = 0  # distinct response tokens
     logprobs_compared: int = 0
@@ -48,13 +51,17 @@ class BitTally:
     max_ulp: int = 0
     max_abs_logit_diff: float = 0.0
     non_finite: int = 0  # of the compared log-probabilities: NaN or infinite on either side
+    draws_repeated: int = 0
+    draws_different: int = 0
     unmatched: set[tuple[str, int]] = field(default_factory=set)  # (request, response position)
     first_logprob: TokenDifference | None = None
     first_logit: LogitDifference | None = None
+    first_draw: DrawDifference | None = None
 
     @property
     def exact(self) -> bool:
-        return not (self.logprobs_different or self.logits_different) and self.logprobs_compared > 0
+        different = self.logprobs_different or self.logits_different or self.draws_different
+        return not different and self.logprobs_compared > 0
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
         for sample, values in zip(samples, trainer, strict=True):
@@ -84,8 +91,15 @@ class BitTally:
         values = float(rollout[row, column]), float(trainer[row, column])
         self.first_logit = _earlier(self.first_logit, LogitDifference(sample.request_id, row, column, *values))
 
+    def add_draws(self, samples: Sequence[Sample], drawn: Redrawn) -> None:
+        result = compare_draws(samples, drawn)
+        self.draws_repeated += result.redrawn
+        self.draws_different += result.different
+        self.first_draw = _earlier(self.first_draw, result.first)
+        self.unmatched.update(result.where)
 
-Difference = TypeVar("Difference", TokenDifference, LogitDifference)
+
+Difference = TypeVar("Difference", TokenDifference, LogitDifference, DrawDifference)
 
 
 def _earlier(known: Difference | None, new: Difference | None) -> Difference | None:
@@ -119,15 +133,16 @@ def compare_round(
     *,
     fused: bool,
     padded: bool,
-    redraw: bool,
+    unobserved: bool,
     seed: int,
     tally: BitTally,
 ) -> tuple[list[Sample], dict[str, float]]:
     """Samples one round with an engine of its own, rescores it in two random packings and adds to ``tally``.
 
     The first packing compares logits, and the log-probabilities that the sampler's definition gives for them; the
-    second compares the log-probabilities of the fused head (or of logits again without ``fused``). With ``redraw`` the
-    second is of samples that the engine drew again, unobserved: only then does it use CUDA graphs.
+    second compares the log-probabilities of the fused head (or of logits again without ``fused``). With ``unobserved``
+    the second is of samples that the engine generated again without an observer: only then does it use CUDA graphs.
+    Every token of both is drawn again from the training side's logits of the first.
 
     Returns the samples and the engine's statistics.
     """
@@ -138,31 +153,46 @@ def compare_round(
     tally.tokens += sum(len(sample.token_ids) for sample in samples)
     rng = random.Random(seed)
     again = samples
-    if redraw:
+    if unobserved:
         engine.observe_logits(None)
         again = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
-    for drawn, use_fused in ((samples, False), (again, fused)):
-        for group, batch in _random_batches(rng, drawn, padded, model.lm_head_weight.device):
-            if use_fused:
+    redraw = _redraw_of_all(one_round, samples)
+    for second, generated in enumerate((samples, again)):
+        for indices, batch in _random_batches(rng, generated, padded, model.lm_head_weight.device):
+            group = [generated[i] for i in indices]
+            if second and fused:
                 logprobs = side.logprobs(batch)
             else:
                 logits = side.logits(batch)
                 logprobs = logprobs_of(logits, batch)
+                if not second:
+                    show_targets(redraw.watch(batch, indices), logits)
                 parts = logits.split(batch.response_lengths.tolist())
                 for sample, part in zip(group, parts, strict=True):
                     tally.add_logits(sample, capture.of(sample, one_round.engine["seed"]).to(part.device), part)
             split = logprobs.cpu().split(batch.response_lengths.tolist())
             tally.add_logprobs(group, [part.numpy() for part in split])
+    drawn = redraw.take()
+    for generated in (samples, again) if unobserved else (samples,):
+        tally.add_draws(generated, drawn)
     return samples, engine.stats()
+
+
+def _redraw_of_all(one_round: Round, samples: Sequence[Sample]) -> Redraw:
+    """Repeats every draw of the round."""
+    params = dict(zip(one_round.request_ids, one_round.params, strict=True))
+    ids = [sample.request_id for sample in samples]
+    return Redraw(samples, [draw_settings(params[name], one_round.engine["seed"], name) for name in ids], 1.0)
 
 
 def _random_batches(
     rng: random.Random, samples: Sequence[Sample], padded: bool, device: torch.device
-) -> Iterator[tuple[list[Sample], PackedBatch]]:
-    """The samples in random order, a random few at a time."""
-    order = rng.sample(list(samples), len(samples))
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """The samples in random order, a random few at a time: their indices, and packed."""
+    order = rng.sample(range(len(samples)), len(samples))
     while order:
         count = rng.randint(1, _MOST_PER_BATCH)
-        group, order = order[:count], order[count:]
+        indices, order = order[:count], order[count:]
+        group = [samples[i] for i in indices]
         sequences = [TokenSequence(s.prompt_token_ids, s.token_ids, s.inv_temperature, s.min_logits) for s in group]
-        yield group, pack_padded(sequences, device) if padded else pack_tokens(sequences, device)
+        yield indices, pack_padded(sequences, device) if padded else pack_tokens(sequences, device)

@@ -36,7 +36,7 @@ class VerifyReport:
         """JSON-ready."""
         tally = {f.name: getattr(self.bits, f.name) for f in dataclasses.fields(self.bits)}
         unmatched = sorted(tally.pop("unmatched"))
-        for name in ("first_logprob", "first_logit"):
+        for name in ("first_logprob", "first_logit", "first_draw"):
             tally[name] = dataclasses.asdict(tally[name]) if tally[name] is not None else None
         return {
             "passed": self.passed,
@@ -103,6 +103,9 @@ class VerifyReport:
                 f"{b.logits_different} / {b.logits_compared}, max |diff| {b.max_abs_logit_diff:.3g}",
             ),
         ]
+        rows.append(
+            ("    draws different", f"{b.draws_different} / {b.draws_repeated} drawn again from training logits")
+        )
         if b.non_finite:
             rows.append(("    non-finite log-probs", str(b.non_finite)))
         for name, first in (("log-prob", b.first_logprob), ("logit", b.first_logit)):
@@ -110,6 +113,12 @@ class VerifyReport:
                 where = f"request {first.request_id}, response position {first.position}, token {first.token_id}"
                 values = f"rollout {first.rollout!r}, training {first.trainer!r}"
                 rows.append((f"    first different {name}", f"{where}: {values}"))
+        if b.first_draw is not None:
+            first_draw = b.first_draw
+            where = f"request {first_draw.request_id}, response position {first_draw.position}"
+            rows.append(
+                ("    first different draw", f"{where}: sampled {first_draw.sampled}, drawn again {first_draw.redrawn}")
+            )
         return rows
 
     def verdict(self) -> str:

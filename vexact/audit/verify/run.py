@@ -104,7 +104,7 @@ def _bits(
             one_round,
             fused=options.use_fused_lce,
             padded=not options.use_remove_padding,
-            redraw=device.type == "cuda",
+            unobserved=device.type == "cuda",
             seed=options.seed,
             tally=tally,
         )

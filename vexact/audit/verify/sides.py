@@ -140,6 +140,13 @@ def logprobs_of(logits: Tensor, batch: PackedBatch) -> Tensor:
     return token_logprobs(logits, targets.token_ids, targets.inv_temperature, targets.min_logit).logprobs
 
 
+def show_targets(batch: PackedBatch, logits: Tensor) -> None:
+    """Gives the batch's probe, if it has one, its rows of the targets' logits (R, V)."""
+    probe = batch.targets.probe
+    if probe is not None:
+        probe.see(logits.index_select(0, probe.rows), slice(0, len(probe.rows)))
+
+
 def pack_padded(sequences: Sequence[TokenSequence], device: torch.device) -> PackedBatch:
     """A batch with padding: every sequence is filled up at its end to the longest, each row a sequence of its own.
 

@@ -29,10 +29,10 @@ def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[np.ndarray, np.ndarra
     return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
 
 
-def uniform(seed: np.ndarray, position: np.ndarray, length: int) -> np.ndarray:
-    """Uniform fp32 in (0, 1), one per vocabulary entry: (B,) int64 seeds and positions -> (B, length)."""
+def random_bits(seed: np.ndarray, position: np.ndarray, length: int) -> np.ndarray:
+    """23 random bits per vocabulary entry: (B,) int64 seeds and positions -> (B, length) uint32."""
     key, place = seed.astype(np.uint64)[:, None], position.astype(np.uint64)[:, None]
     index = np.arange(-(-length // 4), dtype=np.uint64)[None, :]
     counter = (index, place & _LOW, place >> _SHIFT, np.zeros_like(place))
     words = philox4x32(counter, (key & _LOW, key >> _SHIFT)).reshape(len(seed), -1)[:, :length]
-    return ((words >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    return words >> np.uint32(9)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vexact.ops.kernels.logprob import token_logprobs
 from vexact.ops.kernels.philox import philox_4x32_10
+from vexact.ops.kernels.portable_math import log_of_normal
 from vexact.ops.kernels.sampling_threshold import thresholds
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
@@ -20,29 +21,10 @@ DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 1024, "num_warps": 4}
 
 
 @triton.jit
-def _log(x):
-    """Natural logarithm of positive normal fp32 numbers, relative error below 1.2e-7, without special cases."""
-    bits = x.to(tl.int32, bitcast=True)
-    # x = 2^e * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
-    shifted = bits - 0x3F3504F3
-    exponent = (shifted >> 23).to(tl.float32)
-    f = (bits - (shifted & -8388608)).to(tl.float32, bitcast=True) - 1.0
-    p = tl.full(f.shape, 0.08746833354234695, tl.float32)
-    p = tl.fma(p, f, -0.14325468242168427)
-    p = tl.fma(p, f, 0.14921709895133972)
-    p = tl.fma(p, f, -0.16568464040756226)
-    p = tl.fma(p, f, 0.19961564242839813)
-    p = tl.fma(p, f, -0.2500181794166565)
-    p = tl.fma(p, f, 0.3333396315574646)
-    p = tl.fma(p, f, -0.49999991059303284)
-    return tl.fma(exponent, 0.6931471824645996, tl.fma(f * f, p, f))
-
-
-@triton.jit
 def gumbel_from_bits(bits):
     """Standard Gumbel noise -log(-log u) from uint32 words, with u = ((r >> 9) + 1/2) / 2^23 exact in fp32."""
     u = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    return -_log(-_log(u))
+    return -log_of_normal(-log_of_normal(u))
 
 
 @triton.jit

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.portable_math import exp_of_negative, log_of_normal
+
 THRESHOLD_CONFIG = {"BLOCK": 4096, "ROUNDS": 8, "num_warps": 16}
 _MAX_BLOCKS = 511  # a lane counts its tokens in ten bits, and a row in 21
 # Tokens this far below the best (in nats, or logits where the temperature is below one) seldom matter to a filter.
@@ -20,6 +22,7 @@ _PASSES_BY_VALUE = tl.constexpr(8)
 # Probabilities relative to the largest are summed as multiples of 2^-40: 2^22 tokens of weight one fit an int64.
 _MASS_ONE = tl.constexpr(1099511627776.0)
 _KEY_OF_NOTHING = tl.constexpr(-2147483648)
+_SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _load_row(row_ptr, columns, vocab_size):
 @triton.jit
 def _mass(x, inv_temperature, max_z):
     """exp(z - max z) in fixed point."""
-    return (tl.exp(x * inv_temperature - max_z) * _MASS_ONE).to(tl.int64)
+    return (exp_of_negative(x * inv_temperature - max_z) * _MASS_ONE).to(tl.int64)
 
 
 @triton.jit
@@ -276,7 +279,9 @@ def _threshold_kernel(
         max_z = largest * inv_temperature
         low = _order_key(smallest).to(tl.int64)
         high = _order_key(largest).to(tl.int64) + 1
-        log_min_p = tl.where(by_ratio, tl.log(tl.where(by_ratio, min_p, 1.0)), float("-inf"))
+        log_min_p = tl.where(
+            by_ratio, log_of_normal(tl.maximum(tl.where(by_ratio, min_p, 1.0), _SMALLEST_NORMAL)), float("-inf")
+        )
         if by_count | by_mass:
             copy_ptr = scratch_ptr + row.to(tl.int64) * (ROUNDS * BLOCK)
             cut = _order_key(largest - _CUT * tl.maximum(temperature, 1.0)).to(tl.int64)
@@ -323,7 +328,7 @@ def _threshold_kernel(
                 )
         else:
             threshold = _smallest_kept(row_ptr, vocab_size, low, inv_temperature, max_z, log_min_p, BLOCK)
-    tl.store(min_logit_ptr + row, threshold)
+    tl.store(min_logit_ptr + row, threshold + 0.0)  # -0 and +0 are one value
 
 
 def thresholds(
