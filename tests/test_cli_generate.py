@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from vexact import cli
 from vexact.models import ModelConfig, random_model, save_hf
@@ -91,3 +92,20 @@ def test_a_prompt_or_parameter_that_cannot_be_meant_is_a_message(
 def test_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(tmp_path / "nowhere", "--prompt", "x") == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_an_answer_without_probabilities_is_refused_by_name(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = ModelConfig.from_hf_dir(checkpoint)
+    model = random_model(config, seed=0)
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    save_hf(model.named_parameters(), config, tmp_path)
+    assert generate(tmp_path, "--prompt", "x") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "request 0, response position 0: token " in printed.err
+    assert "log-probability nan. Every weight is finite, so a number overflows" in printed.err

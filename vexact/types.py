@@ -82,6 +82,7 @@ class Score:
     extra: dict[str, float] = field(default_factory=dict)  # further numeric keys the grader returned
     status: ScoreStatus = "ok"
     message: str = ""
+    seal: str = ""  # binds the value to the sample it was given for, see vexact.reward.seal
 
 
 @dataclass(frozen=True, slots=True)

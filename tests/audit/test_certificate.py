@@ -4,26 +4,13 @@ import dataclasses
 import json
 
 import pytest
+from audit_support import CONFIG, PAIR
 
 from vexact.audit.certificate import CertificateError, require_certificate, run_self_test
 from vexact.audit.environment import tile_table_hash
-from vexact.models import ModelConfig, random_model
+from vexact.models import random_model
 from vexact.rollout import Engine, SamplingParams
 from vexact.training import Actor, ActorConfig
-
-CONFIG = ModelConfig.from_hf_dict(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 53,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-    }
-)
-PAIR = {"rollout_attention": "triton-invariant", "trainer_attention": "triton-invariant"}
 
 
 def _engine(**config):

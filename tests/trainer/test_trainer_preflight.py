@@ -71,7 +71,7 @@ def test_sampling_that_the_engine_refuses(start, more, message):
 
 
 def test_a_prompt_that_is_too_long(start):
-    with pytest.raises(ValueError, match=r"data\.val_files: row 1: the prompt has 18 tokens, more than"):
+    with pytest.raises(ValueError, match=r"data\.val_files: .*val\.jsonl, row 1: the prompt has 18 tokens, more than"):
         start(rows=[_row(), _row(prompt="1+2+3+4+5+6+7+8+9=")])
 
 

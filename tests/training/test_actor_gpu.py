@@ -1,13 +1,15 @@
 """The actor on one GPU: bf16 compute over a sharded fp32 master copy, against the engine's bits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from training_support import assert_same_bits, weights_of
 
 from vexact.models import ModelConfig, random_model
-from vexact.rollout import Engine, SamplingParams
-from vexact.training import Actor, ActorConfig, OptimConfig
+from vexact.rollout import Engine, NonFiniteLogprobError, SamplingParams
+from vexact.training import Actor, ActorConfig, Ledger, LedgerError, OptimConfig
 from vexact.types import TrainSequence
 from vexact.weights import sync_weights
 
@@ -60,3 +62,38 @@ def test_updates_are_exactly_on_policy_and_resume_bit_for_bit():
     for sequences, metrics in kept:
         assert resumed.update(sequences) == metrics
     assert_same_bits(weights_of(resumed), weights_of(actor))
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}])
+def test_numbers_that_are_none_are_refused_in_prefill_and_in_replayed_graphs(params):
+    model = random_model(ModelConfig.from_hf_dict(SIZES), 1, torch.bfloat16, "cuda")
+    engine = Engine(model=model, device="cuda", max_model_len=256, num_pages=512)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True, **params)
+    engine.generate([[1, 2, 3], [4]], sampling)  # captures the graph of two sequences
+    engine.add_request([1, 2, 3], sampling, "a")
+    engine.add_request([4], sampling, "b")
+    engine.step()
+    with torch.no_grad():
+        model.norm.weight[3] = torch.nan
+    with pytest.raises(
+        NonFiniteLogprobError, match=r"request a, response position 1: .*norm\.weight holds 1"
+    ) as caught:
+        engine.step()
+    assert caught.value.request_ids == ["a", "b"]
+    engine.check_idle()
+    with pytest.raises(NonFiniteLogprobError, match="response position 0"):
+        engine.generate([[1, 2, 3]], sampling)
+
+
+def test_the_checksums_of_device_and_host_agree_and_find_a_swap():
+    rng = np.random.default_rng(0)
+    model = random_model(ModelConfig.from_hf_dict(SIZES), 1, torch.bfloat16, "cuda")
+    engine = Engine(model=model, device="cuda", max_model_len=256, num_pages=512)
+    prompts = [rng.integers(0, 1024, 9).tolist() for _ in range(4)]
+    samples = engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    sequences = [TrainSequence(s, rng.normal(size=20).astype(np.float32)) for s in samples]
+    actor, ledger = gpu_actor(1), Ledger(sequences)
+    actor.update(sequences, ledger=ledger)
+    swapped = [replace(s, advantages=o.advantages) for s, o in zip(sequences, sequences[::-1], strict=True)]
+    with pytest.raises(LedgerError, match=r"request 0: the advantages .*those of request 3"):
+        actor.update(swapped, ledger=ledger)

@@ -44,7 +44,7 @@ def _with(key, value):
         (_with("weight", lambda t: t.double()), rf"weight of {NAME} is torch\.float64, the model has torch\.float32"),
         (_with("exp_avg_sq", lambda t: t.long()), rf"exp_avg_sq of {NAME} is torch\.int64"),
         (_with("exp_avg_sq", lambda t: t - 1), rf"exp_avg_sq of {NAME} has negative values"),
-        (_with("exp_avg", lambda t: t / 0), rf"exp_avg of {NAME} holds numbers that are not finite"),
+        (_with("exp_avg", lambda t: t / 0), rf"exp_avg of {NAME} holds 32 non-finite numbers of 32"),
         (_with("num_steps", -1.0), rf"num_steps of {NAME} is -1\.0"),
         (_with("num_steps", float("nan")), rf"num_steps of {NAME} is nan"),
         (_with("num_steps", "1"), rf"num_steps of {NAME} is '1'"),

@@ -18,13 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class ExactnessError(RuntimeError):
-    """Rollout and trainer disagree in at least one bit; ``comparison`` says where."""
+    """Rollout and trainer disagree in at least one bit, or were not compared; ``comparison`` says where."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         super().__init__(
-            f"{describe(comparison)}. The weights are as they were before this step; "
+            f"rollout and trainer disagree: {comparison.describe()}. The weights are as they were before this step; "
             "trainer.exactness=warn logs such differences and goes on"
+            if comparison.first is not None
+            else f"{comparison.describe()}: this update proves nothing about rollout and trainer"
         )
 
 
@@ -84,16 +86,26 @@ class Audit:
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
         draws = self._check_draws()
         self._metrics["timing_s/audit"] = perf_counter() - started
-        if comparison.tokens_different:
+        if not comparison.exact:
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
             if self.total_different == comparison.tokens_different:
-                log.warning("%s (later steps: see the mismatch column and bitwise/*)", describe(comparison))
+                what = f"rollout and trainer disagree: {comparison.describe()}"
+                log.warning("%s (later steps: see the mismatch column and bitwise/*)", what)
         if draws is not None and draws.different:
             if self.exactness == "strict":
                 raise DrawError(draws)
             if self.total_redrawn_different == draws.different:
                 log.warning("%s (later steps: see bitwise/tokens_redrawn_different)", draws.describe())
+
+    def require_compared(self) -> None:
+        """To be called after an update: one that compared nothing proves nothing.
+
+        Raises:
+            ExactnessError: no log-probability was compared and exactness is strict.
+        """
+        if not self._metrics.get("bitwise/tokens_compared") and self.exactness == "strict":
+            raise ExactnessError(compare((), ()))
 
     def _check_draws(self) -> DrawComparison | None:
         if self.redraw is None:
@@ -116,16 +128,3 @@ class Audit:
     def metrics(self) -> dict[str, float]:
         """``bitwise/*``, ``training/rollout_probs_diff_*``, ``rollout_corr/*`` and the time of the last check."""
         return self._metrics
-
-
-def describe(comparison: Comparison) -> str:
-    """One paragraph naming the first unequal token and the size of the disagreement."""
-    first = comparison.first
-    assert first is not None, "only a failed comparison has something to describe"
-    return (
-        f"rollout and trainer disagree: {comparison.tokens_different} of {comparison.tokens_compared} "
-        f"log-probabilities in {comparison.sequences_different} sequences have other bits (largest gap "
-        f"{comparison.max_abs_logprob_diff:.3g}, {comparison.max_ulp} ulp). First: request {first.request_id}, "
-        f"response position {first.position}, token {first.token_id}, rollout {first.rollout!r}, "
-        f"trainer {first.trainer!r} ({first.ulp} ulp)"
-    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -64,19 +66,18 @@ class Certificate:
     seconds: float
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """JSON has no NaN and no infinity: they are written as text."""
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def describe(self) -> str:
         """One line for the log."""
-        c, first = self.comparison, self.comparison.first
+        c = self.comparison
         pair = f"{self.rollout_attention} (rollout) and {self.trainer_attention} (trainer)"
-        if first is None:
+        if c.exact:
             return f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, attention {pair}"
         return (
-            f"the self-test before the first step failed: {c.tokens_different} of {c.tokens_compared} "
-            f"log-probabilities have other bits with attention {pair}. First: request {first.request_id}, response "
-            f"position {first.position}, token {first.token_id}, rollout {first.rollout!r}, trainer {first.trainer!r} "
-            f"({first.ulp} ulp). `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
+            f"the self-test before the first step failed: {c.describe()}. Attention is {pair}; `vexact verify` looks "
+            "closer; trainer.exactness=warn logs this and goes on"
         )
 
 
@@ -109,6 +110,12 @@ def _requests(engine: Engine, token_budget: int) -> tuple[list[list[int]], list[
     return [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths], params
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(certificate: Certificate, run_dir: Path) -> None:
     """Writes ``certificate.json``, which every checkpoint copies."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,14 +129,15 @@ def require_certificate(
 
     Raises:
         CertificateError: a bit differs and exactness is strict. The certificate is written all the same.
+        NonFiniteLogprobError: the engine sampled a token without a log-probability. There is no certificate then.
     """
+    (run_dir / FILE).unlink(missing_ok=True)  # of an earlier start in this directory
     if exactness == "off":
-        (run_dir / FILE).unlink(missing_ok=True)  # of an earlier start in this directory
         return
     started = perf_counter()
     result = run_self_test(engine, actor)
     certificate = Certificate(
-        exact=result.comparison.tokens_different == 0,
+        exact=result.comparison.exact,
         comparison=result.comparison,
         rollout_attention=rollout_attention,
         trainer_attention=trainer_attention,

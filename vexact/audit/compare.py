@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from vexact.types import Sample
 
 @dataclass(frozen=True, slots=True)
 class TokenDifference:
-    """One response token whose two fp32 log-probabilities differ."""
+    """One response token whose two fp32 log-probabilities differ, or are not both finite."""
 
     request_id: str
     position: int  # index in the response
@@ -21,28 +22,63 @@ class TokenDifference:
     trainer: float
     ulp: int
 
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.rollout) and math.isfinite(self.trainer)
+
+    def describe(self) -> str:
+        """Where it is and both values."""
+        note = f"{self.ulp} ulp" if self.is_finite else "not finite"
+        return (
+            f"request {self.request_id}, response position {self.position}, token {self.token_id}, "
+            f"rollout {self.rollout!r}, trainer {self.trainer!r} ({note})"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What the audit saw in one optimizer step; log-probabilities compared as int32."""
+    """What the audit saw in one optimizer step; log-probabilities compared as int32.
+
+    NaN and infinity are no log-probabilities: a token that has one on either side is different, whatever its bits.
+    """
 
     tokens_compared: int
     tokens_different: int
     sequences_different: int
     max_ulp: int
-    max_abs_logprob_diff: float
+    max_abs_logprob_diff: float  # infinite when a value is not finite
     first: TokenDifference | None  # in the order of the sequences
+    tokens_nonfinite: int = 0  # of the different ones
+
+    @property
+    def exact(self) -> bool:
+        """Something was compared and nothing differs."""
+        return self.tokens_compared > 0 and self.tokens_different == 0
 
     def metrics(self) -> dict[str, float]:
         """``bitwise/*``; ``first_different_position`` is -1 when there is none."""
         return {
             "bitwise/tokens_compared": float(self.tokens_compared),
             "bitwise/tokens_different": float(self.tokens_different),
+            "bitwise/tokens_nonfinite": float(self.tokens_nonfinite),
             "bitwise/sequences_different": float(self.sequences_different),
             "bitwise/max_ulp": float(self.max_ulp),
             "bitwise/max_abs_logprob_diff": self.max_abs_logprob_diff,
             "bitwise/first_different_position": float(self.first.position if self.first else -1),
         }
+
+    def describe(self) -> str:
+        """What differs, how much, and the first such token; for a comparison that is not exact."""
+        if self.first is None:
+            return "nothing was compared, 0 log-probabilities"
+        what = "have other bits"
+        if self.tokens_nonfinite:
+            what += f" or no finite value ({self.tokens_nonfinite})"
+        return (
+            f"{self.tokens_different} of {self.tokens_compared} log-probabilities in {self.sequences_different} "
+            f"sequences {what} (largest gap {self.max_abs_logprob_diff:.3g}, {self.max_ulp} ulp). First: "
+            f"{self.first.describe()}"
+        )
 
 
 def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -> Comparison:
@@ -65,7 +101,8 @@ def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -
     if not samples:
         return Comparison(0, 0, 0, 0, 0.0, None)
     rollouts, trainers = np.concatenate([sample.logprobs for sample in samples]), np.concatenate(trainer_logprobs)
-    where = np.flatnonzero(rollouts.view(np.int32) != trainers.view(np.int32))
+    # Where the bits are equal, one side being finite makes both so.
+    where = np.flatnonzero((rollouts.view(np.int32) != trainers.view(np.int32)) | ~np.isfinite(rollouts))
     if not len(where):
         return Comparison(len(rollouts), 0, 0, 0, 0.0, None)
     ends = np.cumsum([len(sample.logprobs) for sample in samples])
@@ -77,8 +114,17 @@ def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -
     first = TokenDifference(
         sample.request_id, position, sample.token_ids[position], float(a[0]), float(b[0]), int(ulps[0])
     )
-    max_diff = float(np.abs(a.astype(np.float64) - b).max())
-    return Comparison(len(rollouts), len(where), len(np.unique(sequences)), int(ulps.max()), max_diff, first)
+    finite = np.isfinite(a) & np.isfinite(b)
+    largest = float(np.abs(a.astype(np.float64) - b).max()) if finite.all() else math.inf
+    return Comparison(
+        tokens_compared=len(rollouts),
+        tokens_different=len(where),
+        sequences_different=len(np.unique(sequences)),
+        max_ulp=int(ulps.max()),
+        max_abs_logprob_diff=largest,
+        first=first,
+        tokens_nonfinite=int((~finite).sum()),
+    )
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ def mismatch_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray
 
     Args:
         rollout, trainer: per sequence (R,) fp32 log-probabilities of the same tokens; empty sequences are left out.
+            NaN and infinities are no log-probabilities and make every figure NaN.
 
     Raises:
         ValueError: the two sides differ in the number or the lengths of their sequences.
@@ -23,7 +24,11 @@ def mismatch_metrics(rollout: Sequence[np.ndarray], trainer: Sequence[np.ndarray
         raise ValueError("rollout and trainer log-probs differ in the number or the lengths of their sequences")
     if not rollout:
         return {"training/rollout_probs_diff_valid": 0.0}
-    a, b = (np.concatenate(side).astype(np.float64) for side in (trainer, rollout))
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        a, b = (np.concatenate(side).astype(np.float64) for side in (trainer, rollout))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.all():
+        a, b = (np.where(finite, side, np.nan) for side in (a, b))
     return _probability_metrics(np.exp(a), np.exp(b)) | _token_metrics(a - b) | _sequence_metrics(a, b, lengths)
 
 
@@ -31,7 +36,7 @@ def _probability_metrics(trainer: np.ndarray, rollout: np.ndarray) -> dict[str, 
     diff = np.abs(trainer - rollout)
     prefix = "training/rollout_probs_diff"
     metrics = {
-        f"{prefix}_valid": 1.0,
+        f"{prefix}_valid": float(np.isfinite(diff).all()),
         f"{prefix}_max": float(diff.max()),
         f"{prefix}_mean": float(diff.mean()),
         f"{prefix}_std": float(diff.std(ddof=1)) if len(diff) > 1 else 0.0,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 EPILOG = """\
-exit code: 0 every compared bit is equal; 1 one is not (or a gradient is missing or not finite); 2 wrong usage.
+exit code: 0 every compared bit is equal; 1 one is not (or a log-probability or gradient is not finite); 2 wrong usage.
 closeness to transformers does not change it. docs/verify.md explains the table.
 """
 
@@ -77,6 +77,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from vexact.audit.verify import VerifyOptions, verify
     from vexact.device import resolve_device
+    from vexact.rollout import NonFiniteLogprobError
 
     device = resolve_device(arguments.device)
     dtype = ("float32" if device == "cpu" else "bfloat16") if arguments.dtype == "auto" else arguments.dtype
@@ -95,7 +96,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         device=device,
     )
-    report = verify(options)
+    try:
+        report = verify(options)
+    except NonFiniteLogprobError as error:
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps({"passed": False, "error": str(error)}, indent=2) + "\n")
+        sys.stdout.write(f"NOT EXACT: {error}\n")
+        return 1
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     sys.stdout.write(f"{report.table()}\n")

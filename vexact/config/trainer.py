@@ -32,6 +32,12 @@ class TrainerSection:
         "the first update (timing_s/audit_forward); -1 for never.",
         ge=-1,
     )
+    max_skipped_updates: int = opt(
+        2,
+        "Optimizer steps in a row that may be skipped because loss or gradient is not finite; one more stops the run "
+        "under exactness=strict. 0 stops at the first.",
+        ge=0,
+    )
     total_epochs: int = opt(30, "Passes over the training rows.", ge=1)
     total_training_steps: int | None = opt(None, "Stop after so many steps, whatever total_epochs says.", ge=1)
     logger: tuple[Sink, ...] = opt(

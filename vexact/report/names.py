@@ -12,17 +12,20 @@ METRICS: dict[str, dict[str, str]] = {
     "Exactness": {
         "bitwise/tokens_compared": "Sampled tokens whose fp32 log-probability was compared as 32-bit patterns, rollout "
         "against the training forward of the first optimizer step.",
-        "bitwise/tokens_different": "How many of them differ in any bit. Expected: 0.",
+        "bitwise/tokens_different": "How many of them differ in any bit, or are not finite. Expected: 0.",
+        "bitwise/tokens_nonfinite": "How many of these are NaN or infinite on either side, whatever their bits. "
+        "Expected: 0.",
         "bitwise/sequences_different": "Samples with at least one such token. Expected: 0.",
         "bitwise/max_ulp": "Largest distance in units in the last place. Expected: 0.",
-        "bitwise/max_abs_logprob_diff": "Largest absolute difference of log-probabilities (nats). Expected: 0.",
+        "bitwise/max_abs_logprob_diff": "Largest absolute difference of log-probabilities (nats); infinite when one is "
+        "not finite. Expected: 0.",
         "bitwise/first_different_position": "Position in the response of the first different token; -1: none.",
         "bitwise/tokens_redrawn": "Sampled tokens that were drawn again, from the trainer's logits and what the "
         "request asked for (trainer.audit_redraw_ratio).",
         "bitwise/tokens_redrawn_different": "How many of them came out as another token, or from another kept set. "
         "Expected: 0.",
         "bitwise/weights_checksum_ok": "1 when the rollout's weights have the checksum of the trainer's after a sync.",
-        "training/rollout_probs_diff_valid": "1 when probabilities were compared in this step.",
+        "training/rollout_probs_diff_valid": "1 when probabilities were compared in this step and all were finite.",
         "training/rollout_probs_diff_{max,mean,std}": "Absolute difference of *probabilities* exp(log-prob), rollout "
         "against training, as in verl. Expected: exactly 0.",
         "training/rollout_actor_probs_pearson_corr": "Correlation of the two sides' probabilities. Expected: 1.",
@@ -57,7 +60,11 @@ METRICS: dict[str, dict[str, str]] = {
         "actor/pg_clipfrac_lower": "Share of tokens cut by dual clipping.",
         "actor/grad_norm": "Gradient norm before clipping.",
         "actor/lr": "Learning rate of the last optimizer step.",
-        "actor/skipped_steps": "Optimizer steps skipped because the gradient was not finite. Expected: 0.",
+        "actor/skipped_steps": "Optimizer steps skipped because loss or gradient norm was not finite. Expected: 0.",
+        "actor/skipped_in_a_row": "The longest series of skipped optimizer steps that reaches into this update; "
+        "trainer.max_skipped_updates limits it. Expected: 0.",
+        "actor/nonfinite_tensors": "Weights and optimizer moments that hold a NaN or an infinity after the update. "
+        "Expected: 0.",
         "actor/<name>": "Further quantities of the chosen policy loss.",
     },
     "Lengths": {

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from vexact.reward.process import WorkerProcess
 from vexact.reward.run import START_TIMEOUT_S, Run
+from vexact.reward.seal import seal
 from vexact.reward.spec import GradeRequest, Outcome, RewardError, RewardSpec, load_function
 from vexact.reward.worker import grade
 from vexact.types import Score
@@ -59,17 +60,23 @@ class RewardPool:
         """Grade every request, in order.
 
         Raises:
-            RewardError: every sample failed, a worker cannot start, or the first samples all ran out of time.
+            RewardError: every sample failed, a worker cannot start, the first samples all ran out of time, or an
+                answer is not for the request in its place.
         """
         if self._function is not None:
             outcomes = [grade(self._function, request, self.spec.kwargs) for request in requests]
         else:
             outcomes = self._score_in_workers(requests)
+        if [request.key for request in requests] != [outcome.key for outcome in outcomes]:
+            raise RewardError("a reward worker answered for other samples than it was given")
         for outcome in outcomes:
             self._log_first(outcome)
         self._window.extend(outcomes)
         _require_some_success(outcomes)
-        return [Score(each.value, each.extra or {}, each.status, each.message) for each in outcomes]
+        return [
+            Score(each.value, each.extra or {}, each.status, each.message, seal(each.key, each.value))
+            for each in outcomes
+        ]
 
     def take_metrics(self) -> dict[str, float]:
         """``reward/{error_ratio,timeout_ratio}`` and ``reward/time_s/{mean,max}`` since the last call."""

@@ -105,7 +105,7 @@ class Run:
     def _charge(self, worker: WorkerProcess, outcome: Outcome) -> None:
         """The sample in hand pays; what was queued behind it goes back to the front of the line."""
         victim, *others = worker.pending
-        self._done[victim] = outcome
+        self._done[victim] = outcome._replace(key=self._requests[victim].key)
         self._waiting.extendleft(reversed(others))
         worker.pending.clear()
         self._pool.replace(worker)

@@ -40,6 +40,7 @@ class GradeRequest(NamedTuple):
     solution_str: str
     ground_truth: Any
     extra_info: dict[str, Any] | None = None
+    key: str = ""  # of the sample; comes back with the outcome
 
 
 class Outcome(NamedTuple):
@@ -52,6 +53,7 @@ class Outcome(NamedTuple):
     message: str = ""
     traceback: str = ""
     seconds: float = 0.0
+    key: str = ""  # of the request it answers
 
 
 def load_function(spec: RewardSpec) -> ScoreFunction:
@@ -86,7 +88,7 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
 
 def call(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]) -> Outcome:
     """Call the function as verl does and interpret what it returns; raises whatever it raises."""
-    data_source, solution, truth, extra_info = request
+    data_source, solution, truth, extra_info, _ = request
     result = function(
         data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=extra_info, **kwargs
     )

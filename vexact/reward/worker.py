@@ -86,7 +86,7 @@ def grade(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]
         excerpt = "\n".join(traceback.format_exc().strip().splitlines()[-_TRACEBACK_LINES:])
         message = f"{type(error).__name__}: {error}"
         outcome = Outcome("error", kind=type(error).__name__, message=message, traceback=excerpt)
-    return outcome._replace(seconds=time.perf_counter() - started)
+    return outcome._replace(seconds=time.perf_counter() - started, key=request.key)
 
 
 def _die_with_driver(descriptor: int) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vexact.models.decoder import CausalLM
+from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.batch import Batch, build_batch
 from vexact.rollout.block_manager import BlockManager
@@ -20,7 +23,7 @@ from vexact.rollout.finish import Finisher
 from vexact.rollout.intake import Intake, expand
 from vexact.rollout.loading import Loaded, load
 from vexact.rollout.runner import ModelRunner, kv_page_bytes
-from vexact.rollout.sampler import StepOutput
+from vexact.rollout.sampler import NonFiniteLogprobError, StepOutput
 from vexact.rollout.sampling_params import SamplingParams
 from vexact.rollout.scheduler import Scheduler
 from vexact.rollout.state import SlotState
@@ -145,7 +148,12 @@ class Engine:
         return [request.request_id for request in requests]
 
     def step(self) -> list[Sample]:
-        """Schedule, run one forward pass, sample; returns the samples that ended."""
+        """Schedule, run one forward pass, sample; returns the samples that ended.
+
+        Raises:
+            NonFiniteLogprobError: a log-probability is NaN or infinite. Its request is dropped, the others go on: the
+                error holds the samples that ended in this step.
+        """
         started = time.perf_counter()
         schedule = self._scheduler.schedule()
         if not schedule.slots.size:
@@ -168,7 +176,31 @@ class Engine:
         return samples
 
     def _collect(self, batch: Batch, output: StepOutput) -> list[Sample]:
-        slots = batch.sample_slots
+        slots, finite = batch.sample_slots, output.finite()
+        if finite.all():
+            return self._append(slots, output)
+        message, request_ids = self._drop_nonfinite(slots[~finite], output.rows(~finite))
+        raise NonFiniteLogprobError(message, request_ids, self._append(slots[finite], output.rows(finite)))
+
+    def _drop_nonfinite(self, slots: np.ndarray, output: StepOutput) -> tuple[str, list[str]]:
+        """Takes the requests in ``slots`` out; returns what to say about them, and their ids."""
+        model, requests = self.model, [self._state.request(slot) for slot in slots.tolist()]
+        first, position = requests[0], int(self._state.num_tokens[slots[0]]) - requests[0].num_prompt_tokens
+        for request in requests:
+            self._scheduler.release(request)
+            self._intake.forget(request)
+        values = f"log-probability {output.logprobs[0]}"
+        if not output.min_logits[0] < np.inf:
+            values += f" and threshold {output.min_logits[0]}"
+        more = f" (and {len(requests) - 1} more requests of this step)" if len(requests) > 1 else ""
+        message = (
+            f"request {first.request_id}, response position {position}: token {output.token_ids[0]} was sampled with "
+            f"{values}{more}. "
+            + cause_of_nonfinite(chain(model.named_parameters(), model.named_buffers()), model.lm_head_weight.dtype)
+        )
+        return message, [request.request_id for request in requests]
+
+    def _append(self, slots: np.ndarray, output: StepOutput) -> list[Sample]:
         self._state.append_sampled(slots, output.token_ids, output.logprobs, output.min_logits)
         samples = []
         for slot, ending in self._finisher.endings(slots, output.token_ids):
@@ -195,6 +227,8 @@ class Engine:
         Raises:
             ValueError: lengths that do not match, or a request that could never run (then none is started).
             RuntimeError: requests added by ``add_request`` are still unfinished.
+            NonFiniteLogprobError: a log-probability is NaN or infinite. The call ends; the error names the request and
+                holds the samples that were finished.
         """
         if self.has_unfinished:
             raise RuntimeError("generate() needs an idle engine; step() until has_unfinished is False or abort_all()")
@@ -210,6 +244,9 @@ class Engine:
                 finished.update((sample.request_id, sample) for sample in self.step())
                 if on_step is not None:
                     on_step(len(finished), self._stats.num_tokens - num_tokens_before)
+        except NonFiniteLogprobError as error:
+            error.samples = [*finished.values(), *error.samples]
+            raise
         finally:
             self.abort_all()  # only an error or an interrupt leaves anything to abort
         return [finished[request_id] for request_id in order]

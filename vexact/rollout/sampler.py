@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact.models.nonfinite import NonFiniteError
 from vexact.ops.sampling import SamplingTensors, sample
+from vexact.types import Sample
 
 
 class StepOutput(NamedTuple):
@@ -17,6 +19,26 @@ class StepOutput(NamedTuple):
     token_ids: np.ndarray  # (S,) int64
     logprobs: np.ndarray  # (S,) float32
     min_logits: np.ndarray  # (S,) float32
+
+    def finite(self) -> np.ndarray:
+        """(S,) bool: rows whose log-probability is a number and whose threshold is one or -inf, which keeps all."""
+        return np.isfinite(self.logprobs) & (self.min_logits < np.inf)
+
+    def rows(self, chosen: np.ndarray) -> StepOutput:
+        """Some rows, by mask (S,) bool."""
+        return StepOutput(*(array[chosen] for array in self))
+
+
+class NonFiniteLogprobError(NonFiniteError):
+    """A request sampled a token whose log-probability, or threshold, is NaN or infinite: nothing to train on.
+
+    The requests concerned have left the engine; all others are as they would be without them.
+    """
+
+    def __init__(self, message: str, request_ids: list[str], samples: list[Sample]) -> None:
+        super().__init__(message)
+        self.request_ids = request_ids
+        self.samples = samples  # that ended well: in this step or, from ``generate``, in this call
 
 
 def sample_tokens(logits: Tensor, params: SamplingTensors) -> Tensor:

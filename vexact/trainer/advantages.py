@@ -11,22 +11,30 @@ from torch import Tensor
 from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estimator, kl_penalty, overlong_penalty
 from vexact.config import Config
 from vexact.report.metrics import summary
-from vexact.training import Reference
-from vexact.types import SampleGroup, TrainSequence
+from vexact.reward.seal import require_seals
+from vexact.training import Ledger, Reference
+from vexact.types import Sample, SampleGroup, TrainSequence
 
 
 def train_sequences(
     config: Config, groups: Sequence[SampleGroup], reference: Reference | None
-) -> tuple[list[TrainSequence], dict[str, float]]:
+) -> tuple[list[TrainSequence], Ledger, dict[str, float]]:
     """Every sample with its per-token advantages (and reference log-probabilities when a KL term is on).
 
     Returns:
-        The sequences, group-major, and ``critic/rewards/*`` inputs: metrics of the rewards that were trained on.
+        The sequences, group-major; their checksums, which the actor compares with what its loss reads; and
+        ``critic/rewards/*`` inputs: metrics of the rewards that were trained on.
+
+    Raises:
+        SealError: a score is not the one given for its sample.
+        ValueError: a score, a reference log-probability or an advantage is not a finite number.
     """
     samples = [sample for group in groups for sample in group.samples]
+    require_seals(samples, [score for group in groups for score in group.scores])
     lengths = torch.tensor([len(sample.token_ids) for sample in samples])
     sequences = [TrainSequence(sample, np.zeros(len(sample.token_ids), np.float32)) for sample in samples]
     references = reference.logprobs(sequences) if reference is not None else [None] * len(samples)
+    _require_finite_references(samples, references)
     penalty = _kl_in_reward(config, sequences, references) if config.algorithm.use_kl_in_reward else None
     inputs = AdvantageInputs(
         rewards=_rewards(config, groups, lengths),
@@ -39,11 +47,38 @@ def train_sequences(
     advantages = advantage_estimator(algorithm.adv_estimator)(inputs, settings).numpy()
     parts = np.split(advantages, lengths.cumsum(0)[:-1].numpy())
     trained = [TrainSequence(sample, part, ref) for sample, part, ref in zip(samples, parts, references, strict=True)]
-    return trained, _metrics(config, inputs.outcomes().numpy(), penalty)
+    ledger = Ledger(trained)
+    _require_finite_advantages(groups, trained)
+    return trained, ledger, _metrics(config, inputs.outcomes().numpy(), penalty)
+
+
+def _require_finite_references(samples: Sequence[Sample], references: Sequence[np.ndarray | None]) -> None:
+    for sample, logprobs in zip(samples, references, strict=True):
+        if logprobs is not None and not np.isfinite(logprobs).all():
+            position = int(np.flatnonzero(~np.isfinite(logprobs))[0])
+            raise ValueError(
+                f"request {sample.request_id}, response position {position}: the reference policy gives token "
+                f"{sample.token_ids[position]} the log-probability {logprobs[position]}"
+            )
+
+
+def _require_finite_advantages(groups: Sequence[SampleGroup], sequences: Sequence[TrainSequence]) -> None:
+    scores = [group.scores for group in groups for _ in group.samples]
+    for sequence, of_group in zip(sequences, scores, strict=True):
+        if not np.isfinite(sequence.advantages).all():
+            values = ", ".join(f"{score.value:g}" for score in of_group)
+            raise ValueError(
+                f"request {sequence.sample.request_id}: its advantage is {sequence.advantages[0]}, from the scores "
+                f"{values} of its prompt; the reward function must return numbers that float32 can square"
+            )
 
 
 def _rewards(config: Config, groups: Sequence[SampleGroup], lengths: Tensor) -> Tensor:
     rewards = torch.tensor([score.value for group in groups for score in group.scores], dtype=torch.float32)
+    if not rewards.isfinite().all():
+        row = int((~rewards.isfinite()).nonzero()[0])
+        sample, score = [pair for group in groups for pair in zip(group.samples, group.scores)][row]
+        raise ValueError(f"request {sample.request_id}: its score {score.value!r} is no finite float32 number")
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg
     if overlong.enable:
         limit = config.data.max_response_length

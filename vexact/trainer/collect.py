@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 from vexact.algorithms import informative_groups
 from vexact.config import Config
+from vexact.reward.seal import require_seals, sample_key
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
 from vexact.rollout.request import draw_settings
@@ -98,13 +99,15 @@ def sample_groups(
 
 
 def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[SampleGroup]:
-    """The same groups with scores."""
+    """The same groups with scores. Raises SealError when a score is not its sample's."""
     flat = [(group.prompt, sample) for group in groups for sample in group.samples]
     requests = [
-        GradeRequest(prompt.data_source, sample.text or "", prompt.ground_truth, prompt.extra_info)
+        GradeRequest(prompt.data_source, sample.text or "", prompt.ground_truth, prompt.extra_info, sample_key(sample))
         for prompt, sample in flat
     ]
-    scores = iter(workers.rewards.score(requests))
+    given = workers.rewards.score(requests)
+    require_seals([sample for _, sample in flat], given, [request.key for request in requests])
+    scores = iter(given)
     return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
 
 

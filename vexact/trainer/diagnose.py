@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 from vexact.audit import ExactnessError
 from vexact.audit.certificate import CertificateError
 from vexact.audit.explain import explain
+from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import SamplingParams
 from vexact.trainer.workers import Workers
 from vexact.types import Sample
@@ -31,6 +33,12 @@ def diagnose(
     Args:
         sample: what the first unequal token is in, sampled with ``sampling``.
     """
+    first = error.comparison.first
+    if first is not None and not first.is_finite:
+        actor = workers.actor
+        error.args = (f"{error}\n{cause_of_nonfinite(actor.named_weights(), actor.config.torch_dtype)}",)
+        if not math.isfinite(first.rollout) and not math.isfinite(first.trainer):
+            return  # the two sides do not part
     log.info("looking for the first divergence of request %s", sample.request_id)
     try:
         found = explain(
@@ -39,7 +47,7 @@ def diagnose(
             sample,
             run_dir / REPLAY_FILE,
             sampling_params=sampling,
-            observed=error.comparison.first,
+            observed=first,
             model_path=model_path,
         )
         text = found.describe()

@@ -17,7 +17,9 @@ from vexact.trainer.collect import Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
 from vexact.trainer.pending_step import PendingStep
+from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
+from vexact.training import Ledger
 from vexact.types import SampleGroup, StepStats, TrainSequence
 from vexact.weights import sync_weights
 
@@ -42,6 +44,7 @@ class Driver:
         self.config, self.workers, self.reporter, self.store = config, workers, reporter, store
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
         self.identity, self.pending = identity, PendingStep(config.run_dir)
+        self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
         self.timers = Timers(on_enter=reporter.stage)
         self.collector = Collector(config, workers, self.timers)
 
@@ -94,12 +97,12 @@ class Driver:
             rollout_metrics = workers.engine.stats() | workers.rewards.take_metrics()
             # 5-6: reference log-probabilities if a KL term is on, advantages
             with self.timers("adv"):
-                sequences, reward_metrics = train_sequences(self.config, groups, workers.reference)
+                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference)
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             samples = [sequence.sample for sequence in sequences]
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
             with self.timers("update_actor"):
-                actor_metrics = self._update(step, sequences)
+                actor_metrics = self._update(step, sequences, ledger)
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
                 sync_metrics = sync_weights(workers.actor, workers.engine, step)
@@ -134,22 +137,24 @@ class Driver:
             self._save()
         return metrics["critic/score/mean"]
 
-    def _update(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
+    def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
+        actor, metrics = self.workers.actor, {"training/global_step": float(step)}
         every = self.config.trainer.audit_every_token_freq
         every_token = every > 0 and step % every == 0
         try:
-            return self.workers.actor.update(
-                sequences, self.audit.check, redraw=self.audit.redraw, every_token=every_token
+            metrics |= actor.update(
+                sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
             )
-        except (ExactnessError, DrawError) as error:
-            self.reporter.log(StepStats(step, {"training/global_step": float(step), **self.audit.metrics()}))
-            if isinstance(error, DrawError):
-                raise
-            config, first = self.config, error.comparison.first
-            assert first is not None, "an ExactnessError has a first unequal token"
-            sample = next(s.sample for s in sequences if s.sample.request_id == first.request_id)
-            diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
+            self.audit.require_compared()
+            self.health.check(metrics, actor.problems)
+        except (ExactnessError, DrawError, UpdateError) as error:
+            self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
+            if isinstance(error, ExactnessError) and error.comparison.first is not None:
+                name, config = error.comparison.first.request_id, self.config
+                sample = next(s.sample for s in sequences if s.sample.request_id == name)
+                diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
             raise
+        return metrics
 
     def _report_pending(self) -> None:
         """Ends a step whose checkpoint was saved by a run that ended before it could report it."""

@@ -18,7 +18,9 @@ from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training import one_pass
 from vexact.training.batch import PackedBatch, PolicyTargets, TokenSequence, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
+from vexact.training.finite import check_numbers, nonfinite_state, why_skipped
 from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
+from vexact.training.ledger import Ledger, checksums
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.optimizer import Optimizer, unsharded
 from vexact.training.ranks import Ranks
@@ -61,12 +63,15 @@ class Actor:
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
         self.optimizer = Optimizer(model.parameters(), config.optim)
         self.num_updates = 0
+        self.skipped_in_a_row = 0  # optimizer steps, over all updates of this process
+        self.problems: list[str] = []  # of the last update: why steps were skipped, what is no longer finite
 
     def update(
         self,
         sequences: Sequence[TrainSequence],
         audit: Audit | None = None,
         *,
+        ledger: Ledger | None = None,
         redraw: Redraw | None = None,
         every_token: bool = False,
     ) -> dict[str, float]:
@@ -76,26 +81,40 @@ class Actor:
         weight changes, with this rank's sequence indices and their training log-probabilities (fp32 (R,) arrays, same
         order). What it raises leaves the weights untouched. The indices are those of the first mini-batch, or with
         ``every_token`` of all sequences: the others then get a forward of their own. ``redraw``, made for
-        ``sequences``, repeats draws in these forwards.
+        ``sequences``, repeats draws in these forwards. ``ledger``, of the same sequences, was made where their
+        advantages were; every optimizer step compares what its loss reads with it.
 
-        Returns the means over the optimizer steps by verl's metric names, plus ``actor/skipped_steps`` and
-        ``timing_s/audit_forward``. Raises ValueError for a sequence that does not fit the token budget, and for
-        missing reference log-probabilities.
+        A step whose loss or gradient norm is not finite is skipped: nothing changes. Returns the means over the steps
+        taken by verl's metric names, plus ``actor/skipped_steps``, ``actor/skipped_in_a_row`` (the longest series that
+        reaches into this update), ``actor/nonfinite_tensors`` (weights and moments) and ``timing_s/audit_forward``;
+        ``problems`` says more.
+
+        Raises:
+            ValueError: a sequence does not fit the token budget, lacks reference log-probabilities, or holds numbers
+                that are not finite.
+            LedgerError: the loss reads something else than the ledger says.
         """
         self._check(sequences)
+        ledger = Ledger(sequences) if ledger is None else ledger
+        ledger.require(sequences)
         lr = self.config.optim.lr_at(self.num_updates)
         self.optimizer.set_lr(lr)
-        steps, started, beyond = [], perf_counter(), Scored([], [])
+        steps, longest, audit_seconds, beyond = [], 0, 0.0, Scored([], [])
         if audit is not None and every_token:
-            first = set(self._mini_batches(len(sequences), 0)[0])
+            started, first = perf_counter(), set(self._mini_batches(len(sequences), 0)[0])
             beyond = self._score(sequences, [i for i in range(len(sequences)) if i not in first], redraw)
-        audit_seconds = perf_counter() - started
+            audit_seconds = perf_counter() - started
+        self.problems = []
         for epoch in range(self.config.ppo_epochs):
-            for indices in self._mini_batches(len(sequences), epoch):
-                steps.append(self._step(sequences, indices, audit, beyond, redraw))
+            mini_batches = self._mini_batches(len(sequences), epoch)
+            ledger.require_each_once(range(len(sequences)), [i for indices in mini_batches for i in indices])
+            for indices in mini_batches:
+                steps.append(self._step(sequences, indices, ledger, audit, beyond, redraw))
+                longest = max(longest, self.skipped_in_a_row)
                 audit = redraw = None
         self.num_updates += 1
-        means = _mean_metrics(steps) | {"timing_s/audit_forward": audit_seconds}
+        health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
+        means = _mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
         return means | {"actor/lr": lr} | self._coefficients()
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
@@ -149,6 +168,12 @@ class Actor:
             for key, values in per_token.items():
                 if len(values) != num_tokens:
                     raise ValueError(f"{name} has {num_tokens} response tokens but {len(values)} {key}")
+        check_numbers(sequences)
+
+    def _num_nonfinite(self) -> float:
+        found = nonfinite_state(self.model, self.optimizer)
+        self.problems += found
+        return float(self.ranks.maximum(len(found))[0])
 
     def _mini_batches(self, num_sequences: int, epoch: int) -> list[list[int]]:
         """This rank's indices of every mini-batch; as many on every rank, the last ones possibly short or empty.
@@ -167,6 +192,7 @@ class Actor:
         self,
         sequences: Sequence[TrainSequence],
         indices: list[int],
+        ledger: Ledger,
         audit: Audit | None,
         beyond: Scored,
         redraw: Redraw | None,
@@ -180,17 +206,28 @@ class Actor:
         metrics = MiniBatchMetrics()
         self.optimizer.zero_grad()
         groups = micro_batches(tokens, names, budget, balance, self.ranks)
-        values = []
+        values, read = [], []
         for group in groups:
             batch = group_batch(tokens, group, self.ranks.device)
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
-            values.append(self._accumulate(chosen, batch, group, denominators, metrics))
+            logprobs, checksum = self._accumulate(chosen, batch, group, denominators, metrics)
+            values.append(logprobs)
+            read += checksum
+        if indices:
+            order = [indices[i] for group in groups for i in group]
+            ledger.require_each_once(indices, order)
+            ledger.compare(order, torch.cat(read, dim=1).cpu())
         if audit is not None:
             audit(indices + beyond.indices, by_sequence(values, tokens, groups) + beyond.logprobs)
-        norm = self.optimizer.step(self.config.grad_clip)
-        sums = self.ranks.total_of(metrics.sums).tolist()
-        return dict(zip(metrics.names, sums, strict=True)) | {"grad_norm": norm}
+        sums = dict(zip(metrics.names, self.ranks.total_of(metrics.sums).tolist(), strict=True))
+        norm = self.optimizer.step(self.config.grad_clip) if math.isfinite(sums["loss"]) else math.nan
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+            self.problems.append(why_skipped(sums["loss"], self.model))
+        return sums | {"grad_norm": norm}
 
     def _accumulate(
         self,
@@ -199,10 +236,12 @@ class Actor:
         group: list[int],
         denominators: Denominators,
         metrics: MiniBatchMetrics,
-    ) -> Tensor:
-        """Forward and backward of one micro-batch; returns its log-probabilities (R,)."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Forward and backward of one micro-batch; returns its log-probabilities (R,), and what a ledger compares."""
+        read = []
         if group:
-            targets = policy_targets([chosen[i] for i in group], self.ranks.device)
+            targets = policy_targets([chosen[i] for i in group], self.config.use_kl_loss, self.ranks.device)
+            read.append(checksums(batch.targets.token_ids, targets, batch.response_lengths))
         else:
             targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
         weight = 1.0 if group else 0.0
@@ -217,7 +256,7 @@ class Actor:
             scores.surrogate.backward()
         else:
             (loss * scale).backward()
-        return scores.logprobs.detach()
+        return scores.logprobs.detach(), read
 
     def _denominators(self, tokens: Sequence[TokenSequence]) -> Denominators:
         local_tokens = sum(len(s.response) for s in tokens)

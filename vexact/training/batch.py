@@ -95,17 +95,18 @@ def pack_tokens(sequences: Sequence[TokenSequence], device: torch.device | str =
     )
 
 
-def policy_targets(sequences: Sequence[TrainSequence], device: torch.device | str = "cpu") -> PolicyTargets:
-    """Old log-probabilities, advantages and (when every sequence has them) reference log-probabilities, packed."""
+def policy_targets(
+    sequences: Sequence[TrainSequence], with_reference: bool, device: torch.device | str = "cpu"
+) -> PolicyTargets:
+    """Old log-probabilities, advantages and, if asked for, reference log-probabilities, packed."""
 
     def packed(of: Callable[[TrainSequence], np.ndarray]) -> Tensor:
         return torch.from_numpy(_concatenate([of(s) for s in sequences])).to(device, non_blocking=True)
 
-    has_reference = all(s.ref_logprobs is not None for s in sequences)
     return PolicyTargets(
         old_logprobs=packed(lambda s: s.sample.logprobs),
         advantages=packed(lambda s: s.advantages),
-        ref_logprobs=packed(lambda s: np.asarray(s.ref_logprobs)) if has_reference else None,
+        ref_logprobs=packed(lambda s: np.asarray(s.ref_logprobs)) if with_reference else None,
     )
 
 

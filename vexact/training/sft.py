@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from vexact.models import CausalLM
+from vexact.models import CausalLM, NonFiniteError
+from vexact.models.nonfinite import find_nonfinite
 from vexact.training.batch import TokenSequence, pack_tokens
 from vexact.training.config import OptimConfig
 from vexact.training.forward import token_scores
@@ -33,7 +35,8 @@ def supervised_steps(
 ) -> list[float]:
     """Trains ``model`` in place for ``num_steps`` and returns the mean negative log-likelihood per token of each step.
 
-    The result depends on the arguments only. Raises ValueError when there are no pairs.
+    The result depends on the arguments only. Raises ValueError when there are no pairs, NonFiniteError when a gradient
+    or, at the end, a weight is not finite.
     """
     if not pairs:
         raise ValueError("supervised_steps got no (prompt, answer) pairs")
@@ -47,9 +50,13 @@ def supervised_steps(
         optimizer.zero_grad()
         loss = -token_scores(model, batch).logprobs.mean()
         loss.backward()
-        optimizer.step(config.grad_clip)
+        norm = optimizer.step(config.grad_clip)
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"warm-up step {step}: the gradient norm is {norm}; lower the learning rate")
         losses.append(loss.detach())
     optimizer.zero_grad()
+    if (found := find_nonfinite(model.named_parameters())) is not None:
+        raise NonFiniteError(f"after the warm-up, {found}; lower the learning rate")
     return torch.stack(losses).tolist() if losses else []
 
 

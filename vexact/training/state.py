@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vexact.models.nonfinite import find_nonfinite
 from vexact.training.optimizer import MOMENTS, Optimizer, like, unsharded
 
 T = TypeVar("T")
@@ -45,10 +46,23 @@ def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> Ac
     return {"num_updates": num_updates, "parameters": parameters}
 
 
+def nonfinite_in(state: ActorState) -> str | None:
+    """Names the first weight, moment or step count of a gathered state that is NaN or infinite; None when all is well.
+
+    Such a state must never take the place of a healthy checkpoint.
+    """
+    return find_nonfinite(
+        (name if key == "weight" else f"{key} of {name}", torch.as_tensor(value))
+        for name, saved in state["parameters"].items()
+        for key, value in saved.items()
+    )
+
+
 def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> int:
     """Loads rank 0's state into all ranks and returns the number of updates.
 
-    Raises ValueError naming what is missing, unexpected, or not like its parameter; nothing has changed then.
+    Raises ValueError naming what is missing, unexpected, not finite, or not like its parameter; nothing has changed
+    then.
     """
     named = dict(model.named_parameters())
     first = _is_first_rank()
@@ -94,8 +108,9 @@ def _check_tensor(what: str, tensor: Any, parameter: Tensor) -> None:
         raise ValueError(f"the checkpoint is of another model: {what} has shape {got}, the model has {want}")
     if tensor.dtype != parameter.dtype:
         raise ValueError(f"{what} is {tensor.dtype}, the model has {parameter.dtype}; it would be rounded in silence")
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{what} holds numbers that are not finite; go on from an earlier checkpoint")
+    found = find_nonfinite([(what, tensor)])
+    if found is not None:
+        raise ValueError(f"the checkpoint cannot be trained on: {found}; go on from an earlier checkpoint")
 
 
 def _check_moments(name: str, second: Tensor, num_steps: Any) -> None:

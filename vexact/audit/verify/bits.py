@@ -50,7 +50,7 @@ class BitTally:
     max_abs_logprob_diff: float = 0.0
     max_ulp: int = 0
     max_abs_logit_diff: float = 0.0
-    non_finite: int = 0  # of the compared log-probabilities: no numbers, on the engine's side
+    non_finite: int = 0  # of the compared log-probabilities: NaN or infinite on either side
     draws_repeated: int = 0
     draws_different: int = 0
     unmatched: set[tuple[str, int]] = field(default_factory=set)  # (request, response position)
@@ -60,19 +60,20 @@ class BitTally:
 
     @property
     def exact(self) -> bool:
-        different = self.logprobs_different or self.logits_different or self.non_finite or self.draws_different
-        return not different and self.tokens > 0
+        different = self.logprobs_different or self.logits_different or self.draws_different
+        return not different and self.logprobs_compared > 0
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
         for sample, values in zip(samples, trainer, strict=True):
-            self.non_finite += int((~np.isfinite(sample.logprobs)).sum())
             result: Comparison = compare([sample], [values])
             self.logprobs_compared += result.tokens_compared
             self.logprobs_different += result.tokens_different
+            self.non_finite += result.tokens_nonfinite
             self.max_ulp = max(self.max_ulp, result.max_ulp)
             self.max_abs_logprob_diff = max(self.max_abs_logprob_diff, result.max_abs_logprob_diff)
             self.first_logprob = _earlier(self.first_logprob, result.first)
-            where = np.flatnonzero(sample.logprobs.view(np.int32) != values.view(np.int32))
+            equal = sample.logprobs.view(np.int32) == values.view(np.int32)
+            where = np.flatnonzero(~equal | ~np.isfinite(sample.logprobs))
             self.unmatched.update((sample.request_id, int(i)) for i in where)
 
     def add_logits(self, sample: Sample, rollout: Tensor, trainer: Tensor) -> None:

@@ -24,7 +24,7 @@ from vexact.trainer.checkpoint.manifest import Digests
 from vexact.trainer.checkpoint.pointer import FOLDER, LatestPointer, sync
 from vexact.trainer.checkpoint.read import IDENTITY_FILE, advice
 from vexact.trainer.checkpoint.state_file import Progress
-from vexact.training import ActorState
+from vexact.training import ActorState, nonfinite_in
 
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
@@ -85,8 +85,11 @@ class CheckpointStore:
         """Writes one checkpoint, points ``latest`` to it and removes older ones beyond ``keep_last``.
 
         Raises:
-            CheckpointError: the disk is full or not writable; nothing half-written stays behind.
+            CheckpointError: the disk is full or not writable, or the state is not finite; nothing half-written stays
+                behind, and earlier checkpoints are untouched.
         """
+        if (found := nonfinite_in(state)) is not None:
+            raise CheckpointError(f"step {progress.step} is not saved: {found}. Earlier checkpoints are untouched")
         final = self.path(progress.step)
         temporary = self.directory / f"{_TEMPORARY}{final.name}"
         try:
@@ -161,9 +164,6 @@ class CheckpointStore:
         weights = ((name, saved["weight"]) for name, saved in state["parameters"].items())
         save_hf(weights, model, directory)
         save_tokenizer(directory)
-        if model.eos_token_ids:
-            stop = {"eos_token_id": list(model.eos_token_ids)}
-            (directory / "generation_config.json").write_text(json.dumps(stop) + "\n")
         if self.certificate_file.is_file():
             shutil.copy(self.certificate_file, directory)
 
