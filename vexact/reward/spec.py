@@ -28,7 +28,7 @@ class RewardSpec:
     path: str | None = None  # custom_reward_function.path
     name: str = "compute_score"  # custom_reward_function.name
     kwargs: dict[str, Any] = field(default_factory=dict)  # custom_reward_function.reward_kwargs
-    sandbox: SandboxPolicy = SandboxPolicy()  # reward.sandbox
+    sandbox: SandboxPolicy = field(default_factory=SandboxPolicy)  # reward.sandbox
 
     @property
     def is_custom(self) -> bool:
