@@ -149,7 +149,14 @@ def set_process_defaults(environ: MutableMapping[str, str] = os.environ) -> None
 
 
 def grader_environment(further: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The whole environment of a grader process: ``GRADER_VARIABLES`` and those the user names in addition."""
+    """The whole environment of a grader process: ``GRADER_VARIABLES`` and those the user names in addition.
+
+    Raises:
+        ValueError: one of the latter is not set.
+    """
+    for name in further:
+        if name not in environ:
+            raise ValueError(f"reward.sandbox.env names {name}, which is not set; set it or leave it out")
     names = {*GRADER_VARIABLES, *further}
     return {"OMP_NUM_THREADS": "1", **{name: environ[name] for name in sorted(names) if name in environ}}
 

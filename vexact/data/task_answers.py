@@ -1,8 +1,8 @@
 """How each reasoning-gym task reads an answer, and so what an answer may be before the task's scorer sees it.
 
 Some scorers hand the answer to ``eval`` or to sympy's parser, which evaluates: whatever the model writes would run.
-The table was made by reading every scorer; ``vexact.reward.graders.answer_text`` holds answers to it, and the
-graders refuse any evaluation that the table did not foresee, so that a newer release of the library cannot bring one in.
+The table was made by reading every scorer; ``vexact.reward.graders.answer_text`` holds answers to it, and the gate
+beside it refuses every evaluation that the table did not foresee: a newer release of the library cannot bring one in.
 """
 
 from __future__ import annotations

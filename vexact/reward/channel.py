@@ -31,7 +31,7 @@ class ScoreMessage(NamedTuple):
     """A score on its way to the driver, ``token`` being 16 ASCII characters that name the batch."""
 
     token: str
-    index: int
+    sample: int
     value: float
     extra: dict[str, float]
     seconds: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from collections import Counter
@@ -52,6 +53,9 @@ class RewardPool:
             raise ValueError(f"reward.recycle_after={recycle_after} must be at least 1")
         self.num_workers, self.timeout_s, self.recycle_after = num_workers, timeout_s, recycle_after
         self.spec = spec or RewardSpec()
+        for path in self.spec.sandbox.write:
+            if not os.path.exists(os.path.expanduser(path)):
+                raise ValueError(f"reward.sandbox.write names {path}, which does not exist; make it or leave it out")
         self.lacking: dict[str, str] = {}
         self.had_a_worker = False
         self._failed_starts = 0
@@ -128,6 +132,9 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
+        if self.lacking:
+            what = "; ".join(f"{name}: {reason}" for name, reason in self.lacking.items())
+            log.warning("this machine holds graders less tightly than others (vexact doctor says how): %s", what)
 
     def discard(self, worker: WorkerProcess) -> None:
         worker.kill()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vexact.config import Config
 from vexact.data import ColumnNames, DataOrder, PromptDataset, PromptFormat
 from vexact.models import load_model
 from vexact.reward.pool import RewardPool
+from vexact.reward.sandbox.policy import SandboxPolicy
 from vexact.reward.spec import RewardSpec
 from vexact.rollout import Engine
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
@@ -178,5 +179,6 @@ def _reference(config: Config, device: torch.device) -> Reference:
 def start_rewards(config: Config) -> RewardPool:
     """The grader processes. Raises RewardError when the user's function cannot be loaded."""
     custom = config.reward.custom_reward_function
-    spec = RewardSpec(custom.path, custom.name, custom.reward_kwargs)
+    policy = SandboxPolicy(**asdict(config.reward.sandbox))
+    spec = RewardSpec(custom.path, custom.name, custom.reward_kwargs, policy)
     return RewardPool(config.reward.num_workers, spec, config.reward.timeout_s)

@@ -12,7 +12,10 @@ from vexact.data.task_answers import AnswerKind
 
 UNREADABLE = "?"  # every scorer gives it what it gives to an answer it cannot read
 FUNCTIONS = frozenset(
-    ("exp log ln sqrt sin cos tan cot sec csc asin acos atan acot sinh cosh tanh asinh acosh atanh Abs").split()
+    (
+        *("exp", "log", "ln", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot"),
+        *("sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "Abs"),
+    )
 )
 _MAX_LENGTH, _MAX_EXPONENT, _MAX_DEPTH = 2000, 100, 60
 _NUMBER = re.compile(r"[-+]?\d{1,50}(\.\d{0,50})?([eE][-+]?\d{1,3})?(/\d{1,50})?|[-+]?\.\d{1,50}")

@@ -19,8 +19,11 @@ from vexact.reward.graders.answer_text import FUNCTIONS
 # What sympy's parser writes for numbers, symbols and operators; single letters are symbols.
 _NAMES = FUNCTIONS | {"Integer", "Float", "Rational", "Symbol", "Add", "Mul", "Pow", "pi"}
 _REFUSED_EVENTS = frozenset(
-    "os.system os.exec os.fork os.forkpty os.posix_spawn os.spawn subprocess.Popen pty.spawn pickle.find_class "
-    "code.__new__ function.__new__ ctypes.dlopen ctypes.dlsym socket.connect socket.bind".split()
+    (
+        *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"),
+        *("pty.spawn", "pickle.find_class", "code.__new__", "function.__new__", "ctypes.dlopen", "ctypes.dlsym"),
+        *("socket.connect", "socket.bind"),
+    )
 )
 _IMPORT_SYSTEM = "<frozen importlib._bootstrap"
 _state = threading.local()
