@@ -155,7 +155,7 @@ class RewardPool:
             times = f" ({self._failed_starts} workers in a row)" if self._failed_starts > 1 else ""
             raise RewardError(f"a reward worker {reason}{times}; its error output is above")
         log.warning("a reward worker %s; starting another", reason)
-        time.sleep(0.1 * 2**self._failed_starts)
+        time.sleep(0.05 * 2**self._failed_starts)
         self.replace(worker)
 
     def note_ready(self, worker: WorkerProcess) -> None:

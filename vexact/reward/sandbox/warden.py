@@ -92,6 +92,7 @@ def _become_grader(
         os.dup2(printed, descriptor)
     os.close(printed)
     env.set_scratch(scratch)
+    tempfile.tempdir = None  # forget what the warden found
     code = 1
     try:
         lacking = seal(policy, scratch, (warden, driver))
