@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops"},
     "config": LEAVES,
     "data": {"types"},
-    "reward": {"types", "data"},
+    "reward": LEAVES | {"data"},
     "report": LEAVES,
     "distributed": LEAVES,
     "weights": {"types", "ops", "models"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -28,6 +28,13 @@ ATTENTION: Mapping[str, AttentionImpl] = MappingProxyType(
         "fa-invariant": AttentionImpl(invariant=True, package="flash_attn_interface"),
         "fa-invariant-cute": AttentionImpl(invariant=True, package="flash_attn.cute"),
     }
+)
+# What grader processes get to see of the environment: how to find programs, files and packages, and no secret.
+GRADER_VARIABLES = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8", "PYTHONNOUSERSITE", "VIRTUAL_ENV", "CONDA_PREFIX"),
+    *("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NLTK_DATA", "HF_HOME", "HF_HUB_OFFLINE"),
+    *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
 )
 RAY_AUTH_MODES = ("token", "disabled")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
@@ -139,6 +146,24 @@ def set_process_defaults(environ: MutableMapping[str, str] = os.environ) -> None
     OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on the machine.
     """
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def grader_environment(further: Iterable[str] = (), environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The whole environment of a grader process: ``GRADER_VARIABLES`` and those the user names in addition.
+
+    Raises:
+        ValueError: one of the latter is not set.
+    """
+    for name in further:
+        if name not in environ:
+            raise ValueError(f"reward.sandbox.env names {name}, which is not set; set it or leave it out")
+    names = {*GRADER_VARIABLES, *further}
+    return {"OMP_NUM_THREADS": "1", **{name: environ[name] for name in sorted(names) if name in environ}}
+
+
+def set_scratch(folder: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Make ``folder`` the place of temporary files for this process and all it starts."""
+    environ.update(TMPDIR=folder, TEMP=folder, TMP=folder, PYTHONDONTWRITEBYTECODE="1")
 
 
 def debug(environ: Mapping[str, str] = os.environ) -> bool:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 
 from vexact.reward.pool import RewardPool
+from vexact.reward.sandbox.policy import SandboxPolicy
 from vexact.reward.spec import GradeRequest, RewardError, RewardSpec
 
 GRADER = """
@@ -110,7 +112,8 @@ def test_deadline_is_per_sample_not_per_batch(tmp_path):
 
 def test_grandchildren_die_with_a_hanging_grader(spec, tmp_path):
     pid_file = tmp_path / "child.pid"
-    with RewardPool(1, spec, timeout_s=1.0) as pool:
+    may_write = replace(spec, sandbox=SandboxPolicy(write=(str(tmp_path),)))
+    with RewardPool(1, may_write, timeout_s=1.0) as pool:
         scores = pool.score([GradeRequest("mine", "hang with child", str(pid_file)), GradeRequest("mine", "1", "")])
         assert [score.status for score in scores] == ["timeout", "ok"]
         assert wait_gone([int(pid_file.read_text())])

@@ -16,6 +16,25 @@ class CustomReward:
 
 
 @dataclass(frozen=True)
+class RewardSandbox:
+    network: Literal["none", "local", "all"] = opt(
+        "none",
+        "Sockets that graders may open: none, local ones (UNIX sockets, which managers of multiprocessing use) or all.",
+    )
+    env: tuple[str, ...] = opt(
+        (), "Environment variables that graders get in addition to those that find programs and files, e.g. a key."
+    )
+    write: tuple[str, ...] = opt(
+        (), "Folders or files that graders may write besides a scratch folder of their own (TMPDIR), e.g. /dev/shm."
+    )
+    memory_gb: float | None = opt(
+        4.0,
+        "GiB of private memory that a grader process, and each process it starts, may take; null for no limit.",
+        gt=0,
+    )
+
+
+@dataclass(frozen=True)
 class OverlongBuffer:
     enable: bool = opt(False, "DAPO's soft penalty for responses near the limit.")
     len: int = opt(0, "Tokens before max_response_length over which the penalty grows.", ge=0)
@@ -41,6 +60,7 @@ class RewardSection:
     custom_reward_function: CustomReward = section(
         CustomReward, "A reward function of your own, with verl's signature."
     )
+    sandbox: RewardSandbox = section(RewardSandbox, "What grader processes may do; docs/rewards.md.")
     reward_manager: RewardManager = section(RewardManager, "How samples reach the grader.")
     reward_kwargs: RewardKwargs = section(RewardKwargs, "Reward shaping.")
     num_workers: int = opt(2, "Grader processes.", verl=8, ge=1)

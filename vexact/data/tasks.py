@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from vexact.data.rows import Row
+from vexact.data.task_answers import answer_kind
 
 PREFIX = "reasoning_gym:"
 DATA_SOURCE_PREFIX = "reasoning_gym/"
@@ -61,7 +62,8 @@ def load_task(source: str) -> list[Row]:
     """All rows of a task. Each row carries its whole entry, so that the task's own scorer can grade the answer.
 
     Raises:
-        ValueError: unknown task (the nearest names are given), unknown or refused setting, or reasoning-gym is missing.
+        ValueError: unknown task (the nearest names are given) or one whose answers cannot be graded safely, unknown or
+            refused setting, or reasoning-gym is missing.
     """
     return make_task(parse_task(source))
 
@@ -119,6 +121,7 @@ def _create(gym: ModuleType, spec: TaskSpec) -> Any:
         near = difflib.get_close_matches(spec.name, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         raise ValueError(f"unknown reasoning-gym task {spec.name!r}; {hint}known tasks: {', '.join(sorted(known))}")
+    answer_kind(spec.name)
     allowed = [field.name for field in dataclasses.fields(known[spec.name][1]) if field.name not in ("size", "seed")]
     unknown = sorted(set(spec.settings) - set(allowed))
     if unknown:

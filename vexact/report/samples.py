@@ -35,7 +35,8 @@ def write_samples(
     path = Path(run_dir) / "samples" / f"{stem}_{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # A lone surrogate, which UTF-8 has no bytes for, becomes \udc80, which JSON reads as the same character.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for record in islice(_records(groups, decode), None if limit < 0 else limit):
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     temporary.replace(path)

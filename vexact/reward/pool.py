@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 import weakref
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
+from vexact.reward.outcome import Outcome
 from vexact.reward.process import WorkerProcess
 from vexact.reward.run import START_TIMEOUT_S, Run
 from vexact.reward.seal import seal
-from vexact.reward.spec import GradeRequest, Outcome, RewardError, RewardSpec, load_function
+from vexact.reward.spec import GradeRequest, RewardError, RewardSpec, load_function
 from vexact.reward.worker import grade
 from vexact.types import Score
 
 log = logging.getLogger(__name__)
+_MAX_FAILED_STARTS = 5  # in a row; the system may be short of memory for a moment
 
 
 class RewardPool:
     """A pool of grader processes that survives graders which raise, hang or crash.
 
-    A grader that raises, or returns something that is not a finite number, costs one sample (``status="error"``); one
+    A grader that raises, crashes, or returns something that is not a number costs one sample (``status="error"``); one
     that runs longer than ``timeout_s`` is killed with everything it started and costs one sample
-    (``status="timeout"``). ``num_workers=0`` grades in the calling process: no deadline, and a crash is a crash.
+    (``status="timeout"``). Graders are sealed as ``spec.sandbox`` says; ``lacking`` names what this machine cannot
+    give. ``num_workers=0`` grades in the calling process: no deadline, no sandbox, and a crash is a crash.
     """
 
     def __init__(
@@ -49,6 +54,12 @@ class RewardPool:
             raise ValueError(f"reward.recycle_after={recycle_after} must be at least 1")
         self.num_workers, self.timeout_s, self.recycle_after = num_workers, timeout_s, recycle_after
         self.spec = spec or RewardSpec()
+        for path in self.spec.sandbox.write:
+            if not os.path.exists(os.path.expanduser(path)):
+                raise ValueError(f"reward.sandbox.write names {path}, which does not exist; make it or leave it out")
+        self.lacking: dict[str, str] = {}
+        self.had_a_worker = False
+        self._failed_starts = 0
         self._workers: list[WorkerProcess] = []
         self._logged: set[str] = set()
         self._window: list[Outcome] = []
@@ -128,6 +139,9 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
+        if self.lacking:
+            what = "; ".join(f"{name}: {reason}" for name, reason in self.lacking.items())
+            log.warning("this machine holds graders less tightly than others (vexact doctor says how): %s", what)
 
     def discard(self, worker: WorkerProcess) -> None:
         worker.kill()
@@ -136,6 +150,24 @@ class RewardPool:
     def replace(self, worker: WorkerProcess) -> None:
         self.discard(worker)
         self._fill_up()
+
+    def restart(self, worker: WorkerProcess, reason: str) -> None:
+        """Replace a worker that did not start.
+
+        Raises:
+            RewardError: none starts any more.
+        """
+        self._failed_starts += 1
+        if self._failed_starts >= (_MAX_FAILED_STARTS if self.had_a_worker else 2):
+            times = f" ({self._failed_starts} workers in a row)" if self._failed_starts > 1 else ""
+            raise RewardError(f"a reward worker {reason}{times}; its error output is above")
+        log.warning("a reward worker %s; starting another", reason)
+        time.sleep(0.05 * 2**self._failed_starts)
+        self.replace(worker)
+
+    def note_ready(self, worker: WorkerProcess) -> None:
+        """A worker has loaded the reward function."""
+        self.lacking, self.had_a_worker, self._failed_starts = worker.lacking, True, 0
 
     @property
     def workers(self) -> Sequence[WorkerProcess]:
@@ -161,5 +193,7 @@ def _require_some_success(outcomes: Sequence[Outcome]) -> None:
 
 
 def _kill_all(workers: list[WorkerProcess]) -> None:
+    for worker in workers:
+        worker.release()
     while workers:
         workers.pop().kill()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from vexact.reward.graders import compute_score
+from vexact.reward.outcome import Outcome, interpret
+from vexact.reward.sandbox.policy import SandboxPolicy
 
 ScoreFunction = Callable[..., Any]
 
@@ -27,6 +28,7 @@ class RewardSpec:
     path: str | None = None  # custom_reward_function.path
     name: str = "compute_score"  # custom_reward_function.name
     kwargs: dict[str, Any] = field(default_factory=dict)  # custom_reward_function.reward_kwargs
+    sandbox: SandboxPolicy = field(default_factory=SandboxPolicy)  # reward.sandbox
 
     @property
     def is_custom(self) -> bool:
@@ -41,19 +43,6 @@ class GradeRequest(NamedTuple):
     ground_truth: Any
     extra_info: dict[str, Any] | None = None
     key: str = ""  # of the sample; comes back with the outcome
-
-
-class Outcome(NamedTuple):
-    """What came of one call. ``kind`` groups errors of one sort; ``traceback`` is for the first of them."""
-
-    status: Literal["ok", "error", "timeout"]
-    value: float = 0.0
-    extra: dict[str, float] | None = None
-    kind: str = ""
-    message: str = ""
-    traceback: str = ""
-    seconds: float = 0.0
-    key: str = ""  # of the request it answers
 
 
 def load_function(spec: RewardSpec) -> ScoreFunction:
@@ -74,7 +63,7 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise RewardError(f"importing {path} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, spec.name, None)
     if not callable(function):
@@ -97,41 +86,3 @@ def call(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any])
 
         result = asyncio.run(result)
     return interpret(result)
-
-
-def interpret(result: Any) -> Outcome:
-    """A finite number, or a dict with a finite ``score``; further numeric keys are kept, other keys are dropped."""
-    if not isinstance(result, dict):
-        value = _number(result)
-        if value is None:
-            return _bad(f"the grader returned {result!r:.80}; it must return a finite number or a dict with 'score'")
-        return Outcome("ok", value)
-    if "score" not in result:
-        return _bad(f"the grader returned a dict without the key 'score'; its keys: {', '.join(map(str, result))}")
-    extra: dict[str, float] = {}
-    for key, item in result.items():
-        value = _number(item)
-        if value is not None:
-            extra[str(key)] = value
-        elif key == "score" or _is_numeric(item):
-            return _bad(f"the grader returned {key}={item!r:.80}; it must be a finite number")
-    return Outcome("ok", extra.pop("score"), extra)
-
-
-def _is_numeric(item: Any) -> bool:
-    return isinstance(item, (int, float)) or hasattr(item, "__float__")
-
-
-def _number(item: Any) -> float | None:
-    """``item`` as a finite float; None when it is not one (text is never taken for a number)."""
-    if isinstance(item, str) or not _is_numeric(item):
-        return None
-    try:
-        value = float(item)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # arrays and tensors of several elements
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _bad(message: str) -> Outcome:
-    return Outcome("error", kind="bad value", message=message)

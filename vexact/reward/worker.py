@@ -1,71 +1,70 @@
-"""The process that runs graders. It leads its own process group and dies with the driver."""
+"""What a grader process does: load the function, grade what arrives, answer."""
 
 from __future__ import annotations
 
 import os
-import select
-import signal
 import socket
-import threading
 import time
-import traceback
 from typing import Any
 
-from vexact.reward.channel import Channel
+from vexact.reward.channel import GraderEnd, ScoreMessage
 from vexact.reward.graders import grader_for
-from vexact.reward.spec import GradeRequest, Outcome, RewardError, RewardSpec, ScoreFunction, call, load_function
+from vexact.reward.outcome import Outcome, failure
+from vexact.reward.spec import GradeRequest, RewardError, RewardSpec, ScoreFunction, call, load_function
 
-_GRACE_S = 10.0  # how long after the driver's deadline the kernel ends a worker that nobody killed
-_TRACEBACK_LINES = 12
+Batch = tuple[str, list[tuple[int, GradeRequest]]]
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, lacking: dict[str, str]) -> None:
     """Serve until the driver closes the connection.
 
-    Messages in: ``(spec, timeout_s)`` once, then lists of ``(index, GradeRequest)``. Messages out: ``("ready",)`` or
-    ``("failed", message)`` once; per list ``("start",)`` when its graders are imported, then
-    ``("result", index, outcome)`` for each request in order.
+    Messages in: the ``RewardSpec`` once, then batches ``(token, [(index, GradeRequest), …])``. Messages out:
+    ``["hello", lacking]``, then ``["ready"]`` or ``["failed", message]``; per batch ``["start", token]`` when its
+    graders are imported, then for each request in order a ``ScoreMessage`` or ``["failure", token, index, kind,
+    message, traceback, seconds]``.
     """
-    os.set_inheritable(descriptor, False)
-    connection = socket.socket(fileno=descriptor)
-    threading.Thread(target=_die_with_driver, args=(descriptor,), daemon=True).start()
-    channel = Channel(connection)
+    channel = GraderEnd(socket.socket(fileno=descriptor))
     try:
+        channel.send(["hello", lacking])
         _serve(channel)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _serve(channel: Channel) -> None:
+def _serve(channel: GraderEnd) -> None:
     function: ScoreFunction | None = None
-    spec, limit_s = RewardSpec(), 0.0
+    spec, grade_batch = RewardSpec(), _grade_batch  # a local name, which a grader that patches modules cannot change
     while True:
         for message in channel.receive():
             if function is not None:
-                _grade_all(channel, function, spec, message, limit_s)
+                grade_batch(channel, function, spec, message)
                 continue
-            spec, limit_s = message
+            spec = message
             try:
                 function = load_function(spec)
             except RewardError as error:
-                channel.send(("failed", str(error)))
+                channel.send(["failed", str(error)])
                 return
-            channel.send(("ready",))
+            channel.send(["ready"])
 
 
-def _grade_all(
-    channel: Channel, function: ScoreFunction, spec: RewardSpec, batch: list[tuple[int, GradeRequest]], limit_s: float
-) -> None:
+def _grade_batch(channel: GraderEnd, function: ScoreFunction, spec: RewardSpec, batch: Batch) -> None:
+    token, requests = batch
+    pid, grade_one, message_of, getpid = os.getpid(), grade, _message, os.getpid
     if not spec.is_custom:
-        _import_graders({request.data_source for _, request in batch})
-    channel.send(("start",))
-    for index, request in batch:
-        # SIGALRM's default action ends the process even while an extension holds the interpreter lock, so a grader that
-        # hangs cannot outlive a driver that was killed.
-        signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)
-        outcome = grade(function, request, spec.kwargs)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        channel.send(("result", index, outcome))
+        _import_graders({request.data_source for _, request in requests})
+    channel.send(["start", token])
+    for index, request in requests:
+        outcome = grade_one(function, request, spec.kwargs, BaseException)
+        if getpid() != pid:  # a fork that a grader made and let return
+            os._exit(0)
+        channel.send(message_of(token, index, outcome))
+
+
+def _message(token: str, index: int, outcome: Outcome) -> list[Any] | ScoreMessage:
+    if outcome.status == "ok":
+        return ScoreMessage(token, index, outcome.value, outcome.extra or {}, outcome.seconds)
+    return ["failure", token, index, outcome.kind, outcome.message, outcome.traceback, outcome.seconds]
 
 
 def _import_graders(data_sources: set[str]) -> None:
@@ -77,21 +76,16 @@ def _import_graders(data_sources: set[str]) -> None:
             continue
 
 
-def grade(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]) -> Outcome:
-    """One call; whatever the grader raises becomes an outcome."""
+def grade(
+    function: ScoreFunction,
+    request: GradeRequest,
+    kwargs: dict[str, Any],
+    caught: type[BaseException] | tuple[type[BaseException], ...] = (Exception, SystemExit),
+) -> Outcome:
+    """One call; whatever the grader raises, of the kinds ``caught``, becomes an outcome."""
     started = time.perf_counter()
     try:
         outcome = call(function, request, kwargs)
-    except (Exception, SystemExit) as error:  # a grader is foreign code and may raise anything
-        excerpt = "\n".join(traceback.format_exc().strip().splitlines()[-_TRACEBACK_LINES:])
-        message = f"{type(error).__name__}: {error}"
-        outcome = Outcome("error", kind=type(error).__name__, message=message, traceback=excerpt)
+    except caught as error:  # a grader is foreign code and may raise anything
+        outcome = failure(error)
     return outcome._replace(seconds=time.perf_counter() - started, key=request.key)
-
-
-def _die_with_driver(descriptor: int) -> None:
-    """End the whole process group, a hanging grader and its children included, once the driver's end is closed."""
-    poll = select.poll()
-    poll.register(descriptor, 0)  # only errors and hang-up
-    poll.poll()
-    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vexact.data.chat_template import ChatTemplate, read_template
 from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import read_tokenizer
 from vexact.reward.pool import RewardPool
+from vexact.reward.sandbox.policy import SandboxPolicy
 from vexact.reward.spec import RewardSpec
 from vexact.rollout import Engine
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
@@ -223,5 +224,6 @@ def _reference(config: Config, device: torch.device) -> Reference:
 def start_rewards(config: Config) -> RewardPool:
     """The grader processes. Raises RewardError when the user's function cannot be loaded."""
     custom = config.reward.custom_reward_function
-    spec = RewardSpec(custom.path, custom.name, custom.reward_kwargs)
+    policy = SandboxPolicy(**asdict(config.reward.sandbox))
+    spec = RewardSpec(custom.path, custom.name, custom.reward_kwargs, policy)
     return RewardPool(config.reward.num_workers, spec, config.reward.timeout_s)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from vexact.audit.doctor import machine, model, packages, probes
+from vexact.audit.doctor import graders, machine, model, packages, probes
 from vexact.audit.doctor.result import CheckResult, error, ok
 
 
@@ -20,6 +20,7 @@ def machine_checks(run_dir: Path, cache_dir: Path, device: str, wants_wandb: boo
     yield machine.check_disk("disk of the cache", cache_dir)
     yield machine.check_port()
     yield machine.check_threads()
+    yield attempt("graders", graders.check_sandbox)
     yield machine.check_ray()
     yield machine.check_wandb(wants_wandb)
 

@@ -11,6 +11,8 @@ try:
 except ImportError as missing:
     raise ImportError("grading mathematics needs the package math-verify: pip install 'vexact[tasks]'") from missing
 
+from vexact.reward.graders.gate import evaluation_gate
+
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **kwargs: Any
@@ -24,11 +26,12 @@ def compute_score(
     """
     _expect_no_limits()
     truth = str(ground_truth)
-    gold = parse(truth if "\\boxed" in truth else f"\\boxed{{{truth}}}", parsing_timeout=None)
-    if not gold:
-        raise ValueError(f"ground_truth={truth!r:.80} is not mathematics that math-verify can parse")
-    answer = parse(solution_str, parsing_timeout=None)
-    correct = float(verify(gold, answer, timeout_seconds=None))
+    with evaluation_gate():
+        gold = parse(truth if "\\boxed" in truth else f"\\boxed{{{truth}}}", parsing_timeout=None)
+        if not gold:
+            raise ValueError(f"ground_truth={truth!r:.80} is not mathematics that math-verify can parse")
+        answer = parse(solution_str, parsing_timeout=None)
+        correct = float(verify(gold, answer, timeout_seconds=None))
     return {"score": correct, "acc": correct}
 
 
