@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vexact.ops.attention.checks import check_heads, check_scale
+from vexact.ops.checks import out_of_range
 from vexact.ops.cpu.attention_backward import packed_backward
 from vexact.ops.cpu.product import batched, even_rows
 from vexact.ops.cpu.reduce import tree_sum
@@ -58,7 +60,9 @@ def packed_forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(T, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv) -> out (T, Hq, Dv), lse (T, Hq) fp32."""
+    """(T, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv) -> out (T, Hq, Dv), lse (T, Hq) fp32; 0 and -inf past the sequences."""
+    check_heads(q, k, v)
+    check_scale(scale)
     first, num_keys = cu_seqlens_k[:-1].long(), cu_seqlens_k.diff().long()
 
     def fetch(sequence: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +87,8 @@ def paged_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, Hq, D) over pages (num_pages, page_size, Hkv, D) -> out (T, Hq, Dv), lse (T, Hq) fp32."""
+    check_heads(q, k_cache, v_cache)
+    check_scale(scale)
     page_size = k_cache.shape[1]
     flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     table, num_keys = block_table.long(), seqused_k.long()
@@ -101,8 +107,11 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """Writes (T, Hkv, D) to slots page*page_size + offset; negative slots are skipped."""
     keep = slot_mapping >= 0
     slots = slot_mapping[keep]
-    k_cache.flatten(0, 1)[slots] = k[keep]
-    v_cache.flatten(0, 1)[slots] = v[keep]
+    try:
+        k_cache.flatten(0, 1)[slots] = k[keep]
+        v_cache.flatten(0, 1)[slots] = v[keep]
+    except IndexError:
+        raise out_of_range("write_kv", "slot_mapping", slots, k_cache.shape[0] * k_cache.shape[1]) from None
 
 
 def _tile_size(num_heads: int, num_kv_heads: int) -> int:
