@@ -51,7 +51,7 @@ def test_a_tile_that_splits_k_is_found(monkeypatch):
 
 def test_another_softmax_order_in_decoding_is_found(monkeypatch):
     exact = probes.paged_attention("cpu", FP32)
-    monkeypatch.setattr(probes, "paged_attention", lambda device, dtype: exact.nextafter(torch.tensor(9.0)))
+    monkeypatch.setattr(probes, "paged_attention", lambda device, dtype, heads: exact.nextafter(torch.tensor(9.0)))
     result = probes.check_attention_bits("cpu", FP32)
     assert result.status == "error"
     assert "differ between packed and paged" in result.message
