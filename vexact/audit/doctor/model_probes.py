@@ -79,7 +79,8 @@ def check_products(products: dict[str, tuple[int, int]], device: str, dtype: tor
             for start in (0, max(batches) - rows):
                 part = slice(start, start + rows)
                 if not all(
-                    probes.same(a[part], b) for a, b in zip(whole, _with_gradient(x[part], weight, dy[part]), strict=True)
+                    probes.same(a[part], b)
+                    for a, b in zip(whole, _with_gradient(x[part], weight, dy[part]), strict=True)
                 ):
                     bad.append(f"{product} ({columns} x {inner}), {rows} rows")
     if bad:

@@ -36,8 +36,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if q.shape[-1] != k.shape[-1] or not 0 < max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
         raise ValueError(
-            f"attention: head dims q {q.shape[-1]}, k {k.shape[-1]}, v {v.shape[-1]}; "
-            f"q = k, all at most {MAX_HEAD_DIM}"
+            f"attention: head dims q {q.shape[-1]}, k {k.shape[-1]}, v {v.shape[-1]}; q = k, all at most {MAX_HEAD_DIM}"
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.device != q.device:
@@ -62,7 +61,9 @@ def check_ends(name: str, ends: Tensor, like: Tensor | None = None) -> None:
         ValueError: another shape or dtype.
     """
     if ends.dim() != 1 or ends.shape[0] == 0 or ends.dtype != torch.int32:
-        raise ValueError(f"{name} is {ends.dtype} {tuple(ends.shape)}; expected int32 (sequences + 1,), starting with 0")
+        raise ValueError(
+            f"{name} is {ends.dtype} {tuple(ends.shape)}; expected int32 (sequences + 1,), starting with 0"
+        )
     if like is not None and ends.shape != like.shape:
         raise ValueError(
             f"cu_seqlens_q has {like.shape[0] - 1} sequences but {name} has {ends.shape[0] - 1}; they must be as many"

@@ -35,7 +35,9 @@ def attention(
         ValueError: paged metadata without a cache, or tensors that do not fit each other, the metadata or the cache.
     """
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"attention: {q.shape[0]} queries, {k.shape[0]} keys, {v.shape[0]} values; they must be as many")
+        raise ValueError(
+            f"attention: {q.shape[0]} queries, {k.shape[0]} keys, {v.shape[0]} values; they must be as many"
+        )
     if isinstance(metadata, PackedMetadata):
         if readable(metadata.cu_seqlens) and int(metadata.cu_seqlens[-1]) > q.shape[0]:
             raise ValueError(f"cu_seqlens ends with {int(metadata.cu_seqlens[-1])}, but q has {q.shape[0]} rows")

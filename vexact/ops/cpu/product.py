@@ -25,12 +25,14 @@ PANEL = 1024
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """(M, K) x (K, N) -> (M, N), all fp32; ``weight`` may be a transposed view."""
     num_rows, (inner, width) = x.shape[0], weight.shape
+    if num_rows == 0:
+        return x.new_empty(0, width)
     rows = FEW_ROWS if num_rows <= FEW_ROWS else ROWS
     num_blocks = -(-num_rows // rows)
     if num_blocks > 1:
         num_blocks = max(num_blocks, torch.get_num_threads())  # idle threads take blocks of zeros: none is cut in two
     fill = -inner % INNER_STEP
-    blocks = F.pad(x, (0, fill, 0, num_blocks * rows - num_rows)).view(num_blocks, rows, -1)
+    blocks = F.pad(x, (0, fill, 0, num_blocks * rows - num_rows)).view(num_blocks, rows, inner + fill)
     if fill:
         weight = F.pad(weight, (0, 0, 0, fill))
     if width <= PANEL and width % COLUMN_STEP == 0:
