@@ -212,7 +212,7 @@ def main(full: bool) -> int:
             torch.manual_seed(0)
             bad = check(full, dtype)
             found += len(bad)
-            print(f"{name} {dtype}: {len(bad)} shapes differ {bad[:6]}")
+            sys.stdout.write(f"{name} {dtype}: {len(bad)} shapes differ {bad[:6]}\n")
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""A row's bits do not depend on its company: every small shape, on this processor's code paths and on those of others."""
+"""A row's bits do not depend on its company: every small shape, on this processor's paths and on those of others."""
 
 from __future__ import annotations
 

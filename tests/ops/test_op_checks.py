@@ -140,7 +140,7 @@ def test_metadata_is_checked_when_it_is_made() -> None:
     for pages, message in (((cache[0].half(), cache[1]), "keys are"), ((cache[0], ZEROS(1, 4, 1, 9)), "values are")):
         with pytest.raises(ValueError, match=message):
             attention(q, k, k, metadata, 1.0, pages)
-    with pytest.raises(ValueError, match="slot_mapping holds 4, which is outside 0 ... 3"):
+    with pytest.raises(ValueError, match=r"slot_mapping holds 4, which is outside 0 \.\.\. 3"):
         write_kv(k, k, cache, longs(4))
     with pytest.raises(ValueError, match="2 queries, 1 keys, 1 values"):
         attention(ZEROS(2, 2, 8), k, k, PackedMetadata.from_lengths([1]), 1.0)

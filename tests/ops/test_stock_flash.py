@@ -1,4 +1,4 @@
-"""flash_attention_2 and flash_attention_3 run FlashAttention, or say what is missing; on a GPU their numbers are right."""
+"""flash_attention_2 and 3 run FlashAttention or say what is missing; on a GPU their numbers are right."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_without_its_package_flash_attention_3_is_not_another_one(monkeypatch: p
 
 
 def test_keys_of_pages_are_packed_in_the_order_of_the_sequences() -> None:
-    q, k, v = inputs(8, (2, 2))
+    _, k, v = inputs(8, (2, 2))
     metadata, caches, last = paged(k, v)
     stock_flash.write_kv(k[last], v[last], caches, metadata.slot_mapping)
     keys, values, ends = stock_flash.packed_keys(caches, metadata)
