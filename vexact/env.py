@@ -16,17 +16,21 @@ class AttentionImpl:
     """One attention implementation under the name users know it by."""
 
     invariant: bool  # its result for a row never depends on the rest of the batch
-    package: str | None = None  # the import it needs; None is built in
+    packages: tuple[str, ...] = ()  # the imports of which it needs one; none if it is built in
+    adapter: bool = True  # whether this version can call it
+    cuda: bool = False  # runs on CUDA GPUs only
 
 
 ATTENTION: Mapping[str, AttentionImpl] = MappingProxyType(
     {
         TRITON_INVARIANT: AttentionImpl(invariant=True),
         "sdpa": AttentionImpl(invariant=False),
-        "flash_attention_2": AttentionImpl(invariant=False),  # verl's names for a stock kernel: PyTorch picks it
-        "flash_attention_3": AttentionImpl(invariant=False),
-        "fa-invariant": AttentionImpl(invariant=True, package="flash_attn_interface"),
-        "fa-invariant-cute": AttentionImpl(invariant=True, package="flash_attn.cute"),
+        "flash_attention_2": AttentionImpl(
+            invariant=False, packages=("flash_attn.flash_attn_interface", "torch.nn.attention.varlen"), cuda=True
+        ),
+        "flash_attention_3": AttentionImpl(invariant=False, packages=("flash_attn_interface",), cuda=True),
+        "fa-invariant": AttentionImpl(invariant=True, packages=("flash_attn_interface",), adapter=False),
+        "fa-invariant-cute": AttentionImpl(invariant=True, packages=("flash_attn.cute",), adapter=False),
     }
 )
 # What grader processes get to see of the environment: how to find programs, files and packages, and no secret.
@@ -47,18 +51,25 @@ def check_attention(name: str, key: str) -> None:
         key: the setting that asked for it, for the message.
 
     Raises:
-        ValueError: no such name, its package is absent, or this version cannot use it.
+        ValueError: no such name, it needs a package or a GPU that is not there, or this version cannot use it.
     """
     if name not in ATTENTION:
         raise ValueError(f"{key}={name}: unknown attention implementation; known: {', '.join(ATTENTION)}")
-    package = ATTENTION[name].package
-    if package is None:
-        return
-    if not _installed(package):
-        raise ValueError(f"{key}={name} needs the package {package}, which is not installed; use {TRITON_INVARIANT}")
-    raise ValueError(
-        f"{key}={name}: {package} is installed, but this version has no adapter for it; use {TRITON_INVARIANT} or sdpa"
-    )
+    impl = ATTENTION[name]
+    if impl.packages and not any(map(_installed, impl.packages)):
+        raise ValueError(
+            f"{key}={name} needs the package {' or '.join(impl.packages)}, which is not installed; "
+            f"use {TRITON_INVARIANT} or sdpa"
+        )
+    if not impl.adapter:
+        raise ValueError(
+            f"{key}={name}: {impl.packages[0]} is installed, but this version has no adapter for it; "
+            f"use {TRITON_INVARIANT} or sdpa"
+        )
+    if impl.cuda and not _has_cuda():
+        raise ValueError(
+            f"{key}={name} runs on CUDA GPUs, and torch finds none on this machine; use {TRITON_INVARIANT} or sdpa"
+        )
 
 
 def attention_warning(rollout: str, trainer: str) -> str | None:
@@ -182,5 +193,11 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> str:
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name is absent
+    except ImportError:  # the parent of a dotted name is absent or broken
         return False
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

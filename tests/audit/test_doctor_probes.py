@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vexact import env
-from vexact.audit.doctor import model, probes
+from vexact.audit.doctor import model, model_probes, probes
 from vexact.audit.doctor.report import attempt, probe_checks
 from vexact.models import ModelConfig, load_model, random_model, save_hf
 from vexact.ops import linear
@@ -51,7 +53,7 @@ def test_a_tile_that_splits_k_is_found(monkeypatch):
 
 def test_another_softmax_order_in_decoding_is_found(monkeypatch):
     exact = probes.paged_attention("cpu", FP32)
-    monkeypatch.setattr(probes, "paged_attention", lambda device, dtype: exact.nextafter(torch.tensor(9.0)))
+    monkeypatch.setattr(probes, "paged_attention", lambda device, dtype, heads: exact.nextafter(torch.tensor(9.0)))
     result = probes.check_attention_bits("cpu", FP32)
     assert result.status == "error"
     assert "differ between packed and paged" in result.message
@@ -119,3 +121,55 @@ def test_a_bad_checkpoint_is_an_error(checkpoint, tmp_path, spoil, part):
     result = model.check_model(str(tmp_path))
     assert result.status == "error"
     assert part in result.message
+
+
+def test_the_shapes_of_a_model_are_probed(checkpoint):
+    results = list(model_probes.model_probe_checks(str(checkpoint), "cpu"))
+    assert [result.status for result in results] == ["ok"] * 3
+    text = "\n".join(map(str, results))
+    assert "128 x 32, 32 x 64, 96 x 32, 32 x 48, 64 x 32" in text
+    assert "4 heads over 2 of 16" in text
+
+
+def test_large_sizes_are_cut_where_they_repeat(checkpoint):
+    config = dataclasses.replace(
+        ModelConfig.from_hf_dir(checkpoint), vocab_size=151_937, intermediate_size=3000, num_heads=32, num_kv_heads=8
+    )
+    shapes = model_probes.Shapes.of(config)
+    assert shapes.products["gate and up"] == (1024 + 6000 % 1024, 32)
+    assert shapes.products["down"] == (32, 3000)  # what is summed is never cut
+    assert shapes.vocab_size == 1024 + 151_937 % 1024
+    assert shapes.heads == (8, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("linear", "model linear fp32"), ("paged_attention", "model attention"), ("token_logprobs", "model logprob")],
+)
+def test_a_fault_at_the_shapes_of_the_model_alone_is_found(checkpoint, monkeypatch, name, line):
+    """Each operator is right but for small inputs of the model's width."""
+    if name == "linear":
+        monkeypatch.setattr(
+            model_probes, "linear", lambda x, w: linear(x, w) * (1 + 1e-6 * (x.shape[0] < 5 and w.shape[1] == 48))
+        )
+    elif name == "paged_attention":
+        exact = probes.paged_attention
+        monkeypatch.setattr(
+            probes, name, lambda device, dtype, heads: exact(device, dtype, heads) * (1 + 1e-6 * (heads.dim == 16))
+        )
+    else:
+        exact = probes.token_logprobs
+        monkeypatch.setattr(
+            probes,
+            name,
+            lambda logits, *rest: exact(
+                logits + 1e-3 * (len(logits) == 1 and logits.shape[1] == 64) * torch.arange(64), *rest
+            ),
+        )
+    found = [
+        str(result) for result in model_probes.model_probe_checks(str(checkpoint), "cpu") if result.status == "error"
+    ]
+    assert len(found) == 1
+    assert line in found[0]
+    if name == "linear":
+        assert "down (32 x 48), 1 rows" in found[0]

@@ -97,7 +97,7 @@ def test_new_keys_are_written_before_they_are_read():
     q, k, v = _qkv(5, 5)
     caches = (torch.zeros(3, 4, 2, 24), torch.zeros(3, 4, 2, 24))
     slots = torch.tensor([8, 9, 10, 11, 0])  # page 2, then page 0
-    metadata = PagedMetadata(_cu([5]), torch.tensor([5], dtype=torch.int32), torch.tensor([[2, 0]]), slots, 5, 5)
+    metadata = PagedMetadata(_cu([5]), _cu([5])[1:], torch.tensor([[2, 0]], dtype=torch.int32), slots, 5, 5)
     expected = attention(q, k, v, PackedMetadata.from_lengths([5]), SCALE)
     assert torch.equal(attention(q, k, v, metadata, SCALE, caches), expected)
     assert torch.equal(caches[0].flatten(0, 1)[slots], k)

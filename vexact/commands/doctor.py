@@ -105,9 +105,11 @@ def _model_checks(path: str, device: str, dtype: str = "float32") -> Iterator[Ch
 
     from vexact.audit.doctor.machine import available_bytes
     from vexact.audit.doctor.model import check_model, check_model_memory, check_tokenizer
+    from vexact.audit.doctor.model_probes import model_probe_checks
 
     result = check_model(path, getattr(torch, dtype))
     yield result
     if result.status != "error":
         yield check_model_memory(path, device, available_bytes(device))
+        yield from model_probe_checks(path, device)
         yield check_tokenizer(path)

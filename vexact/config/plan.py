@@ -9,6 +9,7 @@ from typing import Any
 
 from vexact.config.fields import ConfigError
 from vexact.config.schema import Config
+from vexact.env import TRITON_INVARIANT
 
 GIB = 1024**3
 CPU_KV_CACHE_BYTES = 256 * 2**20  # the engine's own default
@@ -117,7 +118,9 @@ def _updates_row(config: Config) -> str:
 
 
 def _attention_row(config: Config) -> str:
-    rollout = config.rollout.attn_impl if config.rollout.batch_invariant else "sdpa, with all other operators stock too"
+    rollout = config.rollout.attn_impl
+    if not config.rollout.batch_invariant:
+        rollout = f"{'sdpa' if rollout == TRITON_INVARIANT else rollout}, with all other operators stock too"
     return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
 
 

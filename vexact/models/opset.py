@@ -10,10 +10,14 @@ from weakref import WeakSet
 from torch import nn
 
 import vexact.ops as invariant
-from vexact.ops import stock
+from vexact.ops import stock, stock_flash
 
 OPS = ("invariant", "stock")
-STOCK_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3")
+STOCK_ATTENTION: dict[str, Callable[..., Any]] = {
+    "sdpa": stock.attention,
+    "flash_attention_2": stock_flash.flash_attention_2,
+    "flash_attention_3": stock_flash.flash_attention_3,
+}
 INVARIANT_ATTENTION = ("triton-invariant",)
 
 _replayable: WeakSet[Callable[..., Any]] = WeakSet()
@@ -37,20 +41,19 @@ OP_NAMES = tuple(field.name for field in fields(OpSet))
 
 
 def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet:
-    """Builds the operator set.
+    """Builds the operator set; with ``ops="stock"`` and an invariant ``attn_impl`` attention is ``sdpa``.
 
     Raises:
         ValueError: unknown ``ops`` or ``attn_impl``.
     """
     if ops not in OPS:
         raise ValueError(f"unknown operator set {ops!r}; use one of {', '.join(OPS)}")
-    if attn_impl not in STOCK_ATTENTION + INVARIANT_ATTENTION:
-        known = ", ".join(INVARIANT_ATTENTION + STOCK_ATTENTION)
+    if attn_impl not in (*INVARIANT_ATTENTION, *STOCK_ATTENTION):
+        known = ", ".join((*INVARIANT_ATTENTION, *STOCK_ATTENTION))
         raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
     source: Any = invariant if ops == "invariant" else stock
-    attention_source: Any = stock if ops == "stock" or attn_impl in STOCK_ATTENTION else invariant
     chosen = {name: getattr(source, name) for name in OP_NAMES}
-    return OpSet(**chosen | {"attention": attention_source.attention})
+    return OpSet(**chosen | {"attention": STOCK_ATTENTION.get(attn_impl, source.attention)})
 
 
 def set_ops(model: nn.Module, ops: OpSet) -> None:

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vexact.ops.checks import check_dims, check_floats
 from vexact.ops.dispatch import backend
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of ``weight`` (V, H) at ``ids`` (T,) int64 -> (T, H). The gradient adds tokens in order, without atomics."""
+    """Rows of ``weight`` (V, H) at ``ids`` (T,) int64 -> (T, H). The gradient adds tokens in order, without atomics.
+
+    Raises:
+        ValueError: ``ids`` or ``weight`` of another form; on the CPU also an id outside the table.
+    """
+    check_dims("embedding", 1, "(T,)", ids=ids)
+    check_dims("embedding", 2, "(V, H)", weight=weight)
+    check_floats("embedding", weight=weight)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"embedding: ids are {ids.dtype}, expected torch.int64")
     return _Embedding.apply(ids, weight)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vexact.ops.checks import check_dims, check_floats, check_per_row
 from vexact.ops.dispatch import backend
 
 
@@ -45,9 +46,9 @@ def linear_cross_entropy(
         inv_temperature: (T,) fp32 or one number. min_logit: (T,) fp32 truncation threshold per token, None keeps all.
 
     Raises:
-        ValueError: a per-token tensor whose length is not T.
+        ValueError: sizes or dtypes that do not fit together; on the CPU also a target outside the vocabulary.
     """
-    inv_temperature, min_logit = _per_token(hidden, targets, inv_temperature, min_logit)
+    inv_temperature, min_logit = _per_token(hidden, weight, targets, inv_temperature, min_logit)
     return LinearCrossEntropy(*_LinearCrossEntropy.apply(hidden, weight, targets, inv_temperature, min_logit))
 
 
@@ -64,7 +65,7 @@ def linear_cross_entropy_one_pass(
     ``dloss(logprobs_chunk, tokens)`` returns d loss / d logprob for the tokens in the slice, so each chunk's gradient
     is taken while its logits are still there and nothing is recomputed.
     """
-    inv_temperature, min_logit = _per_token(hidden, targets, inv_temperature, min_logit)
+    inv_temperature, min_logit = _per_token(hidden, weight, targets, inv_temperature, min_logit)
     op = backend("linear_cross_entropy", hidden)
     return OnePass(*op.one_pass(hidden.contiguous(), weight, targets, inv_temperature, min_logit, dloss))
 
@@ -90,7 +91,7 @@ def linear_cross_entropy_trained(
     The log-probabilities have the bits of :func:`linear_cross_entropy`; the gradients, taken in its forward, wait for
     the backward.
     """
-    inv_temperature, min_logit = _per_token(hidden, targets, inv_temperature, min_logit)
+    inv_temperature, min_logit = _per_token(hidden, weight, targets, inv_temperature, min_logit)
     return TrainedCrossEntropy(*_Trained.apply(hidden, weight, targets, inv_temperature, min_logit, dloss))
 
 
@@ -123,16 +124,23 @@ class _Trained(torch.autograd.Function):
 
 
 def _per_token(
-    hidden: Tensor, targets: Tensor, inv_temperature: Tensor | float, min_logit: Tensor | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: Tensor | float, min_logit: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_dims("linear_cross_entropy", 2, "two axes", hidden=hidden, weight=weight)
+    check_floats("linear_cross_entropy", hidden=hidden, weight=weight)
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden has H={hidden.shape[1]} but weight is {tuple(weight.shape)}, "
+            f"expected (V, {hidden.shape[1]})"
+        )
     num_tokens = hidden.shape[0]
     if not isinstance(inv_temperature, Tensor):
         inv_temperature = torch.full((num_tokens,), inv_temperature, dtype=torch.float32, device=hidden.device)
     if min_logit is None:
         min_logit = torch.full((num_tokens,), float("-inf"), dtype=torch.float32, device=hidden.device)
-    for name, tensor in (("targets", targets), ("inv_temperature", inv_temperature), ("min_logit", min_logit)):
-        if tensor.shape != (num_tokens,):
-            raise ValueError(f"linear_cross_entropy: {name} is {tuple(tensor.shape)}, expected ({num_tokens},)")
+    check_per_row("linear_cross_entropy", num_tokens, torch.int64, targets=targets)
+    rows = {"inv_temperature": inv_temperature, "min_logit": min_logit}
+    check_per_row("linear_cross_entropy", num_tokens, torch.float32, **rows)
     return inv_temperature, min_logit
 
 

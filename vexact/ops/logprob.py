@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vexact.ops.checks import check_dims, check_per_row
 from vexact.ops.dispatch import backend
 
 
@@ -28,12 +29,16 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, inv_temperature: Tensor, m
         logits: (B, V) fp32. token_ids: (B,) int64. inv_temperature, min_logit: (B,) fp32; -inf keeps every token.
 
     Raises:
-        ValueError: logits are not fp32.
+        ValueError: logits are not fp32, or tensors of other shapes or dtypes; on the CPU also an id outside the row.
     """
     if logits.dtype != torch.float32:
         raise ValueError(
             f"token_logprobs: logits are {logits.dtype}; they must stay fp32 (linear(..., out_dtype=fp32))"
         )
+    check_dims("token_logprobs", 2, "(B, V)", logits=logits)
+    check_per_row("token_logprobs", logits.shape[0], torch.int64, token_ids=token_ids)
+    rows = {"inv_temperature": inv_temperature, "min_logit": min_logit}
+    check_per_row("token_logprobs", logits.shape[0], torch.float32, **rows)
     return TokenLogprobs(*backend("logprob", logits).token_logprobs(logits, token_ids, inv_temperature, min_logit))
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vexact.ops.checks import check_floats
 from vexact.ops.dispatch import backend
 from vexact.ops.rms_norm import rms_norm_reference
-from vexact.ops.rope import rope_reference
+from vexact.ops.rope import check_rope, rope_reference
 
 
 def qk_norm_rope(
@@ -26,11 +27,13 @@ def qk_norm_rope(
         Contiguous q' and k' of the input dtype.
 
     Raises:
-        ValueError: a weight that is not (D,).
+        ValueError: a weight that is not (D,), or tensors that do not fit together; see :func:`vexact.ops.rope`.
     """
+    check_rope("qk_norm_rope", q, k, positions, cos_sin)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != q.shape[-1:]:
             raise ValueError(f"qk_norm_rope: {name} is {tuple(weight.shape)}, expected ({q.shape[-1]},)")
+    check_floats("qk_norm_rope", q=q, q_weight=q_weight, k_weight=k_weight)
     return _QkNormRope.apply(q, k, q_weight, k_weight, eps, positions, cos_sin)
 
 

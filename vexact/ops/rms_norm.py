@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vexact.ops.checks import check_floats
 from vexact.ops.dispatch import backend
 
 
@@ -22,6 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         (..., D) in the dtype of ``x``.
+
+    Raises:
+        ValueError: a weight that is not (D,) of the dtype of ``x``.
     """
     _check(x, weight)
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
@@ -32,8 +36,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     Args:
         x, residual: (..., D) of one dtype. weight: (D,).
+
+    Raises:
+        ValueError: as :func:`rms_norm`, or ``x`` and ``residual`` differ in shape or dtype.
     """
     _check(x, weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"add_rms_norm: x is {tuple(x.shape)} but residual is {tuple(residual.shape)}")
+    check_floats("add_rms_norm", x=x, residual=residual)
     width = x.shape[-1]
     normed, total = _AddRMSNorm.apply(x.reshape(-1, width), residual.reshape(-1, width), weight, eps)
     return normed.view(x.shape), total.view(x.shape)
@@ -48,6 +58,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight is {tuple(weight.shape)}, expected ({x.shape[-1]},)")
+    check_floats("rms_norm", x=x, weight=weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -64,7 +64,7 @@ def attention(
     kv_cache: KVCache | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """scaled_dot_product_attention over sequences padded to the longest."""
+    """scaled_dot_product_attention over sequences padded to the longest: what the name ``sdpa`` runs."""
     if isinstance(metadata, PackedMetadata):
         cu_q = cu_k = metadata.cu_seqlens.long()
         keys, values = _pad(k, cu_k), _pad(v, cu_k)

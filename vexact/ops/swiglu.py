@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vexact.ops.checks import check_dims, check_floats
 from vexact.ops.dispatch import backend
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``gate_up = [gate | up]`` (M, 2I) -> (M, I); fp32 arithmetic, one rounding."""
+    """``silu(gate) * up`` of ``gate_up = [gate | up]`` (M, 2I) -> (M, I); fp32 arithmetic, one rounding.
+
+    Raises:
+        ValueError: ``gate_up`` is not two-dimensional, of an even width, in a supported dtype.
+    """
+    check_dims("swiglu", 2, "(M, 2I)", gate_up=gate_up)
+    check_floats("swiglu", gate_up=gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"swiglu: gate_up has width {gate_up.shape[1]}; it must be even, gate and up side by side")
     return _SwiGLU.apply(gate_up)
 
 

@@ -34,7 +34,8 @@ _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "k_cache", "v_cache"
 _INDICES = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "table")
 _ALIGNED = [["tt.divisibility", 16]]
 # Integers that change from batch to batch: a kernel that specialised on one would be compiled again and again.
-BATCH_INTEGERS = {"num_sequences", "num_tiles", "num_rows", "num_chunks", "stride_table", "skip_up_to", "max_rows"}
+BATCH_INTEGERS = {"num_sequences", "num_tiles", "num_rows", "num_keys", "num_chunks"}
+BATCH_INTEGERS |= {"stride_table", "skip_up_to", "max_rows"}
 
 # dtype, query heads, key/value heads, head dimension, value head dimension
 _QWEN3, _SMOLLM2, _FP32 = ("bf16", 16, 8, 128, 128), ("bf16", 9, 3, 64, 64), ("fp32", 4, 2, 64, 64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,24 @@ DTYPES = (torch.float32, torch.bfloat16)
 _SEED = 0
 
 
+class Heads(NamedTuple):
+    """Query heads, key/value heads and their width."""
+
+    queries: int
+    keys: int
+    dim: int
+
+
+HEADS = Heads(4, 2, 32)
+
+
 def check_linear(device: str, dtype: torch.dtype) -> CheckResult:
     """Rows of a product alone and among any number of others."""
-    name = f"probe linear {_short(dtype)}"
-    x, weight = _normal((max(BATCHES), K), dtype, device), _normal((N, K), dtype, device)
-    bad = [m for m in BATCHES if not _same(linear(x[:m], weight), linear(x, weight)[:m])]
+    name = f"probe linear {short(dtype)}"
+    x, weight = normal((max(BATCHES), K), dtype, device), normal((N, K), dtype, device)
+    bad = [m for m in BATCHES if not same(linear(x[:m], weight), linear(x, weight)[:m])]
     if bad:
-        return error(name, f"rows change with the number of rows: {_some(bad)} of {len(BATCHES)} sizes", REPORT)
+        return error(name, f"rows change with the number of rows: {some(bad)} of {len(BATCHES)} sizes", REPORT)
     return ok(name, f"rows have the same bits in batches of {BATCHES[0]} to {BATCHES[-1]}")
 
 
@@ -35,14 +47,14 @@ def check_tiles(device: str, dtype: torch.dtype, tiles: Iterable[object] | None 
     """On a GPU: every entry of the tile tables gives the same bits."""
     from vexact.ops.kernels.linear import matmul
 
-    name = f"probe tile table {_short(dtype)}"
-    x, weight = _normal((max(BATCHES), K), dtype, device), _normal((N, K), dtype, device)
+    name = f"probe tile table {short(dtype)}"
+    x, weight = normal((max(BATCHES), K), dtype, device), normal((N, K), dtype, device)
     chosen = list(all_tiles(dtype) if tiles is None else tiles)
     expected = matmul(x, weight, x.new_empty(len(x), N), layout="forward")  # what linear() launches
     bad = []
     for tile in chosen:
         out = torch.empty_like(expected)
-        if not _same(matmul(x, weight, out, layout="forward", tile=tile), expected):  # type: ignore[arg-type]
+        if not same(matmul(x, weight, out, layout="forward", tile=tile), expected):  # type: ignore[arg-type]
             bad.append(tile)
     if bad:
         return error(name, f"{len(bad)} of {len(chosen)} tiles give other bits, the first is {bad[0]}", REPORT)
@@ -62,33 +74,36 @@ def all_tiles(dtype: torch.dtype) -> list[object]:
 
 def check_stock_linear(device: str, dtype: torch.dtype) -> CheckResult:
     """What torch's own product does here; nothing depends on it."""
-    x, weight = _normal((max(BATCHES), K * 8), dtype, device), _normal((N, K * 8), dtype, device)
+    x, weight = normal((max(BATCHES), K * 8), dtype, device), normal((N, K * 8), dtype, device)
     whole = F.linear(x, weight)
-    bad = [m for m in BATCHES if not _same(F.linear(x[:m], weight), whole[:m])]
+    bad = [m for m in BATCHES if not same(F.linear(x[:m], weight), whole[:m])]
     text = "is not batch-invariant" if bad else "shows no difference"
     detail = f"{len(bad)} of {len(BATCHES)} batch sizes change its rows"
-    return ok(f"stock linear {_short(dtype)}", f"torch's own product {text} here: {detail} (not used, for comparison)")
+    return ok(f"stock linear {short(dtype)}", f"torch's own product {text} here: {detail} (not used, for comparison)")
 
 
-def check_attention_bits(device: str, dtype: torch.dtype) -> CheckResult:
+def check_attention_bits(
+    device: str, dtype: torch.dtype, heads: Heads = HEADS, title: str = "probe attention"
+) -> CheckResult:
     """Packed sequences against pages filled in two pieces."""
-    name = f"probe attention {_short(dtype)}"
-    packed, paged = packed_attention(device, dtype), paged_attention(device, dtype)
-    different = int((_bits(packed) != _bits(paged)).flatten(1).any(1).sum())
+    name = f"{title} {short(dtype)}"
+    packed, paged = packed_attention(device, dtype, heads), paged_attention(device, dtype, heads)
+    different = int((bits(packed) != bits(paged)).flatten(1).any(1).sum())
     if different:
         return error(name, f"{different} of {len(packed)} tokens differ between packed and paged attention", REPORT)
-    return ok(name, f"{len(packed)} tokens have the same bits packed and through pages")
+    shape = "" if heads is HEADS else f", {heads.queries} heads over {heads.keys} of {heads.dim}"
+    return ok(name, f"{len(packed)} tokens have the same bits packed and through pages{shape}")
 
 
-def packed_attention(device: str, dtype: torch.dtype) -> Tensor:
+def packed_attention(device: str, dtype: torch.dtype, heads: Heads = HEADS) -> Tensor:
     """(T, Hq, D) of all sequences in one call."""
-    q, k, v = _qkv(device, dtype)
+    q, k, v = _qkv(device, dtype, heads)
     return attention(q, k, v, PackedMetadata.from_lengths(list(LENGTHS), device), q.shape[-1] ** -0.5)
 
 
-def paged_attention(device: str, dtype: torch.dtype) -> Tensor:
+def paged_attention(device: str, dtype: torch.dtype, heads: Heads = HEADS) -> Tensor:
     """The same tokens: all but the last of each sequence in one call, then the last ones, as decoding does."""
-    q, k, v = _qkv(device, dtype)
+    q, k, v = _qkv(device, dtype, heads)
     pages = [-(-length // PAGE_SIZE) for length in LENGTHS]
     first = [sum(pages[:b]) for b in range(len(LENGTHS))]
     starts = [sum(LENGTHS[:b]) for b in range(len(LENGTHS))]
@@ -114,11 +129,13 @@ def paged_attention(device: str, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def check_logprob(device: str, dtype: torch.dtype) -> CheckResult:
+def check_logprob(
+    device: str, dtype: torch.dtype, width: int = 64, vocab_size: int = 1031, title: str = "probe logprob"
+) -> CheckResult:
     """The sampler's log-probabilities against the trainer's fused ones, alone and together."""
-    name = f"probe logprob {_short(dtype)}"
-    hidden, weight = _normal((70, 64), dtype, device), _normal((1031, 64), dtype, device)
-    tokens = torch.arange(70, device=device) * 13 % 1031
+    name = f"{title} {short(dtype)}"
+    hidden, weight = normal((70, width), dtype, device), normal((vocab_size, width), dtype, device)
+    tokens = torch.arange(70, device=device) * 13 % vocab_size
     ones, keep_all = torch.full((70,), 1.25, device=device), torch.full((70,), float("-inf"), device=device)
     fused = linear_cross_entropy(hidden, weight, tokens, ones, keep_all).logprobs
     logits = linear(hidden, weight, out_dtype=torch.float32)
@@ -126,7 +143,7 @@ def check_logprob(device: str, dtype: torch.dtype) -> CheckResult:
     alone = torch.cat(
         [token_logprobs(logits[i : i + 1], tokens[i : i + 1], ones[:1], keep_all[:1]).logprobs for i in range(70)]
     )
-    different = int(((_bits(fused) != _bits(together)) | (_bits(alone) != _bits(together))).sum())
+    different = int(((bits(fused) != bits(together)) | (bits(alone) != bits(together))).sum())
     if different:
         return error(name, f"{different} of 70 tokens differ between sampler and trainer", REPORT)
     return ok(name, "70 tokens have the same bits in sampler and trainer, alone and together")
@@ -142,34 +159,40 @@ def check_attention_impls(exact: bool) -> Iterator[CheckResult]:
             yield ok(name, f"absent: {problem}")
             continue
         if not facts.invariant:
-            yield ok(name, "available, not exact: torch's kernel, for deliberate baselines")
+            yield ok(name, "available, not exact: a stock kernel, for deliberate baselines")
         elif exact:
             yield ok(name, "exact here")
         else:
             yield warning(name, "available, but the probe found differences here", REPORT)
 
 
-def _qkv(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_normal((sum(LENGTHS), heads, 32), dtype, device, seed) for seed, heads in enumerate((4, 2, 2)))
+def _qkv(device: str, dtype: torch.dtype, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    counts = enumerate((heads.queries, heads.keys, heads.keys))
+    q, k, v = (normal((sum(LENGTHS), count, heads.dim), dtype, device, seed) for seed, count in counts)
     return q, k, v
 
 
-def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = _SEED) -> Tensor:
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = _SEED) -> Tensor:
+    """The same normal numbers on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(_bits(a), _bits(b)))
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal in every bit."""
+    return bool(torch.equal(bits(a), bits(b)))
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
+    """Viewed as whole numbers of the same size."""
     return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """Its short name."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def _some(values: list[int]) -> str:
+def some(values: Sequence[object]) -> str:
+    """The first of them."""
     text = ", ".join(map(str, values[:4]))
     return f"{text}, ..." if len(values) > 4 else text

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from vexact.ops.attention.checks import readable
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
 from vexact.ops.attention.packed import packed_attention
+from vexact.ops.checks import check_per_row
 from vexact.ops.dispatch import backend
 
 KVCache = tuple[Tensor, Tensor]  # keys (num_pages, page_size, Hkv, D), values (num_pages, page_size, Hkv, Dv)
@@ -29,13 +32,20 @@ def attention(
         (T, Hq, Dv). A token's bits are the same on both paths.
 
     Raises:
-        ValueError: paged metadata without a cache.
+        ValueError: paged metadata without a cache, or tensors that do not fit each other, the metadata or the cache.
     """
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(
+            f"attention: {q.shape[0]} queries, {k.shape[0]} keys, {v.shape[0]} values; they must be as many"
+        )
     if isinstance(metadata, PackedMetadata):
+        if readable(metadata.cu_seqlens) and int(metadata.cu_seqlens[-1]) > q.shape[0]:
+            raise ValueError(f"cu_seqlens ends with {int(metadata.cu_seqlens[-1])}, but q has {q.shape[0]} rows")
         cu, longest = metadata.cu_seqlens, metadata.max_seqlen
         return packed_attention(q, k, v, cu, cu, longest, longest, softmax_scale, causal)[0]
     if kv_cache is None:
         raise ValueError("attention: paged metadata needs kv_cache=(k_cache, v_cache)")
+    check_per_row("attention", q.shape[0], torch.int64, slot_mapping=metadata.slot_mapping)
     write_kv(k, v, kv_cache, metadata.slot_mapping)
     return backend("attention", q).paged_forward(
         q,
@@ -51,5 +61,15 @@ def attention(
 
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slot_mapping: Tensor) -> None:
-    """Scatters keys and values (T, Hkv, D) into the pages; a negative slot is skipped. Views are read in place."""
+    """Scatters keys and values (T, Hkv, D) into the pages; a negative slot is skipped. Views are read in place.
+
+    Raises:
+        ValueError: heads, widths or dtypes are not those of the cache.
+    """
+    for name, rows, pages in (("keys", k, kv_cache[0]), ("values", v, kv_cache[1])):
+        if rows.shape[1:] != pages.shape[2:] or rows.dtype != pages.dtype:
+            raise ValueError(
+                f"write_kv: {name} are {rows.dtype} {tuple(rows.shape)}, the cache {pages.dtype} {tuple(pages.shape)}; "
+                "heads, width and dtype must be the same"
+            )
     backend("attention", k).write_kv(k, v, *kv_cache, slot_mapping)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vexact.ops.attention.checks import check_counts, check_end_values, check_ends, check_table, readable
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedMetadata:
@@ -18,6 +20,15 @@ class PackedMetadata:
 
     cu_seqlens: Tensor  # (B+1,) int32
     max_seqlen: int
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: the lengths are not of this form; their values are looked at if they are on the CPU.
+        """
+        check_ends("cu_seqlens", self.cu_seqlens)
+        if readable(self.cu_seqlens):
+            check_end_values("cu_seqlens", self.cu_seqlens, longest=self.max_seqlen)
 
     @classmethod
     def from_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> PackedMetadata:
@@ -40,3 +51,17 @@ class PagedMetadata:
     slot_mapping: Tensor  # (T,) int64, page*page_size + offset where each new token's key goes; negative = skip
     max_seqlen_q: int
     max_seqlen_k: int
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: shapes or dtypes that do not fit together; values are looked at if they are on the CPU.
+        """
+        check_ends("cu_seqlens_q", self.cu_seqlens_q)
+        check_counts("seqused_k", self.seqused_k, self.cu_seqlens_q)
+        check_table(self.block_table, self.cu_seqlens_q)
+        if readable(self.cu_seqlens_q):
+            check_end_values("cu_seqlens_q", self.cu_seqlens_q, len(self.slot_mapping), self.max_seqlen_q)
+            most = int(self.seqused_k.max()) if len(self.seqused_k) else 0
+            if most > self.max_seqlen_k:
+                raise ValueError(f"seqused_k holds {most}, but max_seqlen_k is {self.max_seqlen_k}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vexact.ops.attention.checks import check_ends
 from vexact.ops.dispatch import backend
 
 
@@ -31,8 +32,13 @@ def packed_attention(
 
     Returns:
         out (T, Hq, Dv) in the dtype of q and lse (T, Hq) fp32 (natural log); rows that see no key give 0 and -inf.
-        Differentiable through ``out``.
+        Rows past the last sequence are 0 and -inf, and their gradients 0. Differentiable through ``out``.
+
+    Raises:
+        ValueError: tensors that do not fit together (see :mod:`vexact.ops.attention.checks`).
     """
+    check_ends("cu_seqlens_q", cu_seqlens_q)
+    check_ends("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _PackedAttention.apply(q, k, v, lengths, softmax_scale, causal)
 

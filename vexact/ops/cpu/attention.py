@@ -1,4 +1,4 @@
-"""CPU twin of attention: query tiles of fixed size walk key blocks at fixed absolute positions.
+"""CPU twin of attention: query tiles of a size fixed by the head counts walk key blocks at fixed absolute positions.
 
 Packed and paged attention differ only in where a key block is fetched from, so a query row gets the same bits on both.
 """
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vexact.ops.attention.checks import check_heads, check_scale
+from vexact.ops.checks import out_of_range
 from vexact.ops.cpu.attention_backward import packed_backward
+from vexact.ops.cpu.product import batched, even_rows
 from vexact.ops.cpu.reduce import tree_sum
 
 __all__ = ["packed_backward", "packed_forward", "paged_forward", "write_kv"]
 
-QUERY_TILE = 4  # a constant of the numerics; small, since a decoded token fills a tile alone
-KEY_BLOCK = 64
+KEY_BLOCK = 64  # a constant of the numerics
 # (sequence of each tile (N,), key positions (KEY_BLOCK,)) -> keys and values (N, KEY_BLOCK, Hkv, D)
 FetchKeys = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -27,18 +29,18 @@ class _Tiles:
     """N query tiles; rows past the end of their sequence repeat its last row and are dropped at the end."""
 
     sequence: Tensor  # (N,)
-    rows: Tensor  # (N, QUERY_TILE) index into the packed queries
-    valid: Tensor  # (N, QUERY_TILE)
-    num_visible: Tensor  # (N, QUERY_TILE) how many leading keys each row sees
+    rows: Tensor  # (N, tile) index into the packed queries
+    valid: Tensor  # (N, tile)
+    num_visible: Tensor  # (N, tile) how many leading keys each row sees
 
     @classmethod
-    def build(cls, cu_seqlens_q: Tensor, num_keys: Tensor, causal: bool) -> _Tiles:
+    def build(cls, cu_seqlens_q: Tensor, num_keys: Tensor, size: int, causal: bool) -> _Tiles:
         start, num_queries = cu_seqlens_q[:-1].long(), cu_seqlens_q.diff().long()
-        tiles_per_sequence = (num_queries + QUERY_TILE - 1) // QUERY_TILE
+        tiles_per_sequence = (num_queries + size - 1) // size
         sequence = torch.repeat_interleave(torch.arange(len(num_queries)), tiles_per_sequence)
         first_tile = tiles_per_sequence.cumsum(0) - tiles_per_sequence
         tile = torch.arange(len(sequence)) - first_tile[sequence]
-        query = tile.unsqueeze(1) * QUERY_TILE + torch.arange(QUERY_TILE)
+        query = tile.unsqueeze(1) * size + torch.arange(size)
         total = num_queries[sequence].unsqueeze(1)
         keys = num_keys.long()[sequence].unsqueeze(1)
         seen = query + 1 + keys - total if causal else keys.expand_as(query)
@@ -58,7 +60,9 @@ def packed_forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(T, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv) -> out (T, Hq, Dv), lse (T, Hq) fp32."""
+    """(T, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv) -> out (T, Hq, Dv), lse (T, Hq) fp32; 0 and -inf past the sequences."""
+    check_heads(q, k, v)
+    check_scale(scale)
     first, num_keys = cu_seqlens_k[:-1].long(), cu_seqlens_k.diff().long()
 
     def fetch(sequence: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +70,8 @@ def packed_forward(
         index = first[sequence].unsqueeze(1) + positions.unsqueeze(0).minimum(last)
         return k[index], v[index]
 
-    return _forward(q, v.shape[-1], _Tiles.build(cu_seqlens_q, num_keys, causal), fetch, k.shape[1], scale)
+    tiles = _Tiles.build(cu_seqlens_q, num_keys, _tile_size(q.shape[1], k.shape[1]), causal)
+    return _forward(q, v.shape[-1], tiles, fetch, k.shape[1], scale)
 
 
 def paged_forward(
@@ -82,6 +87,8 @@ def paged_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, Hq, D) over pages (num_pages, page_size, Hkv, D) -> out (T, Hq, Dv), lse (T, Hq) fp32."""
+    check_heads(q, k_cache, v_cache)
+    check_scale(scale)
     page_size = k_cache.shape[1]
     flat_k, flat_v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     table, num_keys = block_table.long(), seqused_k.long()
@@ -92,7 +99,7 @@ def paged_forward(
         index = page * page_size + clamped % page_size
         return flat_k[index], flat_v[index]
 
-    tiles = _Tiles.build(cu_seqlens_q, num_keys, causal)
+    tiles = _Tiles.build(cu_seqlens_q, num_keys, _tile_size(q.shape[1], k_cache.shape[2]), causal)
     return _forward(q, v_cache.shape[-1], tiles, fetch, k_cache.shape[2], scale)
 
 
@@ -100,20 +107,29 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """Writes (T, Hkv, D) to slots page*page_size + offset; negative slots are skipped."""
     keep = slot_mapping >= 0
     slots = slot_mapping[keep]
-    k_cache.flatten(0, 1)[slots] = k[keep]
-    v_cache.flatten(0, 1)[slots] = v[keep]
+    try:
+        k_cache.flatten(0, 1)[slots] = k[keep]
+        v_cache.flatten(0, 1)[slots] = v[keep]
+    except IndexError:
+        raise out_of_range("write_kv", "slot_mapping", slots, k_cache.shape[0] * k_cache.shape[1]) from None
+
+
+def _tile_size(num_heads: int, num_kv_heads: int) -> int:
+    """Query rows of a tile; few, since a decoded token fills a tile alone."""
+    group = num_heads // num_kv_heads
+    return even_rows(group) // group
 
 
 def _forward(
     q: Tensor, value_dim: int, tiles: _Tiles, fetch: FetchKeys, num_kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    num_tiles, num_heads = len(tiles.sequence), q.shape[1]
+    (num_tiles, size), num_heads = tiles.rows.shape, q.shape[1]
     group = num_heads // num_kv_heads
     # (N, Hkv, group*tile, D): the query heads of a group share a tile, as they share keys
     queries = q[tiles.rows].float().unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     queries = queries.contiguous()
     visible = tiles.num_visible.repeat(1, group)[:, None, :, None]  # (N, 1, group*tile, 1)
-    state = _State.empty(num_tiles, num_kv_heads, group * QUERY_TILE, value_dim)
+    state = _State.empty(num_tiles, num_kv_heads, group * size, value_dim)
     reach = tiles.num_visible.amax(1) if num_tiles else tiles.num_visible.new_zeros(0)
     for block_start in range(0, int(reach.max()) if num_tiles else 0, KEY_BLOCK):
         active = (reach > block_start).nonzero().squeeze(1)
@@ -124,10 +140,10 @@ def _forward(
         values = values.float().masked_fill(~in_reach, 0.0).permute(0, 2, 1, 3)
         state.step(active, queries[active], keys, values, positions < visible[active], scale)
     out, lse = state.finish(scale)
-    out = out.unflatten(2, (group, QUERY_TILE)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (N, tile, Hq, Dv)
-    lse = lse.unflatten(2, (group, QUERY_TILE)).permute(0, 3, 1, 2).flatten(2, 3)
-    packed_out = torch.empty(q.shape[0], num_heads, value_dim, dtype=q.dtype)
-    packed_lse = torch.empty(q.shape[0], num_heads)
+    out = out.unflatten(2, (group, size)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (N, tile, Hq, Dv)
+    lse = lse.unflatten(2, (group, size)).permute(0, 3, 1, 2).flatten(2, 3)
+    packed_out = torch.zeros(q.shape[0], num_heads, value_dim, dtype=q.dtype)
+    packed_lse = torch.full((q.shape[0], num_heads), float("-inf"))
     rows = tiles.rows[tiles.valid]
     packed_out[rows] = out[tiles.valid].to(q.dtype)
     packed_lse[rows] = lse[tiles.valid]
@@ -168,4 +184,4 @@ class _State:
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """Batched product whose matrices keep one fixed shape, hence fixed bits."""
     n, heads = a.shape[:2]
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (n, heads))
+    return batched(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (n, heads))

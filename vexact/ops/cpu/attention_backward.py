@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vexact.ops.cpu.reduce import tree_sum
+
 SCORES_PER_CHUNK = 1 << 23  # 32 MiB of fp32 scores at a time
 
 
@@ -27,7 +29,7 @@ def packed_backward(
     """dq (T, Hq, D), dk (Tk, Hkv, D), dv (Tk, Hkv, Dv); formulas of Dao et al. 2022, arXiv 2205.14135, appendix B."""
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    delta = (dout.float() * out.float()).sum(-1)  # (T, Hq)
+    delta = tree_sum(dout.float() * out.float())  # (T, Hq)
     lengths_q, lengths_k = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
     for chunk in _chunks(lengths_q, lengths_k, q.shape[1]):
         rows_q, valid_q = _padded_rows(cu_seqlens_q[:-1].long()[chunk], lengths_q[chunk])

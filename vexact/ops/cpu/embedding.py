@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vexact.ops.checks import out_of_range
+
 
 def forward(ids: Tensor, weight: Tensor) -> Tensor:
     """(T,), (V, H) -> (T, H)."""
-    return weight.index_select(0, ids)
+    try:
+        return weight.index_select(0, ids)
+    except (IndexError, RuntimeError):
+        raise out_of_range("embedding", "ids", ids, weight.shape[0]) from None
 
 
 def backward(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:

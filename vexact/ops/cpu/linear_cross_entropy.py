@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vexact.ops.cpu.linear import forward as linear_forward
 from vexact.ops.cpu.logprob import token_logprobs
+from vexact.ops.cpu.product import product
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time; does not touch the bits
 
@@ -50,7 +51,7 @@ def backward(
             dlogprobs[tokens],
             None if dentropy is None else dentropy[tokens],
         )
-        dhidden[tokens] = (dlogits @ weight.float()).to(hidden.dtype)
+        dhidden[tokens] = product(dlogits, weight.float()).to(hidden.dtype)
         dweight.addmm_(dlogits.T, hidden[tokens].float())
     return dhidden, dweight.to(weight.dtype)
 
@@ -72,7 +73,7 @@ def one_pass(
         logprobs, lse, entropy = token_logprobs(logits, *args)
         out[:, tokens] = torch.stack((logprobs, entropy))
         dlogits = _dlogits(logits, *args, lse, entropy, dloss(logprobs, tokens), None)
-        dhidden[tokens] = (dlogits @ weight.float()).to(hidden.dtype)
+        dhidden[tokens] = product(dlogits, weight.float()).to(hidden.dtype)
         dweight.addmm_(dlogits.T, hidden[tokens].float())
     return out[0], out[1], dhidden, dweight.to(weight.dtype)
 

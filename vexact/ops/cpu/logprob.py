@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vexact.ops.checks import out_of_range
 from vexact.ops.cpu.reduce import tree_sum
 
 
@@ -13,6 +14,10 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, V) fp32 -> logprobs, lse, entropy, each (B,) fp32."""
     z = logits * inv_temperature.unsqueeze(1)
+    try:
+        chosen = z.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    except (IndexError, RuntimeError):
+        raise out_of_range("token_logprobs", "token_ids", token_ids, logits.shape[1]) from None
     top = z.amax(-1, keepdim=True)
     shifted = z - top
     weights = torch.exp(shifted).masked_fill_(logits < min_logit.unsqueeze(1), 0.0)
@@ -21,4 +26,4 @@ def token_logprobs(
     # H = log sum w - (sum w * (z - max)) / sum w; underflowed weights contribute 0 even where z is -inf
     entropy = log_total - tree_sum(weights * shifted.clamp_min(-1e4)) / total
     lse = top.squeeze(1) + log_total
-    return z.gather(1, token_ids.unsqueeze(1)).squeeze(1) - lse, lse, entropy
+    return chosen - lse, lse, entropy

@@ -26,5 +26,6 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     """dx = rstd * (w*dy - xhat * mean(w*dy*xhat)), dweight = sum over rows of dy * xhat."""
     xhat = x.float() * rstd.unsqueeze(1)
     scaled = dy.float() * weight.float()
-    dx = rstd.unsqueeze(1) * (scaled - xhat * (scaled * xhat).mean(-1, keepdim=True))
+    mean = tree_sum(scaled * xhat).unsqueeze(1) / x.shape[-1]
+    dx = rstd.unsqueeze(1) * (scaled - xhat * mean)
     return dx.to(x.dtype), (dy.float() * xhat).sum(0).to(weight.dtype)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vexact.ops.kernels.attention.keys import load_tile
-from vexact.ops.kernels.attention.rows import find_sequence
+from vexact.ops.kernels.attention.rows import find_sequence, unowned_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -77,21 +77,36 @@ def walk_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_rows"])
+@triton.jit
+def clear_rows(target, row, num_rows, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr):
+    """Write 0 to one head of these rows of target (num_rows, HEADS, WIDTH)."""
+    offs = tl.arange(0, WIDTH_PAD)[None, :]
+    flat = (row.to(tl.int64) * HEADS + head)[:, None] * WIDTH + offs
+    mask = (row < num_rows)[:, None] & (offs < WIDTH)
+    tl.store(target + flat, tl.zeros_like(flat).to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_rows", "num_keys"])
 def keys_kernel(
     dout, q, k, v, delta, lse2, dk, dv, cu_seqlens_q, cu_seqlens_k, c, scale,
-    num_sequences, num_tiles, num_rows, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    num_sequences, num_tiles, num_rows, num_keys, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dK (Tk, Hkv, D) and dV (Tk, Hkv, DV) of BLOCK_N keys of one key/value head, both contiguous.
 
     dout (T, NUM_HEADS, DV) contiguous; q, k, v with free token and head strides; delta, lse2 (NUM_HEADS, num_rows)
-    fp32. Keys that no query sees get 0.
+    fp32. Keys that no query sees, and keys past the last sequence, get 0.
     """
     KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     pid = tl.program_id(0)
     kv_head = (pid % KV_HEADS).to(tl.int64)
+    unowned = unowned_rows(cu_seqlens_k, num_sequences, pid // KV_HEADS, BLOCK_N)
+    if unowned >= 0:
+        row = unowned + tl.arange(0, BLOCK_N)
+        clear_rows(dk, row, num_keys, kv_head, KV_HEADS, D, D_PAD)
+        clear_rows(dv, row, num_keys, kv_head, KV_HEADS, DV, DV_PAD)
+        return
     sequence, block = find_sequence(cu_seqlens_k, num_sequences, pid // KV_HEADS, BLOCK_N)
     k_start = tl.load(cu_seqlens_k + sequence).to(tl.int64)
     kv_len = (tl.load(cu_seqlens_k + sequence + 1) - k_start).to(tl.int32)
@@ -181,10 +196,16 @@ def queries_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dQ (T, NUM_HEADS, D), contiguous, of BLOCK_M query rows of one head. The heaviest tiles start first."""
+    """dQ (T, NUM_HEADS, D), contiguous, of BLOCK_M query rows of one head, 0 past the last sequence. The heaviest tiles
+    start first."""
     pid = tl.program_id(0)
     head = (pid % NUM_HEADS).to(tl.int64)
-    sequence, block = find_sequence(cu_seqlens_q, num_sequences, num_tiles - 1 - pid // NUM_HEADS, BLOCK_M)
+    tile = num_tiles - 1 - pid // NUM_HEADS
+    unowned = unowned_rows(cu_seqlens_q, num_sequences, tile, BLOCK_M)
+    if unowned >= 0:
+        clear_rows(dq, unowned + tl.arange(0, BLOCK_M), num_rows, head, NUM_HEADS, D, D_PAD)
+        return
+    sequence, block = find_sequence(cu_seqlens_q, num_sequences, tile, BLOCK_M)
     q_start = tl.load(cu_seqlens_q + sequence).to(tl.int64)
     q_len = (tl.load(cu_seqlens_q + sequence + 1) - q_start).to(tl.int32)
     first_row = block * BLOCK_M

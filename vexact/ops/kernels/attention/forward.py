@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vexact.ops.kernels.attention.keys import Keys, load_tile
-from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates
+from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates, unowned_rows
 from vexact.ops.kernels.attention.step import finish
 from vexact.ops.kernels.attention.walk import walk_keys
 
@@ -35,10 +35,21 @@ def store_rows(
     tl.store(out + flat[:, None] * DV + offs_dv[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table", "skip_up_to"])
+@triton.jit
+def clear_rows(
+    out, lse, row, head, valid,
+    NUM_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """Write what a row without keys has: 0 to out and -inf to lse."""
+    nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    zeros = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
+    store_rows(out, lse, zeros, nothing, row, head, valid, NUM_HEADS, DV, DV_PAD)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_tiles", "stride_table", "skip_up_to"])
 def forward_kernel(
     q, k, v, k_desc, v_desc, out, lse, cu_seqlens_q, kv_lengths, table, c,
-    num_sequences, num_tiles, stride_table, skip_up_to,
+    num_rows, num_sequences, num_tiles, stride_table, skip_up_to,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
@@ -51,13 +62,22 @@ def forward_kernel(
     k_desc and v_desc: the same as (rows, Hkv * ...), read only if DESCRIBED;
     kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if
     paged; out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are
-    left alone. CHUNK 0: no sequence has more than one chunk. The heaviest tiles of a causal sequence start first.
+    left alone, rows past the last sequence are cleared. CHUNK 0: no sequence has more than one chunk. The heaviest
+    tiles of a causal sequence start first.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = NUM_HEADS // TILE_HEADS
     pid = tl.program_id(0)
     first_head = pid % HEAD_TILES * TILE_HEADS
-    sequence, block = find_sequence(cu_seqlens_q, num_sequences, num_tiles - 1 - pid // HEAD_TILES, BLOCK_Q)
+    tile = num_tiles - 1 - pid // HEAD_TILES
+    unowned = unowned_rows(cu_seqlens_q, num_sequences, tile, BLOCK_Q)
+    if unowned >= 0:
+        offs_m = tl.arange(0, BLOCK_M)
+        row = unowned + offs_m // TILE_HEADS
+        inside = (offs_m < BLOCK_Q * TILE_HEADS) & (row < num_rows)
+        clear_rows(out, lse, row, first_head + offs_m % TILE_HEADS, inside, NUM_HEADS, BLOCK_M, DV, DV_PAD)
+        return
+    sequence, block = find_sequence(cu_seqlens_q, num_sequences, tile, BLOCK_Q)
     q_start = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - q_start
     first = block * BLOCK_Q

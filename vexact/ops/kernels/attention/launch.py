@@ -7,13 +7,12 @@ gives the same bits, while entries of the backward tables decide the last bits o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import Tensor
 
+from vexact.ops.attention.checks import check_heads, check_scale
 from vexact.ops.kernels.sizes import next_power_of_2
 
 LOG2E = 1.4426950408889634
@@ -140,32 +139,19 @@ def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
     """Shape of the heads of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
 
     Raises:
-        ValueError: dtypes differ or are not fp32, bf16 or fp16; the head counts do not divide; a head dimension is
-            above 256; the last dimension of a tensor is not contiguous.
+        ValueError: see `check_heads`.
     """
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; q, k and v must share fp32, bf16 or fp16")
-    num_heads, num_kv_heads = q.shape[-2], k.shape[-2]
-    if num_kv_heads == 0 or num_heads % num_kv_heads or v.shape[-2] != num_kv_heads:
-        raise ValueError(f"attention: {num_heads} query heads over {num_kv_heads} key and {v.shape[-2]} value heads")
-    if q.shape[-1] != k.shape[-1] or max(q.shape[-1], v.shape[-1]) > 256:
-        raise ValueError(
-            f"attention: head dims q {q.shape[-1]}, k {k.shape[-1]}, v {v.shape[-1]}; q = k, all at most 256"
-        )
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"attention: {name} has last stride {tensor.stride(-1)}; call .contiguous()")
-    return HeadShape(num_heads, num_kv_heads, q.shape[-1], v.shape[-1], q.element_size())
+    check_heads(q, k, v)
+    return HeadShape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], q.element_size())
 
 
 def exponent_scale(softmax_scale: float) -> float:
     """`c` of the kernels: scores times `c` are base-2 exponents.
 
     Raises:
-        ValueError: the scale is not a positive finite number (masking with -inf needs its sign).
+        ValueError: see `check_scale`.
     """
-    if not (0.0 < softmax_scale < math.inf):
-        raise ValueError(f"attention: softmax_scale is {softmax_scale}; it must be positive and finite")
+    check_scale(softmax_scale)
     return softmax_scale * LOG2E
 
 

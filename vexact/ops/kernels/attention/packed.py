@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,12 +45,13 @@ def packed_forward(
 
     Args:
         q: (T, Hq, D). k: (Tk, Hkv, D). v: (Tk, Hkv, Dv). fp32, bf16 or fp16; the last dimension is contiguous.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device; they cover all rows.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device.
         max_seqlen_q: not needed, kept for symmetry: the grid follows T and B. max_seqlen_k: no sequence has more keys.
         tile: launch configuration, free of influence on the bits. key_blocks: decides the bits; for tests and sweeps.
 
     Returns:
-        out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys: 0 and -inf.
+        out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys, and rows
+        past cu_seqlens_q[-1]: 0 and -inf.
 
     Raises:
         ValueError: see `head_shape` and `exponent_scale`.
@@ -60,13 +63,13 @@ def packed_forward(
     out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
     num_sequences = cu_seqlens_q.shape[0] - 1
-    num_tiles = q.shape[0] // tile.block_m + num_sequences
+    num_tiles = q.shape[0] // tile.block_m + num_sequences + 1
     scale = exponent_scale(softmax_scale)
     if q.shape[0] == 0 or num_sequences == 0:
-        return out, lse
+        return out.zero_(), lse.fill_(-math.inf)
     forward_kernel[(num_tiles * shape.num_heads,)](
         q, k, v, *(descriptors or (k, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
-        num_sequences, num_tiles, 0, 0,
+        q.shape[0], num_sequences, num_tiles, 0, 0,
         q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
         NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
         BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
@@ -101,7 +104,8 @@ def packed_backward(
         keys_tile, queries_tile: launch configurations; unlike in the forward they decide the last bits.
 
     Returns:
-        dq (T, Hq, D), dk (Tk, Hkv, D), dv (Tk, Hkv, Dv), contiguous, in the dtype of q.
+        dq (T, Hq, D), dk (Tk, Hkv, D), dv (Tk, Hkv, Dv), contiguous, in the dtype of q; rows past the last sequence
+        are 0.
 
     Raises:
         ValueError: see `head_shape` and `exponent_scale`.
@@ -113,7 +117,7 @@ def packed_backward(
     dq, dk, dv = (torch.empty(tensor.shape, dtype=q.dtype, device=q.device) for tensor in (q, k, v))
     num_rows, num_sequences = q.shape[0], cu_seqlens_q.shape[0] - 1
     if num_sequences == 0:
-        return dq, dk, dv
+        return dq.zero_(), dk.zero_(), dv.zero_()
     delta = torch.empty((shape.num_heads, num_rows), dtype=torch.float32, device=q.device)
     lse2 = torch.empty_like(delta)
     dout, out = dout.contiguous(), out.contiguous()
@@ -128,7 +132,7 @@ def packed_backward(
             dout, out, lse, delta, lse2, num_rows,
             NUM_HEADS=shape.num_heads, DV=shape.value_dim, DV_PAD=shape.value_dim_pad, ROWS=PREPARE_ROWS, num_warps=4,
         )  # fmt: skip
-        num_tiles = num_rows // queries_tile.block_m + num_sequences
+        num_tiles = num_rows // queries_tile.block_m + num_sequences + 1
         queries_kernel[(num_tiles * shape.num_heads,)](
             dout, q, k, v, delta, lse2, dq, *lengths, scale, softmax_scale,
             num_sequences, num_tiles, num_rows, *strides, **constants,
@@ -136,10 +140,10 @@ def packed_backward(
             num_warps=queries_tile.num_warps, num_stages=queries_tile.num_stages,
         )  # fmt: skip
     if k.shape[0]:
-        num_tiles = k.shape[0] // keys_tile.block_n + num_sequences
+        num_tiles = k.shape[0] // keys_tile.block_n + num_sequences + 1
         keys_kernel[(num_tiles * shape.num_kv_heads,)](
             dout, q, k, v, delta, lse2, dk, dv, *lengths, scale, softmax_scale,
-            num_sequences, num_tiles, num_rows, *strides, **constants,
+            num_sequences, num_tiles, num_rows, k.shape[0], *strides, **constants,
             BLOCK_M=keys_tile.block_m, BLOCK_N=keys_tile.block_n,
             num_warps=keys_tile.num_warps, num_stages=keys_tile.num_stages,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,8 +64,8 @@ def paged_forward(
         key_blocks: decides the bits; for tests and sweeps.
 
     Returns:
-        out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys: 0 and -inf. Rows
-        past cu_seqlens_q[-1] are not written.
+        out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys, and rows past
+        cu_seqlens_q[-1]: 0 and -inf.
 
     Raises:
         ValueError: see `head_shape` and `exponent_scale`.
@@ -77,7 +78,7 @@ def paged_forward(
         key_blocks or KEY_BLOCKS[shape.key], exponent_scale(softmax_scale), causal,
     )  # fmt: skip
     if q.shape[0] == 0 or seqused_k.shape[0] == 0:
-        return out, lse
+        return out.zero_(), lse.fill_(-math.inf)
     if split_rows is None:
         decode_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
         split_rows = max_seqlen_q if max_seqlen_q * decode_heads <= MAX_DECODE_ROWS else 1
@@ -135,10 +136,10 @@ class _Call:
     def run_tiles(self, skip_up_to: int, tile: Tile) -> None:
         """Sequences of more than `skip_up_to` query rows, chunks in order."""
         tile_heads = heads_per_tile(self.shape.group, tile.block_m)
-        num_tiles = self.q.shape[0] // (tile.block_m // tile_heads) + self.num_sequences
+        num_tiles = self.q.shape[0] // (tile.block_m // tile_heads) + self.num_sequences + 1
         forward_kernel[(num_tiles * (self.shape.num_heads // tile_heads),)](
             self.q, *self.caches, *self.descriptors, self.out, self.lse, *self.lengths, self.scale,
-            self.num_sequences, num_tiles, self.lengths[2].stride(0), skip_up_to, *self.strides,
+            self.q.shape[0], self.num_sequences, num_tiles, self.lengths[2].stride(0), skip_up_to, *self.strides,
             BLOCK_M=tile.block_m, CHUNK=chunk_to_merge(self.blocks, self.max_seqlen_k),
             **self.constants(tile, tile_heads),
         )  # fmt: skip
@@ -154,7 +155,7 @@ class _Call:
         overlap = self.q.is_cuda and capability(self.q.device)[0] >= 9  # two kernels in flight, one waiting
         chunk_kernel[(num_chunks * self.num_sequences * (shape.num_heads // tile_heads),)](
             self.q, *self.caches, *self.descriptors, self.out, self.lse, part_acc, part_ml, *self.lengths, self.scale,
-            self.num_sequences, num_chunks, self.lengths[2].stride(0), max_rows, *self.strides,
+            self.q.shape[0], self.num_sequences, num_chunks, self.lengths[2].stride(0), max_rows, *self.strides,
             BLOCK_M=max(tile.block_m, padded(max_rows * tile_heads)), CHUNK=chunk,
             OVERLAP=overlap, **self.constants(tile, tile_heads),
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A tile holds BLOCK_Q consecutive positions of one sequence times TILE_HEADS query heads that share a key/value head,
 position-major. Sequence b owns the tiles `cu_seqlens_q[b] // BLOCK_Q + b` up to that of b + 1: enough for any
-alignment, and at most `T // BLOCK_Q + B` in all, a number the host knows without reading device memory.
+alignment. Rows past the last sequence count as one more, whose tiles write zeros. That makes at most
+`T // BLOCK_Q + B + 1` tiles, a number the host knows without reading device memory.
 """
 
 import triton
@@ -20,6 +21,14 @@ def find_sequence(cu_seqlens, num_sequences, tile, BLOCK: tl.constexpr):
         low = tl.where(owned_from <= tile, middle, low)
         high = tl.where(owned_from <= tile, high, middle - 1)
     return low, tile - (tl.load(cu_seqlens + low) // BLOCK + low)
+
+
+@triton.jit
+def unowned_rows(cu_seqlens, num_sequences, tile, BLOCK: tl.constexpr):
+    """The first row of a tile that lies past the last sequence; negative for the tiles of sequences."""
+    end = tl.load(cu_seqlens + num_sequences)
+    index = tile - (end // BLOCK + num_sequences)
+    return tl.where(index >= 0, end + index * BLOCK, -1)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vexact.ops.kernels.attention.forward import load_queries, store_rows
+from vexact.ops.kernels.attention.forward import clear_rows, load_queries, store_rows
 from vexact.ops.kernels.attention.keys import Keys
 from vexact.ops.kernels.attention.rows import key_limits, row_coordinates
 from vexact.ops.kernels.attention.step import finish, merge_states
@@ -17,10 +17,10 @@ from vexact.ops.kernels.attention.walk import walk_keys
 CHUNKS_IN_FLIGHT = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_chunks", "stride_table", "max_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_chunks", "stride_table", "max_rows"])
 def chunk_kernel(
     q, k, v, k_desc, v_desc, out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, table, c,
-    num_sequences, num_chunks, stride_table, max_rows,
+    num_rows, num_sequences, num_chunks, stride_table, max_rows,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
@@ -30,8 +30,8 @@ def chunk_kernel(
     """The state of one chunk of keys for all rows of one sequence and one key/value head.
 
     part_acc (B, num_chunks, max_rows, NUM_HEADS, DV) fp32 and part_ml (..., NUM_HEADS, 2) fp32 receive the state of a
-    sequence longer than one chunk; out and lse receive the finished rows of any other. The remaining arguments are
-    those of the forward kernel.
+    sequence longer than one chunk; out and lse receive the finished rows of any other, and rows past the last sequence
+    are cleared. The remaining arguments are those of the forward kernel.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = NUM_HEADS // TILE_HEADS
@@ -42,6 +42,11 @@ def chunk_kernel(
     q_start = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - q_start
     kv_len = tl.load(kv_lengths + sequence)
+    if chunk == 0:
+        offs_m = tl.arange(0, BLOCK_M)
+        for unowned in tl.range(tl.load(cu_seqlens_q + num_sequences) + sequence, num_rows, num_sequences):
+            row = unowned + tl.zeros_like(offs_m)
+            clear_rows(out, lse, row, first_head + offs_m, offs_m < TILE_HEADS, NUM_HEADS, BLOCK_M, DV, DV_PAD)
     begin = chunk * CHUNK
     if (q_len == 0) | (q_len > max_rows) | ((begin >= kv_len) & (chunk > 0)):
         return
