@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vexact import interrupt
 from vexact.reward.process import WorkerProcess
 from vexact.reward.spec import GradeRequest, Outcome, RewardError
 
@@ -37,6 +38,7 @@ class Run:
 
     def turn(self) -> None:
         """Hand out work, read whatever arrives before the next deadline, then enforce deadlines."""
+        interrupt.check()
         for worker in self._pool.workers:
             if worker.is_idle and self._waiting:
                 self._assign(worker)

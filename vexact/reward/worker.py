@@ -26,6 +26,7 @@ def main(descriptor: int) -> None:
     ``("failed", message)`` once; per list ``("start",)`` when its graders are imported, then
     ``("result", index, outcome)`` for each request in order.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one that reaches the worker ends it, without a traceback
     os.set_inheritable(descriptor, False)
     connection = socket.socket(fileno=descriptor)
     threading.Thread(target=_die_with_driver, args=(descriptor,), daemon=True).start()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vexact import interrupt
 from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
 from vexact.models.config import ModelConfig
@@ -71,8 +72,10 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             torch.save({"progress": (progress.step, progress.data_cursor), "actor": state}, temporary / STATE_FILE)
+            interrupt.check()
             weights = ((name, saved["weight"]) for name, saved in state["parameters"].items())
             save_hf(weights, model, temporary)
+            interrupt.check()
             save_tokenizer(temporary)
             if model.eos_token_ids:
                 stop = {"eos_token_id": list(model.eos_token_ids)}
@@ -80,6 +83,7 @@ class CheckpointStore:
             if self.certificate_file.is_file():
                 shutil.copy(self.certificate_file, temporary)
             _sync_tree(temporary)
+            interrupt.check()
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _sync(self.directory)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import signal
 from contextlib import ExitStack
-from types import FrameType
 
 import torch
 
+from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
 from vexact.config.plan import build_plan
 from vexact.device import resolve_device
 from vexact.report import Reporter
 from vexact.trainer.checkpoint import CheckpointStore
-from vexact.trainer.driver import Driver, resume_point
+from vexact.trainer.driver import Driver, how_to_go_on, resume_point
 from vexact.trainer.preflight import check_rewards
 from vexact.trainer.run_record import write_run_record
 from vexact.trainer.workers import build_workers, num_steps
@@ -30,8 +29,7 @@ def run(config: Config) -> int:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
     device = torch.device(resolve_device(config.trainer.device))
-    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's kill ends like Ctrl-C: workers stopped, sinks flushed
-    with ExitStack() as stack:
+    with interrupt.unwinding(), ExitStack() as stack:  # a signal ends the workers and flushes the sinks
         workers = build_workers(config, device)
         stack.callback(workers.close)
         check_rewards(config, workers)
@@ -52,11 +50,8 @@ def run(config: Config) -> int:
         plan = build_plan(config, device.type)
         reporter.plan(plan.rows, plan.advice)
         write_run_record(config, device)
+        interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)
         Driver(config, workers, reporter, store, Audit(config.trainer.exactness), total_steps, progress).run()
     return 0
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

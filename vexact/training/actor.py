@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
@@ -155,6 +156,7 @@ class Actor:
         metrics: MiniBatchMetrics,
     ) -> Tensor:
         """Forward and backward of one micro-batch; returns its log-probabilities (R,)."""
+        interrupt.check()
         batch = group_batch(tokens, group, self.ranks.device)
         if group:
             targets = policy_targets([chosen[i] for i in group], self.ranks.device)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
@@ -60,7 +61,10 @@ def score(
 ) -> list[np.ndarray]:
     """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together."""
     groups = micro_batches(sequences, names, budget, True, ranks)
-    values = [token_scores(model, group_batch(sequences, group, ranks.device)).logprobs for group in groups]
+    values = []
+    for group in groups:
+        interrupt.check()
+        values.append(token_scores(model, group_batch(sequences, group, ranks.device)).logprobs)
     return by_sequence(values, sequences, groups)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.audit.compare import Comparison, TokenDifference, compare
 from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded
 from vexact.audit.verify.workload import Round
@@ -142,6 +143,7 @@ def compare_round(
         again = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
     for drawn, use_fused in ((samples, False), (again, fused)):
         for group, batch in _random_batches(rng, drawn, padded, model.lm_head_weight.device):
+            interrupt.check()
             if use_fused:
                 logprobs = side.logprobs(batch)
             else:
