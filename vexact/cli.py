@@ -1,7 +1,7 @@
 """The command `vexact`: arguments, exit codes, and how errors look.
 
-Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 Ctrl-C, SIGTERM
-or a closed terminal.
+Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 a signal ended
+it (Ctrl-C, SIGTERM, a closed terminal).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 130
 GRACE_S = 10.0  # to close what is open
@@ -85,7 +86,7 @@ def install() -> None:
     _owns_process = True
     taken = _take_over()
     atexit.register(_ignore, taken)  # the first that is registered runs last: C code ends the process undisturbed
-    os.register_at_fork(after_in_child=lambda: _release(taken))
+    _leave_forked_children_alone(taken)
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
@@ -131,9 +132,9 @@ def _take_over() -> list[int]:
 def _handle(_signal: int, _frame: FrameType | None) -> None:
     global _requested
     first, _requested = not _requested, True
-    if not _unwinding:
+    if first and not _unwinding:
         _end()
-    elif first or not _owns_process:
+    if first or not _owns_process:
         raise KeyboardInterrupt
 
 
@@ -143,17 +144,20 @@ def _watch(descriptor: int) -> None:
         patience = max(0.0, first + GRACE_S - time.monotonic()) if first else None
         if not select.select([descriptor], [], [], patience)[0]:
             _end()
-        elif os.read(descriptor, 1)[0] in SIGNALS:
-            now = time.monotonic()
-            if not _unwinding or (first and now > first + REPEAT_S):
-                _end()
-            first = first or now
+        if os.read(descriptor, 1)[0] not in SIGNALS:
+            continue
+        now = time.monotonic()
+        if first and now > first + REPEAT_S:
+            _end()
+        if not (_unwinding or _requested):  # the handler waits for C code to come back, and nothing is open
+            _end()
+        first = first or now
 
 
-def _end() -> None:
-    """Ends the process as it stands; by whichever thread comes first."""
-    if not _ending.acquire(blocking=False):
-        return
+def _end() -> NoReturn:
+    """Ends the process as it stands; the thread that comes first has the word."""
+    while not _ending.acquire(blocking=False):
+        time.sleep(GRACE_S)
     with suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
@@ -167,10 +171,22 @@ def _ignore(taken: list[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _release(taken: list[int]) -> None:
-    """In a forked child, which is no part of this: a signal to it is not one to us, and ends it without a word."""
-    global _owns_process, _requested
-    _owns_process = _requested = False
-    signal.set_wakeup_fd(-1)
-    for number in taken:
-        signal.signal(number, signal.SIG_DFL)
+def _leave_forked_children_alone(taken: list[int]) -> None:
+    """A signal to a forked child is not one to us, and ends the child without a word."""
+    before = threading.local()
+
+    def block() -> None:
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
+
+    def release() -> None:
+        global _owns_process, _requested
+        _owns_process = _requested = False
+        signal.set_wakeup_fd(-1)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+        restore()
+
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=release)
