@@ -116,7 +116,7 @@ def borrowed() -> Iterator[None]:
 
 def _take_over() -> list[int]:
     """Installs the handlers; returns the signals they are for."""
-    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    taken: list[int] = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in taken:
         signal.signal(number, _handle)
     hook = sys.unraisablehook
