@@ -272,6 +272,23 @@ def test_the_command_handles_signals_before_its_imports() -> None:
         assert result(process) == (130, "", LINE)
 
 
+def test_an_interrupt_that_leaves_exec_gives_the_same_code(tmp_path: Path) -> None:
+    """As while a dataclass is defined. After it, `python -m` would end by SIGINT whatever the code is."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "from vexact import interrupt\n"
+        "from vexact.commands import train\n"
+        "def run(arguments):\n"
+        "    with interrupt.unwinding():\n"
+        "        exec('os.kill(os.getpid(), signal.SIGTERM)\\nfor _ in range(100): pass')\n"
+        "train.run = run\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "vexact", "train"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", LINE)
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     body = """
         def run():

@@ -6,4 +6,6 @@ interrupt.install()  # before the imports of the command line, which a signal ma
 
 from vexact.cli import main  # noqa: E402
 
-raise SystemExit(main())
+code = main()
+exec("")  # CPython notes that an interrupt has left some exec(), even if it is caught later, and would die by SIGINT
+raise SystemExit(code)

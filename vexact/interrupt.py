@@ -10,7 +10,7 @@ Hence three layers:
 * A thread hears of the signal through a descriptor, C code or not. It ends the process at a second signal, or when
   ``GRACE_S`` have gone by. That loses nothing that SIGKILL would not lose, and a run survives SIGKILL.
 
-A program that uses the package as a library keeps its own signals: the flag is then never set.
+A program that uses the engine as a library keeps its own signals: the flag is then never set.
 """
 
 from __future__ import annotations
@@ -95,9 +95,12 @@ def install() -> None:
 
 @contextmanager
 def borrowed() -> Iterator[None]:
-    """Takes the signals over for one call out of a program that lives on: they raise, and are given back at the end."""
+    """Takes the signals over for one call out of a program that lives on: they raise, and are given back at the end.
+
+    Nothing changes inside another such call, nor in a process that has installed them.
+    """
     global _requested, _note, _is_said
-    if _owns_process or threading.current_thread() is not threading.main_thread():
+    if _owns_process or _unwinding or threading.current_thread() is not threading.main_thread():
         yield
         return
     hook = sys.unraisablehook

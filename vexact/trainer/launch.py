@@ -29,7 +29,7 @@ def run(config: Config) -> int:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
     device = torch.device(resolve_device(config.trainer.device))
-    with interrupt.unwinding(), ExitStack() as stack:  # a signal ends the workers and flushes the sinks
+    with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
         workers = build_workers(config, device)
         stack.callback(workers.close)
         check_rewards(config, workers)
@@ -54,4 +54,5 @@ def run(config: Config) -> int:
         if progress.step:
             log.info("resuming after step %d", progress.step)
         Driver(config, workers, reporter, store, Audit(config.trainer.exactness), total_steps, progress).run()
+        interrupt.check()
     return 0
