@@ -1,6 +1,7 @@
 """The command `vexact`: arguments, exit codes, and how errors look.
 
-Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 Ctrl-C.
+Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 a signal ended
+it (Ctrl-C, SIGTERM, a closed terminal).
 """
 
 from __future__ import annotations
@@ -8,32 +9,59 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from vexact import __version__, env
-from vexact.commands import doctor, generate, prepare, train, verify
+from vexact import __version__, env, interrupt
 
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code. Without ``argv`` it is the process's own, and so are the signals."""
+    if argv is None:
+        interrupt.install()
+        return _command(argv)
+    with interrupt.borrowed():
+        return _command(argv)
+
+
+def _command(argv: Sequence[str] | None) -> int:
     arguments = _parse(argv)
     env.set_process_defaults()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vexact").setLevel(logging.INFO)
+    debug = arguments.debug or env.debug()
     try:
         code: int = arguments.run(arguments)
-        return code
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        return 130
+        return code if not interrupt.requested() else _interrupted(arguments.command)
+    except KeyboardInterrupt as error:
+        return _interrupted(arguments.command, error)
     except Exception as error:
-        if not is_user_error(error) or arguments.debug or env.debug():
+        if interrupt.requested():  # an interrupt inside foreign code, which made another error of it
+            if debug:
+                traceback.print_exc()
+            return _interrupted(arguments.command, error)
+        if not is_user_error(error) or debug:
             raise
         sys.stderr.write(f"vexact {arguments.command}: {error}\n(--debug shows where)\n")
         return 2
+
+
+def _interrupted(command: str, error: BaseException | None = None) -> int:
+    """Says so, after any failure of ours that was being dealt with, and returns the exit code."""
+    while error is not None and not _is_ours(error):
+        error = error.__context__
+    failure = f"vexact {command}: {error}\n" if error is not None else ""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, failure + interrupt.message())):
+        try:
+            stream.write(text)
+            stream.flush()
+        except (OSError, ValueError):  # whoever read it is gone, too; Python must not try again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return interrupt.EXIT_CODE
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +77,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser with every command."""
+    from vexact.commands import doctor, generate, prepare, train, verify  # signals are handled before this takes time
+
     root = argparse.ArgumentParser(
         prog="vexact",
         description="Exact reinforcement learning for language models: what is sampled is what is trained.",
@@ -64,6 +94,10 @@ def parser() -> argparse.ArgumentParser:
 
 def is_user_error(error: Exception) -> bool:
     """Whether the message alone serves the user: bad values and files, a full disk, every named exception of ours."""
-    if isinstance(error, _USER_ERRORS) or type(error).__module__.split(".")[0] == "vexact":
+    if isinstance(error, _USER_ERRORS) or _is_ours(error):
         return True
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] == "vexact"

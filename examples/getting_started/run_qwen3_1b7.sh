@@ -15,7 +15,10 @@ if [[ -n "${model_dir:-}${train_path:-}${test_path:-}" ]]; then
 fi
 
 tiny="${VEXACT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vexact}/tiny"
-"$python" -m vexact prepare tiny --out "$tiny"
+"$python" -m vexact prepare tiny --out "$tiny" & preparing=$!
+trap 'kill -TERM "$preparing"; wait "$preparing"' INT TERM HUP # a signal to this script alone ends it, too
+wait "$preparing"
+trap - INT TERM HUP
 exec "$python" -m vexact train recipe=tiny_arithmetic \
   "actor_rollout_ref.model.path=$tiny/model" \
   "data.train_files=$tiny/train.parquet" "data.val_files=$tiny/test.parquet" "$@"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,11 +17,11 @@ import pytest
 def train(overrides, tmp_path):
     """Starts `vexact train` in a session of its own, so that what it leaves behind can be seen."""
 
-    def start(*more: str) -> subprocess.Popen:
+    def start(*more: str, program: tuple[str, ...] = ("-m", "vexact")) -> subprocess.Popen:
         # without WANDB_*: a test that used W&B in this process leaves the address of its service behind
         clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
         environ = clean | {"OMP_NUM_THREADS": "1", "WANDB_DIR": str(tmp_path)}
-        command = [sys.executable, "-m", "vexact", "train", *overrides(*more)]
+        command = [sys.executable, *program, "train", *overrides(*more)]
         return subprocess.Popen(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -88,12 +89,46 @@ def test_an_interrupt_ends_cleanly(train, tmp_path, sent):
     process.send_signal(sent)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 130, output
-    assert "interrupted" in output
+    assert re.search(r"\ninterrupted; step \d+ is saved in .*run: the same command goes on from there\n", output)
     assert "Traceback" not in output
     assert _group_is_empty(process.pid)
     checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
     assert checkpoints
     assert all((c / "trainer_state.pt").is_file() and (c / "model.safetensors").is_file() for c in checkpoints)
+
+
+DROPPED = """
+import os, sys
+from vexact.report import Reporter
+from vexact.cli import main
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+        for _ in range(100):
+            pass
+
+def {method}(self, *arguments, original=Reporter.{method}):
+    if getattr(arguments[0], "step", arguments[0]) == {when!r}:
+        Dropped()
+    return original(self, *arguments)
+
+Reporter.{method} = {method}
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "when", "saved"), [("log", 2, "step 1 is saved"), ("stage", "update_actor", "no step is saved yet")]
+)
+def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(train, tmp_path, method, when, saved):
+    program = DROPPED.format(number=int(signal.SIGTERM), method=method, when=when)
+    process = train("trainer.total_training_steps=1000", "trainer.save_freq=1", program=("-c", program))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert f"\ninterrupted; {saved}" in output
+    assert "Traceback" not in output
+    assert _group_is_empty(process.pid)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vexact import env
+from vexact import env, interrupt
 
 if TYPE_CHECKING:
     from vexact.audit.doctor import CheckResult
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     results = []
     for result in _results(arguments):
+        interrupt.check()
         results.append(result)
         sys.stdout.write(f"{result}\n")
         sys.stdout.flush()
@@ -94,7 +95,7 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
     if prompts:
 
         def grade(rows: Sequence[Prompt]) -> tuple[list[Score], list[Score]]:
-            with start_rewards(config) as rewards:
+            with interrupt.unwinding(), start_rewards(config) as rewards:
                 return dry_run(rows, rewards)
 
         yield check_rewards(grade, prompts)

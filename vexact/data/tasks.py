@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
+from vexact import interrupt
 from vexact.data.rows import Row
 from vexact.data.task_answers import answer_kind
 
@@ -77,6 +78,7 @@ def make_task(spec: TaskSpec) -> list[Row]:
     )
     rows = []
     for index in range(len(dataset)):
+        interrupt.check()
         entry = dataset[index]
         extra = {"index": index, "task_settings": json.dumps(spec.settings), "entry": encode_entry(entry)}
         rows.append(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vexact import __version__
+from vexact import __version__, interrupt
 from vexact.env import cache_dir
 
 log = logging.getLogger(__name__)
@@ -30,16 +30,20 @@ def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., 
         return out
     log.info("preparing %s in %s", name, out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        write(temporary, **options)
-        (temporary / MARKER).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        if out.exists():
-            out.rmdir()  # empty, or _is_made would have refused it
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    interrupt.note(f"{out} is not made; the same command makes it")
+    with interrupt.unwinding():
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            write(temporary, **options)
+            interrupt.check()
+            (temporary / MARKER).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            if out.exists():
+                out.rmdir()  # empty, or _is_made would have refused it
+            temporary.rename(out)
+            interrupt.note(f"{out} is made")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vexact import interrupt
 from vexact.prepare.directory import require_disk
 from vexact.prepare.files import write_generation_config
 from vexact.prepare.shapes import SHAPES
@@ -68,6 +69,7 @@ def _tensor_shapes(raw: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
 def _tensor(name: str, shape: Shape, seed: int, std: float) -> Any:
     import torch
 
+    interrupt.check()
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if name.endswith(".bias"):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vexact import interrupt
 from vexact.prepare.directory import require_disk
 from vexact.prepare.files import write_generation_config
 
@@ -32,6 +33,7 @@ def write_smollm2(directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
     )
+    interrupt.check()
     _save(model, directory)
     write_generation_config(directory, tokenizer.eos_token_id, tokenizer.pad_token_id)
     tokenizer.save_pretrained(directory)

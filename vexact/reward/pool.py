@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
+from vexact import interrupt
 from vexact.reward.outcome import Outcome
 from vexact.reward.process import WorkerProcess
 from vexact.reward.run import START_TIMEOUT_S, Run
 from vexact.reward.seal import seal
-from vexact.reward.spec import GradeRequest, RewardError, RewardSpec, load_function
+from vexact.reward.spec import GradeRequest, RewardError, RewardSpec, ScoreFunction, load_function
 from vexact.reward.worker import grade
 from vexact.types import Score
 
@@ -75,7 +76,7 @@ class RewardPool:
                 answer is not for the request in its place.
         """
         if self._function is not None:
-            outcomes = [grade(self._function, request, self.spec.kwargs) for request in requests]
+            outcomes = self._score_inline(self._function, requests)
         else:
             outcomes = self._score_in_workers(requests)
         if [request.key for request in requests] != [outcome.key for outcome in outcomes]:
@@ -114,6 +115,13 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _score_inline(self, function: ScoreFunction, requests: Sequence[GradeRequest]) -> list[Outcome]:
+        outcomes = []
+        for request in requests:
+            interrupt.check()
+            outcomes.append(grade(function, request, self.spec.kwargs))
+        return outcomes
 
     def _score_in_workers(self, requests: Sequence[GradeRequest]) -> list[Outcome]:
         self._fill_up()

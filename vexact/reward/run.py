@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vexact import interrupt
 from vexact.reward.outcome import Outcome, ProtocolError
 from vexact.reward.process import LoadError, WorkerProcess
 from vexact.reward.spec import GradeRequest, RewardError
@@ -47,6 +48,7 @@ class Run:
 
     def turn(self) -> None:
         """Hand out work, read whatever arrives before the next deadline, then enforce deadlines."""
+        interrupt.check()
         for worker in [worker for worker in self._pool.workers if worker.is_idle]:
             self._assign(worker)
         readable = self._wait()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.models.decoder import CausalLM
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.ops.sampling import SamplingTensors
@@ -241,6 +242,7 @@ class Engine:
             for prompt, prompt_params, request_id in zip(prompts, params, ids):
                 order += self.add_request(prompt, prompt_params, request_id)
             while self.has_unfinished:
+                interrupt.check()
                 finished.update((sample.request_id, sample) for sample in self.step())
                 if on_step is not None:
                     on_step(len(finished), self._stats.num_tokens - num_tokens_before)

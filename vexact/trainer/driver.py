@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vexact import interrupt
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.certificate import CertificateError, require_certificate
 from vexact.config import Config
@@ -45,7 +46,7 @@ class Driver:
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
         self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
-        self.timers = Timers(on_enter=reporter.stage)
+        self.timers = Timers(on_enter=self._begin)
         self.collector = Collector(config, workers, self.timers)
 
     def run(self) -> None:
@@ -64,7 +65,12 @@ class Driver:
         first, rewards = self.progress.step + 1, []
         for step in range(first, self.total_steps + 1):
             rewards.append(self._step(step))
+        interrupt.note(f"all {self.total_steps} steps are done and saved in {self.config.run_dir}")
         log.info("%s", self._summary(first, rewards))
+
+    def _begin(self, stage: str) -> None:
+        interrupt.check()
+        self.reporter.stage(stage)
 
     def _self_test(self) -> None:
         config, workers = self.config, self.workers
@@ -196,7 +202,16 @@ class Driver:
             save_tokenizer = self.workers.tokenizer.save_pretrained
             path = self.store.save(self.progress, actor.state_dict(), actor.model.config, save_tokenizer, self.identity)
         log.info("saved %s", path)
+        interrupt.note(how_to_go_on(self.config, self.progress.step))
 
     def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
         limit = self.config.trainer.samples_per_step
         write_samples(self.config.run_dir, step, groups, limit=limit, stem=stem)
+
+
+def how_to_go_on(config: Config, saved_step: int) -> str:
+    """What an interrupted run tells its user; step 0 stands for a run without a checkpoint."""
+    if not saved_step:
+        return "no step is saved yet: the same command starts anew"
+    how = "the same command goes on" if config.trainer.resume_mode == "auto" else "trainer.resume_mode=auto goes on"
+    return f"step {saved_step} is saved in {config.run_dir}: {how} from there"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
 from contextlib import ExitStack
-from types import FrameType
 from typing import Any
 
 import torch
 
+from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
 from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, ModelShape, build_plan
@@ -17,7 +16,7 @@ from vexact.device import resolve_device
 from vexact.models import ModelConfig
 from vexact.report import Reporter
 from vexact.trainer.checkpoint import CheckpointStore, Progress
-from vexact.trainer.driver import Driver
+from vexact.trainer.driver import Driver, how_to_go_on
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity, weights_digest
@@ -38,8 +37,7 @@ def run(config: Config) -> int:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
     device = torch.device(resolve_device(config.trainer.device))
-    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's kill ends like Ctrl-C: workers stopped, sinks flushed
-    with ExitStack() as stack:
+    with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
         stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
         store = CheckpointStore(config.run_dir, config.trainer.keep_last)
         store.remove_leftovers()
@@ -80,10 +78,12 @@ def run(config: Config) -> int:
         plan = build_plan(config, device.type)
         reporter.plan(plan.rows, plan.advice)
         write_run_record(config, device)
+        interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)
         audit = Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio)
         Driver(config, workers, reporter, store, audit, total_steps, progress, identity).run()
+        interrupt.check()
     return 0
 
 
@@ -135,7 +135,3 @@ def _checkpoint_bytes(config: Config) -> int:
         return 0
     ModelConfig.from_hf_dir(config.model.path)  # names what is wrong with config.json
     return ModelShape.read(config.model.path).num_parameters * TRAINING_BYTES_PER_PARAMETER
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

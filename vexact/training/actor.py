@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
@@ -238,6 +239,7 @@ class Actor:
         metrics: MiniBatchMetrics,
     ) -> tuple[Tensor, list[Tensor]]:
         """Forward and backward of one micro-batch; returns its log-probabilities (R,), and what a ledger compares."""
+        interrupt.check()
         read = []
         if group:
             targets = policy_targets([chosen[i] for i in group], self.config.use_kl_loss, self.ranks.device)

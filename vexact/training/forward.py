@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
@@ -70,6 +71,7 @@ def score(
     groups = micro_batches(sequences, names, budget, True, ranks)
     values = []
     for group in groups:
+        interrupt.check()
         batch = group_batch(sequences, group, ranks.device)
         values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
     return by_sequence(values, sequences, groups)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vexact import interrupt
 from vexact.models import CausalLM, NonFiniteError
 from vexact.models.nonfinite import find_nonfinite
 from vexact.training.batch import TokenSequence, pack_tokens
@@ -45,6 +46,7 @@ def supervised_steps(
     optimizer = Optimizer(model.parameters(), config.optim)
     losses = []
     for step in range(num_steps):
+        interrupt.check()
         batch = pack_tokens([sequences[i] for i in _draw(len(pairs), step, config)], device)
         optimizer.set_lr(config.optim.lr_at(step))
         optimizer.zero_grad()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.audit.compare import TokenDifference
 from vexact.audit.explain.align import first_mismatch, only_on_one_side
 from vexact.audit.explain.divergence import Divergence, Side, first_element
@@ -83,6 +84,7 @@ def find(
     stages: tuple[Callable[[Case], Divergence | None], ...]
     stages = (_inputs, _pages, _operators, _logits, _sampler, _training_head, _recorded)
     for stage in stages:
+        interrupt.check()
         found = stage(case)
         if found is not None:
             return found, case.rows

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.audit.compare import Comparison, TokenDifference, compare
 from vexact.audit.draws import DrawDifference, compare_draws
 from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded, show_targets
@@ -159,6 +160,7 @@ def compare_round(
     redraw = _redraw_of_all(one_round, samples)
     for second, generated in enumerate((samples, again)):
         for indices, batch in _random_batches(rng, generated, padded, model.lm_head_weight.device):
+            interrupt.check()
             group = [generated[i] for i in indices]
             if second and fused:
                 logprobs = side.logprobs(batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vexact import interrupt
 from vexact.audit.verify.argmax import argmax_agreement
 from vexact.audit.verify.sides import TrainingSide, hf_logits
 from vexact.training.batch import TokenSequence, pack_tokens
@@ -54,6 +55,7 @@ def compare_logits(
     result = Closeness()
     total_diff = total_overlap = 0.0
     for sample in samples:
+        interrupt.check()
         batch = pack_tokens([TokenSequence(sample.prompt_token_ids, sample.token_ids)], device)
         ours, theirs = side.logits(batch), hf_logits(hf, batch)  # (R, V)
         diff = (ours - theirs).abs()

@@ -10,6 +10,7 @@ from time import perf_counter
 
 import torch
 
+from vexact import interrupt
 from vexact.audit.environment import environment, tile_table_hash
 from vexact.audit.verify.bits import BitTally, compare_round
 from vexact.audit.verify.native import NativeComparisons, compare_native
@@ -96,6 +97,7 @@ def _bits(
     tally, samples = BitTally(), []
     scheduling = {"rounds": 0.0, "preemptions": 0.0, "rounds_with_prefix_hits": 0.0}
     for one_round in rounds_of(options, config):
+        interrupt.check()
         started = perf_counter()
         done, stats = compare_round(
             model,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vexact import interrupt
 from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
 from vexact.models.config import ModelConfig
@@ -100,14 +101,17 @@ class CheckpointStore:
             with Digests(temporary) as digests:
                 state_file.write_state(temporary / state_file.FILE, progress, state)
                 digests.begin()
+                interrupt.check()
                 self._write_model(temporary, state, model, save_tokenizer)
                 if identity is not None:
                     (temporary / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
                 digests.begin()
+                interrupt.check()
                 _sync_tree(temporary)
                 manifest.write_manifest(temporary, progress.step, digests.entries())
             sync(temporary / manifest.FILE)
             sync(temporary)
+            interrupt.check()
             self._publish(temporary, final)
         except (OSError, RuntimeError) as error:  # torch and safetensors report a failed write as RuntimeError
             raise self._failure(final, error) from error
