@@ -169,25 +169,20 @@ MOVED = {
 }
 
 
-def translate(key: str, value: Any) -> tuple[str | None, str | None]:
-    """What to do with a key the schema does not have.
-
-    Returns:
-        (our key or None when it is dropped, a notice or None).
+def translate(key: str, value: Any) -> str | None:
+    """What to tell the user about a key that neither the schema has nor ``MOVED``; None when there is nothing to say.
 
     Raises:
         ConfigError: verl honours this value and we cannot.
         KeyError: neither verl nor we know the key.
     """
-    if key in MOVED:
-        return MOVED[key], f"{key} is called {MOVED[key]} here"
     for refused in REFUSED:
         if fnmatchcase(key, refused.key):
             _require_harmless(refused, key, value)
-            return None, None
+            return None
     for unused in UNUSED:
         if fnmatchcase(key, unused.key):
-            return None, f"{key}={value} has no effect: {unused.reason}"
+            return f"{key}={value} has no effect: {unused.reason}"
     raise KeyError(key)
 
 
