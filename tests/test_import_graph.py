@@ -15,6 +15,7 @@ ENGINE_ROOM = {"ops", "models", "algorithms"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "env": set(),
+    "streams": set(),
     "device": set(),
     "ops": set(),
     "algorithms": set(),
@@ -22,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": LEAVES,
     "data": {"types"},
     "reward": {"types", "data"},
-    "report": LEAVES,
+    "report": LEAVES | {"streams"},
     "distributed": LEAVES,
     "weights": {"types", "ops", "models"},
     "rollout": {"types", "ops", "models", "weights"},

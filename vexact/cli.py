@@ -1,24 +1,43 @@
 """The command `vexact`: arguments, exit codes, and how errors look.
 
-Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 Ctrl-C.
+Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 Ctrl-C,
+141 the reader of the output has gone (``| head``), as if SIGPIPE had ended the command. Training goes on without one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import sys
 from collections.abc import Sequence
 
-from vexact import __version__, env
+from vexact import __version__, env, streams
 from vexact.commands import doctor, generate, prepare, train, verify
 
+READER_GONE = 141
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    streams.prepare()
+    try:
+        code = _run(argv)
+    except BrokenPipeError:
+        if not streams.reader_gone():  # a pipe of our own
+            raise
+        streams.flush()
+        return READER_GONE
+    except SystemExit:  # argparse, after it has printed
+        if not streams.flush():
+            return READER_GONE
+        raise
+    return code if streams.flush() or code else READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parse(argv)
     env.set_process_defaults()
     logging.basicConfig(format="%(message)s")
@@ -27,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         return code
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
+        with contextlib.suppress(OSError):
+            sys.stderr.write("\ninterrupted\n")
         return 130
     except Exception as error:
         if not is_user_error(error) or arguments.debug or env.debug():
