@@ -5,7 +5,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf 'newest: %s\n' "$*" >&2; }
-versions() { "$1" -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools 2>/dev/null | sort -f; }
+versions() { # PYTHON -> name==version of all that is installed, one a line
+  "$1" -c 'from importlib.metadata import distributions
+names = {d.name.lower().replace("_", "-").replace(".", "-"): d.version for d in distributions()}
+left_out = {"pip", "setuptools", "vexact"}
+print(*sorted(f"{name}=={names[name]}" for name in names.keys() - left_out), sep="\n")'
+}
 
 if [[ -n "${PIP_NO_INDEX:-}${UV_OFFLINE:-}" ]]; then
   say "not run: PIP_NO_INDEX or UV_OFFLINE says that there is no network"
@@ -17,9 +22,9 @@ if "$tested" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)'; then
   exit 0
 fi
 python="$(bash scripts/setup.sh --newest)"
-newer="$(comm -13 <(versions "$tested") <(versions "$python") | paste -sd ' ')"
+newer="$(LC_ALL=C comm -13 <(versions "$tested") <(versions "$python") | paste -sd ' ')"
 if [[ -z "$newer" ]]; then
-  say "no package has a newer version than the tested one"
+  say "the tested versions are the newest ones of all packages: nothing further to test"
   exit 0
 fi
 say "$("$python" --version) with $newer"
