@@ -14,7 +14,7 @@ from vexact.config.fields import ConfigError
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
 _MODEL = "actor_rollout_ref.model"
-_PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens; results do not depend on it"
+_PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens, which log-probabilities do not depend on"
 _ONE_DEVICE = "this version runs the model on one device"
 
 
@@ -115,7 +115,7 @@ REFUSED = (
 )
 
 UNUSED = (
-    Unused("trainer.balance_batch", "results never depend on how sequences are packed"),
+    Unused("trainer.balance_batch", "there is one device, and packing leaves log-probabilities as they are"),
     Unused("trainer.use_v1", "there is one trainer"),
     Unused("trainer.v1.*", "there is one trainer"),
     Unused("trainer.max_critic_ckpt_to_keep", "there is no critic"),
