@@ -24,8 +24,17 @@ INTRO = """\
 
 Every key below can be given on the command line of `vexact train` (or of the getting-started script) as
 `section.key=value`, later ones win: **defaults < recipe < environment < command line**. A leading `+` or `++` is
-accepted and means nothing. Lists are written `'key=[a,b]'`. `recipe=NAME` picks a file of `configs/recipe/`,
-`recipe=FILE.yaml` one of yours. `vexact train --dry_run …` prints the resolved configuration and the plan and stops.
+accepted and means nothing. `recipe=NAME` picks a file of `configs/recipe/`, `recipe=FILE.yaml` one of yours, with
+nested keys, dotted keys, or both; one key in two places is an error.
+
+Text stays text: a key of the type *text* takes what stands behind `=` as it is (`2024_10_05`, `1e-3`, `true`, a path
+with commas, a template), less one pair of quotes around all of it; in a recipe it is what is written there. Where the
+type has *or null*, `null` and nothing at all are null. Lists are written `'key=[a,b]'`, an item with a comma in quotes;
+`${section.key}` in a value stands for another key's. Everything else has Hydra's grammar.
+
+A number outside its range stops the run, and so does one that is not finite in float32; a whole number is at most
+2^31 - 1 unless its row says otherwise. `vexact train --dry_run …` checks everything that needs no weights, reads the
+first 64 rows, grades 8 of them, prints the resolved configuration and the plan, and stops.
 
 Names, nesting and defaults are verl's wherever the meaning is the same; where our default differs, verl's is named.
 An unknown key stops the run and names the nearest valid one.
@@ -35,12 +44,16 @@ An unknown key stops the run and names the nearest valid one.
 | variable | effect |
 |---|---|
 | `INFER_FA_IMPL` | `actor_rollout_ref.rollout.attn_impl` |
-| `VEOMNI_ATTN_IMPLEMENTATION` | `actor_rollout_ref.actor.attn_implementation` |
+| `VEOMNI_ATTN_IMPLEMENTATION` | `actor_rollout_ref.actor.attn_implementation`; `VEOMNI_ATTN_IMPL` and `ATTN_IMPL` are \
+the same variable and must not disagree |
 | `model_dir`, `train_path`, `test_path` | model and data of `examples/getting_started/run_qwen3_1b7.sh` |
-| `WANDB_MODE`, `WANDB_API_KEY` | where W&B writes: offline without a key, never a prompt |
+| `WANDB_MODE`, `WANDB_API_KEY` | where W&B writes: offline without a key, or when the server does not answer or \
+refuses the key within seconds; never a prompt |
 | `VEXACT_CACHE` | where `vexact prepare` writes by default |
 | `VEXACT_VENV` | virtual environment `scripts/setup.sh` uses instead of `.venv` |
 | `VEXACT_DEBUG` | `1` shows the traceback of a user error |
+
+A variable that is empty counts as unset.
 """
 
 

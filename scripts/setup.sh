@@ -2,9 +2,12 @@
 # Finds or makes a Python environment that can run vexact. Doing it twice does nothing.
 # Progress goes to stderr; stdout is the path of the Python to use:  python="$(bash scripts/setup.sh)"
 #
-# An active virtual environment is used as it is found; else $VEXACT_VENV or .venv, made if needed. A system Python that
-# already has CUDA PyTorch and all required packages is used without installing anything, so that an offline GPU
-# machine works; one that only has CUDA PyTorch lends it to .venv.
+# An active virtual environment is used as it is found; else $VEXACT_VENV or .venv, made if needed. What is installed has
+# the versions of constraints/, which the tests ran with. A system Python that already has CUDA PyTorch and all required
+# packages is used without installing anything, so that an offline GPU machine works; one that only has CUDA PyTorch
+# lends it to .venv, whatever its version.
+#
+# With --newest: a second one beside it, .venv-newest, with the newest version of everything but torch and triton.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 required="torch triton transformers safetensors tokenizers numpy pyarrow hydra omegaconf jinja2 rich"
@@ -18,6 +21,8 @@ absent() { # PYTHON MODULE... -> the modules that cannot be found, without impor
   "$python" -Pc 'import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])' "$@"
 }
 has_cuda_torch() { "$1" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; }
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
+constraints() { "$1" -c 'import sys; print("{}/constraints/{}.{}.txt".format(sys.argv[1], *sys.version_info))' "$root"; }
 
 find_python() {
   local name
@@ -27,30 +32,38 @@ find_python() {
   die "no Python 3.11, 3.12 or 3.13 found; install one"
 }
 
-install_into() { # VENV EXTRA: the whole set, quietly
-  local venv="$1" python="$1/bin/python" start="$SECONDS"
-  local target="$root[$2,dev,wandb,tensorboard,tasks,smollm2]"
+make_venv() { # PYTHON VENV [OPTION...]
+  local start="$SECONDS" python="$1" venv="$2"; shift 2
+  "$python" -m venv "$@" "$venv" || die "could not create $venv; is the venv module of $python installed?"
+  say "created $venv in $((SECONDS - start)) s"
+}
+
+install_into() { # VENV EXTRAS OPTION...: the whole set, quietly
+  local venv="$1" extras="$2" python="$1/bin/python" start="$SECONDS"; shift 2
+  local target="$root[$extras,dev,wandb,tensorboard,tasks,smollm2]"
   local install=("$python" -m pip install -q --disable-pip-version-check)
-  if command -v uv >/dev/null; then
+  # uv does not see packages that a system Python lends, and would fetch another torch
+  if command -v uv >/dev/null && ! grep -qs 'include-system-site-packages = true' "$venv/pyvenv.cfg"; then
     install=(uv pip install -q --python "$python")
     UV_FIND_LINKS="${UV_FIND_LINKS:-$(python3 -m pip config get global.find-links 2>/dev/null || true)}"
     export UV_FIND_LINKS
   fi
-  say "installing packages ($2) into $venv; the first time takes a few minutes"
-  if ! "${install[@]}" -e "$target" >"$venv/setup.log" 2>&1; then
+  say "installing packages ($extras) into $venv; the first time takes a few minutes"
+  if ! "${install[@]}" "$@" -e "$target" >"$venv/setup.log" 2>&1; then
     tail -n 20 "$venv/setup.log" >&2
     return 1
   fi
   say "packages installed in $((SECONDS - start)) s"
 }
 
-ensure_installed() { # VENV EXTRA
-  local venv="$1" python="$1/bin/python" stamp before="" missing
-  stamp="$2 $(cat "$root/pyproject.toml" "$root/setup.py" | cksum)"
+ensure_installed() { # VENV EXTRAS
+  local venv="$1" python="$1/bin/python" tested stamp before="" missing
+  tested="$(constraints "$python")"
+  stamp="$2 $(cat "$root/pyproject.toml" "$root/setup.py" "$tested" | cksum)"
   [[ ! -f "$venv/.vexact-setup" ]] || before="$(<"$venv/.vexact-setup")"
   [[ "$before" != "$stamp" ]] || return 0
   # shellcheck disable=SC2086  # the lists are split on purpose
-  if [[ -n "$before" || -n "$(absent "$python" $required $optional)" ]] && ! install_into "$venv" "$2"; then
+  if [[ -n "$before" || -n "$(absent "$python" $required $optional)" ]] && ! install_into "$venv" "$2" -c "$tested"; then
     missing="$(absent "$python" $required)"
     [[ -z "$missing" ]] || die "installing failed (log: $venv/setup.log); still missing: $missing"
     say "installing failed (log: $venv/setup.log); going on without: $(absent "$python" $optional)"
@@ -59,13 +72,12 @@ ensure_installed() { # VENV EXTRA
   printf '%s\n' "$stamp" >"$venv/.vexact-setup"
 }
 
-main() {
-  local extra=cpu system venv start="$SECONDS" options=()
-  command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 && extra=gpu
+tested() { # the environment to run and test in
+  local extras=tested system venv options=()
   venv="${VIRTUAL_ENV:-${VEXACT_VENV:-$root/.venv}}"
   if [[ ! -x "$venv/bin/python" ]]; then
     system="$(find_python)"
-    if [[ "$extra" == gpu ]] && has_cuda_torch "$system"; then
+    if has_gpu && has_cuda_torch "$system"; then
       # shellcheck disable=SC2086
       if [[ -z "$(absent "$system" $required)" ]]; then
         say "using $system, which has all required packages"
@@ -74,12 +86,35 @@ main() {
       fi
       options=(--system-site-packages) # keeps the PyTorch that is there
     fi
-    "$system" -m venv ${options[@]+"${options[@]}"} "$venv" || die "could not create $venv; is the venv module of $system installed?"
-    say "created $venv in $((SECONDS - start)) s"
+    make_venv "$system" "$venv" ${options[@]+"${options[@]}"}
   fi
   supported "$venv/bin/python" || die "$venv has an unsupported Python; vexact needs 3.11, 3.12 or 3.13"
-  ensure_installed "$venv" "$extra"
+  if has_gpu; then
+    extras=gpu,tested
+    ! has_cuda_torch "$venv/bin/python" || extras=gpu
+  fi
+  ensure_installed "$venv" "$extras"
   printf '%s\n' "$venv/bin/python"
 }
 
-main
+newest() { # the same packages without constraints, always brought up to date
+  local python venv="${VEXACT_VENV:-$root/.venv}-newest" options=()
+  python="$(tested)"
+  ! grep -qs 'include-system-site-packages = true' "$(dirname "$python")/../pyvenv.cfg" || options=(--system-site-packages)
+  [[ -x "$venv/bin/python" ]] || make_venv "$python" "$venv" ${options[@]+"${options[@]}"}
+  "$python" -c 'from importlib.metadata import version as v
+for name in ("torch", "triton"): print(f"{name}=={v(name)}")' >"$venv/kept.txt"
+  # pip alone takes what is installed for the newest when it reaches no index
+  "$venv/bin/python" -m pip install -q --dry-run --ignore-installed --no-deps rich >"$venv/setup.log" 2>&1 ||
+    die "no package index can be reached (log: $venv/setup.log); PIP_NO_INDEX=1 says that there is none"
+  options=(--upgrade)
+  command -v uv >/dev/null || options+=(--upgrade-strategy eager)
+  install_into "$venv" gpu "${options[@]}" -c "$venv/kept.txt" || die "installing the newest versions failed"
+  printf '%s\n' "$venv/bin/python"
+}
+
+case "${1:-}" in
+  "") tested ;;
+  --newest) newest ;;
+  *) die "unknown argument $1; there is --newest" ;;
+esac

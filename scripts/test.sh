@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up if needed, then lint, format, types and tests. Arguments go to pytest: bash scripts/test.sh tests/config -k plan
+# Sets up if needed, then lint, format, types and tests, then types and tests with the newest packages (newest.sh).
+# Arguments go to pytest, and leave the last out: bash scripts/test.sh tests/config -k plan
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="$(bash scripts/setup.sh)"
@@ -19,3 +20,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n auto --dist loadfile)
 stage tests "$python" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"
+(($# > 0)) || stage newest bash scripts/newest.sh

@@ -108,23 +108,6 @@ def test_prepare_passes_its_options_and_prints_where(
     assert "'seed=3' is not an option" in capsys.readouterr().err
 
 
-def test_dry_run_prints_configuration_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = (
-        '"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 8'
-    )
-    (tmp_path / "config.json").write_text(f'{{"architectures": ["Qwen3ForCausalLM"], {sizes}}}')
-    (tmp_path / "rows.jsonl").touch()
-    overrides = [
-        f"actor_rollout_ref.model.path={tmp_path}",
-        f"data.train_files={tmp_path}/rows.jsonl",
-        "trainer.device=cpu",
-    ]
-    assert cli.main(["train", "--dry_run", *overrides]) == 0
-    output = capsys.readouterr().out
-    assert f"path: {tmp_path}" in output
-    assert "32 prompts x 8 samples = 256 sequences" in output
-
-
 def test_help_config_lists_matching_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help_config", "rollout.top"]) == 0
     lines = capsys.readouterr().out.splitlines()

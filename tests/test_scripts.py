@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"])
@@ -46,9 +47,25 @@ def test_the_wheel_carries_the_whole_hydra_tree() -> None:
 
 def test_set_up_names_only_extras_that_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    target = re.search(r"\$root\[\$2,([\w,]+)\]", (ROOT / "scripts" / "setup.sh").read_text())
+    target = re.search(r"\$root\[\$extras,([\w,]+)\]", (ROOT / "scripts" / "setup.sh").read_text())
     assert target is not None
-    assert {*target[1].split(","), "cpu", "gpu"} <= set(extras)
+    assert {*target[1].split(","), "tested", "gpu"} <= set(extras)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_constraints_hold_every_package_of_every_extra_and_leave_torch_alone(python: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [
+        *project["dependencies"],
+        *(text for texts in project["optional-dependencies"].values() for text in texts),
+    ]
+    lines = (ROOT / "constraints" / f"{python}.txt").read_text().splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)] == [], "one exact version a line"
+    held = {line.split("==")[0]: line.split("==")[1] for line in lines}
+    wanted = {Requirement(text).name: Requirement(text).specifier for text in declared}
+    assert set(wanted) - set(held) == {"torch", "triton"}
+    assert [name for name, version in held.items() if name in wanted and version not in wanted[name]] == []
+    assert [name for name in held if re.match(r"torch|triton|nvidia|cuda", name)] == []
 
 
 def executable(path: Path, text: str) -> Path:
@@ -60,10 +77,15 @@ def executable(path: Path, text: str) -> Path:
 
 FAKE_PYTHON = r"""
 case "$*" in
+  *"{}/constraints"*) echo "${@: -1}/constraints/3.12.txt" ;;
+  *importlib.metadata*) echo "torch==2.11.0+cu128" ;;
   *version_info*) exit 0 ;;
   *torch.version.cuda*) exit "${FAKE_NO_CUDA:-0}" ;;
   *find_spec*) echo "$FAKE_ABSENT" ;;
-  *"-m venv"*) echo "venv $*" >>"$FAKE_LOG"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
+  *"-m venv"*) echo "venv $*" >>"$FAKE_LOG"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"
+    lent=false; [[ "$*" != *system-site* ]] || lent=true
+    echo "include-system-site-packages = $lent" >"${@: -1}/pyvenv.cfg" ;;
+  *"pip install"*--dry-run*) exit "${FAKE_INDEX_CODE:-0}" ;;
   *"pip install"*) echo "install $*" >>"$FAKE_LOG"; exit "${FAKE_INSTALL_CODE:-0}" ;;
   *"pip config"*) ;;
   *) echo "unexpected: $*" >>"$FAKE_LOG"; exit 9 ;;
@@ -81,7 +103,7 @@ class Machine:
             executable(folder / "bin" / "nvidia-smi", "exit 0")
         self.log.touch()
 
-    def set_up(self, code: int = 0, **variables: str) -> tuple[str, str, str]:
+    def set_up(self, *arguments: str, code: int = 0, **variables: str) -> tuple[str, str, str]:
         """Run scripts/setup.sh; returns (the Python it names, what was asked for, its messages)."""
         self.log.write_text("")
         environment = {
@@ -93,7 +115,7 @@ class Machine:
         }
         script = ROOT / "scripts" / "setup.sh"
         result = subprocess.run(
-            ["bash", script], env=environment, capture_output=True, text=True, timeout=30, check=False
+            ["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=30, check=False
         )
         assert result.returncode == code, result.stderr
         return result.stdout.strip(), self.log.read_text(), result.stderr
@@ -113,7 +135,7 @@ def test_fresh_cpu_machine_gets_a_venv_once(cpu: Machine) -> None:
     python, asked, _ = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert python == f"{cpu.folder}/venv/bin/python"
     assert asked.count("venv") >= 1
-    assert "[cpu,dev,wandb,tensorboard,tasks,smollm2]" in asked
+    assert "[tested,dev,wandb,tensorboard,tasks,smollm2]" in asked
     assert "--system-site-packages" not in asked
     again, asked, messages = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert (again, asked, messages) == (python, "", "")
@@ -128,13 +150,13 @@ def test_offline_gpu_machine_with_everything_installs_nothing(gpu: Machine) -> N
 def test_gpu_machine_lends_its_torch(gpu: Machine) -> None:
     _, asked, _ = gpu.set_up(FAKE_ABSENT="hydra")
     assert "--system-site-packages" in asked
-    assert "[gpu,dev," in asked
+    assert "[gpu,dev," in asked, "no version of torch is asked for"
 
 
-def test_gpu_machine_without_torch_gets_its_own(gpu: Machine) -> None:
+def test_gpu_machine_without_torch_gets_the_tested_one(gpu: Machine) -> None:
     _, asked, _ = gpu.set_up(FAKE_ABSENT="torch", FAKE_NO_CUDA="1")
     assert "--system-site-packages" not in asked
-    assert "[gpu,dev," in asked
+    assert "[gpu,tested,dev," in asked
 
 
 def test_active_environment_with_everything_is_left_alone(cpu: Machine) -> None:
@@ -153,16 +175,84 @@ def test_failed_install_names_what_is_missing(cpu: Machine) -> None:
 def test_uv_is_used_where_present(cpu: Machine) -> None:
     executable(cpu.folder / "bin" / "uv", 'echo "uv $*" >>"$FAKE_LOG"')
     _, asked, _ = cpu.set_up(FAKE_ABSENT="torch")
-    assert f"uv pip install -q --python {cpu.folder}/venv/bin/python -e {ROOT}[cpu," in asked
+    assert f"uv pip install -q --python {cpu.folder}/venv/bin/python -c {ROOT}/constraints/3.12.txt -e {ROOT}[" in asked
 
 
+def test_uv_leaves_a_lent_torch_to_pip(gpu: Machine) -> None:
+    """uv does not see the packages of the system's Python, so it would fetch another torch."""
+    executable(gpu.folder / "bin" / "uv", 'echo "uv $*" >>"$FAKE_LOG"')
+    _, asked, _ = gpu.set_up(FAKE_ABSENT="hydra")
+    assert "uv pip" not in asked
+    assert "install -m pip install" in asked
+
+
+def test_what_is_installed_has_the_tested_versions(cpu: Machine) -> None:
+    _, asked, _ = cpu.set_up(FAKE_ABSENT="torch")
+    assert f"-c {ROOT}/constraints/3.12.txt -e" in asked
+
+
+def test_changed_constraints_are_installed_again(cpu: Machine) -> None:
+    cpu.set_up(FAKE_ABSENT="torch")
+    stamp = cpu.folder / "venv" / ".vexact-setup"
+    before = stamp.read_text()
+    stamp.write_text("tested 1 1\n")
+    _, asked, _ = cpu.set_up(FAKE_ABSENT="")
+    assert "install" in asked
+    assert stamp.read_text() == before
+
+
+def test_the_newest_packages_get_an_environment_of_their_own_and_torch_stays(cpu: Machine) -> None:
+    cpu.set_up(FAKE_ABSENT="torch")
+    for _ in range(2):  # brought up to date every time
+        python, asked, _ = cpu.set_up("--newest", FAKE_ABSENT="")
+        assert python == f"{cpu.folder}/venv-newest/bin/python"
+        assert f"--upgrade --upgrade-strategy eager -c {cpu.folder}/venv-newest/kept.txt -e {ROOT}[" in asked
+        assert "/constraints/" not in asked
+    assert (cpu.folder / "venv-newest" / "kept.txt").read_text() == "torch==2.11.0+cu128\n"
+
+
+def test_the_newest_packages_keep_a_lent_torch(gpu: Machine) -> None:
+    gpu.set_up(FAKE_ABSENT="hydra")
+    _, asked, _ = gpu.set_up("--newest", FAKE_ABSENT="")
+    assert "--system-site-packages" in asked
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ("FAKE_INDEX_CODE", "no package index can be reached"),
+        ("FAKE_INSTALL_CODE", "installing the newest versions failed"),
+    ],
+)
+def test_newest_packages_that_cannot_be_had_are_a_failure(cpu: Machine, failing: str, expected: str) -> None:
+    cpu.set_up(FAKE_ABSENT="torch")
+    _, _, messages = cpu.set_up("--newest", code=1, FAKE_ABSENT="", **{failing: "1"})
+    assert expected in messages
+
+
+def test_unknown_argument_is_refused(cpu: Machine) -> None:
+    _, asked, messages = cpu.set_up("--newst", code=1)
+    assert (asked, messages) == ("", "setup: unknown argument --newst; there is --newest\n")
+
+
+def test_newest_is_left_out_only_where_the_user_says_that_there_is_no_network() -> None:
+    script = ROOT / "scripts" / "newest.sh"
+    for variable in ("PIP_NO_INDEX", "UV_OFFLINE"):
+        environment = {"PATH": "/usr/bin:/bin", variable: "1"}
+        result = subprocess.run(
+            ["bash", script], env=environment, capture_output=True, text=True, timeout=10, check=True
+        )
+        assert "not run: PIP_NO_INDEX or UV_OFFLINE says that there is no network" in result.stderr
+
+
+ANSWERS = 'case "$*" in *"{}/constraints"*) echo /dev/null; exit;; *version_info*|*find_spec*) exit 0;; esac'
 FAKE_RUN = 'if [[ "$*" == *vexact* ]]; then printf "%s\\n" "$*" "--" >>"$FAKE_LOG"; else exit 9; fi'
 
 
 def started(tmp_path: Path, *arguments: str, **variables: str) -> list[str]:
     """What examples/getting_started/run_qwen3_1b7.sh runs, from a foreign working directory."""
     venv = tmp_path / "venv"
-    python = executable(venv / "bin" / "python", f'case "$*" in *version_info*|*find_spec*) exit 0;; esac\n{FAKE_RUN}')
+    python = executable(venv / "bin" / "python", f"{ANSWERS}\n{FAKE_RUN}")
     log = tmp_path / "log"
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()

@@ -1,21 +1,23 @@
 """The command `vexact`: arguments, exit codes, and how errors look.
 
 Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 a signal ended
-it (Ctrl-C, SIGTERM, a closed terminal).
+it (Ctrl-C, SIGTERM, a closed terminal), 141 the reader of the output has gone (``| head``), as if SIGPIPE had ended the
+command. Training goes on without one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from vexact import __version__, env, interrupt
+from vexact import __version__, env, interrupt, streams
 
+READER_GONE = 141
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -29,6 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: Sequence[str] | None) -> int:
+    streams.prepare()
+    try:
+        code = _run(argv)
+    except BrokenPipeError:
+        if not streams.reader_gone():  # a pipe of our own
+            raise
+        streams.flush()
+        return READER_GONE
+    except SystemExit:  # argparse, after it has printed
+        if not streams.flush():
+            return READER_GONE
+        raise
+    return code if streams.flush() or code else READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parse(argv)
     env.set_process_defaults()
     logging.basicConfig(format="%(message)s")
@@ -55,12 +73,9 @@ def _interrupted(command: str, error: BaseException | None = None) -> int:
     while error is not None and not _is_ours(error):
         error = error.__context__
     failure = f"vexact {command}: {error}\n" if error is not None else ""
-    for stream, text in ((sys.stdout, ""), (sys.stderr, failure + interrupt.message())):
-        try:
-            stream.write(text)
-            stream.flush()
-        except (OSError, ValueError):  # whoever read it is gone, too; Python must not try again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone, too
+        sys.stderr.write(failure + interrupt.message())
+    streams.flush()
     return interrupt.EXIT_CODE
 
 

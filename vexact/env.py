@@ -1,4 +1,4 @@
-"""The only reader of environment variables."""
+"""The only reader of environment variables. One that is empty, or blank, counts as unset everywhere."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ GRADER_VARIABLES = (
     *("PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8", "PYTHONNOUSERSITE", "VIRTUAL_ENV", "CONDA_PREFIX"),
     *("LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "NLTK_DATA", "HF_HOME", "HF_HUB_OFFLINE"),
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM"),
+)
+ATTENTION_VARIABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "actor_rollout_ref.rollout.attn_impl": ("INFER_FA_IMPL",),
+        "actor_rollout_ref.actor.attn_implementation": (
+            "VEOMNI_ATTN_IMPLEMENTATION",
+            "VEOMNI_ATTN_IMPL",
+            "ATTN_IMPL",
+        ),
+    }
 )
 RAY_AUTH_MODES = ("token", "disabled")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
@@ -83,19 +93,18 @@ def attention_warning(rollout: str, trainer: str) -> str | None:
 
 
 def attention_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """INFER_FA_IMPL and VEOMNI_ATTN_IMPLEMENTATION as configuration overrides.
+    """INFER_FA_IMPL and VEOMNI_ATTN_IMPLEMENTATION, in any of its spellings, as configuration overrides.
 
     Raises:
-        ValueError: one of them names something unknown or unusable.
+        ValueError: one of them names something unknown or unusable, or two spellings disagree.
     """
-    keys = {
-        "INFER_FA_IMPL": "actor_rollout_ref.rollout.attn_impl",
-        "VEOMNI_ATTN_IMPLEMENTATION": "actor_rollout_ref.actor.attn_implementation",
-    }
     overrides = []
-    for variable, key in keys.items():
-        name = environ.get(variable, "")
-        if name:
+    for key, variables in ATTENTION_VARIABLES.items():
+        given = {variable: _get(environ, variable) for variable in variables if _get(environ, variable)}
+        if len(set(given.values())) > 1:
+            both = " and ".join(f"{variable}={name}" for variable, name in given.items())
+            raise ValueError(f"{both} are one setting with two values; unset one of them")
+        for variable, name in list(given.items())[:1]:
             check_attention(name, variable)
             overrides.append(f"{key}={name}")
     return overrides
@@ -107,19 +116,15 @@ def path_overrides(environ: Mapping[str, str] = os.environ) -> list[str]:
     Raises:
         ValueError: train_path or test_path is set without model_dir, whose tokenizer and templates they belong to.
     """
-    model, train, test = (environ.get(name, "") for name in ("model_dir", "train_path", "test_path"))
+    model, train, test = (_get(environ, name, strip=False) for name in ("model_dir", "train_path", "test_path"))
     if not model:
         if train or test:
             raise ValueError(
                 "train_path or test_path is set, model_dir is not: set model_dir to a Hugging Face checkpoint directory"
             )
         return []
-    overrides = [f"actor_rollout_ref.model.path={model}"]
-    if train:
-        overrides.append(f"data.train_files={train}")
-    if test:
-        overrides.append(f"data.val_files={test}")
-    return overrides
+    keys = {"actor_rollout_ref.model.path": model, "data.train_files": train, "data.val_files": test}
+    return [f"{key}={_as_override(value)}" for key, value in keys.items() if value]
 
 
 def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
@@ -128,9 +133,9 @@ def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
     Raises:
         ValueError: WANDB_MODE is not one of W&B's modes.
     """
-    mode = environ.get("WANDB_MODE", "")
+    mode = _get(environ, "WANDB_MODE")
     if not mode:
-        return "online" if environ.get("WANDB_API_KEY") else "offline"
+        return "online" if has_wandb_key(environ) else "offline"
     if mode not in WANDB_MODES:
         raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(WANDB_MODES)}")
     return mode
@@ -138,17 +143,27 @@ def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
 
 def has_wandb_key(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment holds an API key of W&B."""
-    return bool(environ.get("WANDB_API_KEY"))
+    return bool(_get(environ, "WANDB_API_KEY"))
+
+
+def tidy_wandb(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Unsets W&B's variables that are blank and trims the others: W&B reads them itself, and stops at an empty one."""
+    for name in [name for name in environ if name.startswith("WANDB_")]:
+        value = _get(environ, name)
+        if not value:
+            del environ[name]
+        elif value != environ[name]:
+            environ[name] = value
 
 
 def ray_auth_mode(environ: Mapping[str, str] = os.environ) -> str:
     """RAY_AUTH_MODE, empty when unset; Ray reads it itself."""
-    return environ.get("RAY_AUTH_MODE", "")
+    return _get(environ, "RAY_AUTH_MODE")
 
 
 def omp_settings(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """OMP_NUM_THREADS and OMP_WAIT_POLICY, empty when unset."""
-    return environ.get("OMP_NUM_THREADS", ""), environ.get("OMP_WAIT_POLICY", "")
+    return _get(environ, "OMP_NUM_THREADS"), _get(environ, "OMP_WAIT_POLICY")
 
 
 def set_process_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -156,6 +171,9 @@ def set_process_defaults(environ: MutableMapping[str, str] = os.environ) -> None
 
     OpenMP threads that spin while they wait make a step ten times slower as soon as anything else runs on the machine.
     """
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        if name in environ and not _get(environ, name):
+            del environ[name]
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -179,15 +197,27 @@ def set_scratch(folder: str, environ: MutableMapping[str, str] = os.environ) -> 
 
 def debug(environ: Mapping[str, str] = os.environ) -> bool:
     """VEXACT_DEBUG: show tracebacks of user errors."""
-    return environ.get("VEXACT_DEBUG", "") not in ("", "0")
+    return _get(environ, "VEXACT_DEBUG") not in ("", "0")
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> str:
     """Where prepared models and data go by default: VEXACT_CACHE, XDG_CACHE_HOME/vexact or ~/.cache/vexact."""
-    if environ.get("VEXACT_CACHE"):
-        return environ["VEXACT_CACHE"]
-    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "vexact")
+    base = _get(environ, "XDG_CACHE_HOME", strip=False) or os.path.join(os.path.expanduser("~"), ".cache")
+    return _get(environ, "VEXACT_CACHE", strip=False) or os.path.join(base, "vexact")
+
+
+def _get(environ: Mapping[str, str], name: str, strip: bool = True) -> str:
+    """A variable, "" when it is unset or blank; a path keeps its spaces."""
+    value = environ.get(name, "")
+    return value.strip() if strip or not value.strip() else value
+
+
+def _as_override(value: str) -> str:
+    """The value so that an override gives it back: one that starts with a quote is quoted."""
+    if not value.startswith(("'", '"')):
+        return value
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _installed(package: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vexact import env
+from vexact.config import load_config
 
 
 def test_attention_variables() -> None:
@@ -14,6 +15,29 @@ def test_attention_variables() -> None:
         "actor_rollout_ref.rollout.attn_impl=sdpa",
         "actor_rollout_ref.actor.attn_implementation=triton-invariant",
     ]
+
+
+ACTOR_VARIABLES = ("VEOMNI_ATTN_IMPLEMENTATION", "VEOMNI_ATTN_IMPL", "ATTN_IMPL")
+
+
+@pytest.mark.parametrize("variable", ACTOR_VARIABLES)
+def test_every_spelling_of_the_trainers_attention_is_read(variable: str) -> None:
+    expected = ["actor_rollout_ref.actor.attn_implementation=sdpa"]
+    assert env.attention_overrides({variable: "sdpa"}) == expected
+    assert env.attention_overrides({variable: " sdpa\n", "INFER_FA_IMPL": " "}) == expected
+    with pytest.raises(ValueError, match=f"{variable}=fa9: unknown attention"):
+        env.attention_overrides({variable: "fa9"})
+
+
+def test_spellings_that_disagree_are_named_and_those_that_agree_are_one() -> None:
+    assert len(env.attention_overrides(dict.fromkeys(ACTOR_VARIABLES, "sdpa"))) == 1
+    assert len(env.attention_overrides({"ATTN_IMPL": "sdpa", "VEOMNI_ATTN_IMPL": ""})) == 1
+    for one in ACTOR_VARIABLES:
+        for other in set(ACTOR_VARIABLES) - {one}:
+            with pytest.raises(ValueError, match="one setting with two values") as caught:
+                env.attention_overrides({one: "sdpa", other: "triton-invariant"})
+            assert f"{one}=sdpa" in str(caught.value)
+            assert f"{other}=triton-invariant" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +72,34 @@ def test_paths() -> None:
         env.path_overrides({"train_path": "t"})
 
 
+@pytest.mark.parametrize("path", ["/data/a,b/c=d", "/my models/x", "C'est", "'quoted'", "\"x\" and 'y'", "/größe/[1]"])
+def test_paths_with_odd_characters_arrive_as_they_are(path: str) -> None:
+    config = load_config(env.path_overrides({"model_dir": path, "train_path": path}), checked=False)
+    assert (config.model.path, config.data.train_files) == (path, (path,))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_variable_is_unset(blank: str) -> None:
+    assert env.attention_overrides(dict.fromkeys(("INFER_FA_IMPL", *ACTOR_VARIABLES), blank)) == []
+    assert env.path_overrides(dict.fromkeys(("model_dir", "train_path", "test_path"), blank)) == []
+    assert env.wandb_mode({"WANDB_MODE": blank, "WANDB_API_KEY": blank}) == "offline"
+    assert not env.has_wandb_key({"WANDB_API_KEY": blank})
+    assert not env.debug({"VEXACT_DEBUG": blank})
+    assert env.ray_auth_mode({"RAY_AUTH_MODE": blank}) == ""
+    assert env.cache_dir({"VEXACT_CACHE": blank, "XDG_CACHE_HOME": blank}) == env.cache_dir({})
+    waiting = {"OMP_WAIT_POLICY": blank, "OMP_NUM_THREADS": blank}
+    env.set_process_defaults(waiting)
+    assert waiting == {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def test_what_wandb_reads_itself_is_tidied() -> None:
+    variables = {"WANDB_MODE": "", "WANDB_ENTITY": " ", "WANDB_PROJECT": " p ", "WANDB_DIR": "/w", "OTHER": ""}
+    env.tidy_wandb(variables)
+    assert variables == {"WANDB_PROJECT": "p", "WANDB_DIR": "/w", "OTHER": ""}
+
+
 def test_wandb_never_prompts() -> None:
+    assert env.wandb_mode({"WANDB_MODE": " offline "}) == "offline"
     assert env.wandb_mode({}) == "offline"
     assert env.wandb_mode({"WANDB_API_KEY": "k"}) == "online"
     assert env.wandb_mode({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}) == "disabled"

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import sys
@@ -199,6 +200,107 @@ def test_a_new_wandb_run_gets_a_new_id(tmp_path, monkeypatch):
     ids = [call["id"] for call in calls]
     assert ids[0] == ids[1] != ids[2]
     assert {(call["mode"], call["resume"], call["dir"]) for call in calls} == {("offline", "allow", str(tmp_path))}
+
+
+class FakeWandb:
+    """W&B that fails where it is told to: a mode of ``init``, "log" or "finish"."""
+
+    Settings = dict
+
+    def __init__(self, *failing):
+        self.failing, self.modes, self.logged, self.num_teardowns = failing, [], [], 0
+
+    def _do(self, what):
+        if what in self.failing:
+            raise RuntimeError(f"{what} failed\nin many lines")
+
+    def init(self, **kwargs):
+        self.modes.append(kwargs["mode"])
+        assert kwargs["settings"]["init_timeout"] <= 15
+        self._do(kwargs["mode"])
+        return self
+
+    def log(self, metrics, step):
+        self._do("log")
+        self.logged.append(step)
+
+    def finish(self):
+        self._do("finish")
+
+    def teardown(self):
+        self.num_teardowns += 1
+        self._do("teardown")
+
+
+def reported(fake, tmp_path, monkeypatch, mode):
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with Reporter(["jsonl", "wandb"], tmp_path) as reporter:
+        for step in (1, 2, 3):
+            reporter.log(StepStats(step, {"value": 1.0}))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3, "the run went on"
+    return fake
+
+
+@pytest.mark.parametrize("failing", [("online",), ("online", "teardown"), ("online", "finish")])
+def test_wandb_that_cannot_be_reached_writes_offline(tmp_path, monkeypatch, caplog, failing):
+    fake = reported(FakeWandb(*failing), tmp_path, monkeypatch, "online")
+    assert (fake.modes, fake.num_teardowns, fake.logged) == (["online", "offline"], 1, [1, 2, 3])
+    assert caplog.messages[0] == (
+        "W&B cannot be reached, so this run is written offline, for `wandb sync`: RuntimeError: online failed"
+    )
+
+
+def test_wandb_that_cannot_start_at_all_is_left_out(tmp_path, monkeypatch, caplog):
+    fake = reported(FakeWandb("shared", "offline"), tmp_path, monkeypatch, "shared")
+    assert (fake.modes, fake.logged) == (["shared", "offline"], [])
+    assert "nothing is written for it" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_wandb_that_fails_later_never_ends_the_run(tmp_path, monkeypatch, caplog, failing):
+    fake = reported(FakeWandb(failing), tmp_path, monkeypatch, "offline")
+    assert fake.logged == ([] if failing == "log" else [1, 2, 3])
+    assert len(caplog.messages) == 1
+    assert f"{failing} failed" in caplog.text
+
+
+def test_an_empty_wandb_mode_is_unset(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_ENTITY"):
+        monkeypatch.setenv(name, "")
+    with Reporter(["wandb"], tmp_path) as reporter:
+        reporter.log(StepStats(1, {"value": 1.0}))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+class Gone(io.StringIO):
+    """A stream whose reader goes away after some writes."""
+
+    def __init__(self, num_writes, error):
+        super().__init__()
+        self.left, self.error = num_writes, error
+
+    def write(self, text):
+        if self.left == 0:
+            raise self.error
+        self.left -= 1
+        return super().write(text)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("num_writes", [0, 1, 3])
+def test_a_lost_console_is_said_once_and_training_goes_on(tmp_path, monkeypatch, caplog, number, num_writes):
+    stream = Gone(num_writes, OSError(number, "gone"))
+    monkeypatch.setattr(sys, "stdout", stream)
+    sink = ConsoleSink(RunInfo(tmp_path, total_steps=9))
+    sink.plan([("model", "m"), ("data", "d")], ["advice"])
+    for step in range(1, 10):
+        sink.stage(step, "gen")
+        sink.step(StepStats(step, ROW))
+    sink.close()
+    assert len(caplog.messages) == 1
+    assert "the console takes no more lines" in caplog.text
+    assert stream.left == 0
 
 
 def test_samples_are_dumped(tmp_path):

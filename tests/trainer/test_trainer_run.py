@@ -243,3 +243,25 @@ def test_dynamic_sampling_refills_and_gives_up_by_name(overrides, metrics, tiny,
     )
     with pytest.raises(RuntimeError, match=r"after 2 generation batches only 0 of 4 .*max_num_gen_batches=2"):
         run(load_config(overrides(*flat)))
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0, 1), (30, 0)])
+def test_dynamic_sampling_without_a_limit_warns_once_when_it_searches(overrides, caplog, tmp_path, limit, expected):
+    (tmp_path / "rare.py").write_text(
+        "calls = 0\n"
+        "def compute_score(*args, **kwargs):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return float(calls > 8 * 16 and calls % 200 < 20)\n"
+    )
+    rare = (
+        "algorithm.filter_groups.enable=true",
+        f"algorithm.filter_groups.max_num_gen_batches={limit}",
+        f"reward.custom_reward_function.path={tmp_path / 'rare.py'}",
+        "trainer.total_training_steps=2",
+        "data.max_response_length=2",
+    )
+    run(load_config(overrides(*rare)))
+    warnings = [message for message in caplog.messages if "after 10 generation batches only" in message]
+    assert len(warnings) == expected
+    assert all("algorithm.filter_groups.max_num_gen_batches sets one" in message for message in warnings)

@@ -33,7 +33,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--from_env", action="store_true", help="take model and data from model_dir, train_path and test_path"
     )
     parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="print the resolved configuration and the plan, then stop"
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check all that needs no weights, print the resolved configuration and the plan, then stop",
     )
     parser.add_argument(
         "--help_config",
@@ -52,13 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
-    if arguments.dry_run:
-        from vexact.config.plan import build_plan
-        from vexact.device import resolve_device
-        from vexact.models import ModelConfig
+    import torch
 
-        ModelConfig.from_hf_dir(config.model.path)
-        plan = build_plan(config, resolve_device(config.trainer.device))
+    from vexact.config.plan import build_plan
+    from vexact.device import resolve_device
+    from vexact.trainer.dry_run import check_settings, dry_run
+
+    device = resolve_device(config.trainer.device)
+    plan = build_plan(config, device)
+    check_settings(config, torch.device(device))
+    if arguments.dry_run:
+        dry_run(config)
         sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")
         return 0
     from vexact.trainer.launch import run as launch

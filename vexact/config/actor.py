@@ -18,10 +18,15 @@ DTYPE_HELP = "auto is bfloat16 on a GPU and float32 on the CPU."
 class OptimConfig:
     lr: float = opt(1e-6, "Peak learning rate of AdamW.", ge=0)
     weight_decay: float = opt(0.01, "Decoupled weight decay.", ge=0)
-    betas: tuple[float, ...] = opt((0.9, 0.999), "Decay rates of AdamW's two moments.", ge=0, le=1)
-    eps: float = opt(1e-8, "AdamW's denominator term.", gt=0)
-    lr_warmup_steps: int = opt(-1, "Optimizer steps of linear warm-up; -1 uses lr_warmup_steps_ratio.", ge=-1)
-    lr_warmup_steps_ratio: float = opt(0.0, "Warm-up as a share of all optimizer steps.", ge=0, le=1)
+    betas: tuple[float, ...] = opt((0.9, 0.999), "Decay rates of AdamW's two moments.", ge=0, lt=1)
+    eps: float = opt(1e-8, "AdamW's denominator term.", ge=1e-37, why="a smaller one is 0 in float32")
+    lr_warmup_steps: int = opt(
+        -1,
+        "Linear warm-up in training steps, that is rollouts: all optimizer steps of a rollout have one rate, which "
+        "moves once per rollout, as in verl. -1 uses lr_warmup_steps_ratio.",
+        ge=-1,
+    )
+    lr_warmup_steps_ratio: float = opt(0.0, "Warm-up as a share of all training steps.", ge=0, le=1)
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = opt("constant", "Shape after the warm-up.")
     min_lr_ratio: float = opt(0.0, "Where cosine and linear end, as a share of lr.", ge=0, le=1)
 
@@ -73,15 +78,18 @@ class ActorSection:
         ge=1,
     )
     ppo_max_token_len_per_gpu: int = opt(
-        16384, "Tokens per packed forward. Lower it when memory runs out; results stay.", ge=1
+        16384,
+        "Tokens per packed forward. Lower it when memory runs out: log-probabilities keep their bits, while gradients "
+        "are summed in another order and may differ in their last bits, so the weights after an update may as well.",
+        ge=1,
     )
     ppo_epochs: int = opt(
         1, "Passes over each rollout batch; only the first update of the first pass is on-policy.", ge=1
     )
     shuffle: bool = opt(False, "Shuffle sequences between mini-batches.")
-    clip_ratio: float = opt(0.2, "PPO clip range.", ge=0)
-    clip_ratio_low: float | None = opt(None, "Lower clip range; null takes clip_ratio.", verl=0.2, ge=0)
-    clip_ratio_high: float | None = opt(None, "Upper clip range (clip-higher); null takes clip_ratio.", verl=0.2, ge=0)
+    clip_ratio: float = opt(0.2, "PPO clip range; as lower range it must be below 1.", gt=0)
+    clip_ratio_low: float | None = opt(None, "Lower clip range; null takes clip_ratio.", verl=0.2, gt=0, lt=1)
+    clip_ratio_high: float | None = opt(None, "Upper clip range (clip-higher); null takes clip_ratio.", verl=0.2, gt=0)
     clip_ratio_c: float = opt(3.0, "Dual-clip bound for negative advantages.", gt=1)
     loss_agg_mode: Literal[
         "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
@@ -98,7 +106,7 @@ class ActorSection:
         "KL estimator; a trailing + takes the gradient of k2.",
         refused={"full": "the full-vocabulary KL is not built in; use low_var_kl"},
     )
-    grad_clip: float = opt(1.0, "Largest gradient norm.", gt=0)
+    grad_clip: float = opt(1.0, "Largest gradient norm; inf never clips.", gt=0, infinite=True)
     optim: OptimConfig = section(OptimConfig, "Optimizer and schedule.")
     fsdp_config: FSDPConfig = section(FSDPConfig, "Types and sharding.")
 

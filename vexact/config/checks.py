@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 from vexact.config.fields import ConfigError
+from vexact.config.rollout import MIN_TEMPERATURE
 from vexact.config.schema import Config
-from vexact.env import TRITON_INVARIANT, attention_warning, check_attention
+from vexact.env import TRITON_INVARIANT, attention_warning, check_attention, wandb_mode
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -20,7 +22,7 @@ def check(config: Config) -> None:
         ConfigError: keys contradict each other; all contradictions are named at once.
     """
     problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config)]
-    problems += [*_mismatch(config), *_run(config)]
+    problems += [*_mismatch(config), *_counts(config), *_texts(config), *_run(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -92,6 +94,12 @@ def _lengths(config: Config) -> Iterator[str]:
             f"{ACTOR}.ppo_max_token_len_per_gpu={config.actor.ppo_max_token_len_per_gpu} cannot hold one sequence of "
             f"{needed} tokens (data.max_prompt_length + data.max_response_length); set it to at least {needed}"
         )
+    reference = config.ref.log_prob_max_token_len_per_gpu
+    if config.needs_reference and reference is not None and reference < needed:
+        yield (
+            f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={reference} cannot hold one sequence of {needed} "
+            f"tokens (data.max_prompt_length + data.max_response_length); set it to at least {needed}, or to null"
+        )
     if rollout.num_pages is not None and rollout.num_pages * rollout.page_size < config.max_model_len:
         yield (
             f"{ROLLOUT}.num_pages={rollout.num_pages} of {rollout.page_size} tokens cannot hold one sequence of "
@@ -122,7 +130,14 @@ def _policy(config: Config) -> Iterator[str]:
     if len(actor.optim.betas) != 2:
         yield f"{ACTOR}.optim.betas={list(actor.optim.betas)}: AdamW takes two, e.g. '[0.9,0.999]'"
     if actor.clip_low >= 1:
-        yield f"{ACTOR}.clip_ratio_low={actor.clip_low}: must be below 1, the ratio cannot fall under 0"
+        yield f"{ACTOR}.clip_ratio={actor.clip_low}: as lower range it must be below 1, the ratio cannot fall under 0"
+    if 0 < rollout.val_kwargs.temperature < MIN_TEMPERATURE:
+        yield (
+            f"{ROLLOUT}.val_kwargs.temperature={rollout.val_kwargs.temperature}: must be 0 (greedy) or at least "
+            f"{MIN_TEMPERATURE:g}"
+        )
+    if rollout.cudagraph_capture_sizes == ():
+        yield f"{ROLLOUT}.cudagraph_capture_sizes=[]: enforce_eager=true turns CUDA graphs off; null takes a ladder"
     if rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature == 0:
         yield (
             f"{ROLLOUT}.val_kwargs.do_sample=true with temperature=0 is greedy; set val_kwargs.temperature, e.g. "
@@ -133,6 +148,32 @@ def _policy(config: Config) -> Iterator[str]:
             f"{ROLLOUT}.val_kwargs.n={rollout.val_kwargs.n} greedy samples would all be equal; set "
             "val_kwargs.do_sample=true and val_kwargs.temperature=1.0, or n=1"
         )
+
+
+def _counts(config: Config) -> Iterator[str]:
+    data, trainer = config.data, config.trainer
+    counts = {"data.train_max_samples": data.train_max_samples, "data.val_max_samples": data.val_max_samples}
+    for key, value in counts.items():
+        if value == 0:
+            yield f"{key}=0: use -1 for all rows, or a number of rows"
+    for name in ("save_freq", "test_freq", "audit_every_token_freq"):
+        if getattr(trainer, name) == 0:
+            yield f"trainer.{name}=0: use -1 for never, or a number of steps"
+
+
+def _texts(config: Config) -> Iterator[str]:
+    names = {
+        "trainer.project_name": config.trainer.project_name,
+        "trainer.experiment_name": config.trainer.experiment_name,
+        "data.prompt_key": config.data.prompt_key,
+        "data.reward_fn_key": config.data.reward_fn_key,
+        "reward.custom_reward_function.name": config.reward.custom_reward_function.name,
+    }
+    for key, name in names.items():
+        if not name.strip() or not name.isprintable():
+            yield f"{key}={name!r}: give it a name, on one line"
+    if "" in config.rollout.stop:
+        yield f"{ROLLOUT}.stop={list(config.rollout.stop)}: a stop string must not be empty"
 
 
 def _mismatch(config: Config) -> Iterator[str]:
@@ -152,18 +193,24 @@ def _mismatch(config: Config) -> Iterator[str]:
 
 def _run(config: Config) -> Iterator[str]:
     trainer = config.trainer
+    if "wandb" in trainer.logger:
+        wandb_mode()
+    for sink in ("wandb", "tensorboard"):
+        if sink in trainer.logger and importlib.util.find_spec(sink) is None:
+            yield (
+                f"trainer.logger names {sink!r}, but the package {sink} is not installed: "
+                f"pip install 'vexact[{sink}]', or leave {sink} out of trainer.logger"
+            )
     if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
         yield (
             f"trainer.resume_mode={trainer.resume_mode} and trainer.resume_from_path={trainer.resume_from_path}: "
             "resume_path needs a path, and a path needs resume_mode=resume_path"
         )
-    for name, value in (
-        ("save_freq", trainer.save_freq),
-        ("test_freq", trainer.test_freq),
-        ("audit_every_token_freq", trainer.audit_every_token_freq),
-    ):
-        if value == 0:
-            yield f"trainer.{name}=0: use -1 for never, or a number of steps"
+    if trainer.resume_from_path is not None and not Path(trainer.resume_from_path).expanduser().is_dir():
+        yield f"trainer.resume_from_path={trainer.resume_from_path}: no such directory"
+    blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
+    if blocking is not None and not blocking.is_dir():
+        yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file"
     if trainer.val_only and not config.data.val_files:
         yield "trainer.val_only=true needs data.val_files"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vexact.config.fields import opt
+from vexact.config.fields import LARGEST_64, opt
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DataConfig:
     max_response_length: int = opt(512, "Longest response in tokens.", ge=1)
     train_batch_size: int = opt(32, "Prompts per step; each is sampled rollout.n times.", verl=1024, ge=1)
     shuffle: bool = opt(True, "Shuffle the rows anew in every epoch; the order depends on the seed only.")
-    seed: int | None = opt(None, "Seed of the data order; null takes trainer.seed.", ge=0)
+    seed: int | None = opt(None, "Seed of the data order; null takes trainer.seed.", ge=0, le=LARGEST_64)
     filter_overlong_prompts: bool = opt(False, "Drop rows whose prompt is longer than max_prompt_length.")
     truncation: Literal["error", "left", "right", "middle"] = opt(
         "error", "What to do with a longer prompt: stop with an error, or cut that side."

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, Literal
 
 UNSET: Any = object()
+LARGEST = 2**31 - 1  # of a whole number, where its key says nothing else: counts and ids fill 32 bits in the kernels
+LARGEST_64 = 2**63 - 1
+LARGEST_FLOAT = 3.4e38  # a larger number is infinite in float32
+_SIGNS = {"ge": ">=", "gt": ">", "lt": "<", "le": "<="}
+_COMPARE = {"ge": operator.ge, "gt": operator.gt, "lt": operator.lt, "le": operator.le}
+_TYPOGRAPHIC = {**dict.fromkeys("‐‑‒–—−", "-"), **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’", "'"), "\u00a0": " "}
 
 
 class ConfigError(ValueError):
@@ -23,7 +31,9 @@ def opt(
     verl: Any = UNSET,
     ge: float | None = None,
     gt: float | None = None,
+    lt: float | None = None,
     le: float | None = None,
+    infinite: bool = False,
     why: str = "",
     refused: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
@@ -34,7 +44,8 @@ def opt(
         default: its value when nobody sets it.
         help: one sentence for the documentation, with the unit.
         verl: verl's default where it differs from ours.
-        ge, gt, le: the range a number must lie in.
+        ge, gt, lt, le: the range a number, or every number of a list, must lie in. NaN never does.
+        infinite: whether infinity is a value like others.
         why: why the range ends where it does, when that is not obvious.
         refused: values that verl knows and we cannot honour, each with the reason.
         aliases: other spellings of a value.
@@ -42,7 +53,8 @@ def opt(
     metadata = {
         "help": help,
         "verl": verl,
-        "range": {"ge": ge, "gt": gt, "le": le},
+        "range": {"ge": ge, "gt": gt, "lt": lt, "le": le},
+        "infinite": infinite,
         "why": why,
         "refused": dict(refused or {}),
         "aliases": dict(aliases or {}),
@@ -115,13 +127,13 @@ def unknown_keys(kind: type, values: Mapping[str, Any], prefix: str = "") -> lis
     return found
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping to dotted names; an empty mapping is a leaf."""
+def flatten(values: Mapping[str, Any], prefix: str = "", whole: Container[str] = ()) -> dict[str, Any]:
+    """Nested mapping to dotted names; an empty mapping is a leaf, and so is the one of a key in ``whole``."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{key}.")
+        if isinstance(value, Mapping) and value and key not in whole:
+            flat |= flatten(value, f"{key}.", whole)
         else:
             flat[key] = value
     return flat
@@ -160,19 +172,33 @@ def type_name(hint: Any) -> str:
 
 
 def _checked(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    if isinstance(value, str):
-        if value in metadata["refused"]:
-            raise ConfigError(f"{key}={value}: not supported: {metadata['refused'][value]}")
-        value = metadata["aliases"].get(value, value)
+    value = [_spelt(key, item, metadata) for item in value] if _is_list(value) else _spelt(key, value, metadata)
     converted = convert(value, hint)
     if converted is UNSET:
-        raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}{_example(key, hint)}")
-    _check_range(key, converted, metadata)
+        raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}{_example(key, hint)}{typographic(value)}")
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        _check_range(key, converted, number, metadata)
     return converted
 
 
+def _spelt(key: str, value: Any, metadata: Mapping[str, Any]) -> Any:
+    """The value under our spelling."""
+    if not isinstance(value, str):
+        return value
+    if value in metadata["refused"]:
+        raise ConfigError(f"{key}={value}: not supported: {metadata['refused'][value]}")
+    return metadata["aliases"].get(value, value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def convert(value: Any, hint: Any) -> Any:
-    """``value`` as ``hint``, or UNSET. Only lossless conversions: 8.0 is a whole number, "8" and True are not."""
+    """``value`` as ``hint``, or UNSET. Only lossless conversions: 8.0 is a whole number, "8" and True are not.
+
+    A number is no text either: how it was written is lost.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         candidates = (convert(value, part) for part in arguments)
@@ -180,7 +206,7 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is Literal:
         return value if value in arguments and not isinstance(value, bool) else UNSET
     if origin is tuple:
-        items = [convert(item, arguments[0]) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        items = [convert(item, arguments[0]) for item in (value if _is_list(value) else [value])]
         return UNSET if UNSET in items else tuple(items)
     if origin is dict:
         return dict(value) if isinstance(value, Mapping) else UNSET
@@ -198,31 +224,58 @@ def _scalar(value: Any, hint: Any) -> Any:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         return int(value) if whole else UNSET
     if hint is float:
-        return float(value) if isinstance(value, (int, float)) else UNSET
-    return str(value) if isinstance(value, (str, int, float)) else UNSET
+        return _float(value) if isinstance(value, (int, float)) else UNSET
+    return value if isinstance(value, str) else UNSET
 
 
-def _check_range(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    bounds = metadata["range"]
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            continue
-        inside = (
-            (bounds["ge"] is None or number >= bounds["ge"])
-            and (bounds["gt"] is None or number > bounds["gt"])
-            and (bounds["le"] is None or number <= bounds["le"])
-        )
-        if not inside:
-            why = f" ({metadata['why']})" if metadata["why"] else ""
-            raise ConfigError(f"{key}={value!r}: must be {describe_range(bounds)}{why}")
+def _float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _check_range(key: str, value: Any, number: Any, metadata: Mapping[str, Any]) -> None:
+    """``number`` is the value or an item of it."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return
+    bounds, why = dict(metadata["range"]), metadata["why"]
+    if isinstance(number, int) and bounds["le"] is None:
+        bounds["le"] = LARGEST
+    if isinstance(number, float) and not abs(number) <= LARGEST_FLOAT and not (number > 0 and metadata["infinite"]):
+        raise ConfigError(f"{key}={value!r}: must be a finite number of float32")
+    if not all(bound is None or _COMPARE[name](number, bound) for name, bound in bounds.items()):
+        raise ConfigError(f"{key}={value!r}: must be {describe_range(bounds)}{f' ({why})' if why else ''}")
 
 
 def describe_range(bounds: Mapping[str, float | None]) -> str:
     """``{"ge": 0, "le": 1}`` to ``">= 0 and <= 1"``."""
     if bounds["ge"] is not None and bounds["ge"] == bounds["le"]:
         return f"{bounds['ge']:g}"
-    signs = {"ge": ">=", "gt": ">", "le": "<="}
-    return " and ".join(f"{signs[name]} {bound:g}" for name, bound in bounds.items() if bound is not None)
+    return " and ".join(f"{_SIGNS[name]} {_bound(bound)}" for name, bound in bounds.items() if bound is not None)
+
+
+def _bound(bound: float) -> str:
+    powers: dict[float, str] = {LARGEST: "2^31 - 1", LARGEST_64: "2^63 - 1"}
+    return powers.get(bound) or f"{bound:g}"
+
+
+def typographic(value: Any) -> str:
+    """A remark on the first character that a word processor puts for an ASCII one; empty for none.
+
+    >>> typographic("–1")
+    "; it holds '–' (U+2013) for '-'"
+    """
+    if not isinstance(value, str):
+        return ""
+    return next(
+        (
+            f"; it holds {char!r} (U+{ord(char):04X}) for {_TYPOGRAPHIC[char]!r}"
+            for char in value
+            if char in _TYPOGRAPHIC
+        ),
+        "",
+    )
 
 
 def _example(key: str, hint: Any) -> str:
@@ -232,7 +285,7 @@ def _example(key: str, hint: Any) -> str:
         if part in examples:
             return f", e.g. {key}={examples[part]}"
         if typing.get_origin(part) is tuple:
-            return f", e.g. '{key}=[a,b]'"
+            return f", e.g. '{key}=[1,2]'" if typing.get_args(part)[0] in (int, float) else f", e.g. '{key}=[a,b]'"
     return ""
 
 

@@ -9,10 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vexact.config.checks import attention_notices, check
-from vexact.config.fields import ConfigError, build, flatten, leaves, nearest, unknown_keys
+from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, nearest, typographic, unknown_keys
+from vexact.config.recipe import read_recipe
 from vexact.config.schema import Config, Keys
-from vexact.config.verl_compat import translate
+from vexact.config.values import is_literal, parse, takes_text
+from vexact.config.verl_compat import MOVED, translate
 from vexact.env import attention_warning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -20,9 +24,6 @@ _BASELINE = (
     "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on; "
     "set trainer.exactness=strict to stop at the first one"
 )
-_PLAIN_LIST = re.compile(
-    r"^\[[^\[\]{}'\"]*\]$"
-)  # a list of texts that Hydra's grammar cannot read unquoted, such as a task
 _OVERRIDE = re.compile(r"^(\+\+|\+)?([A-Za-z_][\w.@/-]*)=(.*)$", re.DOTALL)
 
 
@@ -50,7 +51,9 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
         ConfigError: anything is wrong with it.
     """
     pairs = _parse(overrides)
-    values, notices = _translate(_compose(pairs, config_name))
+    composed, notices = _compose(pairs, config_name)
+    values, further = _translate(composed)
+    notices += further
     config = _build(values)
     if checked:
         check(config)
@@ -87,30 +90,80 @@ def _parse(overrides: Sequence[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"{text}: a key cannot be removed; set it to its default instead")
         match = _OVERRIDE.match(text)
         if match is None:
-            raise ConfigError(f"{text!r} is not an override; write key=value, e.g. trainer.total_training_steps=20")
+            raise ConfigError(
+                f"{text!r} is not an override; write key=value, e.g. trainer.total_training_steps=20{typographic(text)}"
+            )
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ConfigError(f"{text!r}: its bytes are not UTF-8")
         pairs.append((match[2], match[3]))
     return pairs
 
 
-def _compose(pairs: list[tuple[str, str]], config_name: str) -> dict[str, Any]:
-    """Nested plain values. Unknown keys are let through: the schema judges them, not Hydra."""
+def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, Any], list[str]]:
+    """Nested plain values, and a notice for every key that has another name here.
+
+    Unknown keys are let through: the schema judges them, not Hydra. A text in which ``${`` starts no reference is put
+    in after references are resolved, which would stop at it.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     recipe = next((value for key, value in reversed(pairs) if key == "recipe"), "")
     from_file = recipe.endswith((".yaml", ".yml"))
+    tree = yaml.safe_load(_tree(config_name, "" if from_file else recipe))
+    hints = _hints()
+    settings = _renamed(_recipe_file(recipe, hints)) if from_file else []
+    for key, text in pairs:
+        if key != "recipe":
+            settings += _under(key, parse(key, text, hints.get(key, UNSET)), hints)
+    literal: dict[str, Any] = {}
+    for key, value in settings:
+        literal.pop(MOVED.get(key, key), None)
+        if takes_text(hints.get(key, UNSET)) and is_literal(value):
+            literal[MOVED.get(key, key)] = value
+        else:
+            _put(tree, MOVED.get(key, key), value)
     try:
-        tree = OmegaConf.create(_tree(config_name, "" if from_file else recipe))
-        if from_file:
-            tree.merge_with(_recipe_file(recipe))
-        for key, value in pairs:
-            if key != "recipe":
-                OmegaConf.update(tree, key, _value(key, value), force_add=True)
-        plain = OmegaConf.to_container(tree, resolve=True)
+        plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error}".strip()) from error
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    composed = {str(key): value for key, value in plain.items()}
+    for key, value in literal.items():
+        _put(composed, key, value)
+    moved = dict.fromkeys(key for key, _ in settings if key in MOVED)
+    return composed, [f"{key} is called {MOVED[key]} here" for key in moved]
+
+
+@lru_cache(maxsize=1)
+def _hints() -> dict[str, Any]:
+    """The type of every key, under its verl spelling too."""
+    ours = {leaf.key: leaf.hint for leaf in leaves(Keys)}
+    return ours | {theirs: ours[key] for theirs, key in MOVED.items()}
+
+
+def _under(key: str, value: Any, hints: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The keys that ``section={key: value}`` sets."""
+    whole = not isinstance(value, Mapping) or not value or key in hints
+    return [(key, value)] if whole else list(flatten({key: value}).items())
+
+
+def _renamed(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
+    for key in recipe:
+        if MOVED.get(key) in recipe:
+            raise ConfigError(f"{key} and {MOVED[key]} are the same key, and the recipe gives both; keep one of them")
+    return list(recipe.items())
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key; a mapping adds to the one that is there."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    old = tree.get(name)
+    tree[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
 
 
 @lru_cache(maxsize=8)
@@ -129,57 +182,27 @@ def _tree(config_name: str, recipe: str) -> str:
         return OmegaConf.to_yaml(compose(config_name, overrides=[f"recipe={recipe}"] if recipe else []))
 
 
-def _value(key: str, text: str) -> Any:
-    """The value of an override in Hydra's grammar; text that is no such value, like many paths, stands for itself."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_override(f"{key}={text}")
-    except HydraException as error:
-        if _PLAIN_LIST.match(text):
-            return [item.strip() for item in text[1:-1].split(",")]
-        if text[:1] in "[{'\"":
-            fix = f"quote the argument in the shell, e.g. '{key}=[a,b]'"
-            raise ConfigError(f"{key}={text}: unbalanced brackets or quotes; {fix}") from error
-        return text
-    if parsed.is_sweep_override():
-        raise ConfigError(f"{key}={text}: several values; write a list as '{key}=[{text}]'")
-    return parsed.value()
-
-
-def _recipe_file(name: str) -> Any:
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-
-    path = Path(name).expanduser()
-    if not path.is_file():
+def _recipe_file(name: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    if not Path(name).expanduser().is_file():
         raise ConfigError(f"recipe={name}: no such file; known recipes: {', '.join(recipes())}")
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe={name}: not valid YAML: {error}") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"recipe={name}: must hold keys such as `trainer:`, it holds a list")
-    return loaded
+    return read_recipe(name, hints)
 
 
 def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Resolve the keys the schema does not have; name the nearest ones of those nobody knows."""
     notices, problems = [], []
-    flat = flatten(values)
+    keys = {leaf.key for leaf in leaves(Keys)}
+    flat = flatten(values, whole=keys)
     for key in unknown_keys(Keys, values):
         value = flat.pop(key)
         try:
-            ours, notice = translate(key, value)
+            notice = translate(key, value)
         except KeyError:
             problems.append(_unknown(key))
             continue
         except ConfigError as error:
             problems.append(str(error))
             continue
-        if ours is not None:
-            flat[ours] = value
         if notice is not None:
             notices.append(notice)
     if problems:

@@ -63,5 +63,7 @@ class RewardSection:
     sandbox: RewardSandbox = section(RewardSandbox, "What grader processes may do; docs/rewards.md.")
     reward_manager: RewardManager = section(RewardManager, "How samples reach the grader.")
     reward_kwargs: RewardKwargs = section(RewardKwargs, "Reward shaping.")
-    num_workers: int = opt(2, "Grader processes.", verl=8, ge=1)
-    timeout_s: float = opt(10.0, "Seconds one sample may take to grade; a later one scores 0 and is counted.", gt=0)
+    num_workers: int = opt(2, "Grader processes.", verl=8, ge=1, le=1024)
+    timeout_s: float = opt(
+        10.0, "Seconds one sample may take to grade; a later one scores 0 and is counted.", gt=0, le=86400
+    )

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vexact.config.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
-from vexact.config.fields import opt, section
+from vexact.config.fields import LARGEST_64, opt, section
 from vexact.env import ATTENTION, TRITON_INVARIANT
+
+MIN_TEMPERATURE = 1e-3  # of the sampler
 
 
 @dataclass(frozen=True)
 class ValidationSampling:
     n: int = opt(1, "Samples per validation prompt (mean@n).", ge=1)
     do_sample: bool = opt(False, "False decodes greedily, whatever the temperature.")
-    temperature: float = opt(0.0, "Temperature of validation samples; 0 is greedy.", ge=0)
+    temperature: float = opt(
+        0.0, f"Temperature of validation samples: 0 is greedy, else at least {MIN_TEMPERATURE:g}.", ge=0
+    )
     top_p: float = opt(1.0, "Nucleus mass.", gt=0, le=1)
     top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
     min_p: float = opt(0.0, "Keep tokens of at least this share of the largest probability.", ge=0, le=1)
@@ -64,26 +68,30 @@ class RolloutSection:
     temperature: float = opt(
         1.0,
         "Sampling temperature of training rollouts.",
-        gt=0,
-        why="0 is greedy: every sample of a group would be equal",
+        ge=MIN_TEMPERATURE,
+        why="0 is greedy: every sample of a group would be equal; near it float32 no longer tells tokens apart",
     )
     top_p: float = opt(1.0, "Nucleus mass; the trainer renormalises over the same kept tokens.", gt=0, le=1)
     top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
     min_p: float = opt(0.0, "Keep tokens of at least this share of the largest probability.", ge=0, le=1)
     ignore_eos: bool = opt(False, "Sample on past the end-of-sequence tokens.")
-    stop: tuple[str, ...] = opt((), "Strings that end a response and are cut from its text; special tokens too.")
+    stop: tuple[str, ...] = opt(
+        (), "Strings that end a response and are cut from its text; special tokens too; none may be empty."
+    )
     stop_token_ids: tuple[int, ...] = opt(
         (),
         "Token ids that end a response, besides the end-of-sequence tokens of generation_config.json, config.json and "
         "the tokenizer.",
+        ge=0,
     )
-    seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0)
+    seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0, le=LARGEST_64)
     page_size: int = opt(64, "Tokens per key-value page; multiples of 64 are fastest.", ge=1)
     num_pages: int | None = opt(None, "Pages in the key-value cache; null sizes it in bytes.", ge=1)
     kv_cache_bytes: int | None = opt(
         None,
         "Memory for the key-value cache in bytes; null is 256 MiB on the CPU, gpu_memory_utilization on a GPU.",
         ge=1,
+        le=LARGEST_64,
     )
     gpu_memory_utilization: float = opt(
         0.5,

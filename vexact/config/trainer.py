@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vexact.config.fields import opt
+from vexact.config.fields import LARGEST_64, opt
 
 ONE_PROCESS = "this version trains in one process; several GPUs and nodes are not supported yet"
 Sink = Literal["console", "jsonl", "wandb", "tensorboard"]
@@ -18,7 +18,7 @@ class TrainerSection:
     default_local_dir: str | None = opt(
         None, "Run directory; null is runs/<project>/<experiment>.", verl="checkpoints/<project>/<experiment>"
     )
-    seed: int = opt(42, "The one seed: data order, sampling and initialisation.", ge=0)
+    seed: int = opt(42, "The one seed: data order, sampling and initialisation.", ge=0, le=LARGEST_64)
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto takes the GPU if there is one.", verl="cuda")
     exactness: Literal["strict", "warn", "off"] = opt(
         "strict", "On a log-probability or a draw that differs: stop, log and go on, or do not look."

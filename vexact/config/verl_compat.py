@@ -14,7 +14,7 @@ from vexact.config.fields import ConfigError
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
 _MODEL = "actor_rollout_ref.model"
-_PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens; results do not depend on it"
+_PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens, which log-probabilities do not depend on"
 _ONE_DEVICE = "this version runs the model on one device"
 
 
@@ -115,7 +115,7 @@ REFUSED = (
 )
 
 UNUSED = (
-    Unused("trainer.balance_batch", "results never depend on how sequences are packed"),
+    Unused("trainer.balance_batch", "there is one device, and packing leaves log-probabilities as they are"),
     Unused("trainer.use_v1", "there is one trainer"),
     Unused("trainer.v1.*", "there is one trainer"),
     Unused("trainer.max_critic_ckpt_to_keep", "there is no critic"),
@@ -169,25 +169,20 @@ MOVED = {
 }
 
 
-def translate(key: str, value: Any) -> tuple[str | None, str | None]:
-    """What to do with a key the schema does not have.
-
-    Returns:
-        (our key or None when it is dropped, a notice or None).
+def translate(key: str, value: Any) -> str | None:
+    """What to tell the user about a key that neither the schema has nor ``MOVED``; None when there is nothing to say.
 
     Raises:
         ConfigError: verl honours this value and we cannot.
         KeyError: neither verl nor we know the key.
     """
-    if key in MOVED:
-        return MOVED[key], f"{key} is called {MOVED[key]} here"
     for refused in REFUSED:
         if fnmatchcase(key, refused.key):
             _require_harmless(refused, key, value)
-            return None, None
+            return None
     for unused in UNUSED:
         if fnmatchcase(key, unused.key):
-            return None, f"{key}={value} has no effect: {unused.reason}"
+            return f"{key}={value} has no effect: {unused.reason}"
     raise KeyError(key)
 
 

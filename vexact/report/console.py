@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -14,11 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from vexact.report.sink import RunInfo, Sink
+from vexact.streams import Lasting
 from vexact.types import StepStats
 
 HEADER_EVERY = 20
 ETA_STEPS = 20  # the remaining time follows the mean of so many steps
 Metrics = dict[str, float]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +65,14 @@ COLUMNS = (
 
 
 class ConsoleSink(Sink):
-    """Rich output on a terminal, plain lines elsewhere; the numbers are the same."""
+    """Rich output on a terminal, plain lines elsewhere; the numbers are the same.
+
+    A console that can no longer be written to (``| head``, a closed terminal, a full disk behind ``>``) is left alone:
+    training goes on, and every number is in the other sinks.
+    """
 
     def __init__(self, run: RunInfo, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(file=cast(TextIO, Lasting(sys.stdout, _say_lost)), highlight=False)
         self._live = self._console.is_terminal
         self._total, self._first = run.total_steps, run.first_step
         self._num_rows = 0
@@ -154,6 +163,10 @@ class ConsoleSink(Sink):
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _say_lost(error: Exception) -> None:
+    log.warning("the console takes no more lines (%s); the run goes on", error)
 
 
 def _style(column: Column, metrics: Metrics) -> str:

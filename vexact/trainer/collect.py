@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,9 +12,12 @@ from vexact.reward.seal import require_seals, sample_key
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
 from vexact.rollout.request import draw_settings
+from vexact.trainer.sampling import training_sampling
 from vexact.trainer.workers import Workers
 from vexact.types import DrawSettings, Prompt, SampleGroup, Score
 
+log = logging.getLogger(__name__)
+MANY_BATCHES = 10  # generation batches of one step, after which a search without a limit says that it is one
 Timer = Callable[[str], AbstractContextManager[None]]
 
 
@@ -22,11 +26,12 @@ class DynamicSamplingError(RuntimeError):
 
 
 class Collector:
-    """Fills a step with scored groups. Its only state, the data cursor, is the caller's to keep."""
+    """Fills a step with scored groups. The data cursor is the caller's to keep."""
 
     def __init__(self, config: Config, workers: Workers, timer: Timer) -> None:
         self.config, self.workers, self.timer = config, workers, timer
         self.sampling = training_sampling(config)
+        self._has_warned = False
 
     def collect(self, step: int, cursor: int) -> tuple[list[SampleGroup], list[SampleGroup], int]:
         """Samples until ``train_batch_size`` groups are there.
@@ -48,6 +53,8 @@ class Collector:
                     "differ in score; the data is too easy or too hard for this model, or raise "
                     f"algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches} (0 never gives up)"
                 )
+            if num_batches == MANY_BATCHES and settings.max_num_gen_batches == 0:
+                self._warn_of_search(step, len(kept), wanted)
             groups = self._batch(step, num_batches, self.workers.order.take(cursor, wanted))
             cursor, num_batches = cursor + wanted, num_batches + 1
             everything += groups
@@ -57,6 +64,16 @@ class Collector:
     def draw_settings(self, request_id: str) -> DrawSettings:
         """How the request of this id must have been sampled."""
         return draw_settings(self.sampling, self.config.rollout_seed, request_id)
+
+    def _warn_of_search(self, step: int, kept: int, wanted: int) -> None:
+        if not self._has_warned:
+            log.warning(
+                "step %d: after %d generation batches only %d of %d prompts have samples that differ in score, and "
+                "there is no limit; the data may be too easy or too hard for this model "
+                "(algorithm.filter_groups.max_num_gen_batches sets one)",
+                *(step, MANY_BATCHES, kept, wanted),
+            )
+        self._has_warned = True
 
     def _batch(self, step: int, number: int, rows: Sequence[int]) -> list[SampleGroup]:
         prompts = [self.workers.train_data[row] for row in rows]
@@ -70,22 +87,6 @@ class Collector:
         metric = self.config.algorithm.filter_groups.metric or "score"
         values = [[_metric(score, metric) for score in group.scores] for group in groups]
         return [groups[i] for i in informative_groups(values)]
-
-
-def training_sampling(config: Config) -> SamplingParams:
-    """The rollout's settings as the engine takes them. Raises ValueError for what it refuses."""
-    rollout = config.rollout
-    return SamplingParams(
-        n=rollout.n,
-        max_tokens=config.data.max_response_length,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        stop=list(rollout.stop) or None,
-        stop_token_ids=list(rollout.stop_token_ids) or None,
-        ignore_eos=rollout.ignore_eos,
-    )
 
 
 def sample_groups(

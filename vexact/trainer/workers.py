@@ -147,22 +147,7 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
         tokenizer=tokenizer,
         dtype=config.dtype(device.type),
         device=device,
-        page_size=rollout.page_size,
-        num_pages=rollout.num_pages,
-        kv_cache_bytes=rollout.kv_cache_bytes,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        max_num_seqs=rollout.max_num_seqs,
-        max_num_batched_tokens=rollout.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        enable_chunked_prefill=rollout.enable_chunked_prefill,
-        enable_prefix_caching=rollout.enable_prefix_caching,
-        enforce_eager=rollout.enforce_eager,
-        cudagraph_capture_sizes=rollout.cudagraph_capture_sizes,
-        seed=config.rollout_seed,
-        batch_invariant=rollout.batch_invariant,
-        attn_impl=rollout.attn_impl,
-        mismatch_mode=rollout.mismatch.mode,
-        mismatch_scale=rollout.mismatch.scale,
+        **engine_settings(config),
     )
     if not (rollout.ignore_eos or engine.eos_token_ids or rollout.stop or rollout.stop_token_ids):
         log.warning(
@@ -172,7 +157,30 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
     return engine
 
 
-def _actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
+def engine_settings(config: Config) -> dict[str, Any]:
+    """The fields of ``EngineConfig``."""
+    rollout = config.rollout
+    return {
+        "page_size": rollout.page_size,
+        "num_pages": rollout.num_pages,
+        "kv_cache_bytes": rollout.kv_cache_bytes,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "max_model_len": config.max_model_len,
+        "enable_chunked_prefill": rollout.enable_chunked_prefill,
+        "enable_prefix_caching": rollout.enable_prefix_caching,
+        "enforce_eager": rollout.enforce_eager,
+        "cudagraph_capture_sizes": rollout.cudagraph_capture_sizes,
+        "seed": config.rollout_seed,
+        "batch_invariant": rollout.batch_invariant,
+        "attn_impl": rollout.attn_impl,
+        "mismatch_mode": rollout.mismatch.mode,
+        "mismatch_scale": rollout.mismatch.scale,
+    }
+
+
+def actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
     actor, optim = config.actor, config.actor.optim
     return ActorConfig(
         ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
@@ -209,7 +217,7 @@ def _actor_config(config: Config, device: torch.device, total_steps: int) -> Act
 
 def _actor(config: Config, device: torch.device, total_steps: int) -> Actor:
     model = load_model(config.model.path, device=device, attn_impl=config.actor.attn_implementation)
-    return Actor(model, _actor_config(config, device, total_steps), device)
+    return Actor(model, actor_config(config, device, total_steps), device)
 
 
 def _reference(config: Config, device: torch.device) -> Reference:

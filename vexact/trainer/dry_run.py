@@ -1,0 +1,97 @@
+"""What `vexact train` refuses, found without loading weights or writing a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from vexact.config import Config, ConfigError
+from vexact.config.plan import BYTES, GIB, ModelShape
+from vexact.models.config import ModelConfig
+from vexact.rollout import EngineConfig
+from vexact.trainer import preflight
+from vexact.trainer.sampling import training_sampling, validation_sampling
+from vexact.trainer.workers import actor_config, engine_settings, load_dataset, load_tokenizer, start_rewards
+
+ROWS = 64  # of each dataset that a dry run reads
+GRADED_ROWS = 8
+SLOT_BYTES_PER_TOKEN = 16  # an id and two float32 numbers, in the rollout's state
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check_settings(config: Config, device: torch.device) -> None:
+    """Builds what a run builds from its settings alone; cheap, so that a run starts with it too.
+
+    Raises:
+        ValueError: a part of the trainer refuses its settings, or they do not suit the model or this machine.
+    """
+    model = ModelConfig.from_hf_dir(Path(config.model.path).expanduser())
+    training_sampling(config)
+    validation_sampling(config)
+    actor_config(config, device, total_steps=config.trainer.total_training_steps or 1)
+    engine = EngineConfig(**engine_settings(config))
+    problems = [*_model_problems(config, model), *_memory_problems(config, engine, ModelShape.of(model.raw), device)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def dry_run(config: Config) -> None:
+    """Reads the tokenizer and the first rows of the data, and grades some of them in one grader process.
+
+    Raises:
+        ValueError, FileNotFoundError, RewardError: as a run would.
+    """
+    tokenizer = load_tokenizer(config)
+    if not any(Path(config.model.path).expanduser().glob("*.safetensors")):
+        raise FileNotFoundError(f"actor_rollout_ref.model.path={config.model.path} has no weights (*.safetensors)")
+    data = config.data
+    rows = load_dataset(config, tokenizer, data.train_files, _first(data.train_max_samples))
+    if data.val_files:
+        load_dataset(config, tokenizer, data.val_files, _first(data.val_max_samples))
+    one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
+    with closing(start_rewards(one_worker)) as rewards:
+        preflight.dry_run([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
+
+
+def _first(max_samples: int) -> int:
+    return ROWS if max_samples < 0 else min(ROWS, max_samples)
+
+
+def _model_problems(config: Config, model: ModelConfig) -> Iterator[str]:
+    if config.max_model_len > model.max_position_embeddings:
+        yield (
+            f"{ROLLOUT}.max_model_len={config.max_model_len} (data.max_prompt_length + data.max_response_length where "
+            f"it is null) exceeds the model's max_position_embeddings={model.max_position_embeddings}; lower it"
+        )
+    outside = [token for token in config.rollout.stop_token_ids if token >= model.vocab_size]
+    if outside:
+        yield f"{ROLLOUT}.stop_token_ids={outside[0]} is outside the model's vocabulary of {model.vocab_size}"
+
+
+def _memory_problems(config: Config, engine: EngineConfig, shape: ModelShape, device: torch.device) -> Iterator[str]:
+    """The key-value cache must hold a page, and the machine what is set aside at the start."""
+    rollout = config.rollout
+    page_bytes = shape.kv_values_per_token * BYTES[config.dtype(device.type)] * rollout.page_size
+    on_gpu = device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(device) if on_gpu else (None, _physical_memory())
+    pages = engine.resolve_num_pages(page_bytes=page_bytes, max_model_len=config.max_model_len, free_device_bytes=free)
+    if pages * page_bytes > total:
+        yield (
+            f"a key-value cache of {pages} pages of {page_bytes} bytes takes {pages * page_bytes / GIB:.0f} GiB, and "
+            f"there are {total / GIB:.0f}; lower {ROLLOUT}.num_pages, kv_cache_bytes or page_size"
+        )
+    state = rollout.max_num_seqs * config.max_model_len * SLOT_BYTES_PER_TOKEN
+    if state > _physical_memory():
+        yield (
+            f"{ROLLOUT}.max_num_seqs={rollout.max_num_seqs} sequences of {config.max_model_len} tokens take "
+            f"{state / GIB:.0f} GiB, and there are {_physical_memory() / GIB:.0f}; lower it"
+        )
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
