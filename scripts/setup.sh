@@ -7,7 +7,7 @@
 # packages is used without installing anything, so that an offline GPU machine works; one that only has CUDA PyTorch
 # lends it to .venv, whatever its version.
 #
-# With --newest: .venv-newest instead, with the newest version of everything but torch and triton.
+# With --newest: a second one beside it, .venv-newest, with the newest version of everything but torch and triton.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 required="torch triton transformers safetensors tokenizers numpy pyarrow hydra omegaconf jinja2 rich"
@@ -98,12 +98,15 @@ tested() { # the environment to run and test in
 }
 
 newest() { # the same packages without constraints, always brought up to date
-  local python venv="$root/.venv-newest" options=()
+  local python venv="${VEXACT_VENV:-$root/.venv}-newest" options=()
   python="$(tested)"
   ! grep -qs 'include-system-site-packages = true' "$(dirname "$python")/../pyvenv.cfg" || options=(--system-site-packages)
   [[ -x "$venv/bin/python" ]] || make_venv "$python" "$venv" ${options[@]+"${options[@]}"}
   "$python" -c 'from importlib.metadata import version as v
 for name in ("torch", "triton"): print(f"{name}=={v(name)}")' >"$venv/kept.txt"
+  # pip alone takes what is installed for the newest when it reaches no index
+  "$venv/bin/python" -m pip install -q --dry-run --ignore-installed --no-deps rich >"$venv/setup.log" 2>&1 ||
+    die "no package index can be reached (log: $venv/setup.log); PIP_NO_INDEX=1 says that there is none"
   options=(--upgrade)
   command -v uv >/dev/null || options+=(--upgrade-strategy eager)
   install_into "$venv" gpu "${options[@]}" -c "$venv/kept.txt" || die "installing the newest versions failed"

@@ -85,6 +85,7 @@ case "$*" in
   *"-m venv"*) echo "venv $*" >>"$FAKE_LOG"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"
     lent=false; [[ "$*" != *system-site* ]] || lent=true
     echo "include-system-site-packages = $lent" >"${@: -1}/pyvenv.cfg" ;;
+  *"pip install"*--dry-run*) exit "${FAKE_INDEX_CODE:-0}" ;;
   *"pip install"*) echo "install $*" >>"$FAKE_LOG"; exit "${FAKE_INSTALL_CODE:-0}" ;;
   *"pip config"*) ;;
   *) echo "unexpected: $*" >>"$FAKE_LOG"; exit 9 ;;
@@ -198,6 +199,35 @@ def test_changed_constraints_are_installed_again(cpu: Machine) -> None:
     _, asked, _ = cpu.set_up(FAKE_ABSENT="")
     assert "install" in asked
     assert stamp.read_text() == before
+
+
+def test_the_newest_packages_get_an_environment_of_their_own_and_torch_stays(cpu: Machine) -> None:
+    cpu.set_up(FAKE_ABSENT="torch")
+    for _ in range(2):  # brought up to date every time
+        python, asked, _ = cpu.set_up("--newest", FAKE_ABSENT="")
+        assert python == f"{cpu.folder}/venv-newest/bin/python"
+        assert f"--upgrade --upgrade-strategy eager -c {cpu.folder}/venv-newest/kept.txt -e {ROOT}[" in asked
+        assert "/constraints/" not in asked
+    assert (cpu.folder / "venv-newest" / "kept.txt").read_text() == "torch==2.11.0+cu128\n"
+
+
+def test_the_newest_packages_keep_a_lent_torch(gpu: Machine) -> None:
+    gpu.set_up(FAKE_ABSENT="hydra")
+    _, asked, _ = gpu.set_up("--newest", FAKE_ABSENT="")
+    assert "--system-site-packages" in asked
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        ("FAKE_INDEX_CODE", "no package index can be reached"),
+        ("FAKE_INSTALL_CODE", "installing the newest versions failed"),
+    ],
+)
+def test_newest_packages_that_cannot_be_had_are_a_failure(cpu: Machine, failing: str, expected: str) -> None:
+    cpu.set_up(FAKE_ABSENT="torch")
+    _, _, messages = cpu.set_up("--newest", code=1, FAKE_ABSENT="", **{failing: "1"})
+    assert expected in messages
 
 
 def test_unknown_argument_is_refused(cpu: Machine) -> None:
