@@ -135,7 +135,7 @@ def wandb_mode(environ: Mapping[str, str] = os.environ) -> str:
     """
     mode = _get(environ, "WANDB_MODE")
     if not mode:
-        return "online" if has_wandb_key(environ) else "offline"
+        return "online" if _get(environ, "WANDB_API_KEY") else "offline"
     if mode not in WANDB_MODES:
         raise ValueError(f"WANDB_MODE={mode}: must be one of {', '.join(WANDB_MODES)}")
     return mode
