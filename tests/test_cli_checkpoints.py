@@ -85,6 +85,8 @@ def arguments(command: str, place: Path) -> list[str]:
         f"actor_rollout_ref.model.path={model}",
         f"data.train_files={place / 'rows.jsonl'}",
         f"trainer.default_local_dir={run}",
+        "data.max_prompt_length=64",
+        "data.max_response_length=64",
         "trainer.device=cpu",
         "reward.num_workers=1",
     ]

@@ -9,7 +9,8 @@ from audit_support import CONFIG, PAIR
 from vexact.audit.certificate import CertificateError, require_certificate, run_self_test
 from vexact.audit.environment import tile_table_hash
 from vexact.models import random_model
-from vexact.rollout import Engine, SamplingParams
+from vexact.ops import sample
+from vexact.rollout import Engine, SamplingParams, sampler
 from vexact.training import Actor, ActorConfig
 
 
@@ -63,6 +64,15 @@ def test_a_lone_wrong_operator_is_found():
         if hasattr(module, "ops"):
             module.ops = shifted
     assert run_self_test(engine, _actor()).comparison.tokens_different > 0
+
+
+def test_a_sampler_that_draws_otherwise_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(sampler, "sample", lambda logits, params: sample(logits, params._replace(seed=params.seed + 1)))
+    with pytest.raises(CertificateError, match=r"does not draw what its seeds say.*request certificate/\d"):
+        require_certificate(_engine(), _actor(), tmp_path, "strict", **PAIR)
+    written = json.loads((tmp_path / "certificate.json").read_text())
+    assert not written["exact"]
+    assert written["comparison"]["tokens_different"] == 0 < written["draws"]["different"] < written["draws"]["redrawn"]
 
 
 def test_the_hash_is_stable_and_covers_the_tables(monkeypatch, tmp_path):

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from vexact.config import Config, ConfigError, load_config
+from vexact.config import Config, ConfigError, load_config, rollout
 from vexact.config.fields import LARGEST, LARGEST_FLOAT, Leaf, describe_range, leaves
-from vexact.config.rollout import MIN_TEMPERATURE
 from vexact.config.schema import Keys
 
 
@@ -79,7 +78,8 @@ def test_the_clip_of_gradients_may_be_infinite() -> None:
 def test_the_coldest_temperature_is_the_samplers() -> None:
     from vexact.rollout import sampling_params
 
-    assert MIN_TEMPERATURE == sampling_params.MIN_TEMPERATURE
+    for name in ("MIN_TEMPERATURE", "MAX_TEMPERATURE", "MAX_SAMPLES"):
+        assert getattr(rollout, name) == getattr(sampling_params, name)
 
 
 def test_ranges_are_described_as_they_are_checked() -> None:

@@ -92,7 +92,7 @@ def test_a_refused_model_or_file(refusal, tiny, tmp_path):
 
     assert "has no weights" in refusal(model("bare", lambda path: (path / "model.safetensors").unlink()))
     assert "GPT2LMHeadModel" in refusal(model("other", other_architecture))
-    assert "no tokenizer" in refusal(model("mute", lambda path: (path / "tokenizer.json").unlink()))
+    assert "the tokenizer in" in refusal(model("mute", lambda path: (path / "tokenizer.json").unlink()))
     (tmp_path / "broken.parquet").write_text("no parquet")
     assert "broken.parquet" in refusal(f"data.val_files={tmp_path / 'broken.parquet'}")
     (tmp_path / "raises.py").write_text("def compute_score(*a, **k):\n    raise KeyError('no')\n")

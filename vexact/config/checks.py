@@ -210,7 +210,7 @@ def _run(config: Config) -> Iterator[str]:
         yield f"trainer.resume_from_path={trainer.resume_from_path}: no such directory"
     blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
     if blocking is not None and not blocking.is_dir():
-        yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file"
+        yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file; set trainer.default_local_dir"
     if trainer.val_only and not config.data.val_files:
         yield "trainer.val_only=true needs data.val_files"
 

@@ -9,15 +9,18 @@ from vexact.config.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
 from vexact.config.fields import LARGEST_64, opt, section
 from vexact.env import ATTENTION, TRITON_INVARIANT
 
-MIN_TEMPERATURE = 1e-3  # of the sampler
+MIN_TEMPERATURE, MAX_TEMPERATURE, MAX_SAMPLES = 1e-3, 1e6, 2**16  # the sampler's
 
 
 @dataclass(frozen=True)
 class ValidationSampling:
-    n: int = opt(1, "Samples per validation prompt (mean@n).", ge=1)
+    n: int = opt(1, "Samples per validation prompt (mean@n).", ge=1, le=MAX_SAMPLES)
     do_sample: bool = opt(False, "False decodes greedily, whatever the temperature.")
     temperature: float = opt(
-        0.0, f"Temperature of validation samples: 0 is greedy, else at least {MIN_TEMPERATURE:g}.", ge=0
+        0.0,
+        f"Temperature of validation samples: 0 is greedy, else at least {MIN_TEMPERATURE:g}.",
+        ge=0,
+        le=MAX_TEMPERATURE,
     )
     top_p: float = opt(1.0, "Nucleus mass.", gt=0, le=1)
     top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
@@ -64,11 +67,12 @@ class RolloutSection:
         verl="bfloat16",
         aliases=DTYPE_ALIASES,
     )
-    n: int = opt(8, "Samples per prompt.", verl=1, ge=1)
+    n: int = opt(8, "Samples per prompt.", verl=1, ge=1, le=MAX_SAMPLES)
     temperature: float = opt(
         1.0,
         "Sampling temperature of training rollouts.",
         ge=MIN_TEMPERATURE,
+        le=MAX_TEMPERATURE,
         why="0 is greedy: every sample of a group would be equal; near it float32 no longer tells tokens apart",
     )
     top_p: float = opt(1.0, "Nucleus mass; the trainer renormalises over the same kept tokens.", gt=0, le=1)

@@ -84,8 +84,9 @@ class Driver:
                 trainer_attention=config.actor.attn_implementation,
             )
         except CertificateError as error:
-            sample, sampling = error.self_test.first_different()
-            diagnose(error, sample, sampling, workers, config.run_dir, config.model.path)
+            if error.comparison.first is not None:
+                sample, sampling = error.self_test.first_different()
+                diagnose(error, sample, sampling, workers, config.run_dir, config.model.path)
             raise
 
     def _summary(self, first: int, rewards: list[float]) -> str:

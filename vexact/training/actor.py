@@ -118,9 +118,12 @@ class Actor:
         means = _mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
         return means | {"actor/lr": lr} | self._coefficients()
 
-    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
-        """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training."""
-        return self._score(sequences, list(range(len(sequences)))).logprobs
+    def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]:
+        """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training.
+
+        ``redraw``, made for ``sequences``, repeats draws in these forwards.
+        """
+        return self._score(sequences, list(range(len(sequences))), redraw).logprobs
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its model name: whole, in the compute dtype, one at a time.

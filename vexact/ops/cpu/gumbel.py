@@ -11,6 +11,7 @@ from vexact.ops.cpu.portable_math import log_of_normal
 RANDOM_BITS = 23
 _TABLE_FROM = 4096  # entries per row from which looking noise up beats computing it
 _CHUNK = 1 << 15
+_ZERO = np.float32(0.0)
 
 
 def gumbel(bits: np.ndarray) -> np.ndarray:
@@ -20,7 +21,7 @@ def gumbel(bits: np.ndarray) -> np.ndarray:
 
 def _noise(bits: np.ndarray) -> np.ndarray:
     u = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-RANDOM_BITS)
-    return -log_of_normal(-log_of_normal(u))
+    return _ZERO - log_of_normal(_ZERO - log_of_normal(u))  # a minus would give -0 where the kernel has +0
 
 
 @cache
