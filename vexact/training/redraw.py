@@ -46,7 +46,16 @@ class Redraw:
         """
         if len(samples) != len(settings):
             raise ValueError(f"{len(samples)} samples, but draw settings of {len(settings)}; give one per sample")
-        self._samples, self._settings, self._ratio = samples, settings, ratio
+        self._ratio = ratio
+        self._lengths = np.array([len(sample.token_ids) for sample in samples], np.int64)
+        self._prompt_lengths = np.array([len(sample.prompt_token_ids) for sample in samples], np.int64)
+        self._seeds = np.array([setting.seed for setting in settings], np.int64)
+        self._filters = (  # as SamplingTensors begins
+            np.array([setting.temperature for setting in settings], np.float32),
+            np.array([setting.top_k for setting in settings], np.int32),
+            np.array([setting.top_p for setting in settings], np.float32),
+            np.array([setting.min_p for setting in settings], np.float32),
+        )
         self._chosen: list[np.ndarray] = []  # (2, k) int64: sequence and response position
         self._drawn: list[Tensor] = []  # (3, k) int32: token, bits of the smallest kept logit, best token
 
@@ -54,22 +63,23 @@ class Redraw:
         """``batch``, made of the samples ``indices`` in this order, whose forward repeats the chosen draws."""
         if not indices:
             return batch
-        lengths = np.array([len(self._samples[i].token_ids) for i in indices])
+        lengths = self._lengths[indices]
         sequences, responses = np.repeat(np.asarray(indices), lengths), ramps(lengths)
-        seeds = np.array([setting.seed for setting in self._settings], np.int64)[sequences]
-        positions = responses + np.array([len(sample.prompt_token_ids) for sample in self._samples])[sequences]
+        seeds, positions = self._seeds[sequences], self._prompt_lengths[sequences] + responses
         rows = np.flatnonzero(_share(seeds, positions) < self._ratio)
         if not len(rows):
             return batch
         self._chosen.append(np.stack([sequences[rows], responses[rows]]))
-        params = self._tensors(sequences[rows], seeds[rows], positions[rows], batch.input_ids.device)
+        device = batch.input_ids.device
+        columns = (*(column[sequences[rows]] for column in self._filters), seeds[rows], positions[rows])
+        params = SamplingTensors(*(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
 
         def see(logits: Tensor, some: slice) -> None:
             drawn = sample(logits, SamplingTensors(*(values[some] for values in params)))
             best = logits.argmax(-1).to(torch.int32)
             self._drawn.append(torch.stack([drawn.token_ids.to(torch.int32), drawn.min_logit.view(torch.int32), best]))
 
-        probe = LogitProbe(torch.from_numpy(rows).to(batch.input_ids.device, non_blocking=True), see)
+        probe = LogitProbe(torch.from_numpy(rows).to(device, non_blocking=True), see)
         return replace(batch, targets=replace(batch.targets, probe=probe))
 
     def take(self) -> Redrawn:
@@ -82,22 +92,6 @@ class Redraw:
         self._chosen, self._drawn = [], []
         min_logits = bits.view(np.float32)
         return Redrawn(sequences, positions, token_ids.astype(np.int64), min_logits, best.astype(np.int64))
-
-    def _tensors(
-        self, sequences: np.ndarray, seeds: np.ndarray, positions: np.ndarray, device: torch.device
-    ) -> SamplingTensors:
-        def per_row(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(setting, name) for setting in self._settings], dtype)[sequences]
-
-        columns = (
-            per_row("temperature", np.float32),
-            per_row("top_k", np.int32),
-            per_row("top_p", np.float32),
-            per_row("min_p", np.float32),
-            seeds,
-            positions,
-        )
-        return SamplingTensors(*(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
 
 
 def _share(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
