@@ -48,7 +48,7 @@ install_into() { # VENV EXTRAS OPTION...: the whole set, quietly
     UV_FIND_LINKS="${UV_FIND_LINKS:-$(python3 -m pip config get global.find-links 2>/dev/null || true)}"
     export UV_FIND_LINKS
   fi
-  say "installing packages ($extras) into $venv; the first time takes a few minutes"
+  say "installing packages into $venv; the first time takes a few minutes"
   if ! "${install[@]}" "$@" -e "$target" >"$venv/setup.log" 2>&1; then
     tail -n 20 "$venv/setup.log" >&2
     return 1

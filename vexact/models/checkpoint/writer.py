@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vexact.models.checkpoint.files import UNFINISHED
+from vexact.models.checkpoint.files import UNFINISHED, sync
 from vexact.models.checkpoint.index import INDEX, SHARD, SHARD_PATTERN, SINGLE
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -49,7 +48,7 @@ def write_checkpoint(
         if generation is not None:
             _write_json(aside / GENERATION, generation)
         for file in (*aside.iterdir(), aside):
-            _sync(file)
+            sync(file)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -60,13 +59,13 @@ def _replace(directory: Path, aside: Path) -> None:
     (directory / CONFIG).unlink(missing_ok=True)
     for file in (directory / INDEX, directory / GENERATION, *_weights(directory)):
         file.unlink(missing_ok=True)
-    _sync(directory)
+    sync(directory)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == CONFIG):
         if file.name == CONFIG:
-            _sync(directory)
+            sync(directory)
         file.replace(directory / file.name)
     aside.rmdir()
-    _sync(directory)
+    sync(directory)
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -114,11 +113,3 @@ def _weights(directory: Path) -> Iterator[Path]:
 
 def _foreign(directory: Path) -> bool:
     return bool(set(directory.glob("*.safetensors")).difference(_weights(directory)))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

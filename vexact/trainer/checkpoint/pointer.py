@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from vexact.models.checkpoint.files import sync
 from vexact.trainer.checkpoint.error import CheckpointError
 
 FILE = "latest"
@@ -75,12 +76,3 @@ class LatestPointer:
     def remove(self) -> None:
         """Points to nothing: the run starts anew."""
         self.file.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

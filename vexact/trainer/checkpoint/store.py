@@ -18,11 +18,12 @@ import torch
 from vexact import interrupt
 from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
+from vexact.models.checkpoint.files import sync
 from vexact.models.config import ModelConfig
 from vexact.trainer.checkpoint import manifest, state_file
 from vexact.trainer.checkpoint.error import CheckpointError
 from vexact.trainer.checkpoint.manifest import Digests
-from vexact.trainer.checkpoint.pointer import FOLDER, LatestPointer, sync
+from vexact.trainer.checkpoint.pointer import FOLDER, LatestPointer
 from vexact.trainer.checkpoint.read import IDENTITY_FILE, advice
 from vexact.trainer.checkpoint.state_file import Progress
 from vexact.training import ActorState, nonfinite_in
