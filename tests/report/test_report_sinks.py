@@ -181,9 +181,10 @@ def test_wandb_runs_offline_and_keeps_its_id(tmp_path, monkeypatch):
         ) as reporter:
             reporter.log(StepStats(2 if resume_step else 1, {"critic/score/mean": 0.5}))
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
-    folders = sorted(tmp_path.glob(f"wandb/offline-run-*-{run_id}"))
+    folders = sorted(tmp_path.glob("wandb/offline-run-*"))
     assert folders
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == len(folders), "no run under another id"
+    # of two that start within a second, W&B gives the later one's folder a suffix
+    assert all(run_id in folder.name for folder in folders), folders
     assert sum(len(list(folder.glob("*.wandb"))) for folder in folders) == len(folders)
 
 
