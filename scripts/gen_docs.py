@@ -33,8 +33,8 @@ type has *or null*, `null` and nothing at all are null. Lists are written `'key=
 `${section.key}` in a value stands for another key's. Everything else has Hydra's grammar.
 
 A number outside its range stops the run, and so does one that is not finite in float32; a whole number is at most
-2^31 - 1 unless its row says otherwise. `vexact train --dry_run …` checks everything that needs no weights, reads the
-first 64 rows, grades 8 of them, prints the resolved configuration and the plan, and stops.
+2^31 - 1 unless its row says otherwise. `vexact train --dry_run …` checks everything that needs no training, reads every
+weight and the first 64 rows, grades 8 of them, prints the resolved configuration and the plan, and stops.
 
 Names, nesting and defaults are verl's wherever the meaning is the same; where our default differs, verl's is named.
 An unknown key stops the run and names the nearest valid one.

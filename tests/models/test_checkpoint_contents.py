@@ -37,11 +37,49 @@ def test_a_tensor_without_use_is_refused(tmp_path, name, shape, reason):
         load_model(tmp_path)
 
 
-def test_frequencies_of_old_checkpoints_are_left_aside(tmp_path):
-    wanted = write(tmp_path)
-    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in (0, 1)] + ["model.rotary_emb.inv_freq"]
-    edit_weights(tmp_path / WEIGHTS, **{name: torch.zeros(4, dtype=torch.float64) for name in names})
+OLD = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq")
+THETA = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}])
+def test_frequencies_of_old_checkpoints_may_stay_if_they_are_those_of_the_config(tmp_path, dtype, rope):
+    wanted = write(tmp_path, **rope)
+    edit_weights(
+        tmp_path / WEIGHTS, **{name: THETA.to(dtype, copy=True) for name in (*OLD, "model.rotary_emb.inv_freq")}
+    )
     assert same(tmp_path, wanted)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        500000.0 ** -(torch.arange(0, 8, 2) / 8),
+        THETA / 4,
+        torch.zeros(4),
+        torch.full((4,), float("nan")),
+        THETA[:3],
+        THETA[:, None],
+        torch.ones(4, dtype=torch.int64),
+    ],
+    ids=["theta", "scaled", "zero", "nan", "short", "column", "int"],
+)
+@pytest.mark.parametrize("name", [OLD[1], "model.rotary_emb.inv_freq"])
+def test_frequencies_of_another_model_are_refused(tmp_path, name, values):
+    write(tmp_path)
+    edit_weights(tmp_path / WEIGHTS, **{name: values.contiguous()})
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: {name} holds other frequencies .*rope_theta=10000, head_dim=8"):
+        load_model(tmp_path)
+
+
+def test_missing_tensors_say_what_lies_there_instead(tmp_path):
+    write(tmp_path)
+    edit_weights(tmp_path / WEIGHTS, **{"model.norm.weight": None})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors .*: model\.norm\.weight; .*not copied whole"):
+        load_model(tmp_path)
+    edit_weights(tmp_path / WEIGHTS, **{"norm.weight": torch.ones(16)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight; it holds 1 under names without use: norm\.weight"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,12 @@ def test_a_file_that_the_index_does_not_name_is_not_read(tmp_path, name, caplog)
     assert f"not read, because the checkpoint does not name it: {name}" in caplog.text
 
 
+def test_what_a_mac_leaves_beside_a_file_is_no_checkpoint(tmp_path):
+    wanted = write(tmp_path)
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7\0\2")
+    assert same(tmp_path, wanted)
+
+
 def test_transformers_would_read_the_single_file_beside_an_index(tmp_path):
     write(tmp_path)
     split(tmp_path)

@@ -64,6 +64,13 @@ def test_json_that_is_no_tokenizer(folder, content):
         read_tokenizer(folder)
 
 
+@pytest.mark.parametrize("settings", [b'{"model_max_length": "many"}', b'{"eos_token": 3}', b'{"tokenizer_class": 5}'])
+def test_settings_of_the_wrong_type(folder, settings):
+    (folder / "tokenizer_config.json").write_bytes(settings)
+    with pytest.raises(ValueError, match=rf"the tokenizer in {folder} cannot be loaded \(.+\); copy its files again"):
+        read_tokenizer(folder)
+
+
 def test_a_directory_in_the_place_of_a_file(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").mkdir()

@@ -1,14 +1,16 @@
-"""What training refuses, the dry run refuses, without weights and without writing anything."""
+"""What training refuses, the dry run refuses, without training and without writing anything."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import typing
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vexact import cli
 from vexact.config import Config, ConfigError, load_config
@@ -20,6 +22,7 @@ from vexact.trainer.sampling import training_sampling, validation_sampling
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
 CPU = torch.device("cpu")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.fixture
@@ -80,6 +83,15 @@ def test_a_refused_setting(refusal, setting, expected):
     assert expected in refusal(setting)
 
 
+def change_norm(path: Path, value: float) -> None:
+    tensors = load_file(path / "model.safetensors")
+    norm = torch.full_like(tensors["model.norm.weight"], value)
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()} | {"model.norm.weight": norm},
+        path / "model.safetensors",
+    )
+
+
 def test_a_refused_model_or_file(refusal, tiny, tmp_path):
     def model(name: str, change) -> str:
         shutil.copytree(tiny / "model", tmp_path / name)
@@ -91,6 +103,15 @@ def test_a_refused_model_or_file(refusal, tiny, tmp_path):
         (path / "config.json").write_text(json.dumps(raw | {"architectures": ["GPT2LMHeadModel"]}))
 
     assert "has no weights" in refusal(model("bare", lambda path: (path / "model.safetensors").unlink()))
+    assert "not even its whole header" in refusal(
+        model("short", lambda path: os.truncate(path / "model.safetensors", 99))
+    )
+    assert "Git LFS pointer" in refusal(
+        model("pointer", lambda path: (path / "model.safetensors").write_bytes(POINTER))
+    )
+    assert "not finite" in refusal(model("nan", lambda path: change_norm(path, float("nan"))))
+    half = f"{ROLLOUT}.dtype=float16", f"{ACTOR}.fsdp_config.dtype=float16"
+    assert "beyond float16, which ends at 65504" in refusal(model("wide", lambda path: change_norm(path, 7e4)), *half)
     assert "GPT2LMHeadModel" in refusal(model("other", other_architecture))
     assert "the tokenizer in" in refusal(model("mute", lambda path: (path / "tokenizer.json").unlink()))
     (tmp_path / "broken.parquet").write_text("no parquet")

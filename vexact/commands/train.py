@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dry_run",
         "--dry-run",
         action="store_true",
-        help="check all that needs no weights, print the resolved configuration and the plan, then stop",
+        help="check all that needs no training, weights included, print the resolved configuration and plan, then stop",
     )
     parser.add_argument(
         "--help_config",

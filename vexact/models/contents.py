@@ -9,17 +9,19 @@ import torch
 
 from vexact.models.checkpoint import CheckpointReader, Shape
 from vexact.models.checkpoint.files import listed
-from vexact.models.config import ModelConfig
+from vexact.models.config import ModelConfig, RopeConfig
+from vexact.models.rotary import frequencies
 
 FORMATS = ("F32", "BF16", "F16")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Frequencies that old Llama checkpoints carry along; they are computed from config.json
+# Frequencies that old Llama checkpoints carry along; they are computed from config.json, and must be those
 _LEFTOVER = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.inv_freq")
+_ROUNDED, _TINY = 2**-7, 1e-7  # rounding to bfloat16, and that of a small number in float16
 _QUANTISED_PARTS = ("scale", "scales", "zeros", "zero_point", "qweight", "qzeros", "g_idx", "absmax")
 
 
 def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mapping[str, Shape]) -> None:
-    """Reads headers only, but for a head that must equal the embedding.
+    """Reads headers only, but for a head that must equal the embedding, and old frequencies those of config.json.
 
     Args:
         wanted: shapes by Hugging Face name, as config.json implies.
@@ -29,13 +31,12 @@ def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mappin
     """
     held = [name for name in reader if not _is_leftover(name, config)]
     _check_formats(reader, held)
+    surplus = [name for name in held if name not in wanted]
     if missing := [name for name in wanted if name not in reader]:
-        hint = "; is tie_word_embeddings=true missing in config.json?" if missing == [HEAD] else ""
         raise ValueError(
             f"{reader.directory}: the checkpoint lacks {len(missing)} tensors that {config.architecture} needs: "
-            f"{listed(missing)}{hint}"
+            f"{listed(missing)}; {_why_missing(missing, surplus)}"
         )
-    surplus = [name for name in held if name not in wanted]
     if config.tie_word_embeddings and HEAD in surplus:
         _check_tied_head(reader)
         surplus.remove(HEAD)
@@ -50,6 +51,8 @@ def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mappin
                 f"{reader.file(name)}: {name} is {reader.shape(name)}, but config.json implies {shape}; "
                 "config.json and weights are of different models"
             )
+    for name in set(reader).difference(held):
+        _check_frequencies(reader, config, name)
 
 
 def _is_leftover(name: str, config: ModelConfig) -> bool:
@@ -78,6 +81,28 @@ def _check_tied_head(reader: CheckpointReader) -> None:
             f"{reader.file(HEAD)}: {HEAD} differs from {EMBEDDING}, but config.json has tie_word_embeddings=true; set "
             "it to false if the head is meant, or remove the head"
         )
+
+
+def _check_frequencies(reader: CheckpointReader, config: ModelConfig, name: str) -> None:
+    stored = reader.tensor(name).double()
+    plain = RopeConfig(theta=config.rope.theta)  # of old, linear scaling divided the positions
+    for rope in (plain, config.rope):
+        wanted = frequencies(rope, config.head_dim).double()
+        if stored.shape == wanted.shape and torch.allclose(stored, wanted, rtol=_ROUNDED, atol=_TINY):
+            return
+    raise ValueError(
+        f"{reader.file(name)}: {name} holds other frequencies than config.json implies (rope_theta="
+        f"{config.rope.theta:g}, head_dim={config.head_dim}, rope_type {config.rope.type}); correct config.json, or "
+        "remove the tensor if config.json is right"
+    )
+
+
+def _why_missing(missing: list[str], surplus: list[str]) -> str:
+    if missing == [HEAD]:
+        return "is tie_word_embeddings=true missing in config.json?"
+    if surplus:
+        return f"it holds {len(surplus)} under names without use: {listed(surplus, 3)}; save it under the usual names"
+    return "config.json is another model's, or the checkpoint was not copied whole"
 
 
 def _reason(surplus: list[str], config: ModelConfig) -> str:

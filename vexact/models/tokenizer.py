@@ -35,7 +35,9 @@ def read_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer  # a second of import time that a ready model does not need
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer.encode("")  # some settings are not looked at before there is text
+        return tokenizer
     except Exception as error:  # of any class: tokenizers raises bare Exceptions, and files lead transformers anywhere
         for name in ("tokenizer.json", "vocab.json"):
             if is_there(directory / name):

@@ -1,4 +1,4 @@
-"""What `vexact train` refuses, found without loading weights or writing a file."""
+"""What `vexact train` refuses, found without training or writing a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 from vexact.config import Config, ConfigError
 from vexact.config.plan import BYTES, GIB, ModelShape
-from vexact.models.config import ModelConfig
+from vexact.device import resolve_device
+from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
 from vexact.trainer import preflight
 from vexact.trainer.sampling import training_sampling, validation_sampling
@@ -41,14 +42,14 @@ def check_settings(config: Config, device: torch.device) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """Reads the tokenizer and the first rows of the data, and grades some of them in one grader process.
+    """Reads the tokenizer, the first rows of the data and every weight, and grades some rows in one grader process.
+
+    No weight is kept: the rollout's dtype, which holds the smallest range, must be able to hold each.
 
     Raises:
         ValueError, FileNotFoundError, RewardError: as a run would.
     """
     tokenizer = load_tokenizer(config)
-    if not any(Path(config.model.path).expanduser().glob("*.safetensors")):
-        raise FileNotFoundError(f"actor_rollout_ref.model.path={config.model.path} has no weights (*.safetensors)")
     data = config.data
     rows = load_dataset(config, tokenizer, data.train_files, _first(data.train_max_samples))
     if data.val_files:
@@ -56,6 +57,8 @@ def dry_run(config: Config) -> None:
     one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
     with closing(start_rewards(one_worker)) as rewards:
         preflight.dry_run([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
+    dtype: torch.dtype = getattr(torch, config.dtype(resolve_device(config.trainer.device)))
+    load_model(config.model.path, dtype=dtype, device="meta")
 
 
 def _first(max_samples: int) -> int:

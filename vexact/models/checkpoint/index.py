@@ -10,6 +10,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-{number:05d}-of-{total:05d}.safetensors"
 SHARD_PATTERN = "model-[0-9]*-of-[0-9]*.safetensors"
+VISIBLE = "[!.]*.safetensors"  # a name with a leading dot is a file system's note beside the file, as macOS leaves them
 
 _CONVERT = "convert it to safetensors with transformers' save_pretrained"
 _OTHER_FORMATS = {
@@ -46,7 +47,7 @@ def single_file(directory: Path) -> Path:
         FileNotFoundError: no weights.
         ValueError: several files could hold them, or one under a name that says it is a part.
     """
-    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    found = sorted(path.name for path in directory.glob(VISIBLE))
     if is_there(directory / SINGLE) and len(found) <= 1:
         return directory / SINGLE
     if not found:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vexact.models.checkpoint.files import UNFINISHED, checkpoint_directory, listed, mention, require_sound
-from vexact.models.checkpoint.index import INDEX, read_index, single_file
+from vexact.models.checkpoint.index import INDEX, VISIBLE, read_index, single_file
 
 Shape = tuple[int, ...]
 _MOST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -138,7 +138,7 @@ def _shortfall(file: Path) -> str | None:
 
 def _mention_unread(directory: Path, read: set[Path]) -> None:
     """Nothing is left out in silence."""
-    unread = sorted(path.name for path in directory.glob("*.safetensors") if path not in read)
+    unread = sorted(path.name for path in directory.glob(VISIBLE) if path not in read)
     if (directory / UNFINISHED).exists():
         unread.append(UNFINISHED)
     if unread:
