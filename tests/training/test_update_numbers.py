@@ -43,7 +43,7 @@ def test_an_input_that_is_no_number_is_named(name, value):
 
 @pytest.mark.parametrize("entropy_coeff", [0.0, 0.01])
 def test_a_threshold_above_every_logit_of_later_weights_skips_no_step(entropy_coeff):
-    """One kept token when sampled, and its logit has fallen since: the mini-batches after the first, and a reference."""
+    """One token was kept when it was sampled, and its logit has fallen since: in later mini-batches, in a reference."""
     sequences = [
         replace(s, sample=replace(s.sample, min_logits=np.full(len(s.sample.token_ids), 50.0, np.float32)))
         for s in random_sequences(6, ref_logprobs=True)
