@@ -67,6 +67,31 @@ def test_gradients_match_fp64_over_chunks(monkeypatch, truncate):
         torch.testing.assert_close(ours_.grad.double(), wide_.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inv_temperature", [1.0, 1000.0])
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_a_token_below_its_threshold_is_kept(kept, inv_temperature):
+    """The threshold is of the weights that sampled. Under others a token may lie below, even with all the rest."""
+    x, weight, *_, logits = _case()
+    ordered = logits.sort(dim=-1, descending=True)
+    targets, inverse = ordered.indices[:, 30].contiguous(), torch.full((50,), inv_temperature)
+    min_logit = ordered.values[:, kept - 1].contiguous() if kept else ordered.values[:, 0] + 1e-3
+    ours, wide = [t.clone().requires_grad_() for t in (x, weight)], [t.double().requires_grad_() for t in (x, weight)]
+    out = linear_cross_entropy(*ours, targets, inverse, min_logit)
+    (out.logprobs + out.entropy).sum().backward()
+    z = wide[0] @ wide[1].T * inv_temperature
+    outside = (logits < min_logit.unsqueeze(1)).scatter(1, targets.unsqueeze(1), False)
+    logp = torch.log_softmax(z.masked_fill(outside, -1e9), dim=-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    chosen = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
+    (chosen + entropy).sum().backward()
+    torch.testing.assert_close(out.logprobs.double(), chosen, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-3, atol=1e-5)
+    assert (out.logprobs <= 0).all()
+    assert kept or not out.logprobs.any()
+    for ours_, wide_ in zip(ours, wide, strict=True):
+        torch.testing.assert_close(ours_.grad.double(), wide_.grad, rtol=1e-3, atol=1e-4 * inv_temperature)
+
+
 def test_one_pass_agrees_with_the_general_form():
     x, weight, targets, inv_temperature, min_logit, _ = _case()
     advantages, old = torch.randn(50), -torch.rand(50)

@@ -41,6 +41,20 @@ def test_an_input_that_is_no_number_is_named(name, value):
     assert_same_bits(weights_of(actor), before)
 
 
+@pytest.mark.parametrize("entropy_coeff", [0.0, 0.01])
+def test_a_threshold_above_every_logit_of_later_weights_skips_no_step(entropy_coeff):
+    """One token was kept when it was sampled, and its logit has fallen since: in later mini-batches, in a reference."""
+    sequences = [
+        replace(s, sample=replace(s.sample, min_logits=np.full(len(s.sample.token_ids), 50.0, np.float32)))
+        for s in random_sequences(6, ref_logprobs=True)
+    ]
+    actor = tiny_actor(use_kl_loss=True, entropy_coeff=entropy_coeff, ppo_mini_batch_size=2)
+    metrics = actor.update(sequences)
+    assert metrics["actor/skipped_steps"] == 0
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert all(not logprobs.any() for logprobs in actor.logprobs(sequences))
+
+
 def _poison_gradients(actor, steps, value=NAN):
     """Turns one gradient of the optimizer steps whose number is in ``steps`` into ``value``."""
     step, seen = actor.optimizer.step, iter(range(1000))

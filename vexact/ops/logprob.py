@@ -22,7 +22,8 @@ class TokenLogprobs(NamedTuple):
 def token_logprobs(logits: Tensor, token_ids: Tensor, inv_temperature: Tensor, min_logit: Tensor) -> TokenLogprobs:
     """Log-probability of ``token_ids`` under the tempered, truncated softmax of ``logits``.
 
-    With z = logit * inv_temperature and K = {logit >= min_logit}: ``logprob = z[token] - logsumexp(z over K)``.
+    With z = logit * inv_temperature and K = {logit >= min_logit} and the token: ``logprob = z[token] - logsumexp(z
+    over K)``. A threshold comes from the weights that sampled; under others the token may lie below it, and counts.
     A row's bits depend on that row and V only.
 
     Args:
@@ -47,7 +48,8 @@ def token_logprobs_reference(
 ) -> TokenLogprobs:
     """The definition in fp64."""
     z = logits.double() * inv_temperature.double().unsqueeze(1)
-    z = z.masked_fill(logits < min_logit.unsqueeze(1), float("-inf"))
+    dropped = (logits < min_logit.unsqueeze(1)).scatter(1, token_ids.unsqueeze(1), False)
+    z = z.masked_fill(dropped, float("-inf"))
     logp = torch.log_softmax(z, dim=-1)
     entropy = torch.special.entr(logp.exp()).sum(-1)
     return TokenLogprobs(logp.gather(1, token_ids.unsqueeze(1)).squeeze(1), torch.logsumexp(z, dim=-1), entropy)

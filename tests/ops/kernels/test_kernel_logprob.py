@@ -68,6 +68,22 @@ def test_one_kept_token_has_probability_one():
     assert torch.equal(entropy, torch.zeros(4, device=DEVICE))
 
 
+def test_a_token_below_its_threshold_is_kept():
+    """Under other weights than those that sampled it: alone, beside others, and where the temperature is low."""
+    logits, tokens, _, _ = rows(6, 200)
+    ordered = logits.sort(1, descending=True)
+    tokens[:] = ordered.indices[:, 9]
+    min_logit = ordered.values[:, 4].clone()
+    min_logit[::2] = ordered.values[::2, 0] + 1e-3
+    inv_temperature = torch.tensor([1.0, 1.0, 0.5, 2.0, 1e3, 1e3], device=DEVICE)
+    inputs = logits, tokens, inv_temperature, min_logit
+    ours = logprob.token_logprobs(*inputs)
+    for one, reference in zip(ours, token_logprobs_reference(*inputs), strict=True):
+        torch.testing.assert_close(one.double(), reference, rtol=2e-6, atol=1e-5)
+    assert (ours[0] <= 0).all()
+    assert (ours[0][::2].abs() <= 1e-6).all()
+
+
 def test_impossible_tokens_and_broken_logits_are_nan():
     logits, tokens, inv_temperature, min_logit = rows(4, 200)
     tokens[0], tokens[1] = 200, -1

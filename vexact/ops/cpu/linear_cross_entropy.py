@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.cpu.linear import forward as linear_forward
-from vexact.ops.cpu.logprob import token_logprobs
+from vexact.ops.cpu.logprob import dropped, token_logprobs
 from vexact.ops.cpu.product import product
 
 LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of fp32 logits at a time; does not touch the bits
@@ -96,7 +96,7 @@ def _dlogits(
 ) -> Tensor:
     """d/dlogit = inv_T * (dlogp * (onehot - p) - dH * p * (log p + H)); p is 0 outside the kept set."""
     logp = logits * inv_temperature.unsqueeze(1) - lse.unsqueeze(1)
-    probs = torch.exp(logp).masked_fill_(logits < min_logit.unsqueeze(1), 0.0)
+    probs = torch.exp(logp).masked_fill_(dropped(logits, targets, min_logit), 0.0)
     grad = probs * -dlogprobs.unsqueeze(1)
     if dentropy is not None:
         grad -= dentropy.unsqueeze(1) * probs * (logp.clamp_min(-1e4) + entropy.unsqueeze(1))

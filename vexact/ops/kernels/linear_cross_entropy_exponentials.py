@@ -36,10 +36,9 @@ def exponentials_to_dlogits_kernel(
     e = tl.load(at, mask=columns < N, other=0.0).to(tl.float32)
     top = tl.load(top_ptr + row * blocks + block, mask=block < blocks, other=float("-inf"))
     slope = tl.load(dlogprob_ptr + row) * tl.load(inv_temperature_ptr + row)
-    # A row that keeps nothing has an lse of -inf: no inf - inf there either.
     share = tl.where(top == float("-inf"), 0.0, tl.exp(top - tl.load(lse_ptr + row)))
-    # e is 0 where the target is not among the kept tokens; its gradient is then that of z - lse.
-    chosen = tl.where(e == 0.0, 0.0, tl.exp(tl.load(logprob_ptr + row)))
+    # The target is kept even where it lies below the threshold and its e is 0, so its share comes from its log-prob.
+    chosen = tl.exp(tl.load(logprob_ptr + row))
     is_target = columns == tl.load(target_ptr + row)
     grad = tl.where(is_target, slope * (1.0 - chosen), e * (-slope * share)[:, None])
     tl.store(at, grad.to(values_ptr.dtype.element_ty), mask=columns < N)

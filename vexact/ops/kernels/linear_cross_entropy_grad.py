@@ -20,7 +20,7 @@ def logit_gradient(
 ):
     """fp32 gradient by the raw logit. All arguments broadcast against ``logit``."""
     log_p = logit * inv_temperature - lse
-    p = tl.where(logit < min_logit, 0.0, tl.exp(log_p))
+    p = tl.where((logit < min_logit) & ~is_target, 0.0, tl.exp(log_p))
     grad = tl.where(is_target, dlogprob, 0.0) - dlogprob * p
     if HAS_DENTROPY:
         grad -= dentropy * tl.where(p > 0.0, p * (log_p + entropy), 0.0)

@@ -97,7 +97,7 @@ def logprobs(
         num_stages=stages,
         enable_fp_fusion=False,
     )
-    return merge_states(states, chosen, targets, inv_temperature, vocabulary, gather=False), states[0]
+    return merge_states(states, chosen, targets, inv_temperature, min_logit, vocabulary, gather=False), states[0]
 
 
 def recomputed_dlogits(hidden: Tensor, weight: Tensor, rows: RowStatistics, first_column: int, out: Tensor) -> Tensor:

@@ -120,6 +120,7 @@ def merge_states_kernel(
     chosen_ptr,  # raw logit of the token: row r at r * chosen_stride, plus the token id when GATHER
     token_ptr,  # (B,) int64
     inv_temperature_ptr,  # (B,) fp32
+    min_logit_ptr,  # (B,) fp32
     logprob_ptr,  # (B,) fp32
     lse_ptr,  # (B,) fp32
     entropy_ptr,  # (B,) fp32
@@ -129,7 +130,10 @@ def merge_states_kernel(
     LEVELS: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """lse = m + log s, entropy = log s - t / s, log-prob = z - lse; one program per row."""
+    """lse = m + log s, entropy = log s - t / s, log-prob = z - lse; one program per row.
+
+    The token itself is always kept: where the blocks have dropped it, it is added as one more term.
+    """
     row = tl.program_id(0).to(tl.int64)
     LANES: tl.constexpr = 1 << LEVELS
     lanes = tl.arange(0, LANES)
@@ -138,21 +142,26 @@ def merge_states_kernel(
     top = tl.load(top_ptr + at, mask=inside, other=float("-inf"))
     total = tl.load(total_ptr + at, mask=inside, other=0.0)
     moment = tl.load(moment_ptr + at, mask=inside, other=0.0)
-    row_top = tl.max(top, 0)
-    base = tl.where(row_top == float("-inf"), 0.0, row_top)
-    decay = tl.exp(top - base)
-    moved = tl.where(top == float("-inf"), 0.0, top - base)
-    row_total = tl.max(pair_sum_columns(tl.reshape(decay * total, (1, LANES)), LEVELS), 0)
-    row_moment = tl.max(pair_sum_columns(tl.reshape(decay * (moment + total * moved), (1, LANES)), LEVELS), 0)
-
     token = tl.load(token_ptr + row)
     # A token outside the vocabulary has no log-probability: NaN shows up in every audit, a clamped index would not.
     known = (token >= 0) & (token < V)
     offset = token if GATHER else 0
     chosen = tl.load(chosen_ptr + row * chosen_stride + offset, mask=known, other=float("nan"))
+    z = chosen * tl.load(inv_temperature_ptr + row)
+    dropped = tl.where(chosen < tl.load(min_logit_ptr + row), z, float("-inf"))
+
+    row_top = tl.maximum(tl.max(top, 0), dropped)
+    base = tl.where(row_top == float("-inf"), 0.0, row_top)
+    decay = tl.exp(top - base)
+    moved = tl.where(top == float("-inf"), 0.0, top - base)
+    row_total = tl.max(pair_sum_columns(tl.reshape(decay * total, (1, LANES)), LEVELS), 0)
+    row_moment = tl.max(pair_sum_columns(tl.reshape(decay * (moment + total * moved), (1, LANES)), LEVELS), 0)
+    term = tl.exp(dropped - base)
+    row_total += term
+    row_moment += tl.where(term > 0.0, term * (dropped - base), 0.0)
     lse = base + tl.log(row_total)
     tl.store(lse_ptr + row, lse)
-    tl.store(logprob_ptr + row, chosen * tl.load(inv_temperature_ptr + row) - lse)
+    tl.store(logprob_ptr + row, z - lse)
     tl.store(entropy_ptr + row, tl.log(row_total) - row_moment / row_total)
 
 
@@ -170,7 +179,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits (B, V) fp32, the rest (B,) -> log-prob of the token, log-sum-exp and entropy of the kept set, (B,) fp32.
 
-    z = logit * inv_temperature and the kept set is {logit >= min_logit}; nats.
+    z = logit * inv_temperature and the kept set is {logit >= min_logit} and the token itself; nats.
     """
     rows, vocabulary = logits.shape
     states = empty_states(rows, vocabulary, logits.device)
@@ -191,11 +200,17 @@ def token_logprobs(
             num_warps=4,
             enable_fp_fusion=False,
         )
-    return merge_states(states, logits, token_ids, inv_temperature, vocabulary, gather=True)
+    return merge_states(states, logits, token_ids, inv_temperature, min_logit, vocabulary, gather=True)
 
 
 def merge_states(
-    states: Tensor, chosen: Tensor, token_ids: Tensor, inv_temperature: Tensor, vocabulary: int, gather: bool
+    states: Tensor,
+    chosen: Tensor,
+    token_ids: Tensor,
+    inv_temperature: Tensor,
+    min_logit: Tensor,
+    vocabulary: int,
+    gather: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``states`` (3, B, blocks); ``chosen`` holds the tokens' logits, (B,), or with ``gather`` all, (B, V)."""
     rows, blocks = states.shape[1:]
@@ -206,6 +221,7 @@ def merge_states(
             chosen,
             token_ids.contiguous(),
             inv_temperature.contiguous(),
+            min_logit.contiguous(),
             logprobs,
             lse,
             entropy,
