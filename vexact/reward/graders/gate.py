@@ -16,8 +16,8 @@ from types import CodeType, FrameType
 
 from vexact.reward.graders.answer_text import FUNCTIONS
 
-# What sympy's parser writes for numbers, symbols and operators; single letters are symbols. Among answers, only one that
-# a task itself gives holds an integral.
+# What sympy's parser writes for numbers, symbols and operators; single letters are symbols. Only answers that a task
+# itself gives hold an integral.
 _NAMES = FUNCTIONS | {"Integer", "Float", "Rational", "Symbol", "Add", "Mul", "Pow", "Integral", "pi"}
 # Modules that write functions for their own use and execute them, from a template and numbers, whatever is graded.
 _GENERATORS = frozenset({"sympy.polys.monomials"})
