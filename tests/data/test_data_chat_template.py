@@ -91,6 +91,11 @@ def test_null_keys_that_parquet_adds_are_left_out():
     assert text_of(chat(USER | {"name": "Ann"}), template) == "Ann:1+2="
 
 
+def test_an_empty_list_of_tool_calls_is_none():
+    template = "{% for m in messages %}{% if 'tool_calls' not in m %}{{ m.content }}{% endif %}{% endfor %}"
+    assert text_of(chat(USER | {"tool_calls": []}), template) == "1+2="
+
+
 RAISING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
 
 

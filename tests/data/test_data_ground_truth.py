@@ -80,7 +80,20 @@ def test_what_no_answer_can_match_is_refused(source, value, words):
 
 
 @pytest.mark.parametrize(
-    "text", ["18", "-1,234.5", "$5", "because\n#### 18", "18 apples", "#### 3 #### 18", "7.", "50%"]
+    "text",
+    [
+        "18",
+        "-1,234.5",
+        "$5",
+        "because\n#### 18",
+        "18 apples",
+        "#### 3 #### 18",
+        "7.",
+        "50%",
+        "5 km/h",
+        "7)",
+        "18\n2024",
+    ],
 )
 def test_gsm8k_answers_grade_themselves(text):
     truth = text_truth(text, "openai/gsm8k", "row 0")
@@ -88,7 +101,24 @@ def test_gsm8k_answers_grade_themselves(text):
     assert compute_score("openai/gsm8k", answer, truth)["score"] == 1.0
 
 
-@pytest.mark.parametrize("text", ["eighteen", "####", "#### none", "3/4", "1e5", "2^10", "x = 3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("eighteen", "####", "#### none", "3/4", "1e5", "2^10", "x = 3"),
+        *(
+            "1 234",
+            "1\u202f234",
+            "1_000",
+            "1\u2019000",
+            "12:30",
+            "3 1/2",
+            "10-20",
+            "5 \u2013 7",
+            "2 * 3",
+            "work #### 1 000",
+        ),
+    ],
+)
 def test_gsm8k_answers_without_a_number_are_refused(text):
     with pytest.raises(ValueError, match=r"row 0: the ground truth '.*' holds no number that GSM8K's grader reads"):
         text_truth(text, "gsm8k", "row 0")

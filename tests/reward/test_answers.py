@@ -138,8 +138,33 @@ def test_what_each_kind_reads(kind, answer, is_read):
 def test_right_answers_keep_full_marks(task):
     for row in load_rows(f"reasoning_gym:{task}?size=5&seed=9"):
         answer = procedural._decode(row.extra_info["entry"])["answer"] or row.ground_truth
-        # The library writes integrals that it could not solve as they are; copying the question is no answer here.
-        assert score_of(row, answer) == (0.0 if "Integral" in answer else 1.0)
+        assert score_of(row, answer) == 1.0
+
+
+def test_an_integral_that_the_library_left_as_it_is_keeps_full_marks():
+    rows = load_rows("reasoning_gym:intermediate_integration?size=20&seed=7")
+    row = next(row for row in rows if "Integral" in row.ground_truth)
+    assert score_of(row, row.ground_truth) == 1.0
+    assert score_of(row, row.ground_truth + " + Integral(x, x)") == 0.0, "only as the library wrote it"
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        (r"\int_0^1 x dx", r"\boxed{1/2}"),
+        ("1", r"\boxed{\sin^2 x+\cos^2 x}"),
+        (r"1\le x<2", r"\boxed{[1,2)}"),
+        (r"\tan x", r"\boxed{\frac{\sin x}{\cos x}}"),
+        (r"\frac{1}{x}+\frac1y", r"\boxed{\frac{x+y}{xy}}"),
+        ("x^5-x-1=0", r"\boxed{x^5=x+1}"),
+    ],
+)
+def test_equal_mathematics_keeps_full_marks(truth, answer):
+    """In a process that never computed with polynomials: sympy writes functions for that, and executes them."""
+    from sympy.core.cache import clear_cache
+
+    clear_cache()
+    assert compute_score("math", answer, truth)["score"] == 1.0
 
 
 def test_other_forms_keep_the_librarys_partial_marks():

@@ -1,8 +1,10 @@
 import math
+import socket
 
 import numpy as np
 import pytest
 
+from vexact.reward.outcome import failure
 from vexact.reward.spec import GradeRequest, RewardError, RewardSpec, call, interpret, load_function
 
 
@@ -40,6 +42,28 @@ def test_what_is_not_a_score_is_an_error(result, message):
         raise AssertionError(outcome.message)
 
 
+@pytest.mark.parametrize(
+    ("errors", "is_hinted"),
+    [
+        ([PermissionError(13, "Permission denied", "/tmp/x")], True),
+        ([OSError(1, "Operation not permitted")], True),
+        ([socket.gaierror(-3, "Temporary failure in name resolution"), RuntimeError("Connection error.")], True),
+        ([MemoryError()], True),
+        ([PermissionError(13, "x" * 10_000)], True),
+        ([FileNotFoundError(2, "No such file")], False),
+        ([KeyError("x"), ValueError("y")], False),
+    ],
+)
+def test_what_the_sandbox_may_have_caused_says_where_to_allow_it(errors, is_hinted):
+    error = errors[0]
+    for later in errors[1:]:
+        later.__context__, error = error, later
+    message = failure(error).message
+    assert message.endswith("allow it in reward.sandbox, see docs/rewards.md)") == is_hinted
+    assert message.startswith(type(error).__name__)
+    assert len(message) <= 500
+
+
 def test_user_function_gets_verls_arguments(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -69,6 +93,10 @@ def test_async_user_function(tmp_path):
         ("x = 1", "functions there: none"),
         ("import nonexistent_module", r"importing .*mine\.py failed: ModuleNotFoundError: No module named"),
         ("def f(:", r"importing .*mine\.py failed: SyntaxError"),
+        (
+            "raise PermissionError(13, 'denied')",
+            r"failed: PermissionError: .*denied \(graders are sealed; .*reward\.sandbox",
+        ),
     ],
 )
 def test_bad_user_file(tmp_path, text, message):

@@ -14,7 +14,8 @@ from vexact.data.messages import check_text
 GSM8K = "openai/gsm8k"
 _GSM8K_NAMES = (GSM8K, "gsm8k")
 _GSM8K_NUMBER = re.compile(r"####\s*[-+]?\$?[\d,]*\.?\d+")
-_GOES_ON = re.compile(r"\s*[/^]\s*\d|[eE][-+]?\d|\.\d")  # 3/4 and 1e5 are not the numbers 3 and 1
+# 3/4, 1e5, 12:30, 10-20 and 1 000 are not the numbers 3, 1, 12, 10 and 1
+_GOES_ON = re.compile(r"\s*[-+*/^:\u2013\u00d7]\s*\d|[eE][-+]?\d|[._'\u2019 \u00a0\u2009\u202f]\d")
 
 
 def text_truth(value: Any, data_source: str, where: str) -> str:

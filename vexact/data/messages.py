@@ -11,7 +11,8 @@ Message = dict[str, Any]
 def plain_messages(messages: Sequence[Any], where: str) -> tuple[Message, ...]:
     """Messages whose ``content`` is one string: a list of text parts is joined, as chat templates that know parts do.
 
-    Keys that are null are left out, since a parquet file gives every message the keys of all.
+    Keys that are null are left out, and so are ``tool_calls`` without a call, since a parquet file gives every message
+    the keys of all.
 
     Args:
         messages: a non-empty list of ``{"role", "content"}`` mappings.
@@ -41,11 +42,11 @@ def check_text(text: str, where: str) -> str:
 def _plain(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where} must be a mapping with 'role' and 'content', it is {message!r:.80}")
-    kept = {str(key): value for key, value in message.items() if value is not None}
+    kept = {str(key): value for key, value in message.items() if value is not None and (key != "tool_calls" or value)}
     role = kept.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{where}: role={role!r} must be a name such as 'user'; keys there: {', '.join(kept)}")
-    if kept.get("tool_calls"):
+    if "tool_calls" in kept:
         raise ValueError(f"{where} (role {role!r}) holds tool_calls, which are not supported; write them as content")
     kept["content"] = check_text(_text(kept.get("content"), f"{where} (role {role!r})"), where)
     return kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import traceback
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +12,7 @@ from vexact.reward.text import printable
 # Scores are float32 in training, where they are squared and summed: beyond this the sums overflow.
 MAX_SCORE = 1e15
 MAX_KEYS, MAX_KEY_LENGTH = 100, 100
+_SEALED = " (graders are sealed; if this one needs it, allow it in reward.sandbox, see docs/rewards.md)"
 _MAX_MESSAGE, _MAX_TRACEBACK, _TRACEBACK_LINES = 500, 4000, 12
 
 
@@ -81,10 +84,22 @@ def failure(error: BaseException) -> Outcome:
     kind = type.__getattribute__(type(error), "__name__")
     try:
         text = f"{kind}: {error}"
+        hint = sandbox_hint(error)
+        text = text[: _MAX_MESSAGE - len(hint)] + hint
         excerpt = "\n".join("".join(traceback.format_exception(error)).strip().splitlines()[-_TRACEBACK_LINES:])
     except BaseException:
         text, excerpt = f"{kind} (its text cannot be had)", ""
     return Outcome("error", kind=kind, message=text[:_MAX_MESSAGE], traceback=excerpt[-_MAX_TRACEBACK:])
+
+
+def sandbox_hint(error: BaseException | None) -> str:
+    """What to add to the text of an error that the sandbox may have caused, at its root; empty for others."""
+    while error is not None:
+        refused = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM)
+        if refused or isinstance(error, (socket.gaierror, MemoryError)):
+            return _SEALED
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def checked_failure(fields: list[Any]) -> Outcome:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vexact.reward.graders import compute_score
-from vexact.reward.outcome import Outcome, interpret
+from vexact.reward.outcome import Outcome, interpret, sandbox_hint
 from vexact.reward.sandbox.policy import SandboxPolicy
 
 ScoreFunction = Callable[..., Any]
@@ -64,7 +64,8 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's file may raise anything
-        raise RewardError(f"importing {path} failed: {type(error).__name__}: {error}") from error
+        hint = sandbox_hint(error)
+        raise RewardError(f"importing {path} failed: {type(error).__name__}: {error}{hint}") from error
     function = getattr(module, spec.name, None)
     if not callable(function):
         defined = [name for name, value in vars(module).items() if inspect.isfunction(value)]

@@ -16,8 +16,11 @@ from types import CodeType, FrameType
 
 from vexact.reward.graders.answer_text import FUNCTIONS
 
-# What sympy's parser writes for numbers, symbols and operators; single letters are symbols.
-_NAMES = FUNCTIONS | {"Integer", "Float", "Rational", "Symbol", "Add", "Mul", "Pow", "pi"}
+# What sympy's parser writes for numbers, symbols and operators; single letters are symbols. Only answers that a task
+# itself gives hold an integral.
+_NAMES = FUNCTIONS | {"Integer", "Float", "Rational", "Symbol", "Add", "Mul", "Pow", "Integral", "pi"}
+# Modules that write functions for their own use and execute them, from a template and numbers, whatever is graded.
+_GENERATORS = frozenset({"sympy.polys.monomials"})
 _REFUSED_EVENTS = frozenset(
     (
         *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen"),
@@ -55,7 +58,7 @@ def _audit(event: str, arguments: tuple[object, ...]) -> None:
         return
     if event == "exec":
         code = arguments[0]
-        if isinstance(code, CodeType) and (_is_formula(code) or _is_importing(sys._getframe())):
+        if isinstance(code, CodeType) and (_is_formula(code) or _is_trusted(sys._getframe(1))):
             return
         names = getattr(code, "co_names", ())
         raise RefusedEvaluation(f"the grader's library was about to execute text that names {', '.join(names)}")
@@ -68,6 +71,10 @@ def _is_formula(code: CodeType) -> bool:
         return True
     names_are_known = all(name in _NAMES or (len(name) == 1 and name.isalpha()) for name in code.co_names)
     return names_are_known and not any(isinstance(each, CodeType) for each in code.co_consts)
+
+
+def _is_trusted(caller: FrameType) -> bool:
+    return caller.f_globals.get("__name__") in _GENERATORS or _is_importing(caller)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
