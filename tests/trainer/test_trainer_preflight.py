@@ -91,3 +91,8 @@ def test_an_id_outside_the_vocabulary(start, tiny, tmp_path):
     message = rf"data\.val_files, row 1 \('1\+2=<tool>'\): token id {size} is outside the model's vocabulary of {size}"
     with pytest.raises(ValueError, match=message):
         start(f"actor_rollout_ref.model.tokenizer_path={tmp_path / 'wide'}", rows=[_row(), _row(prompt="1+2=<tool>")])
+
+
+def test_dynamic_sampling_by_a_key_that_the_reward_lacks(start):
+    with pytest.raises(ValueError, match=r"filter_groups\.metric=accuracy: the reward returned no such key"):
+        start("algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=accuracy")

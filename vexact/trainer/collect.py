@@ -84,8 +84,7 @@ class Collector:
             return score_groups(self.workers, groups)
 
     def _informative(self, groups: list[SampleGroup]) -> list[SampleGroup]:
-        metric = self.config.algorithm.filter_groups.metric or "score"
-        values = [[_metric(score, metric) for score in group.scores] for group in groups]
+        values = [[filter_metric(self.config, score) for score in group.scores] for group in groups]
         return [groups[i] for i in informative_groups(values)]
 
 
@@ -112,7 +111,9 @@ def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[Sample
     return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
 
 
-def _metric(score: Score, name: str) -> float:
+def filter_metric(config: Config, score: Score) -> float:
+    """What dynamic sampling looks at in a score. Raises ValueError when the reward returned no such key."""
+    name = config.algorithm.filter_groups.metric or "score"
     if name == "score":
         return score.value
     if name not in score.extra and score.status == "ok":

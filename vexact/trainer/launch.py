@@ -72,7 +72,7 @@ def run(config: Config) -> int:
             experiment=config.trainer.experiment_name,
             config=config.to_dict(),
             total_steps=total_steps,
-            resume_step=progress.step or None,
+            resume_step=_last_reported(config, progress),
         )
         stack.enter_context(reporter)
         plan = build_plan(config, device.type)
@@ -122,6 +122,14 @@ def _is_finished(config: Config, source: Source, total_steps: int) -> bool:
     if config.trainer.val_only or source.step is None or source.step < total_steps:
         return False
     return not source.in_this_run or PendingStep(config.run_dir).metrics(source.step) is None
+
+
+def _last_reported(config: Config, progress: Progress) -> int | None:
+    """The last step whose row stays: one that waits for its report is reported again. None: a new run."""
+    if not progress.step:
+        return None
+    waits = not config.trainer.val_only and PendingStep(config.run_dir).metrics(progress.step) is not None
+    return progress.step - 1 if waits else progress.step
 
 
 def _may_change(config: Config) -> bool:

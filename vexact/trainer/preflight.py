@@ -10,7 +10,7 @@ from vexact.data import PromptDataset
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest, RewardError
 from vexact.rollout import Engine, SamplingParams
-from vexact.trainer.collect import training_sampling
+from vexact.trainer.collect import filter_metric, training_sampling
 from vexact.trainer.evaluate import validation_sampling
 from vexact.trainer.workers import Workers
 from vexact.types import Prompt, Score
@@ -30,7 +30,9 @@ def check_before_training(config: Config, workers: Workers) -> None:
     check_sampling("actor_rollout_ref.rollout.val_kwargs", lambda: validation_sampling(config))
     for key, data in _datasets(workers):
         check_prompts(key, data, workers.engine, config.data.max_response_length)
-        check_graders(key, data, workers.rewards)
+        scores = check_graders(key, data, workers.rewards)
+        if data is workers.train_data:
+            require_metric(config, scores)
 
 
 def check_sampling(section: str, build: Callable[[], SamplingParams]) -> None:
@@ -61,13 +63,14 @@ def check_prompts(key: str, data: PromptDataset, engine: Engine, max_response_le
             )
 
 
-def check_graders(key: str, data: PromptDataset, rewards: RewardPool) -> None:
-    """Grades the ground truths and an empty answer of the first rows of every ``data_source``.
+def check_graders(key: str, data: PromptDataset, rewards: RewardPool) -> list[Score]:
+    """Grades the ground truths and an empty answer of the first rows of every ``data_source``; returns the scores.
 
     Raises:
         RewardError: the grader fails on every one of them.
     """
     by_source: dict[str, list[Prompt]] = {}
+    scores: list[Score] = []
     for row in range(len(data)):
         prompts = by_source.setdefault(data[row].data_source, [])
         if len(prompts) < _DRY_RUN_ROWS:
@@ -77,6 +80,7 @@ def check_graders(key: str, data: PromptDataset, rewards: RewardPool) -> None:
             right, empty = dry_run(prompts, rewards)
         except RewardError as error:
             raise RewardError(f"{key}, rows of data_source {source!r}: {error}") from error
+        scores += right + empty
         if max(score.value for score in right) <= min(score.value for score in empty):
             log.info(
                 "reward dry run of %s (%s): no ground truth scores above an empty answer (ground truths may be "
@@ -84,6 +88,14 @@ def check_graders(key: str, data: PromptDataset, rewards: RewardPool) -> None:
                 key,
                 source,
             )
+    return scores
+
+
+def require_metric(config: Config, scores: Sequence[Score]) -> None:
+    """Raises ValueError when dynamic sampling looks at a key that the reward does not return."""
+    if config.algorithm.filter_groups.enable:
+        for score in scores:
+            filter_metric(config, score)
 
 
 def dry_run(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score], list[Score]]:

@@ -58,6 +58,7 @@ _FREE = (
     "reward.reward_manager",
     "reward.num_workers",
     "reward.timeout_s",
+    "reward.sandbox.memory_gb",
 )
 """Keys and sections that never change a result; a key that nobody put here is taken to matter."""
 
