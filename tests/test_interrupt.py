@@ -236,14 +236,14 @@ def test_code_that_never_comes_back_is_left_after_a_while() -> None:
 
 
 def test_a_second_signal_hurries() -> None:
-    process = start("interrupt.GRACE_S, interrupt.REPEAT_S = 1000.0, 1.0\n" + STUCK)
+    process = start("interrupt.GRACE_S, interrupt.REPEAT_S = 1000.0, 4.0\n" + STUCK)
     assert process.stdout is not None
     process.stdout.readline()
     process.terminate()
     process.terminate()
     time.sleep(0.2)
     assert process.poll() is None, "signals that come together are one"
-    time.sleep(1.2)
+    time.sleep(4.2)
     process.send_signal(signal.SIGINT)
     assert result(process) == (130, "", "\ninterrupted; step 2 is saved\n")
 
