@@ -239,6 +239,7 @@ def test_a_second_signal_hurries() -> None:
     process = start("interrupt.GRACE_S, interrupt.REPEAT_S = 1000.0, 4.0\n" + STUCK)
     assert process.stdout is not None
     process.stdout.readline()
+    time.sleep(0.5)  # from its last bytecode into C code, where no handler runs
     process.terminate()
     process.terminate()
     time.sleep(0.2)
