@@ -28,7 +28,7 @@ from vexact.config.schema import Config
 from vexact.device import resolve_device
 from vexact.models import CausalLM, ModelConfig, random_model
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.request import draw_settings
+from vexact.rollout.requests.request import draw_settings
 from vexact.training import Actor, ActorConfig, OptimConfig
 from vexact.types import Sample, TrainSequence
 

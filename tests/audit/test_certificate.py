@@ -10,7 +10,8 @@ from vexact.audit.certificate import CertificateError, require_certificate, run_
 from vexact.audit.environment import tile_table_hash
 from vexact.models import random_model
 from vexact.ops import sample
-from vexact.rollout import Engine, SamplingParams, sampler
+from vexact.rollout import Engine, SamplingParams
+from vexact.rollout.sampling import sampler
 from vexact.training import Actor, ActorConfig
 
 

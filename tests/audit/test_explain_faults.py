@@ -295,7 +295,7 @@ def not_renormalised(logits: torch.Tensor, params: SamplingTensors):
 def test_10_truncated_but_not_renormalised(sides, monkeypatch, still_there):
     engine, model = sides
     with monkeypatch.context() as patch:
-        patch.setattr("vexact.rollout.sampler.sample", not_renormalised)
+        patch.setattr("vexact.rollout.sampling.sampler.sample", not_renormalised)
         sample = generate(engine)
         if still_there:
             found = diagnose(engine, model, sample)
@@ -308,7 +308,7 @@ def test_10_truncated_but_not_renormalised(sides, monkeypatch, still_there):
 def test_10b_a_threshold_that_is_not_recorded(sides, monkeypatch):
     engine, model = sides
     monkeypatch.setattr(
-        "vexact.rollout.sampler.sample",
+        "vexact.rollout.sampling.sampler.sample",
         lambda logits, params: invariant.sample(logits, params)._replace(
             min_logit=torch.full_like(params.temperature, -torch.inf)
         ),

@@ -10,8 +10,8 @@ from vexact.audit import Audit, DrawError
 from vexact.models import ModelConfig, random_model
 from vexact.ops import sampling
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout import sampler as sampler_module
-from vexact.rollout.request import draw_settings
+from vexact.rollout.requests.request import draw_settings
+from vexact.rollout.sampling import sampler as sampler_module
 from vexact.training import Actor, ActorConfig, OptimConfig
 from vexact.types import TrainSequence
 

@@ -16,7 +16,8 @@ from vexact.audit.verify.sides import HfSide, VexactSide, load_hf, pack_padded
 from vexact.audit.verify.workload import rounds
 from vexact.models import ModelConfig, load_model, random_model, save_hf
 from vexact.ops import token_logprobs
-from vexact.rollout import Engine, sampler
+from vexact.rollout import Engine
+from vexact.rollout.sampling import sampler
 from vexact.training.batch import TokenSequence, pack_tokens
 
 SHAPE = {

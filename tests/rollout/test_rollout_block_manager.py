@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from vexact.rollout.block_manager import BlockError, BlockManager, KVIntegrityError, page_tokens
+from vexact.rollout.scheduling.block_manager import BlockError, BlockManager, KVIntegrityError, page_tokens
 
 PAGE = 4
 

@@ -18,10 +18,10 @@ from vexact.audit.guard import ReductionGuard
 from vexact.models.opset import set_ops
 from vexact.ops import stock
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.cuda_capture import ran_out_of_memory
-from vexact.rollout.decode_buckets import DecodeBuckets, GraphKey, batch_buckets, key_buckets
-from vexact.rollout.decode_graphs import DecodeGraphs, decode_graphs
-from vexact.rollout.decode_inputs import DecodeInputs
+from vexact.rollout.execution.cuda_capture import ran_out_of_memory
+from vexact.rollout.execution.decode_buckets import DecodeBuckets, GraphKey, batch_buckets, key_buckets
+from vexact.rollout.execution.decode_graphs import DecodeGraphs, decode_graphs
+from vexact.rollout.execution.decode_inputs import DecodeInputs
 from vexact.rollout.mismatch import apply_mismatch
 
 MAX_LEN = 160

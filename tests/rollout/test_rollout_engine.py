@@ -11,7 +11,7 @@ from rollout_models import VOCAB, LetterTokenizer, bits, tiny_config, tiny_model
 
 from vexact.models import save_hf
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.block_manager import KVIntegrityError
+from vexact.rollout.scheduling.block_manager import KVIntegrityError
 
 EOS = VOCAB - 1
 FREE = SamplingParams(max_tokens=24, ignore_eos=True)

@@ -11,7 +11,7 @@ from rollout_models import VOCAB, bits, tiny_model, training_logits, training_lo
 from vexact.ops import SamplingTensors
 from vexact.ops import sample as sample_op
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.request import request_seed
+from vexact.rollout.requests.request import request_seed
 
 MAX_LEN = 192
 NUM_REQUESTS = 14

@@ -6,7 +6,7 @@ import numpy as np
 from rollout_models import tiny_model
 
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.sampler import StepOutput
+from vexact.rollout.sampling.sampler import StepOutput
 
 NUM_SEQS, NUM_TOKENS = 64, 150
 

@@ -8,7 +8,7 @@ import torch
 from rollout_models import bits, tiny_model
 
 from vexact.rollout import Engine, NonFiniteLogprobError, SamplingParams
-from vexact.rollout.sampler import StepOutput
+from vexact.rollout.sampling.sampler import StepOutput
 
 FILTERS = {
     "greedy": {"temperature": 0.0},

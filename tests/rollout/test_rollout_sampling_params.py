@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vexact.rollout.sampling_params import SamplingParams
+from vexact.rollout.sampling.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from vexact.rollout.batch import build_batch
-from vexact.rollout.block_manager import BlockManager
-from vexact.rollout.request import Request
-from vexact.rollout.sampling_params import SamplingParams
-from vexact.rollout.scheduler import Scheduler
-from vexact.rollout.state import SlotState
+from vexact.rollout.requests.request import Request
+from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.scheduling.batch import build_batch
+from vexact.rollout.scheduling.block_manager import BlockManager
+from vexact.rollout.scheduling.scheduler import Scheduler
+from vexact.rollout.scheduling.state import SlotState
 
 PAGE = 4
 

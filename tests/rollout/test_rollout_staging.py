@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from vexact.rollout.staging import StagingBuffer
+from vexact.rollout.execution.staging import StagingBuffer
 
 
 def test_arrays_survive_the_packed_copy_and_its_reuse():

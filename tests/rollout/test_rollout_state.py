@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from vexact.rollout.request import Request, request_seed
-from vexact.rollout.sampling_params import SamplingParams
-from vexact.rollout.state import SlotState
+from vexact.rollout.requests.request import Request, request_seed
+from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.scheduling.state import SlotState
 
 
 def request(name, prompt, stop_ids=()):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rollout_models import LetterTokenizer, Utf8Tokenizer
 from stop_tokenizers import TOOL, TURN, byte_level, byte_merges, sentencepiece_like
 
-from vexact.rollout.stop_strings import StopStringChecker, special_tokens
+from vexact.rollout.requests.stop_strings import StopStringChecker, special_tokens
 
 
 def first_match(tokenizer, stop, tokens):

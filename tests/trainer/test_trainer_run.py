@@ -10,7 +10,7 @@ from vexact.audit.certificate import CertificateError
 from vexact.config import load_config
 from vexact.ops import sample as sampler_as_it_is
 from vexact.ops import token_logprobs
-from vexact.rollout import sampler as sampler_module
+from vexact.rollout.sampling import sampler as sampler_module
 from vexact.trainer import driver as driver_module
 from vexact.trainer import workers as workers_module
 from vexact.trainer.launch import run

@@ -17,7 +17,7 @@ from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.environment import environment, tile_table_hash
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.request import draw_settings
+from vexact.rollout.requests.request import draw_settings
 from vexact.training import Actor
 from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence

@@ -2,7 +2,7 @@
 
 from vexact.rollout.engine import Engine
 from vexact.rollout.engine_config import EngineConfig
-from vexact.rollout.sampler import NonFiniteLogprobError
-from vexact.rollout.sampling_params import SamplingParams
+from vexact.rollout.sampling.sampler import NonFiniteLogprobError
+from vexact.rollout.sampling.sampling_params import SamplingParams
 
 __all__ = ["Engine", "EngineConfig", "NonFiniteLogprobError", "SamplingParams"]

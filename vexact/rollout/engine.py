@@ -16,20 +16,20 @@ from vexact import interrupt
 from vexact.models.decoder import CausalLM
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.ops.sampling import SamplingTensors
-from vexact.rollout.batch import Batch, build_batch
-from vexact.rollout.block_manager import BlockManager
-from vexact.rollout.decode_graphs import decode_graphs
 from vexact.rollout.engine_config import EngineConfig
-from vexact.rollout.finish import Finisher
-from vexact.rollout.intake import Intake, expand
+from vexact.rollout.execution.decode_graphs import decode_graphs
+from vexact.rollout.execution.runner import ModelRunner, kv_page_bytes
 from vexact.rollout.loading import Loaded, load
-from vexact.rollout.runner import ModelRunner, kv_page_bytes
-from vexact.rollout.sampler import NonFiniteLogprobError, StepOutput
-from vexact.rollout.sampling_params import SamplingParams
-from vexact.rollout.scheduler import Scheduler
-from vexact.rollout.state import SlotState
+from vexact.rollout.requests.finish import Finisher
+from vexact.rollout.requests.intake import Intake, expand
+from vexact.rollout.requests.stop_strings import Tokenizer
+from vexact.rollout.sampling.sampler import NonFiniteLogprobError, StepOutput
+from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.scheduling.batch import Batch, build_batch
+from vexact.rollout.scheduling.block_manager import BlockManager
+from vexact.rollout.scheduling.scheduler import Scheduler
+from vexact.rollout.scheduling.state import SlotState
 from vexact.rollout.stats import EngineStats
-from vexact.rollout.stop_strings import Tokenizer
 from vexact.rollout.weights import copy_weights
 from vexact.types import Sample
 

@@ -16,7 +16,7 @@ from vexact.models.decoder import CausalLM
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.mismatch import apply_mismatch
-from vexact.rollout.stop_strings import Tokenizer
+from vexact.rollout.requests.stop_strings import Tokenizer
 
 log = logging.getLogger(__name__)
 

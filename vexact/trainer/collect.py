@@ -11,7 +11,7 @@ from vexact.config import Config
 from vexact.reward.seal import require_seals, sample_key
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
-from vexact.rollout.request import draw_settings
+from vexact.rollout.requests.request import draw_settings
 from vexact.trainer.sampling import training_sampling
 from vexact.trainer.workers import Workers
 from vexact.types import DrawSettings, Prompt, SampleGroup, Score

@@ -14,8 +14,8 @@ from torch import Tensor
 from vexact.audit.explain.recorder import Call, Recorder, Site, fingerprints, recording
 from vexact.ops import PagedMetadata, SamplingTensors, sample, token_logprobs
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.block_manager import page_tokens
-from vexact.rollout.sampler import to_host
+from vexact.rollout.sampling.sampler import to_host
+from vexact.rollout.scheduling.block_manager import page_tokens
 from vexact.types import Sample
 
 LOGITS = Site("sampler", "logits")

@@ -19,7 +19,7 @@ from vexact.audit.verify.workload import Round
 from vexact.models import CausalLM
 from vexact.ops import SamplingTensors
 from vexact.rollout import Engine
-from vexact.rollout.request import draw_settings, request_seed
+from vexact.rollout.requests.request import draw_settings, request_seed
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.redraw import Redraw, Redrawn
 from vexact.types import Sample

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vexact.rollout.block_manager import BlockManager, CachedPage, page_tokens
-from vexact.rollout.request import Request
-from vexact.rollout.state import SlotState
+from vexact.rollout.requests.request import Request
+from vexact.rollout.scheduling.block_manager import BlockManager, CachedPage, page_tokens
+from vexact.rollout.scheduling.state import SlotState
 
 
 class Schedule(NamedTuple):

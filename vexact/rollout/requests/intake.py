@@ -7,10 +7,10 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from vexact.rollout.block_manager import BlockManager
-from vexact.rollout.request import Request, request_seed
-from vexact.rollout.sampling_params import SamplingParams
-from vexact.rollout.stop_strings import StopStringChecker, Tokenizer, special_tokens
+from vexact.rollout.requests.request import Request, request_seed
+from vexact.rollout.requests.stop_strings import StopStringChecker, Tokenizer, special_tokens
+from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.scheduling.block_manager import BlockManager
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from vexact.rollout.stop_strings import INCOMPLETE
+from vexact.rollout.requests.stop_strings import INCOMPLETE
 
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
 MAX_TEMPERATURE = 1e6  # above this fp32 no longer separates the probabilities of logits that are less than 0.1 apart

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vexact.ops.attention.metadata import PagedMetadata
 from vexact.ops.sampling import SamplingTensors
-from vexact.rollout.decode_buckets import GraphKey
+from vexact.rollout.execution.decode_buckets import GraphKey
 
 
 @dataclass(frozen=True, slots=True, eq=False)

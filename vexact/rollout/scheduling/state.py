@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vexact.rollout.request import NO_SLOT, Request
+from vexact.rollout.requests.request import NO_SLOT, Request
 
 NO_PAGE = -1
 NO_TOKEN = -1

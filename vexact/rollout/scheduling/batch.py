@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vexact.rollout.scheduler import Schedule
-from vexact.rollout.state import SlotState
+from vexact.rollout.scheduling.scheduler import Schedule
+from vexact.rollout.scheduling.state import SlotState
 
 
 @dataclass(frozen=True, slots=True)

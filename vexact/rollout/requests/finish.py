@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vexact.rollout.request import Request
-from vexact.rollout.state import SlotState
-from vexact.rollout.stop_strings import Tokenizer
+from vexact.rollout.requests.request import Request
+from vexact.rollout.requests.stop_strings import Tokenizer
+from vexact.rollout.scheduling.state import SlotState
 from vexact.types import FinishReason, Sample
 
 

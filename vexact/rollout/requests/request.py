@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vexact.rollout.block_manager import CachedPage
-from vexact.rollout.sampling_params import SamplingParams
-from vexact.rollout.stop_strings import StopStringChecker
+from vexact.rollout.requests.stop_strings import StopStringChecker
+from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.scheduling.block_manager import CachedPage
 from vexact.types import DrawSettings
 
 NO_SLOT = -1

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vexact.rollout.batch import Batch
-from vexact.rollout.decode_buckets import GraphKey
-from vexact.rollout.runner_inputs import RunnerInputs
-from vexact.rollout.staging import StagingBuffer, packed_bytes, unpack
-from vexact.rollout.state import NO_PAGE
+from vexact.rollout.execution.decode_buckets import GraphKey
+from vexact.rollout.execution.runner_inputs import RunnerInputs
+from vexact.rollout.execution.staging import StagingBuffer, packed_bytes, unpack
+from vexact.rollout.scheduling.batch import Batch
+from vexact.rollout.scheduling.state import NO_PAGE
 
 _NO_SLOT = -1  # keys and values of such a row are written nowhere
 # A row without keys that is decoded greedily: it touches no page, and the sampler does the least it can.

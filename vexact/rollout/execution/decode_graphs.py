@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vexact.models.decoder import CausalLM
-from vexact.rollout.batch import Batch
-from vexact.rollout.cuda_capture import Compute, CudaCapture, ran_out_of_memory
-from vexact.rollout.decode_buckets import DecodeBuckets, GraphKey, batch_buckets, key_buckets
-from vexact.rollout.decode_inputs import DecodeInputs
 from vexact.rollout.engine_config import EngineConfig
-from vexact.rollout.model_state import ModelState
-from vexact.rollout.runner_inputs import RunnerInputs
+from vexact.rollout.execution.cuda_capture import Compute, CudaCapture, ran_out_of_memory
+from vexact.rollout.execution.decode_buckets import DecodeBuckets, GraphKey, batch_buckets, key_buckets
+from vexact.rollout.execution.decode_inputs import DecodeInputs
+from vexact.rollout.execution.model_state import ModelState
+from vexact.rollout.execution.runner_inputs import RunnerInputs
+from vexact.rollout.scheduling.batch import Batch
 
 Capture = Callable[[Compute], Compute]
 _SLOW_SECONDS = 0.5

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from vexact.models.decoder import CausalLM
 from vexact.ops.sampling import SamplingTensors
-from vexact.rollout.batch import Batch
-from vexact.rollout.decode_graphs import DecodeGraphs
-from vexact.rollout.runner_inputs import RunnerInputs
-from vexact.rollout.sampler import StepOutput, sample_tokens, to_host
-from vexact.rollout.staging import StagingBuffer
+from vexact.rollout.execution.decode_graphs import DecodeGraphs
+from vexact.rollout.execution.runner_inputs import RunnerInputs
+from vexact.rollout.execution.staging import StagingBuffer
+from vexact.rollout.sampling.sampler import StepOutput, sample_tokens, to_host
+from vexact.rollout.scheduling.batch import Batch
 
 _STAGED = (
     "input_ids",

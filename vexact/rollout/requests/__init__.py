@@ -1,0 +1,1 @@
+"""Requests in and samples out: validation, stop conditions, the finished sample."""

@@ -1,0 +1,1 @@
+"""How a request is sampled, and the tokens of a step."""
