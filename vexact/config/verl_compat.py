@@ -149,7 +149,7 @@ UNUSED = (
     Unused(f"{_ROLLOUT}.free_cache_engine", "the cache stays allocated"),
     Unused(f"{_ROLLOUT}.load_format", "weights come from the trainer"),
     Unused(f"{_ROLLOUT}.disable_log_stats", "statistics are always reported"),
-    Unused(f"{_ROLLOUT}.log_prob_*", "there is no old-log-prob pass"),
+    Unused(f"{_ROLLOUT}.log_prob_*", _PACKED),
     Unused("actor_rollout_ref.ref.log_prob_use_dynamic_bsz", _PACKED),
     Unused(f"{_ROLLOUT}.agent.*", "rollouts are single-turn"),
     Unused(f"{_ROLLOUT}.checkpoint_engine.*", "weights stay in one process"),

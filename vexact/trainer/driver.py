@@ -17,6 +17,7 @@ from vexact.trainer.checkpoint import CheckpointStore, Progress
 from vexact.trainer.collect import Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
+from vexact.trainer.old_log_probs import recompute_old_log_probs
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
@@ -102,9 +103,10 @@ class Driver:
             # 1-4: prompts, samples at weights version step-1, scores, groups worth training on
             groups, sampled, cursor = self.collector.collect(step, self.progress.data_cursor)
             rollout_metrics = workers.engine.stats() | workers.rewards.take_metrics()
-            # 5-6: reference log-probabilities if a KL term is on, advantages
+            # 5-6: old log-probabilities if asked for, reference log-probabilities if a KL term is on, advantages
+            old = recompute_old_log_probs(self.config, groups, workers.actor, self.timers)
             with self.timers("adv"):
-                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference)
+                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference, old)
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             samples = [sequence.sample for sequence in sequences]
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
