@@ -59,7 +59,5 @@ def test_one_that_is_no_number_is_named(overrides, monkeypatch):
         return values
 
     monkeypatch.setattr(Actor, "logprobs", broken)
-    with pytest.raises(
-        ValueError, match=r"request step1-\S+, response position 0: the trainer gives token \d+ the .*nan"
-    ):
+    with pytest.raises(ValueError, match=r"request step1-\S+, response position 0: the trainer gives token .*nan"):
         run(load_config(overrides(ON)))
