@@ -60,10 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     from vexact.config.plan import build_plan
     from vexact.device import resolve_device
     from vexact.trainer.dry_run import check_settings, dry_run
+    from vexact.trainer.machine import machine_of
 
     device = resolve_device(config.trainer.device)
     check_settings(config, torch.device(device))
-    plan = build_plan(config, device)
+    plan = build_plan(config, machine_of(config, device))
     if arguments.dry_run:
         dry_run(config)
         sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")

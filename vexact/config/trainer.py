@@ -59,4 +59,10 @@ class TrainerSection:
         "an uninterrupted run: name the changes and stop, or go on.",
     )
     nnodes: int = opt(1, "Machines.", ge=1, le=1, why=ONE_PROCESS)
+    rollout_gpus: int | None = opt(
+        None,
+        "GPUs set apart for sampling, of all of them; the others train (disaggregated). null: every GPU trains and "
+        "samples in turn (colocated).",
+        ge=1,
+    )
     n_gpus_per_node: int = opt(1, "GPUs per machine.", verl=8, ge=1, le=1, why=ONE_PROCESS)

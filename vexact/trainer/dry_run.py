@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 
 from vexact.config import Config, ConfigError
-from vexact.config.plan import BYTES, GIB, ModelShape
+from vexact.config.memory import BYTES, ModelShape, memory_problems
+from vexact.config.memory.parts import GIB, SLOT_BYTES_PER_TOKEN
 from vexact.device import resolve_device
 from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
 from vexact.trainer import preflight
+from vexact.trainer.machine import machine_of
 from vexact.trainer.sampling import training_sampling, validation_sampling
 from vexact.trainer.workers import actor_config, engine_settings, load_dataset, load_tokenizer, start_rewards
 
 ROWS = 64  # of each dataset that a dry run reads
 GRADED_ROWS = 8
-SLOT_BYTES_PER_TOKEN = 16  # an id and two float32 numbers, in the rollout's state
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
@@ -36,7 +37,9 @@ def check_settings(config: Config, device: torch.device) -> None:
     validation_sampling(config)
     actor_config(config, device, total_steps=config.trainer.total_training_steps or 1)
     engine = EngineConfig(**engine_settings(config))
-    problems = [*_model_problems(config, model), *_memory_problems(config, engine, ModelShape.of(model.raw), device)]
+    shape = ModelShape.of(model.raw)
+    problems = [*_model_problems(config, model), *_memory_problems(config, engine, shape, device)]
+    problems += map(str, memory_problems(config, shape, machine_of(config, device.type)))
     if problems:
         raise ConfigError("\n".join(problems))
 

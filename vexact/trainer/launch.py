@@ -11,12 +11,14 @@ import torch
 from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
-from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, ModelShape, build_plan
+from vexact.config.memory import ModelShape
+from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
 from vexact.device import resolve_device
 from vexact.models import ModelConfig
 from vexact.report import Reporter
 from vexact.trainer.checkpoint import CheckpointStore, Progress
 from vexact.trainer.driver import Driver, how_to_go_on
+from vexact.trainer.machine import machine_of
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity, weights_digest
@@ -55,6 +57,9 @@ def run(config: Config) -> int:
                 source.path,
             )
             return 0
+        plan = build_plan(config, machine_of(config, device.type))
+        for name, value in plan.memory:
+            log.info("%s: %s", name, value)
         workers = build_workers(config, device, inputs)
         stack.callback(workers.close)
         identity["model"]["weights"] = weights_digest(workers.actor.model)
@@ -75,7 +80,6 @@ def run(config: Config) -> int:
             resume_step=_last_reported(config, progress),
         )
         stack.enter_context(reporter)
-        plan = build_plan(config, device.type)
         reporter.plan(plan.rows, plan.advice)
         write_run_record(config, device)
         interrupt.note(how_to_go_on(config, progress.step))

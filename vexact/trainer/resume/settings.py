@@ -45,6 +45,7 @@ _FREE = (
     f"{ROLLOUT}.num_pages",
     f"{ROLLOUT}.kv_cache_bytes",
     f"{ROLLOUT}.gpu_memory_utilization",
+    f"{ROLLOUT}.free_cache_engine",
     f"{ROLLOUT}.max_num_seqs",
     f"{ROLLOUT}.max_num_batched_tokens",
     f"{ROLLOUT}.max_model_len",
