@@ -27,6 +27,7 @@ from vexact.prepare.shapes import SHAPES as CHECKPOINTS
 from vexact.trainer.checkpoint import load_checkpoint
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+CHAT_TOKENS = 18  # of the byte tokenizer's chat template around a prompt
 TIMES = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "audit", "step")
 TINY = CHECKPOINTS["qwen3-0.6b"] | {
     "vocab_size": 512,
@@ -55,7 +56,7 @@ class Shape:
 
 OFFLOAD = (f"{ACTOR}.fsdp_config.param_offload=true", f"{ACTOR}.fsdp_config.optimizer_offload=true")
 SHAPES = {
-    "tiny": Shape(TINY, 4, 4, 12, 16, 128),
+    "tiny": Shape(TINY, 4, 4, 24, 16, 128),
     "qwen3-1.7b": Shape(CHECKPOINTS["qwen3-1.7b"], 64, 8, 512, 1024, 16384),
     "qwen3-8b": Shape(CHECKPOINTS["qwen3-8b"], 16, 8, 512, 1024, 8192, OFFLOAD),
 }
@@ -70,7 +71,7 @@ def inputs(shape: Shape, work: Path, steps: int, seed: int = 0) -> list[str]:
     rows = [
         {
             "data_source": "random",
-            "prompt": "".join(draw.choices("abcdefghij ", k=shape.prompt_tokens)),
+            "prompt": "".join(draw.choices("abcdefghij ", k=shape.prompt_tokens - CHAT_TOKENS)),
             "reward_model": {"ground_truth": ""},
         }
         for _ in range(shape.prompts * steps)

@@ -1,6 +1,6 @@
 """Whole GRPO steps on 1 and more GPUs, in both layouts: bits, weights, times, and how well the work spreads.
 
-    python benchmarks/multi_gpu.py --gpus 1 2 --layout colocated disaggregated --out benchmarks/results/multi_gpu_h100.json
+    python benchmarks/multi_gpu.py --gpus 1 2 --layout colocated disaggregated --out multi_gpu_h100.json
     python benchmarks/multi_gpu.py --shape qwen3-8b --gpus 2 --steps 2 --no_digest --out …
 
 Peer: the same work on one GPU. Every run is the ordinary trainer with the same global batch; figures come from its
@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 from grpo_run import SHAPES, figures, inputs, layout_overrides, machine, state_digests, train
+
+from vexact.config import Config
 
 STAGES = {"generation": "gen", "update": "update_actor", "sync": "update_weights", "step": "step"}
 
@@ -67,6 +69,7 @@ def main() -> int:
     work = arguments.work or Path(tempfile.mkdtemp(prefix="vexact-multi-gpu-"))
     common = [*inputs(SHAPES[arguments.shape], work, arguments.steps), *arguments.more]
     report = machine() | {"shape": arguments.shape, "launcher": arguments.launcher, "overrides": arguments.more}
+    report |= {"token_budget": SHAPES[arguments.shape].token_budget, "max_num_seqs": Config().rollout.max_num_seqs}
     report |= {"runs": {}, "efficiency": {}, "problems": []}
     plans = [
         (gpus, layout) for gpus in arguments.gpus for layout in arguments.layout if gpus > 1 or layout == "colocated"

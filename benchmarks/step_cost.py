@@ -4,8 +4,9 @@
 
 * ``exact``: as it is; the rollout's log-probabilities are the old ones.
 * ``recompute``: the same with ``algorithm.recompute_old_log_prob=true``, the pass that everyone else pays.
-* ``stock``: torch's operators in the rollout (``batch_invariant=false``), stock attention in the trainer, the recomputed
-  pass, and no comparison. Its decode steps run without CUDA graphs, and its trainer keeps this project's other operators.
+* ``stock``: torch's operators in the rollout (``batch_invariant=false``), stock attention in the trainer, the
+  recomputed pass, no comparison. Its decode steps run without CUDA graphs, and its trainer keeps this project's other
+  operators.
 
 Same model, prompts and number of tokens; a table of step parts (medians, the first step left out). The net cost of
 exactness is the exact step over the peers'. ``--shape tiny`` runs on a CPU in seconds.
