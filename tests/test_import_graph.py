@@ -27,8 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": LEAVES | {"streams"},
     "distributed": LEAVES,
     "weights": {"types", "ops", "models"},
-    "rollout": {"types", "interrupt", "ops", "models", "weights"},
-    "training": {"types", "interrupt", "ops", "models", "algorithms", "weights", "distributed"},
+    "rollout": {"types", "interrupt", "config", "ops", "models", "weights"},
+    "training": {"types", "interrupt", "config", "ops", "models", "algorithms", "weights", "distributed"},
     "audit": LEAVES | {"interrupt", "ops", "models", "rollout", "training", "weights", "reward"},
     "prepare": LEAVES | {"interrupt", "ops", "models", "algorithms", "data", "reward", "rollout", "training"},
 }

@@ -160,58 +160,28 @@ def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
 def engine_settings(config: Config) -> dict[str, Any]:
     """The fields of ``EngineConfig``."""
     rollout = config.rollout
-    return {
-        "page_size": rollout.page_size,
-        "num_pages": rollout.num_pages,
-        "kv_cache_bytes": rollout.kv_cache_bytes,
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
-        "max_num_seqs": rollout.max_num_seqs,
-        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+    return rollout.engine_settings() | {
         "max_model_len": config.max_model_len,
-        "enable_chunked_prefill": rollout.enable_chunked_prefill,
-        "enable_prefix_caching": rollout.enable_prefix_caching,
-        "enforce_eager": rollout.enforce_eager,
-        "cudagraph_capture_sizes": rollout.cudagraph_capture_sizes,
         "seed": config.rollout_seed,
-        "batch_invariant": rollout.batch_invariant,
-        "attn_impl": rollout.attn_impl,
         "mismatch_mode": rollout.mismatch.mode,
         "mismatch_scale": rollout.mismatch.scale,
     }
 
 
 def actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
-    actor, optim = config.actor, config.actor.optim
+    actor = config.actor
     return ActorConfig(
+        **actor.actor_settings(),
         ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
-        ppo_max_token_len_per_gpu=actor.ppo_max_token_len_per_gpu,
-        ppo_epochs=actor.ppo_epochs,
-        shuffle=actor.shuffle,
         data_loader_seed=config.data_seed,
         loss_mode=actor.policy_loss.loss_mode,
         clip=PolicyLossConfig(
             clip_ratio_low=actor.clip_low, clip_ratio_high=actor.clip_high, clip_ratio_c=actor.clip_ratio_c
         ),
-        loss_agg_mode=actor.loss_agg_mode,
         loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
-        entropy_coeff=actor.entropy_coeff,
-        use_kl_loss=actor.use_kl_loss,
-        kl_loss_coef=actor.kl_loss_coef,
-        kl_loss_type=actor.kl_loss_type,
-        grad_clip=actor.grad_clip,
         enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
         dtype=config.dtype(device.type),
-        optim=OptimConfig(
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            betas=(optim.betas[0], optim.betas[1]),
-            eps=optim.eps,
-            lr_warmup_steps=optim.lr_warmup_steps,
-            lr_warmup_steps_ratio=optim.lr_warmup_steps_ratio,
-            lr_scheduler_type=optim.lr_scheduler_type,
-            min_lr_ratio=optim.min_lr_ratio,
-            total_training_steps=total_steps,
-        ),
+        optim=OptimConfig(**vars(actor.optim), total_training_steps=total_steps),
     )
 
 

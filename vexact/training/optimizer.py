@@ -25,7 +25,7 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
-            betas=config.betas,
+            betas=(config.betas[0], config.betas[1]),
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
