@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.mismatch_metrics import mismatch_metrics
-from vexact.training.redraw import Redraw
+from vexact.training.redraw import Redraw, Redrawn
 from vexact.types import DrawSettings, Sample
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ class ExactnessError(RuntimeError):
             else f"{comparison.describe()}: this update proves nothing about rollout and trainer"
         )
 
+    def __reduce__(self) -> tuple[type[ExactnessError], tuple[Comparison]]:
+        return ExactnessError, (self.comparison,)
+
 
 class DrawError(RuntimeError):
     """The rollout sampled a token that its seed does not give for the trainer's logits; ``comparison`` says where."""
@@ -39,6 +43,21 @@ class DrawError(RuntimeError):
             f"{comparison.describe()}. The weights are as they were before this step; trainer.exactness=warn logs such "
             "draws and goes on"
         )
+
+    def __reduce__(self) -> tuple[type[DrawError], tuple[DrawComparison]]:
+        return DrawError, (self.comparison,)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a forward gave for some of the samples: all that the audit needs of a rank."""
+
+    indices: list[int]
+    logprobs: list[np.ndarray]  # fp32 (R,) each
+    redrawn: Redrawn | None
+
+
+_NOTHING = Evidence([], [], None)
 
 
 class Audit:
@@ -60,13 +79,14 @@ class Audit:
         self.redraw: Redraw | None = None
         self._samples: Sequence[Sample] = ()
         self._metrics: dict[str, float] = {}
+        self.evidence = _NOTHING  # of the last check
         # over all checks of this process
         self.total_compared = self.total_different = self.total_redrawn = self.total_redrawn_different = 0
 
     def begin(self, samples: Sequence[Sample], settings: Sequence[DrawSettings] | None = None) -> None:
         """The samples that the next update trains on, in its order, and how each of them should have been drawn."""
         self._samples = samples
-        self._metrics = {}
+        self._metrics, self.evidence = {}, _NOTHING
         wanted = settings is not None and self.exactness != "off" and self.redraw_ratio > 0
         self.redraw = Redraw(samples, settings, self.redraw_ratio) if settings is not None and wanted else None
 
@@ -84,7 +104,9 @@ class Audit:
         self.total_compared += comparison.tokens_compared
         self.total_different += comparison.tokens_different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
-        draws = self._check_draws()
+        redrawn = None if self.redraw is None else self.redraw.take()
+        self.evidence = Evidence(indices, logprobs, redrawn)
+        draws = self._check_draws(redrawn)
         self._metrics["timing_s/audit"] = perf_counter() - started
         if not comparison.exact:
             if self.exactness == "strict":
@@ -107,10 +129,10 @@ class Audit:
         if not self._metrics.get("bitwise/tokens_compared") and self.exactness == "strict":
             raise ExactnessError(compare((), ()))
 
-    def _check_draws(self) -> DrawComparison | None:
-        if self.redraw is None:
+    def _check_draws(self, redrawn: Redrawn | None) -> DrawComparison | None:
+        if redrawn is None:
             return None
-        draws = compare_draws(self._samples, self.redraw.take())
+        draws = compare_draws(self._samples, redrawn)
         self.total_redrawn += draws.redrawn
         self.total_redrawn_different += draws.different
         self._metrics |= draws.metrics()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from vexact.algorithms import informative_groups
 from vexact.config import Config
@@ -21,6 +22,14 @@ MANY_BATCHES = 10  # generation batches of one step, after which a search withou
 Timer = Callable[[str], AbstractContextManager[None]]
 
 
+class Collected(NamedTuple):
+    """The groups to train on, all groups that were sampled, and the cursor after the prompts consumed."""
+
+    groups: list[SampleGroup]
+    sampled: list[SampleGroup]
+    cursor: int
+
+
 class DynamicSamplingError(RuntimeError):
     """Dynamic sampling ran out of generation batches."""
 
@@ -33,11 +42,8 @@ class Collector:
         self.sampling = training_sampling(config)
         self._has_warned = False
 
-    def collect(self, step: int, cursor: int) -> tuple[list[SampleGroup], list[SampleGroup], int]:
+    def collect(self, step: int, cursor: int) -> Collected:
         """Samples until ``train_batch_size`` groups are there.
-
-        Returns:
-            The groups to train on, all groups that were sampled, and the cursor after the prompts consumed.
 
         Raises:
             DynamicSamplingError: ``filter_groups.max_num_gen_batches`` did not yield enough groups.
@@ -59,7 +65,7 @@ class Collector:
             cursor, num_batches = cursor + wanted, num_batches + 1
             everything += groups
             kept += self._informative(groups) if settings.enable else groups
-        return kept[:wanted], everything, cursor
+        return Collected(kept[:wanted], everything, cursor)
 
     def draw_settings(self, request_id: str) -> DrawSettings:
         """How the request of this id must have been sampled."""

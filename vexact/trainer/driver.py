@@ -22,7 +22,6 @@ from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
 from vexact.training import Ledger
 from vexact.types import SampleGroup, StepStats, TrainSequence
-from vexact.weights import sync_weights
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Driver:
 
     def run(self) -> None:
         """All steps from where the run stands to ``total_steps``, with validation and checkpoints when due."""
-        sync_weights(self.workers.actor, self.workers.engine, self.progress.step)
+        self.workers.sync_weights(self.progress.step)
         trainer = self.config.trainer
         due = trainer.val_only or (trainer.val_before_train and self.progress.step == 0)
         if due and self.workers.val_data is not None:
@@ -82,6 +81,7 @@ class Driver:
                 config.trainer.exactness,
                 rollout_attention=config.rollout.attn_impl,
                 trainer_attention=config.actor.attn_implementation,
+                environment=dict(self.identity["environment"]),
             )
         except CertificateError as error:
             if error.comparison.first is not None:
@@ -112,7 +112,7 @@ class Driver:
                 actor_metrics = self._update(step, sequences, ledger)
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
-                sync_metrics = sync_weights(workers.actor, workers.engine, step)
+                sync_metrics = workers.sync_weights(step)
             self.progress = Progress(step, cursor)
             # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
             self._write_samples(step, sampled)

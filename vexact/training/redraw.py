@@ -82,6 +82,12 @@ class Redraw:
         probe = LogitProbe(torch.from_numpy(rows).to(device, non_blocking=True), see)
         return replace(batch, targets=replace(batch.targets, probe=probe))
 
+    def absorb(self, redrawn: Redrawn) -> None:
+        """Adds what another process redrew with its copy of this object, for ``take``."""
+        columns = (redrawn.token_ids, redrawn.min_logits.view(np.int32), redrawn.best_ids)
+        self._chosen.append(np.stack([redrawn.sequences, redrawn.positions]))
+        self._drawn.append(torch.from_numpy(np.stack([column.astype(np.int32) for column in columns])))
+
     def take(self) -> Redrawn:
         """What was redrawn since the last call, in one copy to the host."""
         if not self._chosen:

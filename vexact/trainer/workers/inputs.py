@@ -1,27 +1,19 @@
-"""Everything a run needs, built from its configuration."""
+"""What a run reads before its model: tokenizer and rows; and the graders."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from vexact.algorithms import PolicyLossConfig
 from vexact.config import Config
-from vexact.data import ColumnNames, DataOrder, PromptDataset, PromptFormat
+from vexact.data import ColumnNames, PromptDataset, PromptFormat
 from vexact.data.chat_template import KEY as CHAT_TEMPLATE_KEY
 from vexact.data.chat_template import ChatTemplate, read_template
-from vexact.models import ModelConfig, load_model
+from vexact.models import ModelConfig
 from vexact.models.tokenizer import read_tokenizer
 from vexact.reward.pool import RewardPool
 from vexact.reward.sandbox.policy import SandboxPolicy
 from vexact.reward.spec import RewardSpec
-from vexact.rollout import Engine
-from vexact.training import Actor, ActorConfig, OptimConfig, Reference
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +23,6 @@ class Inputs:
     tokenizer: Any
     train_data: PromptDataset
     val_data: PromptDataset | None
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """One process holds both engines: the rollout's weights are its own copy, in the compute dtype."""
-
-    tokenizer: Any
-    train_data: PromptDataset
-    val_data: PromptDataset | None
-    order: DataOrder
-    engine: Engine
-    actor: Actor
-    reference: Reference | None
-    rewards: RewardPool
-
-    def close(self) -> None:
-        """Ends the reward processes."""
-        self.rewards.close()
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -64,25 +38,6 @@ def load_inputs(config: Config) -> Inputs:
     if data.val_files:
         val_data = _load_named("data.val_files", config, tokenizer, data.val_files, data.val_max_samples)
     return Inputs(tokenizer, train_data, val_data)
-
-
-def build_workers(config: Config, device: torch.device, inputs: Inputs) -> Workers:
-    """Reads the model and starts the reward processes.
-
-    Raises:
-        ValueError, FileNotFoundError: what the user has to fix, named.
-    """
-    num_rows = len(inputs.train_data)
-    return Workers(
-        tokenizer=inputs.tokenizer,
-        train_data=inputs.train_data,
-        val_data=inputs.val_data,
-        order=DataOrder(num_rows, config.data_seed, config.data.shuffle),
-        engine=_engine(config, inputs.tokenizer, device),
-        actor=_actor(config, device, num_steps(config, num_rows)),
-        reference=_reference(config, device) if config.needs_reference else None,
-        rewards=start_rewards(config),
-    )
 
 
 def num_steps(config: Config, num_rows: int) -> int:
@@ -138,65 +93,6 @@ def _load_named(key: str, config: Config, tokenizer: Any, files: tuple[str, ...]
         return load_dataset(config, tokenizer, files, max_samples)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-
-
-def _engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
-    rollout = config.rollout
-    engine = Engine(
-        config.model.path,
-        tokenizer=tokenizer,
-        dtype=config.dtype(device.type),
-        device=device,
-        **engine_settings(config),
-    )
-    if not (rollout.ignore_eos or engine.eos_token_ids or rollout.stop or rollout.stop_token_ids):
-        log.warning(
-            "neither the model nor its tokenizer names an end-of-sequence token: every response runs to "
-            "data.max_response_length; actor_rollout_ref.rollout.stop or .stop_token_ids ends them"
-        )
-    return engine
-
-
-def engine_settings(config: Config) -> dict[str, Any]:
-    """The fields of ``EngineConfig``."""
-    rollout = config.rollout
-    return rollout.engine_settings() | {
-        "max_model_len": config.max_model_len,
-        "seed": config.rollout_seed,
-        "mismatch_mode": rollout.mismatch.mode,
-        "mismatch_scale": rollout.mismatch.scale,
-    }
-
-
-def actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
-    actor = config.actor
-    return ActorConfig(
-        **actor.actor_settings(),
-        ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
-        data_loader_seed=config.data_seed,
-        loss_mode=actor.policy_loss.loss_mode,
-        clip=PolicyLossConfig(
-            clip_ratio_low=actor.clip_low, clip_ratio_high=actor.clip_high, clip_ratio_c=actor.clip_ratio_c
-        ),
-        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
-        enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
-        dtype=config.dtype(device.type),
-        optim=OptimConfig(**vars(actor.optim), total_training_steps=total_steps),
-    )
-
-
-def _actor(config: Config, device: torch.device, total_steps: int) -> Actor:
-    model = load_model(config.model.path, device=device, attn_impl=config.actor.attn_implementation)
-    return Actor(model, actor_config(config, device, total_steps), device)
-
-
-def _reference(config: Config, device: torch.device) -> Reference:
-    budget = config.ref.log_prob_max_token_len_per_gpu or config.actor.ppo_max_token_len_per_gpu
-    dtype = config.dtype(device.type)
-    model = load_model(
-        config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
-    )
-    return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype), device)
 
 
 def start_rewards(config: Config) -> RewardPool:

@@ -1,0 +1,127 @@
+"""Everything a run needs, built from its configuration: in this process, or in one process per GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vexact.audit.environment import environment
+from vexact.config import Config
+from vexact.data import DataOrder, PromptDataset
+from vexact.distributed import Layout, RankInfo, WorkerGroup, start_workers
+from vexact.reward.pool import RewardPool
+from vexact.rollout import Engine
+from vexact.trainer.checkpoint import ShardGroup, ShardWriter, restore_shards
+from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup
+from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
+from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
+from vexact.trainer.workers.roles import Roles, roles_of
+from vexact.trainer.workers.worker import Worker
+from vexact.training import Actor, Reference
+from vexact.weights import sync_weights
+
+
+@dataclass
+class Workers:
+    """What the loop works with. In one process the engine, the actor and the reference are the objects themselves, else
+    groups that look like them."""
+
+    tokenizer: Any
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+    order: DataOrder
+    engine: Engine | EngineGroup
+    actor: Actor | ActorGroup
+    reference: Reference | ReferenceGroup | None
+    rewards: RewardPool
+    shards: ShardGroup
+    group: WorkerGroup | None = None
+    _closers: list[Callable[[], None]] = field(default_factory=list)
+
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """The rollout gets the actor's weights as ``version``, compared bit for bit. Raises WeightSyncError."""
+        if self.group is None:
+            assert isinstance(self.engine, Engine) and isinstance(self.actor, Actor)
+            return sync_weights(self.actor, self.engine, version)
+        results: list[dict[str, float]] = self.group.call("sync", version, stage="sync")
+        self.engine.weights_version = version
+        return results[0]
+
+    def environment(self) -> dict[str, object]:
+        """Versions and device of the first process that trains."""
+        if self.group is None:
+            assert isinstance(self.actor, Actor)
+            return environment(self.actor.ranks.device)
+        return dict(self.group.call("environment", ranks=[0], stage="start")[0])
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the actor's weights as they are."""
+        if isinstance(self.actor, ActorGroup):
+            return self.actor.weights_digest()
+        return weights_digest(self.actor.model)
+
+    def restore(self, path: Path) -> None:
+        """Puts the state of a verified checkpoint into the actor. Raises CheckpointError."""
+        if isinstance(self.actor, ActorGroup):
+            self.actor.restore(path)
+        else:
+            restore_shards(self.actor, path)
+
+    def close(self) -> None:
+        """Ends the reward processes and the worker processes."""
+        self.rewards.close()
+        if self.group is not None:
+            self.group.close()
+
+
+def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
+    """Reads the model and starts the reward processes, and with several ranks theirs.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user has to fix, named.
+        WorkerError, ClusterError: a process could not be started, or failed in starting.
+    """
+    num_rows = len(inputs.train_data)
+    total_steps = num_steps(config, num_rows)
+    common: dict[str, Any] = {
+        "tokenizer": inputs.tokenizer,
+        "train_data": inputs.train_data,
+        "val_data": inputs.val_data,
+        "order": DataOrder(num_rows, config.data_seed, config.data.shuffle),
+    }
+    if layout.world_size == 1:
+        device = layout.torch_device
+        actor = build_actor(config, device, total_steps)
+        return Workers(
+            **common,
+            engine=build_engine(config, inputs.tokenizer, device),
+            actor=actor,
+            reference=build_reference(config, device) if config.needs_reference else None,
+            shards=ShardWriter(actor.sharded_state),
+            rewards=start_rewards(config),
+        )
+    roles = roles_of(config, layout.world_size)
+    factory = partial(_worker, config, roles, total_steps)
+    group = start_workers(layout, factory, timeout_s=config.trainer.worker_timeout_s)
+    try:
+        actors = ActorGroup(config, group, roles, total_steps)
+        return Workers(
+            **common,
+            engine=EngineGroup(config, group, roles),
+            actor=actors,
+            reference=ReferenceGroup(group, roles) if config.needs_reference else None,
+            shards=actors,
+            rewards=start_rewards(config),
+            group=group,
+        )
+    except BaseException:
+        group.close()
+        raise
+
+
+def _worker(config: Config, roles: Roles, total_steps: int, info: RankInfo) -> Worker:
+    return Worker(config, roles, total_steps, info)
