@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -55,9 +54,17 @@ class Peers:
         """Everyone's ``values`` (n,), of one dtype, on every rank: (size, n)."""
         if self.group is None:
             return values.unsqueeze(0)
-        out = torch.empty((self.size, *values.shape), dtype=values.dtype, device=values.device)
-        dist.all_gather_into_tensor(out.view(-1), values.contiguous(), group=self.group)
-        return out
+        rows = values.new_empty((self.size, values.numel()))
+        rows[self.rank] = values
+        self.gather(rows).wait()
+        return rows
+
+    def gather(self, rows: Tensor) -> dist.Work:
+        """Starts to fill ``rows`` (size, n), of which every rank has its own, with those of all."""
+        # the newer name is torch 2.13's, which warns about the older one
+        start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work: dist.Work = start(rows.view(-1), rows[self.rank], group=self.group, async_op=True)
+        return work
 
     def begin(self, version: int, prepare: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
         """Runs ``prepare() -> (result, facts)`` on every rank; returns this rank's result and the facts of all.

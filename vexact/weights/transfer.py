@@ -22,10 +22,7 @@ Shards = Iterable[tuple[str, Tensor, tuple[int, ...]]]
 def all_gather(peers: Peers) -> Exchange:
     """For ranks that all send and all receive."""
 
-    def start(rows: Tensor) -> list[dist.Work]:
-        return [dist.all_gather_into_tensor(rows.view(-1), rows[peers.rank], group=peers.group, async_op=True)]
-
-    return start
+    return lambda rows: [peers.gather(rows)]
 
 
 def broadcasts(senders: Sequence[int], peers: Peers) -> Exchange:
