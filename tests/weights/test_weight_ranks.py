@@ -185,7 +185,7 @@ def corruption_on_the_wire_shows_whoever_sent_it(layout):
     trainer, held = layout.trainer(7), engine(50)
     cast = transfer.Outgoing.cast
 
-    def spoiled(self, bucket, slot):
+    def spoiled(self, bucket, slot=None):
         values = cast(self, bucket, slot)
         slot[1] ^= 4
         return values

@@ -50,6 +50,10 @@ class Trainer:
             shard(self.model, list(self.model.parallel_layers), mesh, dtype)
         self.config, self.ranks = SimpleNamespace(torch_dtype=dtype), SimpleNamespace(device=CPU)
 
+    def named_shards(self):
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter.detach(), "to_local", parameter.detach)(), tuple(parameter.shape)
+
 
 @contextlib.contextmanager
 def process_group(rank, world_size, directory):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vexact import interrupt
 from vexact.algorithms import Denominators
@@ -133,6 +134,16 @@ class Actor:
         """
         for name, parameter in self.model.named_parameters():
             yield name, unsharded(parameter.detach()).to(self.config.torch_dtype)
+
+    def named_shards(self) -> Iterator[tuple[str, Tensor, torch.Size]]:
+        """Every parameter by its model name: this rank's rows as it keeps them, and the shape of all.
+
+        Rank r has rows r * ceil(n / W) and on, ceil(n / W) of them or what is left. They share the actor's memory: copy
+        what outlives the next update.
+        """
+        for name, parameter in self.model.named_parameters():
+            rows = parameter.detach()
+            yield name, rows.to_local() if isinstance(rows, DTensor) else rows, parameter.shape
 
     def state_dict(self) -> ActorState:
         """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""

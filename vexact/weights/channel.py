@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from vexact.weights.buckets import BUCKET_BYTES, BucketPlan
 from vexact.weights.errors import WeightSyncError
-from vexact.weights.manifest import Manifest, manifest, shard_mesh, shards
+from vexact.weights.manifest import Manifest, manifest, shard_mesh
 from vexact.weights.part_times import PartTimes
 from vexact.weights.peers import Peers
 from vexact.weights.sync import WeightSource, WeightTarget, planned
@@ -63,7 +63,7 @@ def send_weights(
     own, announced = peers.begin(version, announce)
     senders = _senders(version, peers, announced)
     (plan, buffers), _ = peers.begin(version, prepare)
-    outgoing, times = Outgoing(plan, own.shard, shards(actor.model), device), PartTimes(device)
+    outgoing, times = Outgoing(plan, own.shard, actor.named_shards(), device), PartTimes(device)
     exchange = broadcasts(senders, peers)
     stream(plan, buffers, exchange, times, outgoing=outgoing)
     finish(exchange(table(outgoing.checksums(), own.shard, own.num_shards)))

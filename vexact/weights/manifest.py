@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,31 +46,10 @@ def manifest(model: nn.Module, dtype: torch.dtype) -> Manifest:
     return tuple(TensorSpec(name, tuple(p.shape), dtype) for name, p in model.named_parameters())
 
 
-def shards(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-    """(name, this rank's rows as the parameter keeps them, full shape) of every parameter, in a fixed order.
-
-    Raises ValueError for a parameter that is sharded another way.
-    """
-    for name, parameter in model.named_parameters():
-        yield name, local_rows(name, parameter.detach()), tuple(parameter.shape)
-
-
-def local_rows(name: str, tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor whose rows are dealt to the ranks in order; all of it when it is not sharded.
-
-    Raises ValueError if it is sharded another way.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if tensor.device_mesh.size() > 1 and tensor.placements != (Shard(0),):
-        raise ValueError(f"{name} is laid out as {tensor.placements} over the ranks; only rows, (Shard(0),), are known")
-    return tensor.to_local()
-
-
 def shard_mesh(model: nn.Module) -> DeviceMesh | None:
     """The ranks that share every parameter; None when each has all of them.
 
-    Raises ValueError if the parameters are not shared alike, or by a mesh of several dimensions.
+    Raises ValueError if the parameters are not shared alike, by rows, over a mesh of one dimension.
     """
     meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in model.parameters()}
     if len(meshes) != 1:
@@ -78,8 +57,12 @@ def shard_mesh(model: nn.Module) -> DeviceMesh | None:
     mesh = meshes.pop()
     if mesh is None or mesh.size() == 1:
         return None
-    if mesh.ndim != 1:
-        raise ValueError(f"the model's parameters are shared by {mesh}; only a mesh of one dimension is known")
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)  # all are, of one mesh
+        if tuple(parameter.placements) != (Shard(0),):
+            raise ValueError(
+                f"{name} is laid out as {parameter.placements} over {mesh}; only rows are known, (Shard(0),)"
+            )
     return mesh
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vexact.weights.buckets import BUCKET_BYTES, BucketPlan
-from vexact.weights.manifest import Fit, Manifest, manifest, shard_mesh, shards
+from vexact.weights.manifest import Fit, Manifest, manifest, shard_mesh
 from vexact.weights.part_times import PartTimes
 from vexact.weights.peers import Peers
 from vexact.weights.transfer import (
@@ -48,6 +48,9 @@ class WeightSource(Protocol):
     @property
     def ranks(self) -> HasDevice: ...
 
+    def named_shards(self) -> Iterable[tuple[str, Tensor, tuple[int, ...]]]:
+        """(name, this rank's rows in any dtype on any device, full shape) in the order of the model's parameters."""
+
 
 class WeightTarget(Protocol):
     """The rollout's side: ``vexact.rollout.Engine``."""
@@ -72,7 +75,7 @@ def sync_weights(
     two were found equal on all ranks.
 
     Args:
-        bucket_bytes: memory of one of the two buckets.
+        bucket_bytes: memory of one of the two buckets; of a lone process, most of what is cast at a time.
 
     Returns:
         ``rollout/weights_bytes``, and ``timing_s/weights_<part>`` for cast, gather (what the copies did not hide), copy
@@ -91,15 +94,15 @@ def sync_weights(
         engine.check_updatable()
         parameters = dict(engine.model.named_parameters())
         plan = planned(manifest(actor.model, actor.config.torch_dtype), peers.size, parameters, bucket_bytes)
-        buffers = _buffers(plan, actor.model, device)
+        buffers = None if peers.group is None else Buffers(plan, device)
         return (plan, Incoming(plan, parameters), buffers), plan.digest
 
     (plan, incoming, buffers), digests = peers.begin(version, prepare)
     peers.require_equal(version, digests, "tensors or bucket_bytes")
-    outgoing, times = Outgoing(plan, peers.rank, shards(actor.model), device), PartTimes(device)
+    outgoing, times = Outgoing(plan, peers.rank, actor.named_shards(), device), PartTimes(device)
     with engine.replacing_weights(version):
         if peers.group is None:
-            _copy(plan, buffers, outgoing, incoming, times)
+            _copy(plan, outgoing, incoming, times)
             sent = outgoing.checksums().unsqueeze(0)
         else:
             assert buffers is not None
@@ -122,18 +125,10 @@ def planned(specs: Manifest, num_ranks: int, parameters: Mapping[str, Tensor], b
     return BucketPlan.of(specs, num_ranks, bucket_bytes)
 
 
-def _buffers(plan: BucketPlan, model: nn.Module, device: torch.device) -> Buffers | None:
-    """None where tensors can be copied from where they are."""
-    if plan.num_ranks > 1:
-        return Buffers(plan, device)
-    as_sent = all(p.dtype == spec.dtype and p.device == device for p, spec in zip(model.parameters(), plan.manifest))
-    return None if as_sent else Buffers(plan, device, count=1)
-
-
-def _copy(plan: BucketPlan, buffers: Buffers | None, outgoing: Outgoing, incoming: Incoming, times: PartTimes) -> None:
+def _copy(plan: BucketPlan, outgoing: Outgoing, incoming: Incoming, times: PartTimes) -> None:
     """Of a lone process: what is cast goes straight to its place."""
     for bucket in plan.buckets:
         with times.part("cast"):
-            values = outgoing.cast(bucket, None if buffers is None else buffers.slots(bucket)[0])
+            values = outgoing.cast(bucket)
         with times.part("copy"):
             incoming.put(bucket, values)

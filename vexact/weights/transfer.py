@@ -44,18 +44,19 @@ class Outgoing:
         self._rows = torch.empty(0)  # of the last one
         self._sums: list[Tensor] = []
 
-    def cast(self, bucket: Bucket, slot: Tensor | None) -> list[Tensor]:
+    def cast(self, bucket: Bucket, slot: Tensor | None = None) -> list[Tensor]:
         """This rank's elements of every piece, in the dtype they travel in: views of ``slot`` (bytes), which holds them
-        from now on, or with None of the shards themselves, which must be in that dtype already."""
+        from now on; without one new tensors, or views of the shards where these are as they travel."""
         values, offsets = [], []
         for piece in bucket.pieces:
             begin, end = self._plan.extent(piece, self.rank)
             rows = self._rows_of(piece)[piece.start : piece.start + end - begin]
-            if slot is not None:
-                if rows.device != self._device:
-                    rows = rows.to(self._device, non_blocking=True)  # before the cast: the host's would be slower
-                rows = _in_slot(slot, piece, end - begin, self._plan).copy_(rows)
-            values.append(rows)
+            if rows.device != self._device:
+                rows = rows.to(self._device, non_blocking=True)  # before the cast: the host's would be slower
+            if slot is None:
+                values.append(rows.to(self._plan.manifest[piece.tensor].dtype))
+            else:
+                values.append(_in_slot(slot, piece, end - begin, self._plan).copy_(rows))
             offsets.append(begin)
         self._sums.append(checksums(values, offsets))
         return values
@@ -126,12 +127,11 @@ class Incoming:
 
 
 class Buffers:
-    """Memory of a few buckets: two, so that one is exchanged while the other is copied out."""
+    """Memory of two buckets, so that one is exchanged while the other is copied out."""
 
-    def __init__(self, plan: BucketPlan, device: torch.device, count: int = 2) -> None:
+    def __init__(self, plan: BucketPlan, device: torch.device) -> None:
         self._plan = plan
-        sizes = [plan.largest_bytes] * min(count, len(plan.buckets))
-        self._memory = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        self._memory = [torch.empty(plan.largest_bytes, dtype=torch.uint8, device=device) for _ in plan.buckets[:2]]
 
     def slots(self, bucket: Bucket) -> Tensor:
         """(ranks, bytes)."""
