@@ -58,6 +58,15 @@ class FSDPConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    async_save: bool = opt(
+        False,
+        "Write checkpoints while training goes on, from a copy of the state in host memory (12 bytes per parameter, "
+        "split over the ranks).",
+    )
+
+
+@dataclass(frozen=True)
 class ActorSection:
     strategy: Literal["fsdp2", "fsdp"] = opt(
         "fsdp2",
@@ -109,6 +118,7 @@ class ActorSection:
     grad_clip: float = opt(1.0, "Largest gradient norm; inf never clips.", gt=0, infinite=True)
     optim: OptimConfig = section(OptimConfig, "Optimizer and schedule.")
     fsdp_config: FSDPConfig = section(FSDPConfig, "Types and sharding.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "How the state is saved.")
 
     @property
     def clip_low(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> Ac
     for name, parameter in model.named_parameters():
         state: ParameterState = {"weight": _to_cpu(parameter)}
         if has_moments:
-            moments = optimizer.state_of(parameter) or _unstepped(parameter)
+            moments = optimizer.state_of(parameter) or unstepped(parameter)
             state["exp_avg"], state["exp_avg_sq"] = (_to_cpu(moments[key]) for key in MOMENTS)
             state["num_steps"] = float(moments["step"])
         if _is_first_rank():
@@ -67,7 +67,7 @@ def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> 
     named = dict(model.named_parameters())
     first = _is_first_rank()
     if first:
-        _check(named, state["parameters"])
+        check_parameters(named, state["parameters"])
     optimizer.forget()
     has_moments = _from_first_rank(any("exp_avg" in s for s in state["parameters"].values()))
     for name, parameter in named.items():
@@ -80,7 +80,8 @@ def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> 
     return _from_first_rank(state["num_updates"])
 
 
-def _check(named: dict[str, nn.Parameter], saved: dict[str, ParameterState]) -> None:
+def check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError for a saved state that is not the one of parameters like ``named``."""
     missing, unexpected = sorted(named.keys() - saved.keys()), sorted(saved.keys() - named.keys())
     if missing or unexpected:
         raise ValueError(
@@ -126,7 +127,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-def _unstepped(parameter: Tensor) -> dict[str, Tensor]:
+def unstepped(parameter: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a parameter that never had a gradient, as AdamW itself would begin it."""
     zeros = torch.zeros_like(parameter)
     return {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros)}
