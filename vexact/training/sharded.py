@@ -17,7 +17,10 @@ from vexact.training.state import ActorState, ParameterState, check_parameters, 
 class StoredTensor(Protocol):
     """A tensor that lies elsewhere, read row by row."""
 
-    shape: tuple[int, ...]  # of the whole tensor
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` on the CPU, in the dtype it was stored in."""
@@ -27,8 +30,11 @@ class StoredTensor(Protocol):
 class StoredState(Protocol):
     """An ``ActorState`` that lies elsewhere; parts are named as in ``ParameterState``."""
 
-    num_updates: int
-    parameters: Mapping[str, Mapping[str, StoredTensor | float]]
+    @property
+    def num_updates(self) -> int: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Mapping[str, StoredTensor | float]]: ...
 
 
 def sharded_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> ActorState:
@@ -68,7 +74,7 @@ def load_sharded(model: nn.Module, optimizer: Optimizer, stored: StoredState) ->
 
 def local_rows(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def row_range(tensor: Tensor) -> tuple[int, int]:

@@ -24,7 +24,8 @@ class HostCopy:
         flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
         cuda = next((tensor.device for tensor in flat if tensor.is_cuda), None)
         size = min(_MOST_BYTES, 1 << max(0, sum(map(len, flat)) - 1).bit_length())
-        number, used, pieces = 0, 0, []
+        number, used = 0, 0
+        pieces: list[list[Tensor]] = []
         for tensor in flat:
             pieces.append([])
             while len(tensor):

@@ -95,7 +95,7 @@ class ShardWriter:
                 writing.result()
 
     def _write_all(
-        self, parts: list[_Part], values: list[Values], directory: Path, checkpoints: Path, step: int
+        self, parts: list[_Part], values: Sequence[Values], directory: Path, checkpoints: Path, step: int
     ) -> list[Written]:
         try:
             self._copy.wait()

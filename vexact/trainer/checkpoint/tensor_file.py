@@ -78,7 +78,7 @@ def _pieces(header: bytes, values: Iterable[Sequence[Tensor]]) -> Iterator[memor
     yield memoryview(header)
     for tensors in values:
         for tensor in tensors:
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
             for start in range(0, len(view), _PIECE):
                 yield view[start : start + _PIECE]
 
