@@ -18,7 +18,6 @@ from vexact.trainer.checkpoint import (
     manifest,
     shard_writer,
 )
-from vexact.trainer.checkpoint import store as store_module
 
 WEIGHTS = "trainer_state/weight-00001-of-00001.safetensors"
 
@@ -84,7 +83,9 @@ def test_saving_a_step_again_sets_the_first_one_aside(save, tmp_path):
     load_checkpoint(tmp_path / "checkpoints" / "step_1")
 
 
-@pytest.mark.parametrize("failing", ["store.save_hf", "store._sync_tree", "manifest.write_manifest", "shard_writer.write_tensor_file"])
+@pytest.mark.parametrize(
+    "failing", ["store.save_hf", "store._sync_tree", "manifest.write_manifest", "shard_writer.write_tensor_file"]
+)
 def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_half_written(save, tmp_path, monkeypatch, failing):
     save(1)
 

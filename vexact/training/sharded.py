@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from vexact.training.optimizer import MOMENTS, Optimizer
-from vexact.training.state import ActorState, ParameterState, check_parameters, unstepped
+from vexact.training.state import ActorState, ParameterState, check_parameters, reshard, unstepped
 
 
 class StoredTensor(Protocol):
@@ -39,6 +39,7 @@ class StoredState(Protocol):
 
 def sharded_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> ActorState:
     """The live tensors, not copies: DTensors split by rows where there are several ranks. No rank waits for another."""
+    reshard(model)
     parameters: dict[str, ParameterState] = {}
     has_moments = any(optimizer.state_of(parameter) for parameter in model.parameters())
     for name, parameter in model.named_parameters():
@@ -57,6 +58,7 @@ def load_sharded(model: nn.Module, optimizer: Optimizer, stored: StoredState) ->
     Raises ValueError naming what is missing, unexpected, not finite, or not like its parameter; nothing has changed
     then, on this rank.
     """
+    reshard(model)
     named = dict(model.named_parameters())
     rows = {name: _Rows(name, parts, named.get(name)) for name, parts in stored.parameters.items()}
     check_parameters({name: local_rows(parameter) for name, parameter in named.items()}, rows)

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vexact.models.nonfinite import find_nonfinite
 from vexact.training.optimizer import MOMENTS, Optimizer, like, unsharded
@@ -33,6 +34,7 @@ class ActorState(TypedDict):
 
 def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> ActorState:
     """Copies everything to the CPU of rank 0, one tensor at a time. All ranks call it together."""
+    reshard(model)
     parameters: dict[str, ParameterState] = {}
     has_moments = any(optimizer.state_of(parameter) for parameter in model.parameters())
     for name, parameter in model.named_parameters():
@@ -64,6 +66,7 @@ def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> 
     Raises ValueError naming what is missing, unexpected, not finite, or not like its parameter; nothing has changed
     then.
     """
+    reshard(model)
     named = dict(model.named_parameters())
     first = _is_first_rank()
     if first:
@@ -78,6 +81,14 @@ def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> 
             moments = {key: saved[key] for key in MOMENTS}
             optimizer.restore(parameter, moments, _from_first_rank(saved["num_steps"] if first else 0.0))
     return _from_first_rank(state["num_updates"])
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without backward FSDP keeps the root's parameters whole, in the compute dtype, as other objects
+    than those the optimizer knows. No rank waits for another."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Mapping[str, Any]]) -> None:

@@ -144,9 +144,9 @@ def _written_rows(tensor: Tensor, rank: int) -> tuple[int, int]:
 
 
 def _one_by_one(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """On the host, each when its turn has come."""
+    """Copies on the host, each when its turn has come: FSDP cannot resize what NumPy has looked into."""
     for tensor in tensors:
-        yield [tensor.cpu().contiguous()]
+        yield [tensor.to("cpu", copy=True).contiguous()]
 
 
 def _has(state: ActorState, kind: str) -> bool:

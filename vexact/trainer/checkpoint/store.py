@@ -162,9 +162,11 @@ class CheckpointStore:
             BestMetricError: ``trainer.best_metric`` is none of them.
         """
         value = self.best.value(metrics, validated)
+        if value is None:
+            return
         with self._ranking:
             steps = self.steps()
-            if value is not None and (step in steps or step == self._coming):
+            if step in steps or step == self._coming:
                 self.best.note(step, value, steps)
 
     def go_on_from(self, step: int | None) -> None:
