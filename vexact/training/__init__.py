@@ -5,7 +5,6 @@ from vexact.training.config import ActorConfig, OptimConfig
 from vexact.training.ledger import Ledger, LedgerError
 from vexact.training.reference import Reference
 from vexact.training.sft import SupervisedConfig, supervised_steps
-from vexact.training.sharded import StoredState, StoredTensor, local_rows, row_range
 from vexact.training.state import ActorState, nonfinite_in
 
 __all__ = [
@@ -16,11 +15,7 @@ __all__ = [
     "LedgerError",
     "OptimConfig",
     "Reference",
-    "StoredState",
-    "StoredTensor",
     "SupervisedConfig",
-    "local_rows",
     "nonfinite_in",
-    "row_range",
     "supervised_steps",
 ]

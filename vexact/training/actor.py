@@ -26,7 +26,6 @@ from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.optimizer import Optimizer, unsharded
 from vexact.training.ranks import Ranks
 from vexact.training.redraw import Redraw
-from vexact.training.sharded import StoredState, load_sharded, sharded_state
 from vexact.training.state import ActorState, gather_state, restore_state
 from vexact.types import TrainSequence
 
@@ -145,17 +144,6 @@ class Actor:
         Raises ValueError naming the parameters that do not match the model.
         """
         self.num_updates = restore_state(self.model, self.optimizer, state)
-
-    def sharded_state(self) -> ActorState:
-        """The same as it lies here: live tensors, this rank's rows of each. No rank waits for another."""
-        return sharded_state(self.model, self.optimizer, self.num_updates)
-
-    def load_sharded_state(self, stored: StoredState) -> None:
-        """Reads this rank's rows of a stored state. No rank waits for another.
-
-        Raises ValueError naming the parameters that do not match the model; nothing has changed on this rank then.
-        """
-        self.num_updates = load_sharded(self.model, self.optimizer, stored)
 
     def _score(self, sequences: Sequence[TrainSequence], indices: list[int], redraw: Redraw | None = None) -> Scored:
         """Log-probabilities of some of the sequences by a forward without gradients. All ranks call it together."""

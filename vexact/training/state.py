@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from vexact.models.nonfinite import find_nonfinite
 from vexact.training.optimizer import MOMENTS, Optimizer, like, unsharded
@@ -34,13 +33,12 @@ class ActorState(TypedDict):
 
 def gather_state(model: nn.Module, optimizer: Optimizer, num_updates: int) -> ActorState:
     """Copies everything to the CPU of rank 0, one tensor at a time. All ranks call it together."""
-    reshard(model)
     parameters: dict[str, ParameterState] = {}
     has_moments = any(optimizer.state_of(parameter) for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         state: ParameterState = {"weight": _to_cpu(parameter)}
         if has_moments:
-            moments = optimizer.state_of(parameter) or unstepped(parameter)
+            moments = optimizer.state_of(parameter) or _unstepped(parameter)
             state["exp_avg"], state["exp_avg_sq"] = (_to_cpu(moments[key]) for key in MOMENTS)
             state["num_steps"] = float(moments["step"])
         if _is_first_rank():
@@ -66,11 +64,10 @@ def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> 
     Raises ValueError naming what is missing, unexpected, not finite, or not like its parameter; nothing has changed
     then.
     """
-    reshard(model)
     named = dict(model.named_parameters())
     first = _is_first_rank()
     if first:
-        check_parameters(named, state["parameters"])
+        _check(named, state["parameters"])
     optimizer.forget()
     has_moments = _from_first_rank(any("exp_avg" in s for s in state["parameters"].values()))
     for name, parameter in named.items():
@@ -83,16 +80,7 @@ def restore_state(model: nn.Module, optimizer: Optimizer, state: ActorState) -> 
     return _from_first_rank(state["num_updates"])
 
 
-def reshard(model: nn.Module) -> None:
-    """After a forward without backward FSDP keeps the root's parameters whole, in the compute dtype, as other objects
-    than those the optimizer knows. No rank waits for another."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def check_parameters(named: Mapping[str, Tensor], saved: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError for a saved state that is not the one of parameters like ``named``."""
+def _check(named: dict[str, nn.Parameter], saved: dict[str, ParameterState]) -> None:
     missing, unexpected = sorted(named.keys() - saved.keys()), sorted(saved.keys() - named.keys())
     if missing or unexpected:
         raise ValueError(
@@ -138,7 +126,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-def unstepped(parameter: Tensor) -> dict[str, Tensor]:
+def _unstepped(parameter: Tensor) -> dict[str, Tensor]:
     """AdamW's state of a parameter that never had a gradient, as AdamW itself would begin it."""
     zeros = torch.zeros_like(parameter)
     return {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros)}
