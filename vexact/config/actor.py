@@ -60,6 +60,15 @@ class FSDPConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    async_save: bool = opt(
+        False,
+        "Write checkpoints while training goes on, from a copy of the state in host memory (12 bytes per parameter, "
+        "split over the ranks).",
+    )
+
+
+@dataclass(frozen=True)
 class ActorSettings:
     """A key written here is also one of ``vexact.training.ActorConfig`` and reaches every actor."""
 
@@ -121,6 +130,7 @@ class ActorSection(ActorSettings):
     policy_loss: PolicyLossConfig = section(PolicyLossConfig, "Which loss.")
     optim: OptimSettings = section(OptimSettings, "Optimizer and schedule.")
     fsdp_config: FSDPConfig = section(FSDPConfig, "Types and sharding.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "How the state is saved.")
 
     @property
     def clip_low(self) -> float:

@@ -211,6 +211,8 @@ def _run(config: Config) -> Iterator[str]:
     blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
     if blocking is not None and not blocking.is_dir():
         yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file; set trainer.default_local_dir"
+    if (trainer.best_metric or "").startswith("val-") and not config.data.val_files:
+        yield f"trainer.best_metric={trainer.best_metric} needs a validation; set data.val_files"
     if trainer.val_only and not config.data.val_files:
         yield "trainer.val_only=true needs data.val_files"
 

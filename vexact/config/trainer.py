@@ -46,6 +46,12 @@ class TrainerSection:
     samples_per_step: int = opt(16, "Samples written to samples/step_N.jsonl each step; -1 writes all, 0 none.", ge=-1)
     save_freq: int = opt(-1, "Checkpoint every so many steps; -1 only at the end.", ge=-1)
     keep_last: int | None = opt(2, "Checkpoints to keep; null keeps all.", ge=1)
+    best_metric: str | None = opt(
+        None,
+        "Metric, by its name in metrics.jsonl, whose best checkpoint is kept beyond keep_last and named by the file "
+        "best; null keeps none. One of a validation (val-…) ranks the checkpoints whose step was validated.",
+    )
+    best_metric_mode: Literal["max", "min"] = opt("max", "Whether its largest or its smallest value is the best.")
     test_freq: int = opt(-1, "Validate every so many steps; -1 only at the end.", ge=-1)
     val_before_train: bool = opt(True, "Validate before the first step.")
     val_only: bool = opt(False, "Validate and stop.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vexact import interrupt
@@ -13,7 +14,7 @@ from vexact.config import Config
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
 from vexact.trainer.advantages import train_sequences
-from vexact.trainer.checkpoint import CheckpointStore, Progress
+from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver, ShardWriter
 from vexact.trainer.collect import Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
@@ -45,6 +46,8 @@ class Driver:
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
         self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
+        shards = ShardWriter(workers.actor.sharded_state)
+        self.saver = Saver(store, shards, config.actor.checkpoint.async_save, self._saved)
         self.timers = Timers(on_enter=self._begin)
         self.collector = Collector(config, workers, self.timers)
 
@@ -62,13 +65,16 @@ class Driver:
             return
         self._self_test()
         first, rewards = self.progress.step + 1, []
-        for step in range(first, self.total_steps + 1):
-            rewards.append(self._step(step))
+        with self.saver:
+            for step in range(first, self.total_steps + 1):
+                self.saver.poll()
+                rewards.append(self._step(step))
         interrupt.note(f"all {self.total_steps} steps are done and saved in {self.config.run_dir}")
         log.info("%s", self._summary(first, rewards))
 
     def _begin(self, stage: str) -> None:
         interrupt.check()
+        self.saver.advance()
         self.reporter.stage(stage)
 
     def _self_test(self) -> None:
@@ -142,6 +148,7 @@ class Driver:
         self.pending.clear()
         if save and not validate:
             self._save()
+        self.store.note_metrics(step, metrics, validated=validate)
         return metrics["critic/score/mean"]
 
     def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
@@ -172,6 +179,7 @@ class Driver:
                 log.info("step %d is trained and saved; its validation is repeated", step)
                 metrics |= self._timed_validation(step)
             self.reporter.log(StepStats(step, metrics | self.timers.take()))
+            self.store.note_metrics(step, metrics, validated=self._is_validation_due(step))
         self.pending.clear()
 
     def _is_validation_due(self, step: int) -> bool:
@@ -199,11 +207,12 @@ class Driver:
 
     def _save(self) -> None:
         with self.timers("save_checkpoint"):
-            actor = self.workers.actor
-            save_tokenizer = self.workers.tokenizer.save_pretrained
-            path = self.store.save(self.progress, actor.state_dict(), actor.model.config, save_tokenizer, self.identity)
+            tokenizer, model = self.workers.tokenizer, self.workers.actor.model.config
+            self.saver.save(self.progress, model, tokenizer.save_pretrained, self.identity)
+
+    def _saved(self, path: Path, step: int) -> None:
         log.info("saved %s", path)
-        interrupt.note(how_to_go_on(self.config, self.progress.step))
+        interrupt.note(how_to_go_on(self.config, step))
 
     def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
         limit = self.config.trainer.samples_per_step

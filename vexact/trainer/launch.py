@@ -13,7 +13,7 @@ from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, ModelShape, build_p
 from vexact.distributed import Layout, resolve_layout
 from vexact.models import ModelConfig
 from vexact.report import Reporter
-from vexact.trainer.checkpoint import CheckpointStore, Progress
+from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
 from vexact.trainer.driver import Driver, how_to_go_on
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
@@ -37,7 +37,8 @@ def run(config: Config) -> int:
     layout = resolve_layout(layout_of(config))
     with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
         stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
-        store = CheckpointStore(config.run_dir, config.trainer.keep_last)
+        best = BestPointer(config.run_dir, config.trainer.best_metric, config.trainer.best_metric_mode)
+        store = CheckpointStore(config.run_dir, config.trainer.keep_last, best)
         store.remove_leftovers()
         source = find_source(config, store)
         inputs = load_inputs(config)

@@ -14,6 +14,7 @@ from vexact.trainer.checkpoint import (
     Progress,
     load_checkpoint,
     read_identity,
+    restore,
     verify_checkpoint,
 )
 from vexact.trainer.resume.changes import Identity, breaking_changes, environment_changes
@@ -41,17 +42,13 @@ class Source:
         Raises:
             CheckpointError: a file is damaged, or the state is not this model's.
         """
-        progress, state = load_checkpoint(self.path, verified=True)
+        progress = restore(self.path, actor)
         named = self.path.name.removeprefix("step_")
         if self.in_this_run and named != str(progress.step):
             raise CheckpointError(
                 f"{self.path} holds step {progress.step}: it was renamed or copied in. Give it its name back, or go "
                 f"on from it by trainer.resume_mode=resume_path trainer.resume_from_path=… from another directory"
             )
-        try:
-            actor.load_state_dict(state)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
         return progress
 
 
