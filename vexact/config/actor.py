@@ -47,7 +47,21 @@ class PolicyLossConfig:
 
 
 @dataclass(frozen=True)
-class FSDPConfig:
+class OffloadSettings:
+    """A key written here is also one of ``vexact.training.ActorConfig``."""
+
+    param_offload: bool = opt(False, "Keep the master weights in pinned host memory while nothing is trained.")
+    optimizer_offload: bool = opt(
+        False, "Keep AdamW's moments in pinned host memory; a step streams them through the GPU. No bit changes."
+    )
+
+    def offload_settings(self) -> dict[str, Any]:
+        """These keys and their values."""
+        return {item.name: getattr(self, item.name) for item in fields(OffloadSettings)}
+
+
+@dataclass(frozen=True)
+class FSDPConfig(OffloadSettings):
     dtype: Dtype = opt(
         "auto",
         f"Compute type of the training forward; must equal the rollout's. {DTYPE_HELP}",

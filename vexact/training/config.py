@@ -14,7 +14,7 @@ from vexact.algorithms import (
     check_agg_mode,
     policy_loss,
 )
-from vexact.config.actor import ActorSettings, OptimSettings
+from vexact.config.actor import ActorSettings, OffloadSettings, OptimSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LR_SCHEDULES = ("constant", "cosine", "linear")
@@ -66,7 +66,7 @@ class OptimConfig(OptimSettings):
 
 
 @dataclass(frozen=True)
-class ActorConfig(ActorSettings):
+class ActorConfig(OffloadSettings, ActorSettings):
     """verl's ``actor_rollout_ref.actor`` keys. Sizes are global: over all ranks."""
 
     ppo_mini_batch_size: int = 256  # in *sequences* (verl's key times rollout.n)
@@ -78,8 +78,6 @@ class ActorConfig(ActorSettings):
     enable_gradient_checkpointing: bool = False
     dtype: str = "float32"  # of the forward, the backward and the weights that the rollout receives
     fsdp: bool | None = None  # None: shard when there are several ranks or the model's dtype is not ``dtype``
-    param_offload: bool = False  # master weights wait in host memory while nobody computes with them
-    optimizer_offload: bool = False  # moments live in host memory and pass through the device during a step
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:

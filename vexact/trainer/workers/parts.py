@@ -50,4 +50,6 @@ def build_reference(config: Config, device: torch.device, group: dist.ProcessGro
     model = load_model(
         config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
     )
-    return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype), device, group)
+    offload = config.ref.fsdp_config.param_offload
+    settings = ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype, param_offload=offload)
+    return Reference(model, settings, device, group)
