@@ -185,6 +185,7 @@ def actor_config(config: Config, device: torch.device, total_steps: int) -> Acto
     return ActorConfig(
         ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
         ppo_max_token_len_per_gpu=actor.ppo_max_token_len_per_gpu,
+        ulysses_sequence_parallel_size=actor.ulysses_sequence_parallel_size,
         ppo_epochs=actor.ppo_epochs,
         shuffle=actor.shuffle,
         data_loader_seed=config.data_seed,
@@ -226,7 +227,12 @@ def _reference(config: Config, device: torch.device) -> Reference:
     model = load_model(
         config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
     )
-    return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype), device)
+    reference = ActorConfig(
+        ppo_max_token_len_per_gpu=budget,
+        ulysses_sequence_parallel_size=config.actor.ulysses_sequence_parallel_size,
+        dtype=dtype,
+    )
+    return Reference(model, reference, device)
 
 
 def start_rewards(config: Config) -> RewardPool:

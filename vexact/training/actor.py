@@ -51,11 +51,12 @@ class Actor:
         """Raises ValueError when the mini-batch cannot be split over the ranks, or sharding is off but needed."""
         self.config, self.model = config, model
         self.one_pass = one_pass.applies(config, model.config)
-        self.ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
-        if config.ppo_mini_batch_size % self.ranks.world_size:
+        ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
+        self.ranks = ranks.sharing(config.ulysses_sequence_parallel_size, model.config)
+        if config.ppo_mini_batch_size % self.ranks.num_batches:
             raise ValueError(
                 f"actor.ppo_mini_batch_size={config.ppo_mini_batch_size} sequences do not divide evenly over "
-                f"{self.ranks.world_size} ranks; make it a multiple of {self.ranks.world_size}"
+                f"{self.ranks.num_batches} ranks; make it a multiple of {self.ranks.num_batches}"
             )
         if config.agg_mode != config.loss_agg_mode:
             given, fixed = config.loss_agg_mode, config.agg_mode
@@ -153,7 +154,7 @@ class Actor:
         def watch(batch: PackedBatch, group: list[int]) -> PackedBatch:
             return batch if redraw is None else redraw.watch(batch, [indices[i] for i in group])
 
-        budget = self.config.ppo_max_token_len_per_gpu
+        budget = self.config.max_micro_batch_tokens
         return Scored(indices, score(self.model, tokens, names, budget, self.ranks, watch))
 
     def _check(self, sequences: Sequence[TrainSequence]) -> None:
@@ -188,7 +189,7 @@ class Actor:
         if self.config.shuffle:
             key = [self.config.data_loader_seed, self.num_updates, epoch]
             order = np.random.default_rng(key).permutation(num_sequences).tolist()
-        size = self.config.ppo_mini_batch_size // self.ranks.world_size
+        size = self.config.ppo_mini_batch_size // self.ranks.num_batches
         (count,) = self.ranks.maximum(math.ceil(num_sequences / size))
         return [order[i * size : (i + 1) * size] for i in range(count)]
 
@@ -206,13 +207,13 @@ class Actor:
         tokens = [token_sequence(s) for s in chosen]
         denominators = self._denominators(tokens)
         names = [s.sample.request_id for s in chosen]
-        budget, balance = self.config.ppo_max_token_len_per_gpu, self.config.balance_micro_batches
+        budget, balance = self.config.max_micro_batch_tokens, self.config.balance_micro_batches
         metrics = MiniBatchMetrics()
         self.optimizer.zero_grad()
         groups = micro_batches(tokens, names, budget, balance, self.ranks)
         values, read = [], []
         for group in groups:
-            batch = group_batch(tokens, group, self.ranks.device)
+            batch = group_batch(tokens, group, self.ranks)
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
             logprobs, checksum = self._accumulate(chosen, batch, group, denominators, metrics)
@@ -222,8 +223,10 @@ class Actor:
             order = [indices[i] for group in groups for i in group]
             ledger.require_each_once(indices, order)
             ledger.compare(order, torch.cat(read, dim=1).cpu())
-        if audit is not None:
+        if audit is not None and self.ranks.reports:
             audit(indices + beyond.indices, by_sequence(values, tokens, groups) + beyond.logprobs)
+        elif audit is not None:
+            audit([], [])
         sums = dict(zip(metrics.names, self.ranks.total_of(metrics.sums).tolist(), strict=True))
         norm = self.optimizer.step(self.config.grad_clip) if math.isfinite(sums["loss"]) else math.nan
         if math.isfinite(norm):
@@ -256,7 +259,7 @@ class Actor:
             batch = one_pass.with_derivative(batch, targets, self.config, denominators, scale)
         scores = token_scores(self.model, batch)
         loss, shares = micro_batch_loss(scores, batch, targets, self.config, denominators)
-        metrics.add(shares, weight)
+        metrics.add(shares, weight if self.ranks.reports else 0.0)
         if isinstance(scores, TrainedCrossEntropy):
             scores.surrogate.backward()
         else:
@@ -264,8 +267,8 @@ class Actor:
         return scores.logprobs.detach(), read
 
     def _denominators(self, tokens: Sequence[TokenSequence]) -> Denominators:
-        local_tokens = sum(len(s.response) for s in tokens)
-        num_tokens, num_sequences = self.ranks.total(local_tokens, len(tokens))
+        counted = tokens if self.ranks.reports else []
+        num_tokens, num_sequences = self.ranks.total(sum(len(s.response) for s in counted), len(counted))
         return Denominators(num_tokens, num_sequences, self.config.loss_scale_factor)
 
     def _coefficients(self) -> dict[str, float]:

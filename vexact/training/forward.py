@@ -12,8 +12,9 @@ from vexact import interrupt
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
-from vexact.training.packing import pack
+from vexact.training.packing import BUDGET_KEY, pack
 from vexact.training.ranks import Ranks, lone_mesh, shard
+from vexact.training.sequence_parallel import KEY as SHARING_KEY
 
 FILLER = TokenSequence(prompt=(0,), response=(0,))
 """What a rank computes while other ranks have more micro-batches, so that their collectives match."""
@@ -37,22 +38,25 @@ def prepare(model: CausalLM, ranks: Ranks, dtype: torch.dtype, fsdp: bool | None
 
 
 def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy | TrainedCrossEntropy:
-    """Log-probability and entropy of every response token of the batch, fp32 (R,)."""
-    return model(batch.input_ids, batch.positions, batch.attention, targets=batch.targets)
+    """Log-probability and entropy of every response token of the batch, fp32 (R,), on all ranks that share it."""
+    targets = batch.targets if batch.share is None else batch.share.own(batch.targets)
+    scores = model(batch.input_ids, batch.positions, batch.attention, targets=targets)
+    return scores if batch.share is None else batch.share.whole(scores)
 
 
 def micro_batches(
     sequences: Sequence[TokenSequence], names: Sequence[str], budget: int, balance: bool, ranks: Ranks
 ) -> list[list[int]]:
     """Groups of sequence indices, as many on every rank: a rank with fewer gets empty groups at the end."""
-    groups = pack([s.num_input_tokens for s in sequences], budget, balance=balance, names=names)
+    key = BUDGET_KEY if ranks.sequence is None else f"{BUDGET_KEY} x {SHARING_KEY}"
+    groups = pack([s.num_input_tokens for s in sequences], budget, balance=balance, names=names, key=key)
     (most,) = ranks.maximum(len(groups))
     return groups + [[] for _ in range(most - len(groups))]
 
 
-def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], device: torch.device) -> PackedBatch:
+def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], ranks: Ranks) -> PackedBatch:
     """The packed tensors of one group, a filler for an empty one."""
-    return pack_tokens([sequences[i] for i in group] or [FILLER], device)
+    return pack_tokens([sequences[i] for i in group] or [FILLER], ranks.device, ranks.sequence)
 
 
 @torch.no_grad()
@@ -66,13 +70,14 @@ def score(
 ) -> list[np.ndarray]:
     """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together.
 
+    ``budget`` is the tokens of a micro-batch, over all ranks that share it.
     ``watch(batch, group)`` may exchange the batch of a group for one whose forward is observed.
     """
     groups = micro_batches(sequences, names, budget, True, ranks)
     values = []
     for group in groups:
         interrupt.check()
-        batch = group_batch(sequences, group, ranks.device)
+        batch = group_batch(sequences, group, ranks)
         values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
     return by_sequence(values, sequences, groups)
 

@@ -1,9 +1,9 @@
-"""The data-parallel ranks as the actor sees them; with one rank every method is the identity."""
+"""The training ranks as the actor sees them; with one rank every method is the identity."""
 
 from __future__ import annotations
 
 import atexit
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from vexact.models import ModelConfig
+from vexact.training.sequence_parallel import SequenceRanks, check_size
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One data-parallel rank per process, ``mesh`` None for a lone process."""
+    """One rank per process, ``mesh`` None for a lone process. Weights are sharded over all of them.
+
+    Neighbours in a ``sequence`` compute each micro-batch together; without one every rank computes its own.
+    """
 
     mesh: DeviceMesh | None
     device: torch.device
+    sequence: SequenceRanks | None = None
 
     @classmethod
     def of_process(cls, device: torch.device) -> Ranks:
@@ -25,6 +32,27 @@ class Ranks:
         if dist.is_initialized() and dist.get_world_size() > 1:
             return cls(init_device_mesh(device.type, (dist.get_world_size(),)), device)
         return cls(None, device)
+
+    def sharing(self, size: int, model: ModelConfig) -> Ranks:
+        """These ranks, ``size`` of them to a micro-batch. All ranks call it together.
+
+        Raises ValueError when ``size`` divides the ranks or the query heads of the model not evenly.
+        """
+        check_size(size, self.world_size, model.num_heads)
+        if size == 1:
+            return self
+        assert self.mesh is not None, "a lone process shares with nobody"
+        return replace(self, sequence=SequenceRanks.of_process(size, self.mesh.get_group()))
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches that are computed at once."""
+        return self.world_size if self.sequence is None else self.world_size // self.sequence.size
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank answers for the scores of its micro-batches: one of those that share them does."""
+        return self.sequence is None or self.sequence.rank == 0
 
     @property
     def world_size(self) -> int:

@@ -22,13 +22,17 @@ class Reference:
     """
 
     def __init__(self, model: CausalLM, config: ActorConfig, device: torch.device | str | None = None) -> None:
-        """Freezes ``model`` in place; of ``config`` only dtype, fsdp and ppo_max_token_len_per_gpu are read."""
+        """Freezes ``model`` in place.
+
+        Of ``config`` only dtype, fsdp, ppo_max_token_len_per_gpu and ulysses_sequence_parallel_size are read.
+        """
         self.config, self.model = config, model.requires_grad_(False)
-        self.ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
+        ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
+        self.ranks = ranks.sharing(config.ulysses_sequence_parallel_size, model.config)
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Per sequence (R,) fp32. All ranks call it together."""
         names = [s.sample.request_id for s in sequences]
         tokens = [token_sequence(s) for s in sequences]
-        return score(self.model, tokens, names, self.config.ppo_max_token_len_per_gpu, self.ranks)
+        return score(self.model, tokens, names, self.config.max_micro_batch_tokens, self.ranks)
