@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training_support import gradients_of, tiny_model, weights_of
+from training_support import gradients_of, kept_bytes, tiny_model, weights_of
 
+from vexact.config.activation_memory import layer_bytes_per_token
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
+from vexact.training.batch import TokenSequence, pack_tokens
 from vexact.training.optimizer import unsharded
 from vexact.training.redraw import Redraw
-from vexact.training.sequence_parallel import check_size
+from vexact.training.sequence_parallel import SequenceRanks, check_size
 from vexact.types import DrawSettings, Sample, TrainSequence
 
 WORLD = 4
@@ -21,13 +23,14 @@ LENGTHS = [(5, 3), (2, 88), (9, 7), (1, 1), (30, 11), (4, 6), (3, 2), (11, 13)] 
 UNTIED = {"tie_word_embeddings": False}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-SIX_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
+TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
+KEPT = [(2, {}), (4, {}), (2, TWELVE_HEADS), (4, TWELVE_HEADS)]
 CASES = {
     "fp32, tied": ({}, {}),
     "bf16, tied": ({}, {"dtype": "bfloat16"}),
     "fp32, untied, entropy": (UNTIED, {"entropy_coeff": 0.01, "use_kl_loss": True}),
-    "bf16, untied, checkpointed": (UNTIED | SIX_HEADS, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
-    "fp32, sequence-level loss": (LLAMA | SIX_HEADS, {"loss_mode": "gspo"}),
+    "bf16, untied, checkpointed": (UNTIED | TWELVE_HEADS, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
+    "fp32, sequence-level loss": (LLAMA | TWELVE_HEADS, {"loss_mode": "gspo"}),
     "fp32, biases": (QWEN2, {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}),
 }
 
@@ -73,6 +76,14 @@ def outcome(case, size, chosen, **more):
     }
 
 
+def kept_by_a_further_layer(size, heads):
+    models = [tiny_model(dtype=torch.bfloat16, num_hidden_layers=layers, **heads) for layers in (2, 3)]
+    sharing = SequenceRanks.of_process(size)
+    batch = pack_tokens([TokenSequence([1] * 20, [2] * 30), TokenSequence([3], [4] * 9)], sharing=sharing)
+    few, many = (kept_bytes(model, batch) for model in models)
+    return (many - few) / len(batch.input_ids)
+
+
 def work(rank, directory):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), WORLD)
@@ -86,6 +97,7 @@ def work(rank, directory):
     found["not checkpointed"] = outcome("fp32, biases", 4, everything, enable_gradient_checkpointing=False)
     config = ActorConfig(ppo_max_token_len_per_gpu=30, ulysses_sequence_parallel_size=4)
     found["reference"] = Reference(tiny_model(), config).logprobs(everything)
+    found["kept"] = [kept_by_a_further_layer(size, heads) for size, heads in KEPT]
     with pytest.raises(ValueError, match=r"request-1 has 89 tokens, more than .*per_gpu x .*parallel_size=80"):
         actor_of("fp32, tied", 4, ppo_max_token_len_per_gpu=20).logprobs(everything)
     with pytest.raises(ValueError, match=r"=3: 4 training ranks cannot .*use 1, 2 or 4, or train on a multiple of 3"):
@@ -168,6 +180,12 @@ def test_the_reference_shares_as_well(ranks):
     expected = Reference(tiny_model(), ActorConfig()).logprobs(sequences())
     for rank in range(WORLD):
         assert_same(ranks[rank]["reference"], expected)
+
+
+def test_a_rank_keeps_the_activations_that_are_predicted(ranks):
+    for at, (size, heads) in enumerate(KEPT):
+        predicted = layer_bytes_per_token(tiny_model(**heads).config, 2, size)
+        assert [ranks[rank]["kept"][at] for rank in range(WORLD)] == [predicted] * WORLD
 
 
 @pytest.mark.parametrize(
