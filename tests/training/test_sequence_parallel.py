@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training_support import gradients_of, kept_bytes, tiny_model, weights_of
+from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
 from vexact.config.activation_memory import layer_bytes_per_token
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.optimizer import unsharded
+from vexact.training.ranks import unsharded
 from vexact.training.redraw import Redraw
 from vexact.training.sequence_parallel import SequenceRanks, check_size
 from vexact.types import DrawSettings, Sample, TrainSequence
@@ -25,6 +25,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
 KEPT = [(2, {}), (4, {}), (2, TWELVE_HEADS), (4, TWELVE_HEADS)]
+ALONE = ("fp32, tied", "bf16, untied, checkpointed")  # also on two ranks without the others
 CASES = {
     "fp32, tied": ({}, {}),
     "bf16, tied": ({}, {"dtype": "bfloat16"}),
@@ -46,11 +47,11 @@ def sequences():
     return made
 
 
-def actor_of(case, size, **more):
+def actor_of(case, size, group=None, **more):
     model, config = CASES[case]
-    settings = {"ppo_max_token_len_per_gpu": 96 // size, "ulysses_sequence_parallel_size": size, "grad_clip": math.inf}
-    optim = OptimConfig(lr=1e-2)
-    return Actor(tiny_model(**model), ActorConfig(ppo_mini_batch_size=8, optim=optim, **(settings | config | more)))
+    settings = {"ppo_max_token_len_per_gpu": 92 // size, "ulysses_sequence_parallel_size": size, "grad_clip": math.inf}
+    config = ActorConfig(ppo_mini_batch_size=8, optim=OptimConfig(lr=1e-2), **(settings | config | more))
+    return Actor(tiny_model(**model), config, group=group)
 
 
 def redraw_of(samples):
@@ -58,20 +59,20 @@ def redraw_of(samples):
     return Redraw([s.sample for s in samples], settings, 0.5)
 
 
-def outcome(case, size, chosen, **more):
+def outcome(case, size, group=None, **more):
     """What one actor says of the sequences: log-probabilities, audited and redrawn tokens, gradients and weights."""
-    actor, audited, redraw = actor_of(case, size, **more), {}, redraw_of(chosen)
+    chosen = sequences()
+    actor, audited, redraw = actor_of(case, size, group, **more), {}, redraw_of(chosen)
     logprobs = actor.logprobs(chosen)
-    metrics = actor.update(
-        chosen, lambda indices, values: audited.update(zip(indices, values, strict=True)), redraw=redraw
+    metrics, gradients = gradients_of_update(
+        actor, chosen, audit=lambda indices, values: audited.update(zip(indices, values, strict=True)), redraw=redraw
     )
-    gradients = {name: unsharded(gradient).float() for name, gradient in gradients_of(actor).items()}
     return {
         "logprobs": logprobs,
         "audited": audited,
         "redrawn": redraw.take(),
         "metrics": metrics,
-        "gradients": gradients,
+        "gradients": {name: unsharded(gradient).float() for name, gradient in gradients.items()},
         "weights": weights_of(actor),
     }
 
@@ -89,12 +90,11 @@ def work(rank, directory):
     store = dist.FileStore(str(Path(directory) / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     everything = sequences()
-    found = {("four", case): outcome(case, 4, everything) for case in CASES}
-    # Two pairs: each has half of the sequences.
-    half = everything[rank // 2 :: 2]
-    found |= {("two", case): outcome(case, 2, half) for case in CASES}
-    found["again"] = outcome("fp32, biases", 4, everything)
-    found["not checkpointed"] = outcome("fp32, biases", 4, everything, enable_gradient_checkpointing=False)
+    found = {(size, case): outcome(case, size) for case in CASES for size in (2, 4)}
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found["on two ranks"] = {case: outcome(case, 2, pairs[rank // 2])["weights"] for case in ALONE}
+    found["again"] = outcome("fp32, biases", 4)["weights"]
+    found["not checkpointed"] = outcome("fp32, biases", 4, enable_gradient_checkpointing=False)["weights"]
     config = ActorConfig(ppo_max_token_len_per_gpu=30, ulysses_sequence_parallel_size=4)
     found["reference"] = Reference(tiny_model(), config).logprobs(everything)
     found["kept"] = [kept_by_a_further_layer(size, heads) for size, heads in KEPT]
@@ -115,7 +115,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {case: outcome(case, 1, sequences()) for case in CASES}
+    return {case: outcome(case, 1) for case in CASES}
 
 
 def assert_same(left, right):
@@ -125,27 +125,27 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_log_probabilities_are_those_of_one_rank(ranks, alone, case):
+@pytest.mark.parametrize("size", [2, 4])
+def test_log_probabilities_are_those_of_one_rank(ranks, alone, case, size):
     for rank in range(WORLD):
-        assert_same(ranks[rank]["four", case]["logprobs"], alone[case]["logprobs"])
-        assert_same(ranks[rank]["two", case]["logprobs"], alone[case]["logprobs"][rank // 2 :: 2])
+        assert_same(ranks[rank][size, case]["logprobs"], alone[case]["logprobs"])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_rank_of_those_that_share_reports_to_the_audit(ranks, alone, case):
-    expected = alone[case]["audited"]
-    assert [len(ranks[rank]["four", case]["audited"]) for rank in range(WORLD)] == [8, 0, 0, 0]
-    assert [len(ranks[rank]["two", case]["audited"]) for rank in range(WORLD)] == [4, 0, 4, 0]
-    for index, values in ranks[0]["four", case]["audited"].items():
-        assert_same([values], [expected[index]])
-    for rank in (0, 2):
-        for index, values in ranks[rank]["two", case]["audited"].items():
-            assert_same([values], [expected[2 * index + rank // 2]])
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_rank_of_those_that_share_reports_to_the_audit(ranks, alone, case, size):
+    reports = [ranks[rank][size, case]["audited"] for rank in range(WORLD)]
+    assert all(bool(report) == (rank % size == 0) for rank, report in enumerate(reports))
+    assert sorted(index for report in reports for index in report) == list(range(8))
+    for report in reports:
+        for index, values in report.items():
+            assert_same([values], [alone[case]["audited"][index]])
 
 
-def test_each_rank_repeats_the_draws_of_its_own_tokens(ranks, alone):
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_rank_repeats_the_draws_of_its_own_tokens(ranks, alone, size):
     for case in CASES:
-        shares = [ranks[rank]["four", case]["redrawn"] for rank in range(WORLD)]
+        shares = [ranks[rank][size, case]["redrawn"] for rank in range(WORLD)]
         assert all(len(share.sequences) for share in shares)
         joined = [np.concatenate([getattr(share, name) for share in shares]) for name in shares[0].__slots__]
         expected = [getattr(alone[case]["redrawn"], name) for name in shares[0].__slots__]
@@ -157,23 +157,23 @@ def test_each_rank_repeats_the_draws_of_its_own_tokens(ranks, alone):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_and_metrics_are_those_of_one_rank_but_for_rounding(ranks, alone, case):
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_and_metrics_are_those_of_one_rank_but_for_rounding(ranks, alone, case, size):
     tolerance = 3e-2 if "bf16" in case else 2e-5
-    for sharing in ("four", "two"):
-        for rank in range(WORLD):
-            found = ranks[rank][sharing, case]
-            for name, gradient in alone[case]["gradients"].items():
-                error = (found["gradients"][name] - gradient).abs().max() / gradient.abs().max()
-                assert error < tolerance, (name, error)
-            assert found["metrics"] == pytest.approx(alone[case]["metrics"], rel=tolerance, abs=1e-6)
+    for rank in range(WORLD):
+        found = ranks[rank][size, case]
+        for name, gradient in alone[case]["gradients"].items():
+            error = (found["gradients"][name] - gradient).abs().max() / gradient.abs().max()
+            assert error < tolerance, (name, error)
+        assert found["metrics"] == pytest.approx(alone[case]["metrics"], rel=tolerance, abs=1e-6)
 
 
-def test_weights_do_not_depend_on_the_run_or_on_checkpointing(ranks):
-    first = ranks[0]["four", "fp32, biases"]["weights"]
+def test_weights_depend_on_how_many_share_and_on_nothing_else(ranks):
     for rank in range(WORLD):
         for run in ("again", "not checkpointed"):
-            for name, weight in ranks[rank][run]["weights"].items():
-                assert torch.equal(weight, first[name]), (run, name)
+            assert_same_bits(ranks[rank][run], ranks[0][4, "fp32, biases"]["weights"])
+        for case, weights in ranks[rank]["on two ranks"].items():
+            assert_same_bits(weights, ranks[0][2, case]["weights"])
 
 
 def test_the_reference_shares_as_well(ranks):

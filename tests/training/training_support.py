@@ -54,8 +54,17 @@ def weights_of(actor):
     return {name: tensor.clone() for name, tensor in actor.named_weights()}
 
 
-def gradients_of(actor):
-    return {name: parameter.grad.clone() for name, parameter in actor.model.named_parameters()}
+def gradients_of_update(actor, sequences, **arguments):
+    """The metrics of one update and the gradients of its last optimizer step; they are gone after it."""
+    gradients, step = {}, actor.optimizer.step
+
+    def watched(max_norm):
+        norm = step(max_norm)
+        gradients.update({name: parameter.grad.clone() for name, parameter in actor.model.named_parameters()})
+        return norm
+
+    actor.optimizer.step = watched
+    return actor.update(sequences, **arguments), gradients
 
 
 def assert_same_bits(left, right):

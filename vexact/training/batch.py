@@ -12,7 +12,7 @@ from torch import Tensor
 from vexact.models import Targets
 from vexact.models.sequence_parallel import SlicedMetadata
 from vexact.ops import PackedMetadata
-from vexact.training.sequence_parallel import SequenceRanks, SequenceShare
+from vexact.training.sequence_parallel import SequencePart, SequenceRanks
 from vexact.types import TrainSequence
 
 
@@ -21,16 +21,16 @@ class PackedBatch:
     """B sequences with T input tokens and R response tokens in all.
 
     The last token of a sequence predicts nothing, so it is a target but no input. Only ``targets.rows`` of the hidden
-    states reach the language-model head: no logits of prompt tokens are ever computed. With a ``share`` other ranks
+    states reach the language-model head: no logits of prompt tokens are ever computed. With a ``part`` other ranks
     compute the other tokens; the targets are those of all.
     """
 
-    input_ids: Tensor  # (T,) int64, with a share this rank's slice
-    positions: Tensor  # (T,) int64, from 0 in every sequence; with a share this rank's slice
+    input_ids: Tensor  # (T,) int64, with a part this rank's slice
+    positions: Tensor  # (T,) int64, from 0 in every sequence; with a part this rank's slice
     attention: PackedMetadata | SlicedMetadata
     targets: Targets  # the R response tokens
     response_lengths: Tensor  # (B,) int64
-    share: SequenceShare | None = None
+    part: SequencePart | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,13 +89,13 @@ def pack_tokens(
     inv_temperature = np.array([s.inv_temperature for s in sequences], np.float32)
     min_logits = _concatenate([_min_logits(s) for s in sequences])
 
-    share: SequenceShare | None = None
+    own: SequencePart | None = None
     attention: PackedMetadata | SlicedMetadata
     if sharing is None:
         attention = PackedMetadata.from_lengths(input_lengths.tolist(), device)
     else:
-        share, attention = sharing.share(input_lengths.tolist(), rows, device)
-        inputs, positions = share.slice_of(inputs), share.slice_of(positions)
+        own, attention = sharing.part(input_lengths.tolist(), rows, device)
+        inputs, positions = own.slice_of(inputs), own.slice_of(positions)
 
     def tensor(values: object) -> Tensor:
         return torch.as_tensor(values).to(device, non_blocking=True)
@@ -111,7 +111,7 @@ def pack_tokens(
             min_logit=tensor(min_logits),
         ),
         response_lengths=tensor(response_lengths),
-        share=share,
+        part=own,
     )
 
 

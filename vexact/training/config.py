@@ -95,6 +95,8 @@ class ActorConfig:
     enable_gradient_checkpointing: bool = False
     dtype: str = "float32"  # of the forward, the backward and the weights that the rollout receives
     fsdp: bool | None = None  # None: shard when there are several ranks or the model's dtype is not ``dtype``
+    param_offload: bool = False  # master weights wait in host memory while nobody computes with them
+    optimizer_offload: bool = False  # moments live in host memory and pass through the device during a step
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:

@@ -70,8 +70,8 @@ class Redraw:
         sequences, responses = np.repeat(np.asarray(indices), lengths), ramps(lengths)
         seeds, positions = self._seeds[sequences], self._prompt_lengths[sequences] + responses
         rows = np.flatnonzero(_share(seeds, positions) < self._ratio)
-        if batch.share is not None:
-            own = batch.share.targets
+        if batch.part is not None:
+            own = batch.part.targets
             rows = rows[(own.start <= rows) & (rows < own.stop)]
         if not len(rows):
             return batch

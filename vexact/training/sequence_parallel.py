@@ -68,9 +68,9 @@ class SequenceRanks:
         sharing = members[first : first + size]
         return cls(dist.new_group(sharing, use_local_synchronization=True), size, sharing.index(dist.get_rank()))
 
-    def share(
+    def part(
         self, lengths: Sequence[int], target_rows: np.ndarray, device: torch.device | str
-    ) -> tuple[SequenceShare, SlicedMetadata]:
+    ) -> tuple[SequencePart, SlicedMetadata]:
         """This rank's part of packed sequences.
 
         Args:
@@ -83,12 +83,12 @@ class SequenceRanks:
         # What fills the last slices up is a sequence of its own, which no target belongs to.
         packed = PackedMetadata.from_lengths([*lengths, fill] if fill else list(lengths), device)
         counts = np.bincount(target_rows // width, minlength=self.size)
-        share = SequenceShare(self, slice(self.rank * width, (self.rank + 1) * width), tuple(counts.tolist()))
-        return share, SlicedMetadata(packed, HeadExchange(self.group, self.size))
+        part = SequencePart(self, slice(self.rank * width, (self.rank + 1) * width), tuple(counts.tolist()))
+        return part, SlicedMetadata(packed, HeadExchange(self.group, self.size))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SequenceShare:
+class SequencePart:
     """Which tokens and targets of one micro-batch are this rank's."""
 
     ranks: SequenceRanks
@@ -147,10 +147,10 @@ class SequenceShare:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: SequenceShare, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.share = share
+    def forward(ctx: Any, part: SequencePart, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.part = part
         ctx.set_materialize_grads(False)
-        logprobs, entropy = share.gather(logprobs, entropy)
+        logprobs, entropy = part.gather(logprobs, entropy)
         return logprobs.clone(), entropy.clone()
 
     @staticmethod
@@ -159,6 +159,6 @@ class _Gather(torch.autograd.Function):
         ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None
     ) -> tuple[None, Tensor | None, Tensor | None]:
         def own(gradient: Tensor | None) -> Tensor | None:
-            return None if gradient is None else gradient[ctx.share.targets].clone()  # copied as in SequenceShare.own
+            return None if gradient is None else gradient[ctx.part.targets].clone()  # copied as in SequencePart.own
 
         return None, own(dlogprobs), own(dentropy)

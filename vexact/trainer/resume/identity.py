@@ -19,7 +19,7 @@ from vexact.config.fields import flatten
 from vexact.data import PromptDataset
 from vexact.models import ModelConfig
 from vexact.trainer.resume.settings import deciding_settings
-from vexact.training.optimizer import unsharded
+from vexact.training.ranks import unsharded
 from vexact.weights import checksum
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
