@@ -1,6 +1,7 @@
 """Ranks that share micro-batches, as Gloo processes: the log-probabilities of one rank, and its gradients."""
 
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,9 @@ def kept_by_a_further_layer(size, heads):
 def work(rank, directory):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    limit = timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    assert SequenceRanks.of_process(2).group._get_backend(torch.device("cpu")).options._timeout == limit
     everything = sequences()
     found = {(size, case): outcome(case, size) for case in CASES for size in (2, 4)}
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]

@@ -74,7 +74,7 @@ def work(rank, directory):
     torch.cuda.set_device(rank)
     device = torch.device("cuda", rank)
     store = dist.FileStore(str(Path(directory) / "store"), 2)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=2, device_id=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=2)
     torch.save({case: outcome(case, 2, device) for case in CASES}, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ def check_size(size: int, num_ranks: int, num_heads: int) -> None:
         size: S, the ranks that are to share a micro-batch. num_ranks: those that train. num_heads: of the queries.
 
     Raises:
-        ValueError: S divides not both.
+        ValueError: S does not divide both.
     """
     fitting = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0 and num_heads % n == 0]
     if size in fitting:
@@ -62,11 +62,17 @@ class SequenceRanks:
 
     @classmethod
     def of_process(cls, size: int, group: dist.ProcessGroup | None = None) -> SequenceRanks:
-        """Every ``size`` neighbours of ``group`` (None: the default group), whose ranks call this together."""
-        members = dist.get_process_group_ranks(group)
-        first = members.index(dist.get_rank()) // size * size
+        """Every ``size`` neighbours of ``group`` (None: the default group), whose ranks call this together.
+
+        Their collectives wait as long as those of ``group``.
+        """
+        group = dist.group.WORLD if group is None else group
+        assert group is not None, "only ranks of a group share"
+        members, own = dist.get_process_group_ranks(group), dist.get_rank()
+        first = members.index(own) // size * size
         sharing = members[first : first + size]
-        return cls(dist.new_group(sharing, use_local_synchronization=True), size, sharing.index(dist.get_rank()))
+        limit = group._get_backend(group._device_types[0]).options._timeout  # which a new group does not take over
+        return cls(dist.new_group(sharing, limit, use_local_synchronization=True), size, sharing.index(own))
 
     def part(
         self, lengths: Sequence[int], target_rows: np.ndarray, device: torch.device | str
