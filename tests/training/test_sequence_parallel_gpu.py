@@ -12,11 +12,14 @@ import torch.multiprocessing as mp
 from vexact.config.activation_memory import activation_bytes
 from vexact.models import ModelConfig, random_model
 from vexact.training import Actor, ActorConfig, OptimConfig
+from vexact.training.packing import pack
 from vexact.training.ranks import close_process_group
 from vexact.types import Sample, TrainSequence
 
 pytestmark = pytest.mark.multi_gpu
-LENGTHS = [(401, 15983), (1, 1), (37, 412), (300, 700), (5, 3)]  # 17,838 input tokens: slices cut the long sequence
+# Two micro-batches of up to 18 k tokens: a slice cuts the one long sequence, and holds no response token of the other.
+LENGTHS = [(401, 15983), (1, 1), (37, 412), (300, 700), (5, 3), (18000, 20)]
+BUDGET = 20480
 SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -54,7 +57,7 @@ def outcome(case, size, device):
     """Log-probabilities without and with gradients, metrics, and the bytes of an update beside weights and moments."""
     overrides, more = CASES[case]
     model = random_model(ModelConfig.from_hf_dict(SIZES | overrides), 0, device=device)
-    settings = {"ppo_mini_batch_size": len(LENGTHS), "ppo_max_token_len_per_gpu": 20480 // size, "dtype": "bfloat16"}
+    settings = {"ppo_mini_batch_size": len(LENGTHS), "ppo_max_token_len_per_gpu": BUDGET // size, "dtype": "bfloat16"}
     config = ActorConfig(ulysses_sequence_parallel_size=size, optim=OptimConfig(lr=1e-4), **settings, **more)
     actor, audited, chosen = Actor(model, config, device), {}, sequences()
     logprobs = actor.logprobs(chosen)
@@ -63,7 +66,8 @@ def outcome(case, size, device):
     before = torch.cuda.memory_allocated(device)
     actor.update(chosen)  # the moments are there by now
     peak = torch.cuda.max_memory_allocated(device) - before
-    num_tokens = sum(prompt + response - 1 for prompt, response in LENGTHS)
+    lengths = [prompt + response - 1 for prompt, response in LENGTHS]
+    num_tokens = max(sum(lengths[i] for i in group) for group in pack(lengths, BUDGET, balance=True))
     predicted = activation_bytes(
         model.config, num_tokens, 2, recomputed=config.enable_gradient_checkpointing, sharing=size
     )
