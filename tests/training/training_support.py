@@ -5,6 +5,7 @@ import torch
 
 from vexact.models import ModelConfig, random_model
 from vexact.training import Actor, ActorConfig, OptimConfig
+from vexact.training.forward import token_scores
 from vexact.types import Sample, TrainSequence
 
 TINY = {
@@ -70,3 +71,21 @@ def assert_same_bits(left, right):
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
+
+
+def kept_bytes(model, batch, recomputed=False):
+    """What autograd keeps of one training forward, beside weights and the batch itself."""
+    storages = {}
+    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.positions]
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor  # held, so that no address is used twice
+
+    model.gradient_checkpointing = recomputed
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = token_scores(model, batch)
+    return sum(storages.values()) if scores.logprobs.requires_grad else 0

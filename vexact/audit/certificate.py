@@ -103,7 +103,7 @@ def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
     """
-    prompts, params = _requests(engine, actor.config.ppo_max_token_len_per_gpu)
+    prompts, params = _requests(engine, actor.config.max_micro_batch_tokens)
     samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
     settings = [

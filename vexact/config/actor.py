@@ -92,6 +92,13 @@ class ActorSettings:
         "are summed in another order and may differ in their last bits, so the weights after an update may as well.",
         ge=1,
     )
+    ulysses_sequence_parallel_size: int = opt(
+        1,
+        "GPUs that share each packed forward, of so many times ppo_max_token_len_per_gpu tokens: for long responses. "
+        "Must divide the training GPUs and the model's attention heads. Log-probabilities keep their bits; weights "
+        "after an update are those of this size. The reference policy is shared alike.",
+        ge=1,
+    )
     ppo_epochs: int = opt(
         1, "Passes over each rollout batch; only the first update of the first pass is on-policy.", ge=1
     )

@@ -76,7 +76,11 @@ REFUSED = (
         (None,),
         "the only engine is vexact; its keys lie directly in the rollout section",
     ),
-    Refused(f"{_ACTOR}.ulysses_sequence_parallel_size", (1,), "sequence parallelism is not supported yet"),
+    Refused(
+        "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
+        (None,),
+        f"the reference policy takes {_ACTOR}.ulysses_sequence_parallel_size",
+    ),
     Refused(f"{_ACTOR}.entropy_from_logits_with_chunking", (False, True), "the entropy is always computed in chunks"),
     Refused(
         f"{_ACTOR}.fsdp_config.offload_policy",

@@ -61,12 +61,13 @@ class Actor:
             group: the ranks that train; None for all of the default process group, or for a lone process.
 
         Raises:
-            ValueError: sharding is off but needed, or several ranks are to train weights that are not float32.
+            ValueError: sharding is off but needed, several ranks are to train weights that are not float32, or the
+                ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``.
         """
         self.config, self.model = config, model
         self.one_pass = one_pass.applies(config, model.config)
         where = torch.device(device) if device is not None else model.lm_head_weight.device
-        self.ranks = Ranks.of_process(where, group)
+        self.ranks = Ranks.of_process(where, group).sharing(config.ulysses_sequence_parallel_size, model.config)
         master_dtype = model.lm_head_weight.dtype
         if self.ranks.mesh is not None and master_dtype != torch.float32:
             raise ValueError(
@@ -235,7 +236,7 @@ class Actor:
         def watch(batch: PackedBatch, group: list[int]) -> PackedBatch:
             return batch if redraw is None else redraw.watch(batch, [indices[i] for i in group])
 
-        budget = self.config.ppo_max_token_len_per_gpu
+        budget = self.config.max_micro_batch_tokens
         scored = score(self.model, tokens, names, budget, self.ranks, watch)
         return Scored([indices[i] for i in scored.indices], scored.logprobs)
 
@@ -289,13 +290,14 @@ class Actor:
         denominators = Denominators(num_tokens, len(tokens), self.config.loss_scale_factor)
         names = [s.sample.request_id for s in chosen]
         lengths, balance = [s.num_input_tokens for s in tokens], self.config.balance_micro_batches
-        groups = pack(lengths, self.config.ppo_max_token_len_per_gpu, balance=balance, names=names)
+        budget, key = self.config.max_micro_batch_tokens, self.ranks.budget_key
+        groups = pack(lengths, budget, balance=balance, names=names, key=key)
         own = self.ranks.share(groups)
         metrics = MiniBatchMetrics()
-        self._gradients.start(len(groups))
+        self._gradients.start(len(groups) * self.ranks.per_batch)
         values, read = [], []
         for group in own:
-            batch = group_batch(tokens, group, self.ranks.device)
+            batch = group_batch(tokens, group, self.ranks)
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
             self._gradients.next_round()
@@ -307,7 +309,7 @@ class Actor:
             if read:
                 ledger.compare([indices[i] for group in own for i in group], torch.cat(read, dim=1).cpu())
             if audit is not None:
-                scored = by_sequence(values, tokens, own)
+                scored = by_sequence(values, tokens, self.ranks.reported(own))
                 seen = [indices[i] for i in scored.indices]
                 audit(seen + beyond.indices, scored.logprobs + beyond.logprobs)
         shares = self.ranks.by_micro_batch(metrics.rows, len(groups)).T.tolist()

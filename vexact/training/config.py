@@ -91,7 +91,8 @@ class ActorConfig(OffloadSettings, ActorSettings):
             raise ValueError(f"unknown actor.dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if not self.grad_clip > 0:
             raise ValueError(f"actor.grad_clip must be positive (use inf for no clipping), got {self.grad_clip}")
-        for key in ("ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ppo_epochs"):
+        positive = "ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ulysses_sequence_parallel_size", "ppo_epochs"
+        for key in positive:
             if getattr(self, key) < 1:
                 raise ValueError(f"actor.{key} must be at least 1, got {getattr(self, key)}")
 
@@ -99,6 +100,11 @@ class ActorConfig(OffloadSettings, ActorSettings):
     def agg_mode(self) -> str:
         """The aggregation in force: sequence-level losses fix their own, whatever ``loss_agg_mode`` says."""
         return FIXED_AGG_MODES.get(self.loss_mode, self.loss_agg_mode)
+
+    @property
+    def max_micro_batch_tokens(self) -> int:
+        """The budget of a micro-batch: that of one GPU times the ranks that share it, as in verl."""
+        return self.ppo_max_token_len_per_gpu * self.ulysses_sequence_parallel_size
 
     @property
     def torch_dtype(self) -> torch.dtype:

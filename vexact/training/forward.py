@@ -30,13 +30,15 @@ class Scored(NamedTuple):
 
 
 def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy | TrainedCrossEntropy:
-    """Log-probability and entropy of every response token of the batch, fp32 (R,)."""
-    return model(batch.input_ids, batch.positions, batch.attention, targets=batch.targets)
+    """Log-probability and entropy of every response token of the batch, fp32 (R,), on all ranks that share it."""
+    targets = batch.targets if batch.part is None else batch.part.own(batch.targets)
+    scores = model(batch.input_ids, batch.positions, batch.attention, targets=targets)
+    return scores if batch.part is None else batch.part.whole(scores)
 
 
-def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], device: torch.device) -> PackedBatch:
-    """The packed tensors of one group, a filler for an empty one."""
-    return pack_tokens([sequences[i] for i in group] or [FILLER], device)
+def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], ranks: Ranks) -> PackedBatch:
+    """The packed tensors of one group, a filler for an empty one; of this rank's part where ranks share it."""
+    return pack_tokens([sequences[i] for i in group] or [FILLER], ranks.device, ranks.sequence)
 
 
 def fingerprint(sequences: Sequence[TokenSequence], names: Sequence[str]) -> int:
@@ -59,17 +61,18 @@ def score(
     All ranks call it together, with the same sequences. ``watch(batch, group)`` may exchange the batch of a group for
     one whose forward is observed.
     """
-    groups = ranks.share(pack([s.num_input_tokens for s in sequences], budget, balance=True, names=names))
+    lengths = [s.num_input_tokens for s in sequences]
+    groups = ranks.share(pack(lengths, budget, balance=True, names=names, key=ranks.budget_key))
     values = []
     try:
         for group in groups:
             interrupt.check()
-            batch = group_batch(sequences, group, ranks.device)
+            batch = group_batch(sequences, group, ranks)
             values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
     finally:
         if isinstance(model, FSDPModule):
             model.reshard()  # a forward without a backward leaves gathered copies in the place of the root's weights
-    return by_sequence(values, sequences, groups)
+    return by_sequence(values, sequences, ranks.reported(groups))
 
 
 def by_sequence(
@@ -77,7 +80,8 @@ def by_sequence(
 ) -> Scored:
     """Splits the packed values (R,) of every group into one array per sequence, in ascending order of indices.
 
-    A filler's go nowhere. All values come to the host in one copy, so that the device is waited for once.
+    Without groups the values go nowhere, as do a filler's. All come to the host in one copy, so that the device is
+    waited for once.
     """
     order = [index for group in groups for index in group]
     if not order:

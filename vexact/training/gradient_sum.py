@@ -33,9 +33,12 @@ class GradientSum:
                     module.set_custom_reduce_scatter(part)  # type: ignore[arg-type]
                     self._parts.append(part)
 
-    def start(self, num_micro_batches: int) -> None:
-        """Forgets the last mini-batch; this one has so many micro-batches over all ranks."""
-        self._missing = num_micro_batches
+    def start(self, num_leaves: int) -> None:
+        """Forgets the last mini-batch; this one has so many gradients to be added over all ranks.
+
+        They are one for each micro-batch, or where S ranks share each, S for each.
+        """
+        self._missing = num_leaves
         self.release()
 
     def next_round(self) -> None:

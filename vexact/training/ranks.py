@@ -1,11 +1,11 @@
-"""The data-parallel ranks as the actor sees them; with one rank every method is the identity."""
+"""The training ranks as the actor sees them; with one rank every method is the identity."""
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+
+from vexact.models import ModelConfig
+from vexact.training.packing import BUDGET_KEY
+from vexact.training.sequence_parallel import KEY as SHARING_KEY
+from vexact.training.sequence_parallel import SequenceRanks, check_size
 
 T = TypeVar("T")
 _REPORT_BYTES = 512
@@ -29,11 +34,15 @@ class PeerStopped(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """One data-parallel rank per process. ``mesh`` is None for a lone one, ``group`` when there is no group at all."""
+    """One rank per process. ``mesh`` is None for a lone one, ``group`` when there is no group at all.
+
+    Weights are sharded over all ranks. Those of a ``sequence`` compute each micro-batch together.
+    """
 
     mesh: DeviceMesh | None
     device: torch.device
     group: dist.ProcessGroup | None = None
+    sequence: SequenceRanks | None = None
 
     @classmethod
     def of_process(cls, device: torch.device, group: dist.ProcessGroup | None = None) -> Ranks:
@@ -43,6 +52,19 @@ class Ranks:
         if group is None or group.size() == 1:
             return cls(None, device, group)
         return cls(DeviceMesh.from_group(group, device.type), device, group)
+
+    def sharing(self, size: int, model: ModelConfig) -> Ranks:
+        """These ranks, ``size`` neighbours to a micro-batch. All ranks call it together.
+
+        Raises ValueError when ``size`` divides the ranks or the query heads of the model not evenly.
+        """
+        check_size(size, self.world_size, model.num_heads)
+        return self if size == 1 else replace(self, sequence=SequenceRanks.of_process(size, self.group))
+
+    @property
+    def per_batch(self) -> int:
+        """Ranks that compute a micro-batch together."""
+        return 1 if self.sequence is None else self.sequence.size
 
     @property
     def world_size(self) -> int:
@@ -60,10 +82,21 @@ class Ranks:
     def share(self, groups: Sequence[list[int]]) -> list[list[int]]:
         """What this rank computes of all micro-batches: number i falls to rank i mod W, in round i div W.
 
-        As many on every rank: where others have one more, an empty group stands at the end.
+        As many on every rank: where others have one more, an empty group stands at the end. Ranks that compute
+        micro-batches together count as one.
         """
-        rounds = range(self.rank, -(-len(groups) // self.world_size) * self.world_size, self.world_size)
+        at_once = self.world_size // self.per_batch
+        rounds = range(self.rank // self.per_batch, -(-len(groups) // at_once) * at_once, at_once)
         return [groups[i] if i < len(groups) else [] for i in rounds]
+
+    @property
+    def budget_key(self) -> str:
+        """What sets the token budget of a micro-batch, for messages."""
+        return BUDGET_KEY if self.sequence is None else f"{BUDGET_KEY} x {SHARING_KEY}"
+
+    def reported(self, groups: Sequence[list[int]]) -> Sequence[list[int]]:
+        """Those of this rank's micro-batches whose scores it reports: where ranks share them, one of these does."""
+        return groups if self.sequence is None or self.sequence.rank == 0 else []
 
     def gather(self, values: Tensor) -> Tensor:
         """Tensors of one shape and dtype: (...) of every rank -> (W, ...)."""
@@ -75,7 +108,7 @@ class Ranks:
 
     def by_micro_batch(self, values: Tensor, count: int) -> Tensor:
         """Rows of every rank, one per round, (rounds, ...) -> those of micro-batches 0 to ``count`` - 1 in order."""
-        return self.gather(values).transpose(0, 1).flatten(0, 1)[:count]
+        return self.gather(values)[:: self.per_batch].transpose(0, 1).flatten(0, 1)[:count]
 
     def add_bits(self, values: Tensor) -> Tensor:
         """The sum of integers over the ranks, in place; also joins what other ranks leave 0."""

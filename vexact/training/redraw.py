@@ -60,13 +60,19 @@ class Redraw:
         self._drawn: list[Tensor] = []  # (3, k) int32: token, bits of the smallest kept logit, best token
 
     def watch(self, batch: PackedBatch, indices: Sequence[int]) -> PackedBatch:
-        """``batch``, made of the samples ``indices`` in this order, whose forward repeats the chosen draws."""
+        """``batch``, made of the samples ``indices`` in this order, whose forward repeats the chosen draws.
+
+        Where ranks share the batch, each repeats those of its own tokens.
+        """
         if not indices:
             return batch
         lengths = self._lengths[indices]
         sequences, responses = np.repeat(np.asarray(indices), lengths), ramps(lengths)
         seeds, positions = self._seeds[sequences], self._prompt_lengths[sequences] + responses
         rows = np.flatnonzero(_share(seeds, positions) < self._ratio)
+        if batch.part is not None:
+            own = batch.part.targets
+            rows = rows[(own.start <= rows) & (rows < own.stop)]
         if not len(rows):
             return batch
         self._chosen.append(np.stack([sequences[rows], responses[rows]]))

@@ -33,12 +33,12 @@ class Reference:
     ) -> None:
         """Freezes ``model`` in place.
 
-        Of ``config`` only dtype, fsdp, param_offload and ppo_max_token_len_per_gpu are read. ``group`` is as for
-        ``Actor``.
+        Of ``config`` only dtype, fsdp, param_offload, ppo_max_token_len_per_gpu and ulysses_sequence_parallel_size are
+        read. ``group`` is as for ``Actor``.
         """
         self.config, self.model = config, model.requires_grad_(False)
         where = torch.device(device) if device is not None else model.lm_head_weight.device
-        self.ranks = Ranks.of_process(where, group)
+        self.ranks = Ranks.of_process(where, group).sharing(config.ulysses_sequence_parallel_size, model.config)
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
         self._parked = park(model, config.param_offload)
 
@@ -48,7 +48,7 @@ class Reference:
         tokens = [token_sequence(s) for s in sequences]
         self.ranks.require_equal("sequences", fingerprint(tokens, names))
         with self._parked.resident():
-            return score(self.model, tokens, names, self.config.ppo_max_token_len_per_gpu, self.ranks)
+            return score(self.model, tokens, names, self.config.max_micro_batch_tokens, self.ranks)
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Per sequence (R,) fp32, on every rank. All ranks call it together, with the same sequences."""

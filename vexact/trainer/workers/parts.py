@@ -51,5 +51,10 @@ def build_reference(config: Config, device: torch.device, group: dist.ProcessGro
         config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
     )
     offload = config.ref.fsdp_config.param_offload
-    settings = ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype, param_offload=offload)
+    settings = ActorConfig(
+        ppo_max_token_len_per_gpu=budget,
+        ulysses_sequence_parallel_size=config.actor.ulysses_sequence_parallel_size,
+        dtype=dtype,
+        param_offload=offload,
+    )
     return Reference(model, settings, device, group)
