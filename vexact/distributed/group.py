@@ -109,5 +109,6 @@ class WorkerGroup(ABC):
 
     def _ranks(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
         chosen = tuple(range(self.size)) if ranks is None else tuple(ranks)
-        assert len(set(chosen)) == len(chosen) and all(0 <= rank < self.size for rank in chosen), chosen
+        assert len(set(chosen)) == len(chosen), chosen
+        assert all(0 <= rank < self.size for rank in chosen), chosen
         return chosen
