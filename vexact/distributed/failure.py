@@ -22,7 +22,7 @@ MEMORY_ADVICE = (
 )
 GO_ON = "start the same command again to go on from the last checkpoint"
 _LOST_PEER = re.compile(
-    r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe|Socket Timeout|process group .*(abort|timed out)",
+    r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe|Socket Timeout|process group .*(abort|time)",
     re.IGNORECASE,
 )
 _NO_HOST_MEMORY = re.compile(r"DefaultCPUAllocator: (can't|not enough memory)|Cannot allocate memory", re.IGNORECASE)

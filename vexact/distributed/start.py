@@ -29,8 +29,8 @@ def resolve_layout(layout: Layout) -> Layout:
         return _of_cluster(layout)
     if layout.nnodes > 1:
         raise ValueError(
-            f"trainer.nnodes={layout.nnodes} needs a Ray cluster or torchrun on every node: start with `ray job submit` "
-            "(examples/multinode/ray_job.sh), set trainer.ray_address, or use torchrun"
+            f"trainer.nnodes={layout.nnodes} needs a Ray cluster, or torchrun on every node: use `ray job submit` "
+            "(examples/multinode/ray_job.sh), set trainer.ray_address, or start with torchrun"
         )
     return _of_machine(layout)
 
@@ -74,13 +74,15 @@ def _of_cluster(layout: Layout) -> Layout:
 def _of_torchrun(layout: Layout, launched: env.TorchrunRank) -> Layout:
     world_size, wanted = launched.world_size, layout.n_gpus_per_node
     if world_size % layout.nnodes or (wanted is not None and layout.nnodes * wanted != world_size):
-        asked = f"trainer.nnodes={layout.nnodes}" + (
-            f", trainer.n_gpus_per_node={wanted}" if wanted is not None else ""
+        per_node = "" if wanted is None else f" times trainer.n_gpus_per_node={wanted}"
+        raise ValueError(
+            f"torchrun started {world_size} process(es), and that is not trainer.nnodes={layout.nnodes}{per_node}; "
+            "leave these keys out"
         )
-        raise ValueError(f"torchrun started {world_size} process(es), which is not {asked}; leave these keys out")
-    per_node, device = world_size // layout.nnodes, _device(layout.device)
     transport: Transport = "torchrun" if world_size > 1 else "local"
-    return replace(layout, device=device, n_gpus_per_node=per_node, transport=transport)
+    return replace(
+        layout, device=_device(layout.device), n_gpus_per_node=world_size // layout.nnodes, transport=transport
+    )
 
 
 def _device(name: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

@@ -163,11 +163,11 @@ def _knock(address: str, named: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
     except (OSError, OverflowError) as error:
-        stale = (
-            f"the cluster that it names, {address}, has ended (`ray stop` forgets it)" if address not in named else ""
-        )
+        reason = str(error)
+        if address not in named:
+            reason = f"the last cluster of this machine, {address}, has ended (`ray stop` forgets it)"
         raise ClusterError(
-            f"{named}: no Ray head answers there: {stale or error}; start one with `ray start --head`, or "
+            f"{named}: no Ray head answers there: {reason}; start one with `ray start --head`, or "
             f"unset {named.split('=')[0]} to use this machine alone"
         ) from error
 

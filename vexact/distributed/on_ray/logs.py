@@ -36,10 +36,15 @@ class WorkerLines:
 
 
 def take_over() -> None:
-    """Replaces Ray's printer of this process by ours; where this Ray has none to replace, its own goes on."""
+    """Replaces Ray's printer of this process by ours; where this Ray has none to replace, its own goes on.
+
+    Its own also says, in half a page, that a worker died, which is for us to say; the switch is that of its debugger.
+    """
     try:
+        from ray._private import worker
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
     except ImportError:
         return
+    worker._worker_logs_enabled = False
     dispatcher.remove_handler("ray_print_logs")
     dispatcher.add_handler("ray_print_logs", WorkerLines())
