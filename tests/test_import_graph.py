@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"types", "interrupt"},
     "reward": LEAVES | {"interrupt", "data"},
     "report": LEAVES | {"streams"},
-    "distributed": LEAVES,
+    "distributed": LEAVES | {"interrupt"},
     "weights": {"types", "ops", "models"},
     "rollout": {"types", "interrupt", "config", "ops", "models", "weights"},
     "training": {"types", "interrupt", "config", "ops", "models", "algorithms", "weights", "distributed"},

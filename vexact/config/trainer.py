@@ -7,7 +7,6 @@ from typing import Literal
 
 from vexact.config.fields import LARGEST_64, opt
 
-ONE_PROCESS = "this version trains in one process; several GPUs and nodes are not supported yet"
 Sink = Literal["console", "jsonl", "wandb", "tensorboard"]
 
 
@@ -64,5 +63,18 @@ class TrainerSection:
         "On a resume whose settings, data, model, tokenizer or reward changed, so that its steps would not be those of "
         "an uninterrupted run: name the changes and stop, or go on.",
     )
-    nnodes: int = opt(1, "Machines.", ge=1, le=1, why=ONE_PROCESS)
-    n_gpus_per_node: int = opt(1, "GPUs per machine.", verl=8, ge=1, le=1, why=ONE_PROCESS)
+    nnodes: int = opt(1, "Machines.", ge=1)
+    n_gpus_per_node: int | None = opt(
+        None, "Processes per machine, one per GPU; null for every visible GPU, and for one on a CPU.", verl=8, ge=1
+    )
+    ray_address: str | None = opt(
+        None,
+        "host:port of the Ray cluster to join, auto for the one of this machine, local for a new one; null joins that "
+        "of RAY_ADDRESS, which a job of `ray job submit` has, and starts a new one without.",
+    )
+    worker_timeout_s: float = opt(
+        3600.0,
+        "Seconds after which one stage of a step (generation, update, …) on several processes counts as hung.",
+        gt=0,
+        le=604_800,
+    )

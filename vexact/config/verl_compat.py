@@ -162,7 +162,7 @@ UNUSED = (
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
     Unused("algorithm.rollout_correction.*", "rollout and trainer agree bit for bit: nothing to correct"),
     Unused("global_profiler.*", "profiling is not built in"),
-    Unused("ray_kwargs.*", "this version trains in one process, without Ray"),
+    Unused("ray_kwargs.*", "trainer.ray_address names the cluster, and RAY_* variables set it up"),
 )
 
 MOVED = {
