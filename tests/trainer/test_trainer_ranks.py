@@ -98,7 +98,7 @@ def assert_same_run(directory: Path, one_process: Path) -> None:
     assert digest(directory) == digest(one_process)
 
 
-@pytest.mark.parametrize("processes, more", [(2, ()), (3, ("trainer.rollout_gpus=1",)), (4, ())])
+@pytest.mark.parametrize(("processes", "more"), [(2, ()), (3, ("trainer.rollout_gpus=1",)), (4, ())])
 def test_torchrun_gives_the_weights_of_one_process(processes, more, tiny, one_process, tmp_path):
     output = torchrun(processes, arguments(tiny, tmp_path / "run", *more))
     assert_same_run(tmp_path / "run", one_process)

@@ -98,7 +98,7 @@ class Certificate:
 
 
 def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
-    """Samples a few random prompts on every replica, rescores and redraws every token with the actor, compares the bits.
+    """Samples random prompts on every replica, rescores and redraws every token with the actor, compares the bits.
 
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.

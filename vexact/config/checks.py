@@ -74,8 +74,8 @@ def _batches(config: Config) -> Iterator[str]:
             f"{ROLLOUT}.n={config.rollout.n}: {config.algorithm.adv_estimator} compares the samples of a prompt with "
             "each other; use n of at least 2, or algorithm.adv_estimator=reinforce_plus_plus"
         )
-    sharing, gpus = config.actor.ulysses_sequence_parallel_size, config.trainer.nnodes * config.trainer.n_gpus_per_node
-    if gpus % sharing:
+    sharing, gpus = config.actor.ulysses_sequence_parallel_size, config.trainer.training_gpus
+    if gpus is not None and gpus % sharing:
         yield (
             f"{ACTOR}.ulysses_sequence_parallel_size={sharing} does not divide the {gpus} training GPU(s) "
             f"(trainer.nnodes x trainer.n_gpus_per_node); try {_nearest_divisor(gpus, sharing)}, or train on a "

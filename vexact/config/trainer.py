@@ -78,3 +78,28 @@ class TrainerSection:
         gt=0,
         le=604_800,
     )
+    rollout_gpus: int | None = opt(
+        None,
+        "GPUs, of all nodes together, that generate while the others train; null has every GPU do both in turn.",
+        ge=1,
+    )
+    async_steps: int = opt(
+        0,
+        "Training steps that generation may run ahead, with weights as much older: 1 generates the next step's samples "
+        "while this one trains. Needs rollout_gpus.",
+        ge=0,
+        le=1,
+    )
+    async_audit_freq: int = opt(
+        10,
+        "With async_steps, every so many steps, the first included, samples are compared under the weights that "
+        "generated them, of which each rank keeps a copy in host memory; -1 for never.",
+        ge=-1,
+    )
+
+    @property
+    def training_gpus(self) -> int | None:
+        """GPUs that train; None when their number is that of the machine."""
+        if self.n_gpus_per_node is None:
+            return None
+        return self.nnodes * self.n_gpus_per_node - (self.rollout_gpus or 0)

@@ -37,3 +37,9 @@ class Policy(Protocol):
     ) -> dict[str, float]: ...
 
     def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]: ...
+
+
+class Scorer(Protocol):
+    """A frozen policy: ``Reference``, or shards of one."""
+
+    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]: ...

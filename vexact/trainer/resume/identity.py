@@ -30,8 +30,8 @@ def run_identity(
 ) -> dict[str, Any]:
     """Plain JSON values: the whole configuration, the part of it that decides the bits, and fingerprints.
 
-    What only the workers know is not in it yet: ``identity["environment"]``, and ``identity["model"]["weights"]``, which
-    is ``weights_digest`` of the model as loaded.
+    What only the workers know is not in it yet: ``identity["environment"]``, and ``identity["model"]["weights"]``,
+    which is ``weights_digest`` of the model as loaded.
     """
     identity = {
         "vexact": __version__,

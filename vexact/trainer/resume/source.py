@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vexact.config import Config
 from vexact.trainer.checkpoint import (
@@ -14,13 +14,17 @@ from vexact.trainer.checkpoint import (
     Progress,
     load_checkpoint,
     read_identity,
-    restore,
     verify_checkpoint,
 )
 from vexact.trainer.resume.changes import Identity, breaking_changes, environment_changes
-from vexact.training import Actor
 
 log = logging.getLogger(__name__)
+
+
+class Restorable(Protocol):
+    """What holds an actor: ``vexact.trainer.workers.Workers``."""
+
+    def restore(self, path: Path) -> Progress: ...
 
 
 class ResumeError(ValueError):
@@ -36,13 +40,13 @@ class Source:
     step: int | None  # None: format 1 under another name than step_N, of which only the tensors' file knows
     identity: Identity | None  # None: format 1
 
-    def restore(self, actor: Actor) -> Progress:
-        """Puts the state into ``actor`` and says where the run stands.
+    def restore(self, workers: Restorable) -> Progress:
+        """Puts the state into the actor and says where the run stands.
 
         Raises:
             CheckpointError: a file is damaged, or the state is not this model's.
         """
-        progress = restore(self.path, actor)
+        progress = workers.restore(self.path)
         named = self.path.name.removeprefix("step_")
         if self.in_this_run and named != str(progress.step):
             raise CheckpointError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from vexact.audit.environment import environment
 from vexact.config import Config
@@ -14,7 +17,7 @@ from vexact.data import DataOrder, PromptDataset
 from vexact.distributed import Layout, RankInfo, WorkerGroup, start_workers
 from vexact.reward.pool import RewardPool
 from vexact.rollout import Engine
-from vexact.trainer.checkpoint import ShardGroup, ShardWriter, restore_shards
+from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup
 from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
@@ -22,6 +25,8 @@ from vexact.trainer.workers.parts import build_actor, build_engine, build_refere
 from vexact.trainer.workers.roles import Roles, roles_of
 from vexact.trainer.workers.worker import Worker
 from vexact.training import Actor, Reference
+from vexact.training.redraw import Redraw
+from vexact.types import TrainSequence
 from vexact.weights import sync_weights
 
 
@@ -40,36 +45,50 @@ class Workers:
     rewards: RewardPool
     shards: ShardGroup
     group: WorkerGroup | None = None
-    _closers: list[Callable[[], None]] = field(default_factory=list)
+    frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
 
     def sync_weights(self, version: int) -> dict[str, float]:
         """The rollout gets the actor's weights as ``version``, compared bit for bit. Raises WeightSyncError."""
         if self.group is None:
-            assert isinstance(self.engine, Engine) and isinstance(self.actor, Actor)
+            assert isinstance(self.engine, Engine)
+            assert isinstance(self.actor, Actor)
             return sync_weights(self.actor, self.engine, version)
-        results: list[dict[str, float]] = self.group.call("sync", version, stage="sync")
+        results: list[dict[str, float]] = self.group.call("sync", version, stage="the weight sync")
         self.engine.weights_version = version
         return results[0]
+
+    def release_cache(self) -> None:
+        """Lends the memory of the key-value cache to the training, where that is of use."""
+        if self.frees_cache:
+            self.engine.release_kv_cache()
+
+    def resume_cache(self) -> None:
+        """Takes the memory back."""
+        if self.frees_cache:
+            self.engine.resume_kv_cache()
+
+    def logprobs_at(self, version: int, sequences: Sequence[TrainSequence], redraw: Redraw | None) -> list[np.ndarray]:
+        """``actor.logprobs`` under an earlier version of the weights."""
+        assert isinstance(self.actor, ActorGroup), "one process generates with the version it trains"
+        return self.actor.logprobs(sequences, redraw, version)
 
     def environment(self) -> dict[str, object]:
         """Versions and device of the first process that trains."""
         if self.group is None:
             assert isinstance(self.actor, Actor)
             return environment(self.actor.ranks.device)
-        return dict(self.group.call("environment", ranks=[0], stage="start")[0])
+        return dict(self.group.call("environment", ranks=[0], stage="set-up")[0])
 
     def weights_digest(self) -> str:
         """SHA-256 of the actor's weights as they are."""
         if isinstance(self.actor, ActorGroup):
             return self.actor.weights_digest()
-        return weights_digest(self.actor.model)
+        with self.actor.resident():
+            return weights_digest(self.actor.model)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> Progress:
         """Puts the state of a verified checkpoint into the actor. Raises CheckpointError."""
-        if isinstance(self.actor, ActorGroup):
-            self.actor.restore(path)
-        else:
-            restore_shards(self.actor, path)
+        return self.actor.restore(path) if isinstance(self.actor, ActorGroup) else restore(path, self.actor)
 
     def close(self) -> None:
         """Ends the reward processes and the worker processes."""
@@ -94,7 +113,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
         "order": DataOrder(num_rows, config.data_seed, config.data.shuffle),
     }
     if layout.world_size == 1:
-        device = layout.torch_device
+        device = torch.device(layout.device)
         actor = build_actor(config, device, total_steps)
         return Workers(
             **common,

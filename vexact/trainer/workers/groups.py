@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from vexact.config import Config
-from vexact.distributed import WorkerGroup
+from vexact.distributed import Pending, WorkerGroup
 from vexact.rollout import EngineConfig, SamplingParams
 from vexact.rollout.replicas import split_prompts
 from vexact.rollout.requests.intake import expand
 from vexact.rollout.stats import merge_stats
-from vexact.trainer.checkpoint import Written
+from vexact.trainer.checkpoint import Progress, Written
 from vexact.trainer.workers.roles import Roles
 from vexact.trainer.workers.settings import actor_config, engine_settings
 from vexact.trainer.workers.worker import EngineFacts, Updated
-from vexact.training import ActorConfig, Ledger, Redraw
-from vexact.training.actor import Audit
+from vexact.training import ActorConfig, Ledger
 from vexact.training.forward import Scored
+from vexact.training.protocol import Audit
+from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSamples:
+    """Samples that replicas are generating."""
+
+    pending: Pending
+    shares: list[list[int]]  # prompts by replica
+    n: list[int]  # samples of each prompt
+    on_result: Callable[[Sequence[Sample]], None]
+
+    def result(self) -> list[Sample]:
+        """Waits; prompt-major, as ``Engine.generate`` gives them."""
+        by_prompt: list[list[Sample]] = [[] for _ in self.n]
+        for share, samples in zip(self.shares, self.pending.result(), strict=True):
+            at = iter(samples)
+            for index in share:
+                by_prompt[index] = [next(at) for _ in range(self.n[index])]
+        joined = [sample for of_prompt in by_prompt for sample in of_prompt]
+        self.on_result(joined)
+        return joined
 
 
 class EngineGroup:
@@ -35,7 +58,7 @@ class EngineGroup:
         self._group, self._ranks = group, list(roles.rollouts)
         self.weights_version = 0
         self.num_replicas = len(self._ranks)
-        facts: list[EngineFacts] = self._group.call("engine_facts", ranks=self._ranks, stage="start")
+        facts: list[EngineFacts] = self._group.call("engine_facts", ranks=self._ranks, stage="set-up")
         self.vocab_size, self.max_model_len = facts[0].vocab_size, facts[0].max_model_len
         self.num_cache_tokens = min(fact.num_cache_tokens for fact in facts)
         self._cache_tokens = [fact.num_cache_tokens for fact in facts]
@@ -48,41 +71,44 @@ class EngineGroup:
         request_ids: Sequence[str],
     ) -> list[Sample]:
         """As ``Engine.generate``, spread over the replicas by load."""
+        return self.start_generate(prompts, sampling_params, request_ids).result()
+
+    def start_generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[str],
+    ) -> PendingSamples:
+        """``generate`` without waiting."""
         params = expand("sampling_params", sampling_params, len(prompts))
-        mean_length = self._num_sampled_tokens / self._num_samples if self._num_samples else None
-        shares = split_prompts(
-            [len(prompt) for prompt in prompts],
-            [each.n for each in params],
-            [mean_length if mean_length is not None else each.max_tokens for each in params],
-            self._cache_tokens,
-        )
+        expected = max(each.max_tokens for each in params) / 2
+        if self._num_samples:
+            expected = self._num_sampled_tokens / self._num_samples
+        lengths, n = [len(prompt) for prompt in prompts], [each.n for each in params]
+        shares = split_prompts(lengths, n, self._cache_tokens, expected)
         arguments = [
             ([prompts[i] for i in share], [params[i] for i in share], [request_ids[i] for i in share])
             for share in shares
         ]
-        results = self._group.call_each("generate", arguments, ranks=self._ranks, stage="generate")
-        by_prompt: list[list[Sample]] = [[] for _ in prompts]
-        for share, samples in zip(shares, results, strict=True):
-            at = iter(samples)
-            for index in share:
-                by_prompt[index] = [next(at) for _ in range(params[index].n)]
-        joined = [sample for of_prompt in by_prompt for sample in of_prompt]
-        self._num_samples += len(joined)
-        self._num_sampled_tokens += sum(len(sample.token_ids) for sample in joined)
-        return joined
+        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage="generation")
+        return PendingSamples(pending, shares, n, self._note_lengths)
+
+    def _note_lengths(self, samples: Sequence[Sample]) -> None:
+        self._num_samples += len(samples)
+        self._num_sampled_tokens += sum(len(sample.token_ids) for sample in samples)
 
     def stats(self) -> dict[str, float]:
         """``rollout/*`` metrics since the last call, over all replicas."""
-        return merge_stats(self._group.call("engine_stats", ranks=self._ranks, stage="generate"))
+        return merge_stats(self._group.call("take_engine_stats", ranks=self._ranks, stage="generation")).metrics()
 
     def clear_prefix_cache(self) -> None:
-        self._group.call("clear_prefix_cache", ranks=self._ranks, stage="generate")
+        self._group.call("clear_prefix_cache", ranks=self._ranks, stage="generation")
 
     def release_kv_cache(self) -> None:
-        self._group.call("release_kv_cache", ranks=self._ranks, stage="release_kv_cache")
+        self._group.call("release_kv_cache", ranks=self._ranks, stage="releasing the KV cache")
 
     def resume_kv_cache(self) -> None:
-        self._group.call("resume_kv_cache", ranks=self._ranks, stage="resume_kv_cache")
+        self._group.call("resume_kv_cache", ranks=self._ranks, stage="resuming the KV cache")
 
 
 class ActorGroup:
@@ -96,18 +122,19 @@ class ActorGroup:
     def update(
         self,
         sequences: Sequence[TrainSequence],
-        audit: Audit,
+        audit: Audit | None = None,
         *,
-        ledger: Ledger,
+        ledger: Ledger | None = None,
         redraw: Redraw | None = None,
         every_token: bool = False,
     ) -> dict[str, float]:
         """As ``Actor.update``. Every rank compares its own share before the optimizer step; ``audit`` then sees all."""
         results: list[Updated] = self._group.call(
-            "update", sequences, ledger, redraw, every_token, ranks=self._ranks, stage="update"
+            "update", sequences, ledger, redraw, every_token, audit is not None, ranks=self._ranks, stage="the update"
         )
         self.problems = list(dict.fromkeys(problem for result in results for problem in result.problems))
-        self._show(audit, redraw, results)
+        if audit is not None:
+            self._show(audit, redraw, results)
         for result in results:
             if result.stopped is not None:
                 raise result.stopped
@@ -134,37 +161,42 @@ class ActorGroup:
         if stopped and len(self._ranks) > 1:
             error.add_note(f"compared by rank {', '.join(map(str, stopped))} of {len(self._ranks)}")
 
-    def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]:
-        """As ``Actor.logprobs``."""
-        results = self._group.call("logprobs", sequences, redraw, ranks=self._ranks, stage="log_prob")
+    def logprobs(
+        self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None, version: int | None = None
+    ) -> list[np.ndarray]:
+        """As ``Actor.logprobs``; under an earlier ``version`` of the weights if there is one given."""
+        results = self._group.call("logprobs", sequences, redraw, version, ranks=self._ranks, stage="scoring")
         for _, redrawn in results:
             if redraw is not None and redrawn is not None:
                 redraw.absorb(redrawn)
         return joined([scored for scored, _ in results], len(sequences))
 
     def weights_digest(self) -> str:
-        digests = self._group.call("weights_digest", ranks=self._ranks, stage="start")
+        digests = self._group.call("weights_digest", ranks=self._ranks, stage="set-up")
         return str(digests[0])
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path) -> Progress:
         """Loads an already verified checkpoint, each rank its rows. Raises CheckpointError."""
-        self._group.call("restore", path, ranks=self._ranks, stage="resume")
+        restored: list[Progress] = self._group.call("restore", path, ranks=self._ranks, stage="resuming")
+        return restored[0]
 
     # ShardGroup, for the Saver
 
     def save(self, step: int, directory: Path, background: bool) -> list[Written] | None:
-        return _all(self._group.call("save_shard", step, directory, background, ranks=self._ranks, stage="save"))
+        return _all(
+            self._group.call("save_shard", step, directory, background, ranks=self._ranks, stage="a checkpoint")
+        )
 
     def poll(self) -> list[Written] | None:
-        return _all(self._group.call("poll_shard", ranks=self._ranks, stage="save"))
+        return _all(self._group.call("poll_shard", ranks=self._ranks, stage="a checkpoint"))
 
     def wait(self) -> list[Written]:
-        written = _all(self._group.call("wait_shard", ranks=self._ranks, stage="save"))
+        written = _all(self._group.call("wait_shard", ranks=self._ranks, stage="a checkpoint"))
         assert written is not None
         return written
 
     def abandon(self) -> None:
-        self._group.call("abandon_shard", ranks=self._ranks, stage="save")
+        self._group.call("abandon_shard", ranks=self._ranks, stage="a checkpoint")
 
 
 class ReferenceGroup:
@@ -175,7 +207,7 @@ class ReferenceGroup:
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """As ``Reference.logprobs``."""
-        results = self._group.call("reference_logprobs", sequences, ranks=self._ranks, stage="ref_log_prob")
+        results = self._group.call("reference_logprobs", sequences, ranks=self._ranks, stage="the reference's scoring")
         return joined(results, len(sequences))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from vexact.audit.environment import environment
 from vexact.config import Config
 from vexact.distributed import RankInfo
 from vexact.rollout import Engine, SamplingParams
-from vexact.trainer.checkpoint import ShardWriter, Written, restore_shards, verify_share
+from vexact.rollout.stats import EngineStats
+from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.inputs import load_tokenizer
-from vexact.trainer.workers.roles import Roles
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
-from vexact.training import Actor, Ledger, PeerStopped, Redraw, Redrawn, Reference
+from vexact.trainer.workers.roles import Roles
+from vexact.training import Actor, Ledger, PeerStopped, Reference
 from vexact.training.forward import Scored
+from vexact.training.past_weights import PastWeights
+from vexact.training.redraw import Redraw, Redrawn
 from vexact.types import Sample, TrainSequence
 from vexact.weights import receive_weights, send_weights, sync_weights
 
@@ -63,19 +67,21 @@ class Worker:
 
     def __init__(self, config: Config, roles: Roles, total_steps: int, info: RankInfo) -> None:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
-        self.config, self.roles, self.info = config, roles, info
+        self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
         self._engine: Engine | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
         trains = info.rank in roles.trainers
         group = None if roles.colocated else dist.new_group(list(roles.trainers))
         if info.rank in roles.rollouts:
-            self._engine = build_engine(config, load_tokenizer(config), info.device)
+            self._engine = build_engine(config, load_tokenizer(config), device)
         if trains:
-            self._actor = build_actor(config, info.device, total_steps, group)
+            self._actor = build_actor(config, device, total_steps, group)
+            depth = config.trainer.async_steps + 1
+            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype, depth)
             self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
         if trains and config.needs_reference:
-            self._reference = build_reference(config, info.device, group)
+            self._reference = build_reference(config, device, group)
 
     @property
     def engine(self) -> Engine:
@@ -99,8 +105,8 @@ class Worker:
     ) -> list[Sample]:
         return self.engine.generate(prompts, params, request_ids)
 
-    def engine_stats(self) -> dict[str, float]:
-        return self.engine.stats()
+    def take_engine_stats(self) -> EngineStats:
+        return self.engine.take_stats()
 
     def clear_prefix_cache(self) -> None:
         self.engine.clear_prefix_cache()
@@ -115,13 +121,20 @@ class Worker:
         """Called on all ranks: the weights of the actor become those of every engine. Raises WeightSyncError."""
         if self.roles.colocated:
             return sync_weights(self.actor, self.engine, version)
-        trainers, rollouts = list(self.roles.trainers), list(self.roles.rollouts)
         if self._actor is not None:
-            return send_weights(self._actor, version, trainers, rollouts)
-        return receive_weights(self.engine, version, trainers, rollouts)
+            if self.config.trainer.async_steps:
+                with self._actor.resident():
+                    self._past.keep(version)
+            return send_weights(self._actor, version)
+        return receive_weights(self.engine, version)
 
     def update(
-        self, sequences: Sequence[TrainSequence], ledger: Ledger, redraw: Redraw | None, every_token: bool
+        self,
+        sequences: Sequence[TrainSequence],
+        ledger: Ledger | None,
+        redraw: Redraw | None,
+        every_token: bool,
+        compare: bool,
     ) -> Updated:
         """As ``Actor.update``; bits that differ stop all ranks before the optimizer step when exactness is strict."""
         audit = Audit(self.config.trainer.exactness)
@@ -130,7 +143,7 @@ class Worker:
         metrics, stopped = None, None
         try:
             metrics = self.actor.update(
-                sequences, audit.check, ledger=ledger, redraw=redraw, every_token=every_token
+                sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
             )
         except (ExactnessError, DrawError, PeerStopped) as error:
             if not audit.evidence.indices and not isinstance(error, PeerStopped):
@@ -140,10 +153,11 @@ class Worker:
         return Updated(metrics, self.actor.problems, Evidence(seen.indices, seen.logprobs, seen.redrawn), stopped)
 
     def logprobs(
-        self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None
+        self, sequences: Sequence[TrainSequence], redraw: Redraw | None, version: int | None
     ) -> tuple[Scored, Redrawn | None]:
-        """This rank's share."""
-        scored = self.actor.score(sequences, redraw)
+        """This rank's share, under the present weights or those of an earlier version."""
+        with self.actor.resident(), self._past.in_place(version) if version is not None else nullcontext():
+            scored = self.actor.score(sequences, redraw)
         return scored, None if redraw is None else redraw.take()
 
     def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> Scored:
@@ -153,7 +167,8 @@ class Worker:
 
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""
-        return weights_digest(self.actor.model)
+        with self.actor.resident():
+            return weights_digest(self.actor.model)
 
     def save_shard(self, step: int, directory: Path, background: bool) -> list[Written] | None:
         return self._shards.save(step, directory, background)
@@ -167,8 +182,5 @@ class Worker:
     def abandon_shard(self) -> None:
         self._shards.abandon()
 
-    def verify_share(self, path: Path) -> None:
-        verify_share(path, self.info.rank, len(self.roles.trainers))
-
-    def restore(self, path: Path) -> None:
-        restore_shards(self.actor, path)
+    def restore(self, path: Path) -> Progress:
+        return restore(path, self.actor, self.info.rank)
