@@ -255,9 +255,9 @@ def test_a_training_forward_without_numbers_stops_at_the_audit_and_says_why(inli
     by_sequence = actor_module.by_sequence
 
     def broken(*args):
-        first, *rest = by_sequence(*args)
-        first[1] = np.nan
-        return [first, *rest]
+        scored = by_sequence(*args)
+        scored.logprobs[0][1] = np.nan
+        return scored
 
     monkeypatch.setattr(actor_module, "by_sequence", broken)
     message = r"no finite value \(1\).*position 1, token \d+, rollout -[\d.]+, trainer nan[^\n]*\nEvery weight is"

@@ -158,6 +158,23 @@ def test_resume_is_bit_identical(fsdp):
     assert_same_bits(weights_of(resumed), weights_of(straight))
 
 
+@pytest.mark.parametrize("config", [{}, {"fsdp": True}, {"dtype": "bfloat16"}])
+def test_a_forward_without_a_backward_leaves_weights_and_moments_in_their_place(config):
+    first, second = random_sequences(4), random_sequences(4, seed=1)
+    straight, resumed = tiny_actor(**config), tiny_actor(seed=99, **config)
+    straight.update(first)
+    straight.logprobs(first)
+    state = straight.state_dict()
+    resumed.logprobs(first)
+    resumed.load_state_dict(state)
+    for ours, theirs in zip(resumed.logprobs(second), straight.logprobs(second), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert state["parameters"]["embed_tokens.weight"]["exp_avg"].any()
+    assert all(saved["weight"].dtype == torch.float32 for saved in state["parameters"].values())
+    assert resumed.update(second) == straight.update(second)
+    assert_same_bits(weights_of(resumed), weights_of(straight))
+
+
 def test_a_state_taken_before_the_first_step_restores_an_empty_optimizer():
     straight, resumed = tiny_actor(), tiny_actor(seed=99)
     resumed.update(random_sequences(4, seed=5))

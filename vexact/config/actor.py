@@ -55,6 +55,10 @@ class FSDPConfig:
     model_dtype: Literal["float32"] = opt(
         "float32", "Type of the master weights and optimizer state.", aliases=DTYPE_ALIASES
     )
+    param_offload: bool = opt(False, "Keep the master weights in pinned host memory while nothing is trained.")
+    optimizer_offload: bool = opt(
+        False, "Keep AdamW's moments in pinned host memory; a step streams them through the GPU. No bit changes."
+    )
 
 
 @dataclass(frozen=True)

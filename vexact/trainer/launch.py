@@ -58,7 +58,8 @@ def run(config: Config) -> int:
             return 0
         workers = build_workers(config, device, inputs)
         stack.callback(workers.close)
-        identity["model"]["weights"] = weights_digest(workers.actor.model)
+        with workers.actor.resident():
+            identity["model"]["weights"] = weights_digest(workers.actor.model)
         check_before_training(config, workers)
         progress = Progress(0, 0)
         if source is not None:

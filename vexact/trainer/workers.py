@@ -201,6 +201,8 @@ def actor_config(config: Config, device: torch.device, total_steps: int) -> Acto
         grad_clip=actor.grad_clip,
         enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
         dtype=config.dtype(device.type),
+        param_offload=actor.fsdp_config.param_offload,
+        optimizer_offload=actor.fsdp_config.optimizer_offload,
         optim=OptimConfig(
             lr=optim.lr,
             weight_decay=optim.weight_decay,
@@ -226,7 +228,8 @@ def _reference(config: Config, device: torch.device) -> Reference:
     model = load_model(
         config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
     )
-    return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype), device)
+    offload = config.ref.fsdp_config.param_offload
+    return Reference(model, ActorConfig(ppo_max_token_len_per_gpu=budget, dtype=dtype, param_offload=offload), device)
 
 
 def start_rewards(config: Config) -> RewardPool:

@@ -25,7 +25,7 @@ from vexact.training.forward import Scored, by_sequence, fingerprint, group_batc
 from vexact.training.gradient_sum import GradientSum
 from vexact.training.ledger import Ledger, checksums
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
-from vexact.training.offload import Parked
+from vexact.training.offload import park
 from vexact.training.optimizer import Optimizer
 from vexact.training.packing import pack
 from vexact.training.ranks import Ranks, unsharded
@@ -79,7 +79,7 @@ class Actor:
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
         self.optimizer = Optimizer(model.parameters(), config.optim, self.ranks, config.optimizer_offload)
         self._gradients = GradientSum(model, self.ranks.world_size)
-        self._parked = Parked(model.parameters(), config.param_offload)
+        self._parked = park(model, config.param_offload)
         self.num_updates = 0
         self.skipped_in_a_row = 0  # optimizer steps, over all updates of this process
         self.problems: list[str] = []  # of the last update on this rank: why steps were skipped, what is not finite
@@ -151,16 +151,18 @@ class Actor:
         """
         with self._parked.resident():
             for name, parameter in self.model.named_parameters():
-                yield name, unsharded(parameter.detach()).to(self.config.torch_dtype)
+                whole = unsharded(parameter.detach())
+                yield name, whole.to(self.config.torch_dtype, copy=self.config.param_offload)
 
     def named_shards(self) -> Iterator[tuple[str, Tensor, torch.Size]]:
         """Every parameter by its model name: this rank's rows in the compute dtype, and the shape of all.
 
-        Rank r has rows r * ceil(n / W) and on, ceil(n / W) of them or what is left. With ``param_offload`` they lie in
-        host memory. They may share the actor's memory: copy what outlives the next update.
+        Rank r has rows r * ceil(n / W) and on, ceil(n / W) of them or what is left. They are on the device, with
+        ``param_offload`` one by one; they may share the actor's memory: copy what outlives the next update.
         """
         for (name, parameter), rows in zip(self.model.named_parameters(), self._parked.rows(), strict=True):
-            yield name, rows.to(self.config.torch_dtype), parameter.shape
+            here = rows.to(self.ranks.device, non_blocking=True)
+            yield name, here.to(self.config.torch_dtype), parameter.shape
 
     def state_dict(self) -> ActorState:
         """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""

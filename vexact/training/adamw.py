@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from vexact.training.config import OptimConfig
 
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
 """Elements at a time on the host: the four tensors and a scratch one stay in a processor's cache."""
 
 

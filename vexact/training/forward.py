@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from vexact import interrupt
 from vexact.models import CausalLM
@@ -60,10 +61,14 @@ def score(
     """
     groups = ranks.share(pack([s.num_input_tokens for s in sequences], budget, balance=True, names=names))
     values = []
-    for group in groups:
-        interrupt.check()
-        batch = group_batch(sequences, group, ranks.device)
-        values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
+    try:
+        for group in groups:
+            interrupt.check()
+            batch = group_batch(sequences, group, ranks.device)
+            values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward without a backward leaves gathered copies in the place of the root's weights
     return by_sequence(values, sequences, groups)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vexact.training.ranks import local
 
@@ -31,13 +31,17 @@ class Parked:
         self._host_rows: list[Tensor] = []
         self._park()
 
+    @property
+    def is_absent(self) -> bool:
+        return self._enabled and self._depth == 0
+
     @contextmanager
     def resident(self) -> Iterator[None]:
         """Nests."""
+        if self._depth == 0:
+            self._fetch()
         self._depth += 1
         try:
-            if self._depth == 1:
-                self._fetch()
             yield
         finally:
             self._depth -= 1
@@ -74,9 +78,27 @@ class Parked:
             torch.cuda.empty_cache()  # for the key-value cache, which does not ask torch for memory
 
     def _fetch(self) -> None:
-        for storage, host in self._waiting:
-            storage.resize_(host.numel())
-            _bytes(storage).copy_(host, non_blocking=True)
+        try:
+            for storage, host in self._waiting:
+                storage.resize_(host.numel())
+                _bytes(storage).copy_(host, non_blocking=True)
+        except BaseException:  # no memory: what is on the host stays the truth
+            for storage, _ in self._waiting:
+                storage.resize_(0)
+            raise
+
+
+def park(model: nn.Module, enabled: bool) -> Parked:
+    """Parks a model's parameters, when ``enabled``; its forward then raises RuntimeError outside of ``resident()``."""
+    parked = Parked(model.parameters(), enabled)
+    if enabled:
+
+        def refuse_absent(*_: object) -> None:
+            if parked.is_absent:
+                raise RuntimeError("the model's weights are in host memory (param_offload); compute inside resident()")
+
+        model.register_forward_pre_hook(refuse_absent, prepend=True)
+    return parked
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

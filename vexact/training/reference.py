@@ -12,7 +12,7 @@ from vexact.models import CausalLM
 from vexact.training.batch import token_sequence
 from vexact.training.config import ActorConfig
 from vexact.training.forward import Scored, fingerprint, join, score
-from vexact.training.offload import Parked
+from vexact.training.offload import park
 from vexact.training.ranks import Ranks
 from vexact.training.sharding import prepare
 from vexact.types import TrainSequence
@@ -40,7 +40,7 @@ class Reference:
         where = torch.device(device) if device is not None else model.lm_head_weight.device
         self.ranks = Ranks.of_process(where, group)
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
-        self._parked = Parked(model.parameters(), config.param_offload)
+        self._parked = park(model, config.param_offload)
 
     def score(self, sequences: Sequence[TrainSequence]) -> Scored:
         """This rank's share of ``logprobs``. All ranks call it together, with the same sequences."""
