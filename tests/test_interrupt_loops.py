@@ -155,9 +155,10 @@ def test_grading_in_processes_stops_and_the_pool_stays_usable(dropped: Dropped) 
 
 
 def test_a_checkpoint_is_left_out_whole(dropped: Dropped, tmp_path: Path) -> None:
-    state = {"num_updates": 1, "parameters": {n: {"weight": p.detach()} for n, p in model().named_parameters()}}
+    state = {f"weight.{name}": p.detach() for name, p in model().named_parameters()}
+    state["num_updates"] = torch.tensor(1)
     store = CheckpointStore(tmp_path, None)
-    saver = Saver(store, ShardWriter(lambda: state))  # type: ignore[arg-type, return-value]
+    saver = Saver(store, ShardWriter(lambda: state))
     saver.save(Progress(1, 1), CONFIG, lambda _: None)
     with pytest.raises(KeyboardInterrupt):
         saver.save(Progress(2, 2), CONFIG, dropped)

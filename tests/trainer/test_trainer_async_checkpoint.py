@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_support import flat
 
 from vexact import interrupt
 from vexact.config import load_config
@@ -59,7 +60,7 @@ def gate(monkeypatch):
 def saver(state, tmp_path):
     saved = []
     store = CheckpointStore(tmp_path, 2)
-    saver = Saver(store, ShardWriter(lambda: state), True, lambda path, step: saved.append(step))
+    saver = Saver(store, ShardWriter(lambda: flat(state)), True, lambda path, step: saved.append(step))
     saver.saved = saved
     return saver
 
@@ -207,8 +208,9 @@ from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver, ShardWri
 
 model, run_dir, moment = sys.argv[1:]
 config = ModelConfig.from_hf_dir(Path(model))
-weights = {name: {"weight": p.detach()} for name, p in load_model(model).named_parameters()}
-saver = Saver(CheckpointStore(Path(run_dir), 2), ShardWriter(lambda: {"num_updates": 1, "parameters": weights}), True)
+state = {f"weight.{name}": p.detach() for name, p in load_model(model).named_parameters()}
+state["num_updates"] = torch.tensor(1)
+saver = Saver(CheckpointStore(Path(run_dir), 2), ShardWriter(lambda: state), True)
 saver.save(Progress(1, 1), config, lambda path: None)
 saver.finish()
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from earlier_formats import rewrite
+from checkpoint_support import flat, rewrite
 
 from vexact.models import ModelConfig, load_model
 from vexact.trainer.checkpoint import (
@@ -35,7 +35,7 @@ def save(tiny, state, tmp_path):
     def run(step, keep_last=2):
         store = CheckpointStore(tmp_path, keep_last)
         identity = {"settings": {"trainer.seed": 42}}
-        saver = Saver(store, ShardWriter(lambda: state))
+        saver = Saver(store, ShardWriter(lambda: flat(state)))
         saver.save(Progress(step, 10 * step), config, lambda path: None, identity)
         return store.path(step)
 

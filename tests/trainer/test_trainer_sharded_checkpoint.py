@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from earlier_formats import rewrite
+from checkpoint_support import flat, rewrite
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -27,8 +27,8 @@ from vexact.trainer.checkpoint import (
     restore,
     verify_checkpoint,
 )
+from vexact.trainer.checkpoint.rows import row_range
 from vexact.trainer.checkpoint.shard_reader import ShardedState
-from vexact.training import row_range
 
 CONFIG = {"ppo_mini_batch_size": 6, "ppo_max_token_len_per_gpu": 64}
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -107,12 +107,12 @@ def two_ranks(rank, root):
     for step in ("step_7", "step_8"):  # of one process, in this format and the one before
         verify_checkpoint(root / "checkpoints" / step, rank, 2)
         other = tiny_actor(seed=99, **CONFIG)
-        assert restore(root / "checkpoints" / step, other, rank).step == int(step[5:])
+        assert restore(root / "checkpoints" / step, other).step == int(step[5:])
         again = other.state_dict()
         if rank == 0:
             torch.save(again, root / f"{step}.pt")
     with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
-        restore(root / "wide" / "checkpoints" / "step_1", other, rank)
+        restore(root / "wide" / "checkpoints" / "step_1", other)
     dist.destroy_process_group()
 
 
@@ -127,7 +127,7 @@ def ranks(tmp_path_factory):
     wide = tiny_actor(seed=1, **CONFIG)
     state = wide.state_dict()
     state["parameters"]["norm.weight"]["weight"] = torch.zeros(33)
-    save(root / "wide", 1, wide, ShardWriter(lambda: state))
+    save(root / "wide", 1, wide, ShardWriter(lambda: flat(state)))
     mp.spawn(two_ranks, args=(str(root),), nprocs=2, join=True)
     return root, alone.state_dict()
 
@@ -171,22 +171,23 @@ def test_any_number_of_ranks_reads_every_row_once(ranks, world_size):
     root, _ = ranks
     state = ShardedState(root / "checkpoints" / "step_1" / "trainer_state")
     whole = torch.load(root / "whole.pt", weights_only=True)["parameters"]
-    for name, parts in state.parameters.items():
-        for kind in KINDS:
-            count = parts[kind].shape[0]
-            size = -(-count // world_size)
-            edges = [(min(r * size, count), min((r + 1) * size, count)) for r in range(world_size)]
-            assert torch.equal(torch.cat([parts[kind].rows(*edge) for edge in edges]), whole[name][kind])
+    assert state.tensors.keys() == {f"{kind}.{name}" for name in whole for kind in KINDS}
+    for key, stored in state.tensors.items():
+        kind, _, name = key.partition(".")
+        count = stored.shape[0]
+        size = -(-count // world_size)
+        edges = [(min(r * size, count), min((r + 1) * size, count)) for r in range(world_size)]
+        assert torch.equal(torch.cat([stored.rows(*edge) for edge in edges]), whole[name][kind])
 
 
 def test_torchs_own_reader_reads_it(ranks):
     """The layout is that of torch.distributed.checkpoint with safetensors."""
     root, _ = ranks
     whole = torch.load(root / "whole.pt", weights_only=True)["parameters"]
-    into = {f"{kind}/{name}": torch.zeros_like(parts[kind]) for name, parts in whole.items() for kind in KINDS}
+    into = {f"{kind}.{name}": torch.zeros_like(parts[kind]) for name, parts in whole.items() for kind in KINDS}
     reader = HuggingFaceStorageReader(str(root / "checkpoints" / "step_1" / "trainer_state"))
     load(into, storage_reader=reader, no_dist=True)
-    assert all(torch.equal(into[f"{kind}/{n}"], parts[kind]) for n, parts in whole.items() for kind in KINDS)
+    assert all(torch.equal(into[f"{kind}.{n}"], parts[kind]) for n, parts in whole.items() for kind in KINDS)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])
@@ -231,7 +232,7 @@ def _say(file, **changes):
 def _offset(file, row):
     def change(header):
         offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
-        offsets["weight/norm.weight"]["saved_offsets"] = [row]
+        offsets["weight.norm.weight"]["saved_offsets"] = [row]
         header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(offsets)
 
     _header(file, change)
@@ -251,8 +252,8 @@ UNSOUND = {
     "no shapes": (lambda d: _say(d / W1, shapes=[1]), "are no shapes by name"),
     "negative step": (lambda d: _say(d / W1, step=-1), "are no counts"),
     "unknown field": (lambda d: _say(d / W1, more=1), "is no shard of a trainer state"),
-    "gap": (lambda d: _offset(d / W2, 17), r"rows 16 to 17 of weight/norm.weight are in no file|is no part"),
-    "overlap": (lambda d: _offset(d / W2, 3), "rows 3 to 16 of weight/norm.weight are twice"),
+    "gap": (lambda d: _offset(d / W2, 17), r"rows 16 to 17 of weight.norm.weight are in no file|is no part"),
+    "overlap": (lambda d: _offset(d / W2, 3), "rows 3 to 16 of weight.norm.weight are twice"),
     "beyond": (lambda d: _offset(d / W2, 1000), "at row 1000 is no part of a tensor of shape"),
     "foreign": (
         lambda d: shutil.copy(d.parent / "model.safetensors", d / W1),

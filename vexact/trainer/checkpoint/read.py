@@ -49,26 +49,37 @@ def load_checkpoint(path: Path) -> tuple[Progress, ActorState]:
     return progress, state
 
 
-def restore(path: Path, actor: Actor, rank: int = 0) -> Progress:
+def restore(path: Path, actor: Actor) -> Progress:
     """Puts the state of a checkpoint that ``verify_checkpoint`` has just compared into ``actor``.
 
-    Every rank calls it and reads only its own rows, however many ranks wrote them.
+    All of the actor's ranks call it together. Each reads only its own rows, however many ranks wrote them.
 
     Raises:
         CheckpointError: the state is not this model's, or not one to go on from; ``actor`` is as it was then.
+        PeerStopped: on the other ranks.
     """
+    ranks = actor.ranks
     state: ShardedState | ActorState
-    with _advised(path):
+    with ranks.together(), _advised(path):
         version = _format(path)
-        progress, state = _open(path) if version == manifest.FORMAT else _load_whole(path, version)
+        if version == manifest.FORMAT:
+            progress, state = _open(path)
+        elif ranks.is_first:
+            progress, state = _load_whole(path, version)
+        else:
+            progress, state = Progress(0, 0), ActorState(num_updates=0, parameters={})
     try:
         if isinstance(state, ShardedState):
-            actor.load_sharded_state(state)
+            blank = actor.blank_state(state.has_moments)
+            with ranks.together():
+                stored = state.read_into(blank)
+            actor.load_sharded_state(stored)
         else:
-            actor.load_state_dict(state if rank == 0 else ActorState(num_updates=0, parameters={}))
+            actor.load_state_dict(state)
+            progress = ranks.from_first(progress)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if version == 1 and rank == 0:
+    if version == 1 and ranks.is_first:
         _warn_unchecked(path)
     return progress
 

@@ -29,7 +29,7 @@ class Header:
 
     step: int
     num_updates: int
-    num_steps: dict[str, float]  # of AdamW, by parameter; empty before the first step
+    num_steps: dict[str, int]  # of AdamW, by parameter; empty before the first step
     shapes: dict[str, list[int]]  # of the whole tensors of this kind, by parameter
 
 
@@ -84,7 +84,7 @@ def read_header(file: Path) -> tuple[Header, dict[str, tuple[int, int]]]:
         _require(header)
         rows = {}
         for key, shape in shapes.items():
-            name = key.partition("/")[2]
+            name = key.partition(".")[2]
             first, *others = offsets[key]["saved_offsets"]
             whole = header.shapes[name]
             if not is_count(first) or any(others) or shape[1:] != whole[1:] or first + shape[0] > whole[0]:
@@ -101,8 +101,8 @@ def _require(header: Header) -> None:
     whole: Any = header.shapes
     if not is_count(header.step) or not is_count(header.num_updates):
         raise ValueError(f"step {header.step!r} and num_updates {header.num_updates!r} are no counts")
-    if not isinstance(numbers, dict) or not all(isinstance(n, (int, float)) for n in numbers.values()):
-        raise ValueError(f"num_steps {numbers!r:.80} are no numbers by name")
+    if not isinstance(numbers, dict) or not all(map(is_count, numbers.values())):
+        raise ValueError(f"num_steps {numbers!r:.80} are no counts by name")
     if not isinstance(whole, dict) or not all(
         isinstance(s, list) and s and all(map(is_count, s)) for s in whole.values()
     ):

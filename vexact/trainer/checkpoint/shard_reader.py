@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from vexact.models.checkpoint.files import listed
 from vexact.trainer.checkpoint.error import CheckpointError
+from vexact.trainer.checkpoint.rows import row_range
 from vexact.trainer.checkpoint.shard_files import KINDS, Header, file_name, parse_name, read_header
 from vexact.training import ActorState
+from vexact.training.ranks import local
 
 _MOST_OPEN = 128  # files at a time, whatever the number of ranks that wrote them
 
@@ -34,28 +37,43 @@ class ShardedState:
         self.step, self.num_updates = first.step, first.num_updates
         for file, (header, _) in headers.items():
             _require_alike(files[0], first, file, header)
-        parameters: dict[str, dict[str, StoredRows | float]] = defaultdict(dict)
+        self.num_steps = first.num_steps
+        self.tensors: dict[str, StoredRows] = {}  # by key, as Actor.sharded_state names them
         for kind in dict.fromkeys(map(_kind, files)):
             of_kind = {file: each for file, each in headers.items() if _kind(file) == kind}
-            shapes = next(iter(of_kind.values()))[0].shapes
-            for name, shape in shapes.items():
+            for name, shape in next(iter(of_kind.values()))[0].shapes.items():
                 pieces = [(*rows[name], file) for file, (_, rows) in of_kind.items() if name in rows]
-                parameters[name][kind] = StoredRows(self, f"{kind}/{name}", tuple(shape), sorted(pieces))
-        for name, count in first.num_steps.items():
-            parameters[name]["num_steps"] = count
-        self.parameters = dict(parameters)
+                self.tensors[f"{kind}.{name}"] = StoredRows(self, f"{kind}.{name}", tuple(shape), sorted(pieces))
         self.open = lru_cache(maxsize=_MOST_OPEN)(_open)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether there is more than weights."""
+        return bool(self.num_steps) or any(not key.startswith("weight.") for key in self.tensors)
+
+    def read_into(self, blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Reads what ``blank`` holds of each tensor; returns the state, with an empty tensor for one it has not.
+
+        Raises:
+            ValueError: a tensor has another shape or dtype.
+        """
+        state = {"num_updates": torch.tensor(self.num_updates)}
+        state |= {f"num_steps.{name}": torch.tensor(count) for name, count in self.num_steps.items()}
+        for key, stored in self.tensors.items():
+            state[key] = blank.get(key, torch.empty(0))
+            if key in blank:
+                stored.copy_to(blank[key])
+        return state
 
     def whole(self) -> ActorState:
         """Every tensor on the host."""
-        parameters: Any = {
-            name: {
-                key: part.rows(0, part.shape[0]) if isinstance(part, StoredRows) else part
-                for key, part in parts.items()
-            }
-            for name, parts in self.parameters.items()
-        }
-        return ActorState(num_updates=self.num_updates, parameters=parameters)
+        parameters: dict[str, Any] = defaultdict(dict)
+        for key, stored in self.tensors.items():
+            kind, _, name = key.partition(".")
+            parameters[name][kind] = stored.rows(0, stored.shape[0])
+        for name, count in self.num_steps.items():
+            parameters[name]["num_steps"] = float(count)
+        return ActorState(num_updates=self.num_updates, parameters=dict(parameters))
 
 
 class StoredRows:
@@ -85,6 +103,19 @@ class StoredRows:
             _, _, file = self._pieces[0]
             return self._state.open(file).get_slice(self._key)[0:0]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def copy_to(self, tensor: Tensor) -> None:
+        """Fills the rows of ``tensor``, whole or sharded, that lie on this rank."""
+        what = self._key.replace(".", " of ", 1)
+        if self.shape != tensor.shape:
+            shape = tuple(tensor.shape)
+            raise ValueError(
+                f"the checkpoint is of another model: {what} has shape {self.shape}, the model has {shape}"
+            )
+        rows = self.rows(*row_range(tensor))
+        if rows.dtype != tensor.dtype:
+            raise ValueError(f"{what} is {rows.dtype}, the model has {tensor.dtype}; it would be rounded in silence")
+        local(tensor).copy_(rows)
 
 
 def _complete(directory: Path) -> list[Path]:

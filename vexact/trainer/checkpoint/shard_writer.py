@@ -5,23 +5,25 @@ from __future__ import annotations
 import errno
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vexact import interrupt
+from vexact.models.nonfinite import find_nonfinite
 from vexact.trainer.checkpoint.error import CheckpointError, write_failure
 from vexact.trainer.checkpoint.host_copy import HostCopy
+from vexact.trainer.checkpoint.rows import row_range
 from vexact.trainer.checkpoint.shard_files import FOLDER, KINDS, Header, Written, file_name, metadata
 from vexact.trainer.checkpoint.tensor_file import Spec, write_tensor_file
-from vexact.training import ActorState, local_rows, nonfinite_in, row_range
+from vexact.training.ranks import local
 
+State = Mapping[str, Tensor]  # as ``Actor.sharded_state`` gives it
 Values = Iterable[Sequence[Tensor]]  # of every tensor of a file, its bytes in pieces
 
 
@@ -32,7 +34,7 @@ class AbandonedError(CheckpointError):
 class ShardWriter:
     """Of one process, for the whole run. Every rank makes the same calls; none waits for another."""
 
-    def __init__(self, state: Callable[[], ActorState], rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, state: Callable[[], State], rank: int = 0, world_size: int = 1) -> None:
         """``state`` gives the live state: DTensors of which this rank holds some rows, or whole tensors, which rank 0
         writes."""
         self._state, self.rank, self.world_size = state, rank, world_size
@@ -52,14 +54,14 @@ class ShardWriter:
         assert self._writing is None, "one save at a time"
         state = self._state()
         checkpoints = directory.parent.parent
-        if (found := nonfinite_in(_local(state))) is not None:
+        if (found := _nonfinite(state)) is not None:
             where = f", counted among the rows of rank {self.rank}" if self.world_size > 1 else ""
             raise CheckpointError(f"step {step} is not saved: {found}{where}. Earlier checkpoints are untouched")
         self._stop.clear()
         try:
             if self.rank == 0:
                 _require_space(directory, state)
-            parts = [_Part(kind, step, state, self.rank) for kind in KINDS if kind == "weight" or _has(state, kind)]
+            parts = [_Part(kind, step, state, self.rank) for kind in KINDS if _has(state, kind)]
             if not background:
                 return [self._write(part, _one_by_one(part.tensors), directory) for part in parts]
             pieces = iter(self._copy.take(tensor for part in parts for tensor in part.tensors))
@@ -117,25 +119,18 @@ class ShardWriter:
 class _Part:
     """One file to be: this rank's rows of one kind of tensor."""
 
-    def __init__(self, kind: str, step: int, state: ActorState, rank: int) -> None:
+    def __init__(self, kind: str, step: int, state: State, rank: int) -> None:
         self.kind = kind
-        saved: dict[str, Any] = dict(state["parameters"])
-        whole: dict[str, Tensor] = {name: parts[kind] for name, parts in saved.items()}
-        ranges = {name: _written_rows(tensor, rank) for name, tensor in whole.items()}
-        ours = {name: tensor for name, tensor in whole.items() if ranges[name][0] < ranges[name][1]}
-        self.tensors = [local_rows(tensor) for tensor in ours.values()]
-        self.specs = [
-            Spec(f"{kind}/{name}", local.dtype, tuple(local.shape))
-            for name, local in zip(ours, self.tensors, strict=True)
-        ]
-        num_steps = {name: parts["num_steps"] for name, parts in saved.items() if "num_steps" in parts}
-        shapes = {name: list(tensor.shape) for name, tensor in whole.items()}
-        header = Header(step, state["num_updates"], num_steps, shapes)
-        self.metadata = metadata(
-            header,
-            {f"{kind}/{name}": ranges[name][0] for name in ours},
-            {f"{kind}/{name}": tensor.ndim for name, tensor in ours.items()},
-        )
+        whole = {key: tensor for key, tensor in state.items() if key.startswith(f"{kind}.")}
+        ranges = {key: _written_rows(tensor, rank) for key, tensor in whole.items()}
+        ours = {key: tensor for key, tensor in whole.items() if ranges[key][0] < ranges[key][1]}
+        self.tensors = [local(tensor) for tensor in ours.values()]
+        self.specs = [Spec(key, rows.dtype, tuple(rows.shape)) for key, rows in zip(ours, self.tensors, strict=True)]
+        shapes = {_name(key): list(tensor.shape) for key, tensor in whole.items()}
+        num_steps = {_name(key): int(count) for key, count in state.items() if key.startswith("num_steps.")}
+        header = Header(step, int(state["num_updates"]), num_steps, shapes)
+        first_rows = {key: ranges[key][0] for key in ours}
+        self.metadata = metadata(header, first_rows, {key: tensor.ndim for key, tensor in ours.items()})
 
 
 def _written_rows(tensor: Tensor, rank: int) -> tuple[int, int]:
@@ -149,22 +144,31 @@ def _one_by_one(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield [tensor.to("cpu", copy=True).contiguous()]
 
 
-def _has(state: ActorState, kind: str) -> bool:
-    return any(kind in parts for parts in state["parameters"].values())
+def _has(state: State, kind: str) -> bool:
+    return kind == "weight" or any(key.startswith(f"{kind}.") for key in state)
 
 
-def _local(state: ActorState) -> ActorState:
-    parameters: Any = {
-        name: {key: local_rows(part) if isinstance(part, Tensor) else part for key, part in parts.items()}
-        for name, parts in state["parameters"].items()
-    }
-    return ActorState(num_updates=state["num_updates"], parameters=parameters)
+def _tensors(state: State) -> Iterator[tuple[str, Tensor]]:
+    """Weights and moments by key."""
+    return ((key, tensor) for key, tensor in state.items() if key.startswith(tuple(f"{kind}." for kind in KINDS)))
 
 
-def _require_space(directory: Path, state: ActorState) -> None:
+def _name(key: str) -> str:
+    """Of the parameter that a key is about."""
+    return key.partition(".")[2]
+
+
+def _nonfinite(state: State) -> str | None:
+    """Such a state must never take the place of a healthy checkpoint."""
+    return find_nonfinite(
+        (_name(key) if key.startswith("weight.") else key.replace(".", " of ", 1), local(tensor))
+        for key, tensor in _tensors(state)
+    )
+
+
+def _require_space(directory: Path, state: State) -> None:
     """Fails early rather than half-way: all ranks' tensors, and the weights once more as safetensors for others."""
-    parts = [part for saved in state["parameters"].values() for part in saved.values() if isinstance(part, Tensor)]
-    needed = sum(part.nbytes for part in parts) + sum(saved["weight"].nbytes for saved in state["parameters"].values())
+    needed = sum(tensor.nbytes * (2 if key.startswith("weight.") else 1) for key, tensor in _tensors(state))
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"the disk is full: a checkpoint needs {needed / 2**20:.0f} MiB")

@@ -29,7 +29,7 @@ from vexact.trainer.checkpoint.pointer import FOLDER, LatestPointer
 from vexact.trainer.checkpoint.progress import Progress, write_progress
 from vexact.trainer.checkpoint.read import IDENTITY_FILE, advice
 from vexact.trainer.checkpoint.shard_files import Written
-from vexact.trainer.checkpoint.shard_reader import ShardedState, StoredRows
+from vexact.trainer.checkpoint.shard_reader import ShardedState
 
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
@@ -168,6 +168,8 @@ class CheckpointStore:
             steps = self.steps()
             if step in steps or step == self._coming:
                 self.best.note(step, value, steps)
+            if step in steps:
+                self._remove_old(step)
 
     def go_on_from(self, step: int | None) -> None:
         """Points ``latest`` to a step that is here, or to none: whoever starts next does not go on from another one."""
@@ -247,11 +249,10 @@ def _write_model(directory: Path, model: ModelConfig, go_on: Callable[[], None])
     state = ShardedState(directory / shard_files.FOLDER)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, parts in state.parameters.items():
+        for key, stored in state.tensors.items():
             go_on()
-            weight = parts["weight"]
-            assert isinstance(weight, StoredRows)
-            yield name, weight.rows(0, weight.shape[0])
+            if key.startswith("weight."):
+                yield key.removeprefix("weight."), stored.rows(0, stored.shape[0])
 
     save_hf(weights(), model, directory)
 

@@ -1,4 +1,4 @@
-"""Checkpoints as earlier versions of the program wrote them."""
+"""States as a ``ShardWriter`` takes them, and checkpoints as earlier versions of the program wrote them."""
 
 import json
 import shutil
@@ -7,6 +7,15 @@ import torch
 
 from vexact.trainer.checkpoint import load_checkpoint, manifest
 from vexact.trainer.checkpoint.manifest import Digests
+
+
+def flat(state):
+    """A gathered state by the keys of a sharded one."""
+    keys = {"num_updates": torch.tensor(state["num_updates"])}
+    for name, parts in state["parameters"].items():
+        for key, part in parts.items():
+            keys[f"{key}.{name}"] = part if isinstance(part, torch.Tensor) else torch.tensor(int(part))
+    return keys
 
 
 def rewrite(path, version):
