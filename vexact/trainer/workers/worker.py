@@ -183,4 +183,4 @@ class Worker:
         self._shards.abandon()
 
     def restore(self, path: Path) -> Progress:
-        return restore(path, self.actor, self.info.rank)
+        return restore(path, self.actor)
