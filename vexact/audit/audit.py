@@ -68,14 +68,15 @@ class Audit:
     it.
     """
 
-    def __init__(self, exactness: str, redraw_ratio: float = 0.0) -> None:
-        """``redraw_ratio`` is the share of the tokens whose draw is repeated.
+    def __init__(self, exactness: str, redraw_ratio: float = 0.0, *, partial: bool = False) -> None:
+        """``redraw_ratio`` is the share of the tokens whose draw is repeated; ``partial``: of one of several ranks, whose
+        share may be nothing.
 
         Raises ValueError for an unknown ``exactness``.
         """
         if exactness not in ("strict", "warn", "off"):
             raise ValueError(f"trainer.exactness={exactness!r}; use strict, warn or off")
-        self.exactness, self.redraw_ratio = exactness, redraw_ratio
+        self.exactness, self.redraw_ratio, self.partial = exactness, redraw_ratio, partial
         self.redraw: Redraw | None = None
         self._samples: Sequence[Sample] = ()
         self._metrics: dict[str, float] = {}
@@ -108,7 +109,7 @@ class Audit:
         self.evidence = Evidence(indices, logprobs, redrawn)
         draws = self._check_draws(redrawn)
         self._metrics["timing_s/audit"] = perf_counter() - started
-        if not comparison.exact:
+        if not comparison.exact and (indices or not self.partial):
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
             if self.total_different == comparison.tokens_different:

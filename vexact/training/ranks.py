@@ -26,10 +26,15 @@ _REPORT_BYTES = 512
 class PeerStopped(RuntimeError):
     """Another rank refused what all ranks were about to do, so this one has not done it either."""
 
+    is_consequence = True
+
     def __init__(self, rank: int, reason: str) -> None:
         """``rank`` counts in the default process group; ``reason`` is its error, cut to half a kilobyte."""
         super().__init__(f"rank {rank} stopped before the weights were touched: {reason}")
         self.rank, self.reason = rank, reason
+
+    def __reduce__(self) -> tuple[type[PeerStopped], tuple[int, str]]:
+        return PeerStopped, (self.rank, self.reason)
 
 
 @dataclass(frozen=True, slots=True)

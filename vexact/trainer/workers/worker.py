@@ -137,7 +137,7 @@ class Worker:
         compare: bool,
     ) -> Updated:
         """As ``Actor.update``; bits that differ stop all ranks before the optimizer step when exactness is strict."""
-        audit = Audit(self.config.trainer.exactness)
+        audit = Audit(self.config.trainer.exactness, partial=True)
         audit.begin([sequence.sample for sequence in sequences])
         audit.redraw = redraw
         metrics, stopped = None, None
@@ -146,8 +146,6 @@ class Worker:
                 sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
             )
         except (ExactnessError, DrawError, PeerStopped) as error:
-            if not audit.evidence.indices and not isinstance(error, PeerStopped):
-                raise
             stopped = error
         seen = audit.evidence
         return Updated(metrics, self.actor.problems, Evidence(seen.indices, seen.logprobs, seen.redrawn), stopped)
