@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -119,8 +120,18 @@ class Finished:
     peak_bytes: int | None  # of the fullest GPU, as the driver sees it; None without a GPU
 
 
-def train(gpus: int, launcher: str, overrides: Sequence[str], directory: Path, timeout_s: float) -> Finished:
+def train(
+    gpus: int,
+    launcher: str,
+    overrides: Sequence[str],
+    directory: Path,
+    timeout_s: float,
+    stop_after: int | None = None,
+) -> Finished:
     """
+    Args:
+        stop_after: interrupt the run after so many steps, before it saves a checkpoint that no disk has room for.
+
     Raises:
         RuntimeError: the run failed or ran out of time; the message ends with its last lines.
     """
@@ -129,20 +140,35 @@ def train(gpus: int, launcher: str, overrides: Sequence[str], directory: Path, t
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
     directory.mkdir(parents=True, exist_ok=True)
     log, started = directory.parent / f"{directory.name}.log", time.monotonic()
-    line = command(gpus, launcher, [*overrides, f"trainer.default_local_dir={directory}"])
-    with _peak_memory(gpus) as peak, log.open("w") as output:
-        try:
-            code = subprocess.run(
-                line, stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=timeout_s, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"none after {timeout_s:.0f} s"
+    endless = [] if stop_after is None else ["trainer.total_training_steps=1000000"]
+    line = command(gpus, launcher, [*overrides, *endless, f"trainer.default_local_dir={directory}"])
+    with (
+        _peak_memory(gpus) as peak,
+        log.open("w") as output,
+        subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        code = wait(process, directory / "metrics.jsonl", started + timeout_s, stop_after)
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         raise RuntimeError(f"{' '.join(line)}\nexit code {code}; the end of {log}:\n{tail}")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "timing_s/step" in row and "actor/loss" in row]
     return Finished(steps, directory, time.monotonic() - started, max(peak, default=0) or None)
+
+
+def wait(process: subprocess.Popen, rows: Path, deadline: float, stop_after: int | None) -> int | str:
+    """The exit code; 0 for a run that was interrupted where it was to stop."""
+    has_stopped = False
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            return "none before the time was up"
+        if stop_after is not None and not has_stopped and rows.is_file():
+            has_stopped = rows.read_text().count('"actor/loss"') >= stop_after
+            if has_stopped:
+                process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    return 0 if has_stopped else process.returncode
 
 
 def figures(run: Finished) -> dict:

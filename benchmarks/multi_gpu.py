@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--layout", nargs="+", choices=("colocated", "disaggregated"), default=["colocated"])
     parser.add_argument("--launcher", choices=("torchrun", "ray"), default="torchrun")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--no_digest", action="store_true", help="do not read the last checkpoints back")
+    parser.add_argument("--no_digest", action="store_true", help="interrupt after the steps, save nothing")
     parser.add_argument("--timeout_s", type=float, default=900, help="of each run")
     parser.add_argument("--work", type=Path, help="directory for models and runs (default: a temporary one)")
     parser.add_argument("--out", type=Path)
@@ -79,7 +79,12 @@ def main() -> int:
         directory = work / name.replace(" ", "-")
         try:
             run = train(
-                gpus, arguments.launcher, [*common, *layout_overrides(gpus, layout)], directory, arguments.timeout_s
+                gpus,
+                arguments.launcher,
+                [*common, *layout_overrides(gpus, layout)],
+                directory,
+                arguments.timeout_s,
+                stop_after=arguments.steps if arguments.no_digest else None,
             )
         except RuntimeError as error:
             print(error)
@@ -88,7 +93,7 @@ def main() -> int:
         report["runs"][name] = {"gpus": gpus, "layout": layout} | figures(run)
         if not arguments.no_digest:
             report["runs"][name] |= state_digests(directory)
-        shutil.rmtree(directory / "checkpoints")
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         print(name, json.dumps(report["runs"][name]), flush=True)
     report["tokens_compared"] = sum(run["tokens_compared"] for run in report["runs"].values())
     report["efficiency"] = efficiency(report["runs"])

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import grpo_run
 import plot_run
 import pytest
 import scale_model
@@ -22,6 +24,22 @@ def test_plot_means_and_series(tmp_path: Path) -> None:
     assert plot_run.smooth([0.0, 1.0, 2.0], 2) == [0.0, 0.5, 1.5]
     with pytest.raises(SystemExit, match="has no rows"):
         plot_run.read_rows(tmp_path)
+
+
+WRITER = """
+import sys, time
+for step in range(1, 100):
+    with open(sys.argv[1], "a") as file: file.write('{"actor/loss": 0}\\n')
+    time.sleep(0.1)
+"""
+
+
+def test_a_run_is_stopped_after_its_steps_or_when_the_time_is_up(tmp_path: Path) -> None:
+    rows = tmp_path / "metrics.jsonl"
+    for more, stop_after, expected in ((60, 3, 0), (0.5, None, "none before the time was up")):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(rows)], stderr=subprocess.DEVNULL) as process:
+            assert grpo_run.wait(process, rows, time.monotonic() + more, stop_after) == expected
+    assert 3 <= len(rows.read_text().splitlines()) < 50
 
 
 def ran(script: str, out: Path, *arguments: str) -> dict:

@@ -144,8 +144,8 @@ def test_a_sample_that_batching_loses_or_repeats_is_named(monkeypatch, where, ch
         mini_batches = actor._mini_batches
         monkeypatch.setattr(actor, "_mini_batches", lambda *a: change(mini_batches(*a)))
     else:
-        micro = actor_module.micro_batches
-        monkeypatch.setattr(actor_module, "micro_batches", lambda *a: change(micro(*a)))
+        pack = actor_module.pack
+        monkeypatch.setattr(actor_module, "pack", lambda *a, **k: change(pack(*a, **k)))
     with pytest.raises(LedgerError, match=rf"request request-\d+ is {word} its batches"):
         actor.update(_of_one_length(8))
 

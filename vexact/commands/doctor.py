@@ -124,9 +124,9 @@ def _memory_checks(config: Config, device: str) -> Iterator[CheckResult]:
     from vexact.audit.doctor.result import error, ok, warning
     from vexact.config.memory import ModelShape, memory_notes, memory_problems
     from vexact.config.plan import build_plan
-    from vexact.trainer.machine import machine_of
+    from vexact.trainer.machine import layout_here, machine_of
 
-    machine, shape = machine_of(config, device), ModelShape.read(config.model.path)
+    machine, shape = machine_of(layout_here(config, device)), ModelShape.read(config.model.path)
     problems = memory_problems(config, shape, machine)
     yield from (error("memory plan", problem.what, problem.fix) for problem in problems)
     if not problems:

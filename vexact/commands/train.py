@@ -53,6 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.help_config is not None:
         sys.stdout.writelines(_help_lines(arguments.help_config))
         return 0
+    from vexact.distributed import serve_if_follower
+
+    code = serve_if_follower()
+    if code is not None:
+        return code
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
     import torch
@@ -60,14 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     from vexact.config.plan import build_plan
     from vexact.device import resolve_device
     from vexact.trainer.dry_run import check_settings, dry_run
-    from vexact.trainer.machine import machine_of
+    from vexact.trainer.machine import layout_here, machine_of, require_memory
 
     device = resolve_device(config.trainer.device)
     check_settings(config, torch.device(device))
-    plan = build_plan(config, machine_of(config, device))
     if arguments.dry_run:
+        machine = machine_of(layout_here(config, device))
+        if config.trainer.ray_address is None:
+            require_memory(config, machine)
         dry_run(config)
-        sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")
+        sys.stdout.write(f"{config.to_yaml()}\n{build_plan(config, machine).text()}\n")
         return 0
     from vexact.trainer.launch import run as launch
 

@@ -108,6 +108,12 @@ def _advice(config: Config, machine: Machine, shape: ModelShape) -> list[str]:
             f"only 1 of {total} updates per rollout is exactly on-policy; for all of them leave "
             "actor_rollout_ref.actor.ppo_mini_batch_size null and ppo_epochs 1"
         )
+    sharing = config.actor.ulysses_sequence_parallel_size
+    if sharing > 1:
+        advice.append(
+            f"{sharing} GPUs share each packed forward: log-probabilities keep their bits, and weights after an update "
+            f"are those of actor_rollout_ref.actor.ulysses_sequence_parallel_size={sharing}, on any number of GPUs"
+        )
     tokens = kv_cache_tokens(config, machine.device, shape)
     if tokens is not None and tokens < config.max_model_len:
         advice.append(

@@ -76,16 +76,19 @@ REFUSED = (
         (None,),
         "the only engine is vexact; its keys lie directly in the rollout section",
     ),
-    Refused(f"{_ACTOR}.ulysses_sequence_parallel_size", (1,), "sequence parallelism is not supported yet"),
+    Refused(
+        "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
+        (None,),
+        f"the reference policy takes {_ACTOR}.ulysses_sequence_parallel_size",
+    ),
     Refused(f"{_ACTOR}.entropy_from_logits_with_chunking", (False, True), "the entropy is always computed in chunks"),
     Refused(
         f"{_ACTOR}.fsdp_config.offload_policy",
         (False,),
-        f"set {_ACTOR}.fsdp_config.param_offload and optimizer_offload",
+        f"it steps on the CPU, whose bits are others; set {_ACTOR}.fsdp_config.param_offload and .optimizer_offload",
     ),
     Refused(f"{_ACTOR}.fsdp_config.fsdp_size", (-1, 1), _ONE_DEVICE),
     Refused(f"{_ACTOR}.optim.clip_grad", (None,), f"set {_ACTOR}.grad_clip"),
-    Refused("actor_rollout_ref.ref.fsdp_config.param_offload", (False,), "offloading is not supported yet"),
     Refused(f"{_MODEL}.lora_rank", (0,), "LoRA is not supported yet"),
     Refused(f"{_MODEL}.trust_remote_code", (False,), "models are defined here; code from a checkpoint is never run"),
     Refused("data.trust_remote_code", (False,), "code from a checkpoint is never run"),
@@ -158,7 +161,7 @@ UNUSED = (
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
     Unused("algorithm.rollout_correction.*", "rollout and trainer agree bit for bit: nothing to correct"),
     Unused("global_profiler.*", "profiling is not built in"),
-    Unused("ray_kwargs.*", "this version trains in one process, without Ray"),
+    Unused("ray_kwargs.*", "trainer.ray_address names the cluster, and RAY_* variables set it up"),
 )
 
 MOVED = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,19 @@ class Engine:
         self._stats = EngineStats()
 
     @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens that the key-value cache holds."""
+        return self.num_pages * self.config.page_size
+
+    @property
+    def num_replicas(self) -> int:
+        return 1
+
+    @property
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished
 
@@ -134,7 +148,7 @@ class Engine:
         Raises ValueError, naming the value and the knob, for a request that could never run or an id in use. Whatever
         it raises, nothing of the request stays behind.
         """
-        self._check_weights()
+        self._check_ready()
         if not self.has_unfinished:
             self._runner.refresh()
         requests = self._intake.make(prompt_token_ids, sampling_params, request_id)
@@ -266,9 +280,32 @@ class Engine:
 
     def clear_prefix_cache(self) -> None:
         """Forget every cached prefix, so that the next requests compute their own. Raises RuntimeError if not idle."""
-        if self.has_unfinished:
-            raise RuntimeError("clear_prefix_cache() with unfinished requests: finish them, or abort_all() first")
+        self._require_idle("clear_prefix_cache()")
         self._blocks.clear_cache()
+
+    @property
+    def kv_cache_released(self) -> bool:
+        return self._runner.kv_released
+
+    def release_kv_cache(self) -> None:
+        """Give the physical memory of the KV cache back until ``resume_kv_cache()``; captured graphs live on.
+
+        Cached prefixes are forgotten. Does nothing if it is released already. Weights may be updated meanwhile.
+
+        Raises:
+            RuntimeError: requests are unfinished; or the GPU cannot bring memory back to the same addresses.
+        """
+        self._require_idle("release_kv_cache()")
+        self._blocks.clear_cache()
+        self._runner.release_kv()
+
+    def resume_kv_cache(self) -> None:
+        """Take memory for the KV cache again, at the addresses it had. Does nothing if it is not released.
+
+        Raises:
+            torch.OutOfMemoryError: others have taken the memory; the cache then stays released.
+        """
+        self._runner.resume_kv()
 
     def observe_logits(self, observer: Callable[[Tensor, SamplingTensors], None] | None) -> None:
         """Shows ``observer`` the raw logits (S, V) fp32 of every step before they are sampled; None stops it.
@@ -285,27 +322,66 @@ class Engine:
             ValueError: names, shapes or dtypes do not match the model; the engine then refuses to generate until an
                 update succeeds, because some parameters are new and some old.
         """
-        if self.has_unfinished:
-            raise RuntimeError("update_weights() with unfinished requests: finish them, or abort_all() first")
+        with self.replacing_weights(version) as parameters:
+            copy_weights(parameters, named_tensors)
+
+    @contextmanager
+    def replacing_weights(self, version: int) -> Iterator[dict[str, Tensor]]:
+        """Hands out the parameters by name, to be overwritten in place; the engine has ``version`` at the end.
+
+        Cached prefixes are forgotten. Whatever is raised inside leaves an engine that refuses to generate until an
+        update succeeds.
+
+        Raises:
+            RuntimeError: see ``check_updatable``.
+        """
+        self.check_updatable()
         self.weights_version = INVALID_VERSION
         self._blocks.clear_cache()
-        copy_weights(self.model, named_tensors)
+        yield {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         self.weights_version = version
 
-    def _check_weights(self) -> None:
+    def check_updatable(self) -> None:
+        """Raises RuntimeError while requests are unfinished: their samples would mix two versions."""
+        self._require_idle("update_weights()")
+
+    def _require_idle(self, call: str) -> None:
+        if self.has_unfinished:
+            raise RuntimeError(f"{call} with unfinished requests: finish them, or abort_all() first")
+
+    def _check_ready(self) -> None:
         if self.weights_version == INVALID_VERSION:
-            raise RuntimeError("the last update_weights() failed half way; update the weights before generating")
+            raise RuntimeError("the last weight update failed half way; update the weights before generating")
+        if self.kv_cache_released:
+            raise RuntimeError("the KV cache is released; call resume_kv_cache() before generating")
 
     def stats(self) -> dict[str, float]:
         """``rollout/*`` metrics since the last call."""
-        scheduler = self._scheduler
-        metrics = self._stats.metrics(
-            num_pages=self.num_pages,
-            num_preemptions=scheduler.num_preemptions,
-            num_prefix_queried=scheduler.num_prefix_queried,
-            num_prefix_hits=scheduler.num_prefix_hits,
-            num_replays=self._runner.take_num_replays(),
-        )
+        return self.take_stats().metrics()
+
+    def take_stats(self) -> EngineStats:
+        """The counters behind ``stats()``, for ``merge_stats`` to add up over replicas. Takes them from the engine."""
+        scheduler, stats = self._scheduler, self._stats
+        stats.num_pages = self.num_pages
+        stats.num_preemptions = scheduler.num_preemptions
+        stats.num_prefix_queried = scheduler.num_prefix_queried
+        stats.num_prefix_hits = scheduler.num_prefix_hits
+        stats.num_replays = self._runner.take_num_replays()
         self._stats = EngineStats()
         scheduler.reset_counters()
-        return metrics
+        return stats
+
+    @property
+    def num_named(self) -> int:
+        """Prompts that this engine has named itself: the id of the next one that comes without. Replicas that share a
+        stream of prompts are set to the same number."""
+        return self._intake.num_named
+
+    @num_named.setter
+    def num_named(self, count: int) -> None:
+        self._intake.num_named = count
+
+    @property
+    def num_free_pages(self) -> int:
+        """KV pages that requests could take now, those of cached prefixes included; 0 while the cache is released."""
+        return 0 if self.kv_cache_released else self._blocks.num_available

@@ -1,7 +1,8 @@
-"""Counters of the engine between two ``stats()`` calls."""
+"""Counters of an engine between two ``stats()`` calls, and of several engines that worked side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,6 +15,12 @@ class EngineStats:
     step_seconds: float = 0.0
     execute_seconds: float = 0.0  # model forward and sampling, waiting for the device included
     max_used_pages: int = 0
+    num_pages: int = 0
+    num_preemptions: int = 0
+    num_prefix_queried: int = 0
+    num_prefix_hits: int = 0
+    num_replays: int = 0
+    wall_seconds: float | None = None  # None: one engine, whose steps follow each other
 
     def record(self, *, num_tokens: int, step_seconds: float, execute_seconds: float) -> None:
         self.num_steps += 1
@@ -21,23 +28,43 @@ class EngineStats:
         self.step_seconds += step_seconds
         self.execute_seconds += execute_seconds
 
-    def metrics(
-        self,
-        *,
-        num_pages: int,
-        num_preemptions: int,
-        num_prefix_queried: int,
-        num_prefix_hits: int,
-        num_replays: int,
-    ) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Metric names to values; ratios over nothing are 0."""
         host_seconds = self.step_seconds - self.execute_seconds
+        seconds = self.step_seconds if self.wall_seconds is None else self.wall_seconds
         return {
-            "rollout/kv_usage": self.max_used_pages / num_pages,
-            "rollout/preemptions": float(num_preemptions),
-            "rollout/prefix_hit_ratio": num_prefix_hits / max(1, num_prefix_queried),
-            "rollout/decode_tokens_per_s": self.num_tokens / self.step_seconds if self.step_seconds else 0.0,
+            "rollout/kv_usage": self.max_used_pages / max(1, self.num_pages),
+            "rollout/preemptions": float(self.num_preemptions),
+            "rollout/prefix_hit_ratio": self.num_prefix_hits / max(1, self.num_prefix_queried),
+            "rollout/decode_tokens_per_s": self.num_tokens / seconds if seconds else 0.0,
             "rollout/host_us_per_step": 1e6 * host_seconds / max(1, self.num_steps),
-            "rollout/graph_ratio": num_replays / max(1, self.num_steps),
+            "rollout/graph_ratio": self.num_replays / max(1, self.num_steps),
             "rollout/num_tokens": float(self.num_tokens),
         }
+
+
+def merge_stats(replicas: Sequence[EngineStats]) -> EngineStats:
+    """The counters of engines that worked at the same time, as if they were one; one engine's are its own.
+
+    Counts add up, so ratios are those of all steps and prompts together. Pages are those of the engine that used the
+    largest share of its own. Tokens per second are all tokens over the time of the engine that took longest.
+
+    Raises:
+        ValueError: no replicas.
+    """
+    if not replicas:
+        raise ValueError("merge_stats() of no replicas")
+    fullest = max(replicas, key=lambda one: one.max_used_pages / max(1, one.num_pages))
+    return EngineStats(
+        num_steps=sum(one.num_steps for one in replicas),
+        num_tokens=sum(one.num_tokens for one in replicas),
+        step_seconds=sum(one.step_seconds for one in replicas),
+        execute_seconds=sum(one.execute_seconds for one in replicas),
+        max_used_pages=fullest.max_used_pages,
+        num_pages=fullest.num_pages,
+        num_preemptions=sum(one.num_preemptions for one in replicas),
+        num_prefix_queried=sum(one.num_prefix_queried for one in replicas),
+        num_prefix_hits=sum(one.num_prefix_hits for one in replicas),
+        num_replays=sum(one.num_replays for one in replicas),
+        wall_seconds=max(one.step_seconds if one.wall_seconds is None else one.wall_seconds for one in replicas),
+    )

@@ -13,14 +13,15 @@ from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estima
 from vexact.config import Config
 from vexact.report.metrics import summary
 from vexact.reward.seal import require_seals
-from vexact.training import Ledger, Reference
+from vexact.training import Ledger
+from vexact.training.protocol import Scorer
 from vexact.types import Sample, SampleGroup, TrainSequence
 
 
 def train_sequences(
     config: Config,
     groups: Sequence[SampleGroup],
-    reference: Reference | None,
+    reference: Scorer | None,
     recomputed: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[TrainSequence], Ledger, dict[str, float]]:
     """Every sample with its per-token advantages (and reference log-probabilities when a KL term is on).

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 
 from vexact.config import Config, ConfigError
-from vexact.config.memory import BYTES, ModelShape, memory_problems
+from vexact.config.memory import BYTES, ModelShape
 from vexact.config.memory.parts import GIB, SLOT_BYTES_PER_TOKEN
 from vexact.device import resolve_device
 from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
 from vexact.trainer import preflight
-from vexact.trainer.machine import machine_of
 from vexact.trainer.sampling import training_sampling, validation_sampling
 from vexact.trainer.workers import actor_config, engine_settings, load_dataset, load_tokenizer, start_rewards
 
@@ -39,7 +38,6 @@ def check_settings(config: Config, device: torch.device) -> None:
     engine = EngineConfig(**engine_settings(config))
     shape = ModelShape.of(model.raw)
     problems = [*_model_problems(config, model), *_memory_problems(config, engine, shape, device)]
-    problems += map(str, memory_problems(config, shape, machine_of(config, device.type)))
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -6,22 +6,20 @@ import logging
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
 from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
 from vexact.config.memory import ModelShape
 from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
-from vexact.device import resolve_device
+from vexact.distributed import Layout, resolve_layout
 from vexact.models import ModelConfig
 from vexact.report import Reporter
-from vexact.trainer.checkpoint import CheckpointStore, Progress
+from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
 from vexact.trainer.driver import Driver, how_to_go_on
-from vexact.trainer.machine import machine_of
+from vexact.trainer.machine import machine_of, require_memory
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
-from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity, weights_digest
+from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
 from vexact.trainer.run_directory import RunDirectoryError, open_run_directory, set_aside
 from vexact.trainer.run_record import write_run_record
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
@@ -38,15 +36,16 @@ def run(config: Config) -> int:
     Raises:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
-    device = torch.device(resolve_device(config.trainer.device))
+    layout = resolve_layout(layout_of(config))
     with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
         stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
-        store = CheckpointStore(config.run_dir, config.trainer.keep_last)
+        best = BestPointer(config.run_dir, config.trainer.best_metric, config.trainer.best_metric_mode)
+        store = CheckpointStore(config.run_dir, config.trainer.keep_last, best)
         store.remove_leftovers()
         source = find_source(config, store)
         inputs = load_inputs(config)
         total_steps = num_steps(config, len(inputs.train_data))
-        identity = run_identity(config, device, total_steps, inputs.tokenizer, inputs.train_data)
+        identity = run_identity(config, layout.device, total_steps, inputs.tokenizer, inputs.train_data)
         _check_source(config, store, source, identity)
         if source is not None and _is_finished(config, source, total_steps):
             log.info(
@@ -57,17 +56,21 @@ def run(config: Config) -> int:
                 source.path,
             )
             return 0
-        plan = build_plan(config, machine_of(config, device.type))
-        for name, value in plan.memory:
-            log.info("%s: %s", name, value)
-        workers = build_workers(config, device, inputs)
+        machine = machine_of(layout)
+        require_memory(config, machine)
+        plan = build_plan(config, machine)
+        for _, value in plan.memory:
+            log.info("memory: %s", value)
+        workers = build_workers(config, layout, inputs)
         stack.callback(workers.close)
-        identity["model"]["weights"] = weights_digest(workers.actor.model)
+        identity["environment"] = workers.environment()
+        identity["model"]["weights"] = workers.weights_digest()
         check_before_training(config, workers)
         progress = Progress(0, 0)
         if source is not None:
             check_changes(source, identity, _may_change(config))
-            progress = source.restore(workers.actor)
+            note_environment(source, identity)
+            progress = source.restore(workers)
         if not config.trainer.val_only:
             _begin_part(config, store, source, progress)
         reporter = Reporter(
@@ -81,7 +84,7 @@ def run(config: Config) -> int:
         )
         stack.enter_context(reporter)
         reporter.plan(plan.rows, plan.advice)
-        write_run_record(config, device)
+        write_run_record(config, workers.environment())
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)
@@ -91,11 +94,16 @@ def run(config: Config) -> int:
     return 0
 
 
+def layout_of(config: Config) -> Layout:
+    """The processes that a configuration asks for."""
+    trainer = config.trainer
+    return Layout(trainer.nnodes, trainer.n_gpus_per_node, trainer.device, trainer.ray_address)
+
+
 def _check_source(config: Config, store: CheckpointStore, source: Source | None, identity: dict[str, Any]) -> None:
     """Whether the run may go on from ``source``, before the model is loaded."""
     if source is not None:
         check_changes(source, identity, _may_change(config))
-        note_environment(source, identity)
     if config.trainer.val_only and config.trainer.resume_mode != "auto" and store.steps(_last_kept(source)):
         raise RunDirectoryError(
             f"trainer.val_only=true with trainer.resume_mode={config.trainer.resume_mode} validates other weights than "

@@ -1,6 +1,16 @@
 """Moving weights from the trainer to the rollout, versioned and verified bit for bit."""
 
-from vexact.weights.fingerprint import checksum
-from vexact.weights.sync import WeightSyncError, sync_weights
+from vexact.weights.channel import receive_weights, send_weights
+from vexact.weights.errors import Difference, WeightSyncError
+from vexact.weights.fingerprint import checksum, checksums
+from vexact.weights.sync import sync_weights
 
-__all__ = ["WeightSyncError", "checksum", "sync_weights"]
+__all__ = [
+    "Difference",
+    "WeightSyncError",
+    "checksum",
+    "checksums",
+    "receive_weights",
+    "send_weights",
+    "sync_weights",
+]

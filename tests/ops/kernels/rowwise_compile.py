@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vexact.ops.kernels import (
+    checksum,
     embedding,
     embedding_grad,
     qk_norm_rope,
@@ -43,6 +44,8 @@ def cases() -> Iterator[Case]:
     for dtype, width in (("bf16", 2048),):
         yield from _embedding(dtype, width)
     yield from _sampling()
+    for size in (2, 4):
+        yield _checksum(size)
 
 
 def _rms_norm(dtype: str, width: int) -> Iterator[Case]:
@@ -114,6 +117,12 @@ def _embedding_grad(dtype: str, width: int) -> Iterator[Case]:
     types = {**runs, "num_tokens": "i32"}
     constants = {"H": width, **embedding_grad.long_run_config(width)}
     yield f"embedding long runs {dtype} {width}", embedding_grad._long_run_kernel, types, constants
+
+
+def _checksum(size: int) -> Case:
+    types = dict.fromkeys(("span_ptr", "owner_ptr", "out_ptr"), "*i64")
+    constants = {"BITS": 8 * size, "ALIGNED": True, "STRETCH": checksum._STRETCH, **checksum.CONFIG}
+    return f"checksum of {size} bytes", checksum._stretch_kernel, types, constants
 
 
 def _sampling() -> Iterator[Case]:

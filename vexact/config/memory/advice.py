@@ -171,8 +171,7 @@ def _remedies(config: Config, excess: Callable[[Config], int]) -> Iterator[tuple
 
 def _numbers(config: Config) -> Iterator[tuple[str, int, int, int]]:
     """Key, value in force, smallest value that works, and the step in which to try values between."""
-    rollout, data = config.rollout, config.data
-    least = data.max_prompt_length + data.max_response_length
+    rollout, least = config.rollout, _least_tokens(config)
     tokens = config.actor.ppo_max_token_len_per_gpu
     yield f"{ACTOR}.ppo_max_token_len_per_gpu", tokens, least, 256
     pages = -(-config.max_model_len // rollout.page_size)
@@ -183,6 +182,12 @@ def _numbers(config: Config) -> Iterator[tuple[str, int, int, int]]:
     batched = config.max_model_len if not rollout.enable_chunked_prefill else 512
     yield f"{ROLLOUT}.max_num_batched_tokens", rollout.max_num_batched_tokens, batched, 512
     yield f"{ROLLOUT}.max_num_seqs", rollout.max_num_seqs, 8, 8
+
+
+def _least_tokens(config: Config) -> int:
+    """The smallest token budget in which the ranks that share a forward hold one sequence."""
+    needed = config.data.max_prompt_length + config.data.max_response_length
+    return -(-needed // config.actor.ulysses_sequence_parallel_size)
 
 
 def with_value(config: Any, key: str, value: Any) -> Any:
@@ -212,8 +217,7 @@ def _batch_knobs(config: Config) -> Iterator[str]:
 
 
 def _token_knobs(config: Config) -> Iterator[str]:
-    least = config.data.max_prompt_length + config.data.max_response_length
-    tokens = config.actor.ppo_max_token_len_per_gpu
+    tokens, least = config.actor.ppo_max_token_len_per_gpu, _least_tokens(config)
     if tokens > least:
         yield f"a lower {ACTOR}.ppo_max_token_len_per_gpu (now {tokens}, at least {least})"
     if not config.model.enable_gradient_checkpointing:

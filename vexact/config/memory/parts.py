@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vexact.config.memory.activations import activation_bytes
 from vexact.config.memory.kv_cache import BYTES, kv_cache_tokens, page_bytes, pages_per_sequence, useful_pages
 from vexact.config.memory.model_shape import ModelShape
 from vexact.config.memory.placement import Placement
 from vexact.config.schema import Config
 
 GIB, MIB = 1 << 30, 1 << 20
-OFFLOAD_BYTES = 512 * MIB  # moments on their way through the GPU
+OFFLOAD_BYTES = 256 * MIB  # moments on their way through the GPU
 HEAD_WORKSPACE_BYTES = 1280 * MIB  # of the fused cross-entropy's kernels
 ONE_PASS_HEAD_BYTES = 3 << 29  # a head whose fp32 gradient is no larger is accumulated in one pass
 GRAPH_BYTES = GIB // 2  # private pools of CUDA graphs
@@ -36,10 +37,10 @@ class Parts:
         if self.offloads_moments:
             moments = min(moments, OFFLOAD_BYTES) if stage == "update" else 0
         parts = {
-            "master weights": 0 if self.offloads_weights and stage == "generation" else 4 * self._share,
+            "master weights": 0 if self.offloads_weights and stage != "update" else 4 * self._share,
             "gradients": 4 * self._share,
             "moments": moments,
-            "reference": self._width * self._share if self.config.needs_reference else 0,
+            "reference": 0 if self._reference_is_away(stage) else self._width * self._share,
         }
         if stage == "update":
             parts |= {"gathered layers": self._gathered(), "activations": self._activations()}
@@ -80,8 +81,12 @@ class Parts:
         return None if tokens is None else tokens // self.config.rollout.page_size * self._page_bytes
 
     def wanted_kv_cache(self, device_bytes: int) -> int:
-        """What ``gpu_memory_utilization`` takes of the memory that is free beside the rollout's weights."""
-        free = max(0, device_bytes - self._width * self.shape.num_parameters)
+        """What ``gpu_memory_utilization`` takes of what is free once the weights of both sides are there."""
+        weights = self._width * self.shape.num_parameters
+        if self.placement.is_colocated:
+            parked = self.training("generation")
+            weights += parked["master weights"] + parked["reference"]
+        free = max(0, device_bytes - weights)
         pages = int(free * self.config.rollout.gpu_memory_utilization) // self._page_bytes
         return useful_pages(self.config, pages) * self._page_bytes
 
@@ -103,6 +108,10 @@ class Parts:
     def _releases_cache(self) -> bool:
         return self.device == "cuda" and self.config.rollout.free_cache_engine
 
+    def _reference_is_away(self, stage: Stage) -> bool:
+        offloaded = self.device == "cuda" and self.config.ref.fsdp_config.param_offload
+        return not self.config.needs_reference or (offloaded and stage != "update")
+
     def _gathered(self) -> int:
         """Whole weights of the root and of two layers, and the gradients of the largest of them before they are shared;
         nothing where FSDP is not needed."""
@@ -113,21 +122,11 @@ class Parts:
         return self._width * (root + 2 * layer) + (self._width + sent_and_received) * max(layer, root)
 
     def _activations(self) -> int:
-        """What a forward of a full token budget keeps for its backward."""
-        tokens = self.config.actor.ppo_max_token_len_per_gpu
-        return tokens * self._activation_bytes_per_token() + self._head(tokens)
-
-    def _activation_bytes_per_token(self) -> int:
-        """A layer keeps the inputs of its norms and products, queries, keys, values, attention's output, and fp32
-        statistics of rows and heads. A layer that is recomputed keeps the two streams that enter it."""
-        shape, width = self.shape, self._width
-        heads, kv_heads, hidden, wide = shape.num_heads, shape.num_kv_heads, shape.hidden_size, shape.intermediate_size
-        kept = width * (4 * hidden + 3 * (heads + kv_heads) * shape.head_dim + 3 * wide)
-        kept += 4 * (2 + 2 * heads + kv_heads)
-        passing = width * (4 * hidden + 3 * wide)  # gradients of the layer that the backward is in
-        if self.config.model.enable_gradient_checkpointing:
-            return shape.num_layers * 2 * hidden * width + kept + passing
-        return shape.num_layers * kept + passing
+        """What one rank's part of a full forward keeps for its backward."""
+        tokens, sharing = self.config.actor.ppo_max_token_len_per_gpu, self.config.actor.ulysses_sequence_parallel_size
+        recomputed = self.config.model.enable_gradient_checkpointing
+        layers = activation_bytes(self.shape, tokens * sharing, self._width, recomputed=recomputed, sharing=sharing)
+        return layers + self._head(tokens)
 
     def _head(self, tokens: int) -> int:
         """Rows that predict a token, twice, and their gradients; the head's fp32 gradient; pieces of the logits."""

@@ -16,7 +16,7 @@ from vexact.config.schema import Config
 
 CONTEXT_BYTES = 1 * GIB  # CUDA context, libraries, and what the allocator holds but cannot use
 NCCL_BYTES = GIB // 2
-BUCKET_BYTES = 512 * MIB  # weights on their way to the rollout: one bucket is gathered while another is copied
+BUCKET_BYTES = 256 * MIB  # weights on their way to the rollout: one bucket is gathered while another is copied
 
 Role = Literal["GPU", "trainer GPU", "rollout GPU"]
 STAGES: dict[Role, tuple[Stage, ...]] = {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vexact.models.decoder import CausalLM
+from vexact.models.decoder import CausalLM, KVCache
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.execution.decode_graphs import DecodeGraphs
+from vexact.rollout.execution.kv_memory import KVMemory
 from vexact.rollout.execution.runner_inputs import RunnerInputs
 from vexact.rollout.execution.staging import StagingBuffer
 from vexact.rollout.sampling.sampler import StepOutput, sample_tokens, to_host
 from vexact.rollout.scheduling.batch import Batch
 
+_KV_ALIGNMENT = 512  # bytes, as of an allocation of its own
 _STAGED = (
     "input_ids",
     "positions",
@@ -49,9 +52,30 @@ class ModelRunner:
         self.graphs = graphs  # None: every step runs eagerly
         self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
         self._staging = StagingBuffer(device) if device.type == "cuda" else None
-        self.kv_caches = allocate_kv_caches(model, num_pages=num_pages, page_size=page_size, device=device)
+        self._kv_memory, self._kv_caches = allocate_kv_caches(
+            model, num_pages=num_pages, page_size=page_size, device=device
+        )
         # may replace what was sampled, so that a diagnosis can force recorded tokens
         self.on_sampled: Callable[[Tensor, SamplingTensors, Tensor], Tensor] | None = None
+
+    @property
+    def kv_caches(self) -> list[KVCache]:
+        """Per layer, keys and values (num_pages, page_size, Hkv, D). Raises RuntimeError while they are released."""
+        if self._kv_memory.released:
+            raise RuntimeError("the KV cache is released; resume_kv_cache() first")
+        return self._kv_caches
+
+    @property
+    def kv_released(self) -> bool:
+        return self._kv_memory.released
+
+    def release_kv(self) -> None:
+        """Gives the cache's physical memory back; see ``KVMemory.release``."""
+        self._kv_memory.release()
+
+    def resume_kv(self) -> None:
+        """The cache again, zeroed, where graphs expect it; see ``KVMemory.resume``."""
+        self._kv_memory.resume()
 
     def prepare(self, batch: Batch) -> RunnerInputs:
         """Batch to device tensors: one copy on CUDA, none on CPU."""
@@ -121,15 +145,17 @@ def kv_page_bytes(model: CausalLM, page_size: int) -> int:
 
 def allocate_kv_caches(
     model: CausalLM, *, num_pages: int, page_size: int, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Per layer, zeroed keys and values (num_pages, page_size, Hkv, D) in the model's dtype.
+) -> tuple[KVMemory, list[KVCache]]:
+    """Per layer, zeroed keys and values (num_pages, page_size, Hkv, D) in the model's dtype; and the memory of all.
 
     Zeroed because attention may multiply a masked position's value by a weight of 0, and 0 * NaN is NaN.
     """
     config = model.config
     shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
     dtype = model.lm_head_weight.dtype
-    return [
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(config.num_layers)
-    ]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    stride = -(-num_bytes // _KV_ALIGNMENT) * _KV_ALIGNMENT
+    memory = KVMemory(2 * config.num_layers * stride, device)
+    starts = range(0, 2 * config.num_layers * stride, stride)
+    tensors = [memory.bytes[start : start + num_bytes].view(dtype).view(shape) for start in starts]
+    return memory, list(zip(tensors[::2], tensors[1::2], strict=True))

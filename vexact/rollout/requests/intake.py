@@ -38,7 +38,7 @@ class Intake:
         self._specials = special_tokens(tokenizer)
         self._hash_pages = hash_pages
         self._in_use: set[str] = set()
-        self._counter = 0
+        self.num_named = 0  # prompts that came without an id
 
     def make(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None) -> list[Request]:
         """The n requests of one prompt; their ids are taken from now on.
@@ -50,7 +50,7 @@ class Intake:
                 f"sampling parameters must be a SamplingParams, got {type(params).__name__} {params!r:.80}"
             )
         token_ids = self._prompt_array(prompt)
-        name = str(self._counter) if request_id is None else request_id
+        name = str(self.num_named) if request_id is None else request_id
         if not isinstance(name, str) or not name:
             raise ValueError(f"request id {name!r} must be a non-empty string")
         self._check_fits(name, len(token_ids), params)
@@ -65,7 +65,7 @@ class Intake:
         prompt_token_ids = tuple(token_ids.tolist())
         requests = [self._request(sample_id, prompt_token_ids, token_ids, params, list(keys)) for sample_id in ids]
         self._in_use.update(ids)
-        self._counter += request_id is None
+        self.num_named += request_id is None
         return requests
 
     def _request(

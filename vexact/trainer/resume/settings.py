@@ -39,6 +39,7 @@ _FREE = (
     f"{MODEL}.enable_gradient_checkpointing",
     f"{ACTOR}.strategy",
     f"{ACTOR}.fsdp_config",
+    f"{ACTOR}.checkpoint",
     f"{ROLLOUT}.name",
     f"{ROLLOUT}.dtype",
     f"{ROLLOUT}.page_size",

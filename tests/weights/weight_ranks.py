@@ -1,0 +1,116 @@
+"""Processes that move weights to each other over Gloo, and faults planted on their way."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from vexact.models import ModelConfig, random_model
+from vexact.rollout import Engine, SamplingParams
+from vexact.training.ranks import shard
+from vexact.weights import transfer
+
+CPU = torch.device("cpu")
+RAW = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 31,  # rows that three ranks and two do not divide evenly
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "eos_token_id": 0,
+}
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+
+def model(seed, dtype=torch.float32, tied=True, **changes):
+    return random_model(ModelConfig.from_hf_dict(RAW | {"tie_word_embeddings": tied} | changes), seed, dtype)
+
+
+def engine(seed, dtype=torch.float32, **changes):
+    return Engine(model=model(seed, dtype, **changes), max_model_len=64, num_pages=8, page_size=16)
+
+
+class Trainer:
+    """What the weights' side reads of an actor: fp32 masters dealt to the ranks of a mesh, and a compute dtype."""
+
+    def __init__(self, seed, mesh, dtype=torch.float32, tied=True):
+        self.model = model(seed, tied=tied)
+        if mesh is not None:
+            shard(self.model, list(self.model.parallel_layers), mesh, dtype)
+        self.config, self.ranks = SimpleNamespace(torch_dtype=dtype), SimpleNamespace(device=CPU)
+
+    def named_shards(self):
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter.detach(), "to_local", parameter.detach)(), tuple(parameter.shape)
+
+
+@contextlib.contextmanager
+def process_group(rank, world_size, directory):
+    store = dist.FileStore(str(Path(directory) / "store"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def mesh_of(ranks):
+    """A mesh of some of the ranks; None for the others and for a lone one. All ranks call it."""
+    group = dist.new_group(ranks)
+    if dist.get_rank() not in ranks or len(ranks) == 1:
+        return None
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def holds(held, seed, dtype, tied=True):
+    expected = dict(model(seed, tied=tied).named_parameters())
+    named = dict(held.model.named_parameters())
+    return named.keys() == expected.keys() and all(torch.equal(p, expected[n].to(dtype)) for n, p in named.items())
+
+
+@contextlib.contextmanager
+def on_arrival(change):
+    """``change(plan, bucket, slots)`` sees every bucket before it is copied; returning True keeps it from being."""
+    put_slots = transfer.Incoming.put_slots
+
+    def changed(self, bucket, slots):
+        if not change(self._plan, bucket, slots):
+            put_slots(self, bucket, slots)
+
+    with mock.patch.object(transfer.Incoming, "put_slots", changed):
+        yield
+
+
+@contextlib.contextmanager
+def after_arrival(change):
+    """``change(parameters)`` sees what the engine holds, flat by name, right before it is fingerprinted."""
+    checksums = transfer.Incoming.checksums
+
+    def changed(self):
+        change(dict(zip([spec.name for spec in self._plan.manifest], self._flat, strict=True)))
+        return checksums(self)
+
+    with mock.patch.object(transfer.Incoming, "checksums", changed):
+        yield
+
+
+def flip_first_bit_of(name, source):
+    """In flight: one bit of the rows that rank ``source`` sent of a tensor."""
+
+    def change(plan, bucket, slots):
+        for piece in bucket.pieces:
+            if plan.manifest[piece.tensor].name == name and piece.start == 0:
+                slots[source, piece.slot_offset] ^= 1
+
+    return change

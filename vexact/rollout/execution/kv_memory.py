@@ -1,0 +1,175 @@
+"""Memory of the KV cache that can be given back for a while and returns to the same addresses.
+
+Captured CUDA graphs hold addresses, so the addresses are reserved once and physical memory comes and goes behind them:
+on CUDA by the driver's virtual memory management, on the CPU by telling the system that the pages are not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vexact.rollout.execution.cuda_driver import CudaDriver, CudaOutOfMemory
+
+_GIB = 2**30
+
+
+class Region(Protocol):
+    """A range of addresses with zeroed memory behind them."""
+
+    def tensor(self) -> Tensor:
+        """All of it, (num_bytes,) uint8; keeps the region alive."""
+
+    def release(self) -> None:
+        """Gives the physical memory back. The caller knows that nothing accesses it."""
+
+    def resume(self) -> None:
+        """Physical memory again, zeroed. Raises torch.OutOfMemoryError if there is too little; it stays released."""
+
+
+class KVMemory:
+    """``num_bytes`` of zeros on ``device`` that can be away for a while."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        """Raises torch.OutOfMemoryError if there is too little memory."""
+        self._device = device
+        self._region = _region(num_bytes, device)
+        if self._region is None:
+            self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        else:
+            self._bytes = self._region.tensor()[:num_bytes]
+        self.released = False
+
+    @property
+    def bytes(self) -> Tensor:
+        """(num_bytes,) uint8. Its address stays; its elements must not be accessed while ``released``."""
+        return self._bytes
+
+    def release(self) -> None:
+        """Waits for the device, then gives the physical memory back. Does nothing if it is away.
+
+        Raises RuntimeError if the device cannot bring memory back to the same addresses.
+        """
+        if self.released:
+            return
+        if self._region is None:
+            raise RuntimeError(
+                f"the KV cache cannot be given back: {torch.cuda.get_device_name(self._device)} has no virtual memory "
+                "management (a virtual GPU?), and the cache could not return to its addresses"
+            )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._region.release()
+        self.released = True
+
+    def resume(self) -> None:
+        """Zeros again, at the same addresses. Does nothing if it is here.
+
+        Raises torch.OutOfMemoryError if others have taken the memory; the cache then stays away.
+        """
+        if self.released:
+            assert self._region is not None
+            self._region.resume()
+            self.released = False
+
+
+def _region(num_bytes: int, device: torch.device) -> Region | None:
+    if device.type != "cuda":
+        return HostRegion(num_bytes)
+    torch.cuda.synchronize(device)  # the driver wants a context
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        driver = CudaDriver(index)
+    except OSError:
+        return None
+    return CudaRegion(driver, num_bytes, torch.device("cuda", index)) if driver.supports_virtual_memory() else None
+
+
+class HostRegion:
+    """Anonymous memory of the process, which Linux takes back when told so and hands out zeroed on the next access."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._map = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def tensor(self) -> Tensor:
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def release(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def resume(self) -> None:
+        """The first access does it."""
+
+
+class CudaRegion:
+    """Addresses of one GPU. Freed with the last tensor that shows it."""
+
+    def __init__(self, driver: CudaDriver, num_bytes: int, device: torch.device) -> None:
+        """Raises torch.OutOfMemoryError if there is too little memory, CudaDriverError for all else."""
+        self._driver, self._device = driver, device
+        granularity = driver.granularity()
+        self._num_bytes = -(-num_bytes // granularity) * granularity
+        self._handles: list[int] = []  # of the memory that is mapped: one or none
+        self._address = driver.reserve(self._num_bytes)
+        # at exit the process gives everything back anyway, and the driver may be gone
+        weakref.finalize(self, _free, driver, device, self._address, self._num_bytes, self._handles).atexit = False
+        self.resume()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self._num_bytes,), "typestr": "|u1", "data": (self._address, False), "version": 3}
+
+    def tensor(self) -> Tensor:
+        return torch.as_tensor(self, device=self._device)
+
+    def release(self) -> None:
+        _take_away(self._driver, self._address, self._num_bytes, self._handles)
+
+    def resume(self) -> None:
+        try:
+            handle = self._driver.create(self._num_bytes)
+        except CudaOutOfMemory:
+            torch.cuda.empty_cache()  # PyTorch holds on to memory that its tensors no longer need
+            handle = self._create_or_explain()
+        try:
+            self._driver.map(self._address, self._num_bytes, handle)
+        except BaseException:
+            self._driver.release(handle)
+            raise
+        self._handles.append(handle)
+        try:
+            self._driver.allow_access(self._address, self._num_bytes)
+        except BaseException:
+            self.release()
+            raise
+        self.tensor().zero_()
+
+    def _create_or_explain(self) -> int:
+        try:
+            return self._driver.create(self._num_bytes)
+        except CudaOutOfMemory as error:
+            free = torch.cuda.mem_get_info(self._device)[0]
+            raise torch.OutOfMemoryError(
+                f"the KV cache needs {self._num_bytes / _GIB:.2f} GiB on {self._device}, {free / _GIB:.2f} GiB are "
+                f"free; lower gpu_memory_utilization (or kv_cache_bytes, num_pages), or free memory first ({error})"
+            ) from error
+
+
+def _take_away(driver: CudaDriver, address: int, num_bytes: int, handles: list[int]) -> None:
+    while handles:
+        driver.unmap(address, num_bytes)
+        driver.release(handles.pop())
+
+
+def _free(driver: CudaDriver, device: torch.device, address: int, num_bytes: int, handles: list[int]) -> None:
+    with contextlib.suppress(
+        RuntimeError
+    ):  # after a failed kernel every call fails, and the memory goes with the process
+        torch.cuda.synchronize(device)
+        _take_away(driver, address, num_bytes, handles)
+        driver.unreserve(address, num_bytes)
