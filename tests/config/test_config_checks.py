@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vexact.config import Config, ConfigError, load_config
-from vexact.config.plan import ModelShape, build_plan, kv_cache_tokens
+from vexact.config.memory import ModelShape, kv_cache_tokens
+from vexact.config.plan import build_plan
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"

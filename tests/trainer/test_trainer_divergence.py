@@ -11,9 +11,9 @@ from vexact.config import load_config
 from vexact.models.opset import set_ops
 from vexact.ops import stock
 from vexact.trainer import diagnose as diagnose_module
-from vexact.trainer.workers import build as workers_module
 from vexact.trainer.collect import Collector
 from vexact.trainer.launch import run
+from vexact.trainer.workers import build as workers_module
 
 
 @pytest.fixture

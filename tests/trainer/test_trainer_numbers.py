@@ -15,10 +15,10 @@ from vexact.reward.run import Run
 from vexact.reward.seal import SealError, require_seals, sample_key, seal
 from vexact.reward.spec import RewardError, RewardSpec
 from vexact.trainer import advantages, collect
-from vexact.trainer.workers import build as workers_module
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint
 from vexact.trainer.launch import run
 from vexact.trainer.update_health import UpdateError, UpdateHealth
+from vexact.trainer.workers import build as workers_module
 from vexact.training import Actor, LedgerError
 from vexact.training import actor as actor_module
 from vexact.training.optimizer import Optimizer

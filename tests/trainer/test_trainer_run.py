@@ -12,8 +12,8 @@ from vexact.ops import sample as sampler_as_it_is
 from vexact.ops import token_logprobs
 from vexact.rollout.sampling import sampler as sampler_module
 from vexact.trainer import driver as driver_module
-from vexact.trainer.workers import build as workers_module
 from vexact.trainer.launch import run
+from vexact.trainer.workers import build as workers_module
 
 
 def test_a_run_is_exact_on_every_step_and_leaves_its_files(overrides, metrics, tiny, tmp_path):

@@ -68,6 +68,10 @@ def _swap_old(sequences):
     return _with(_with(sequences, 0, sample=swapped[0]), 1, sample=swapped[1])
 
 
+def _recompute_for_another(sequences):
+    return _with(sequences, 0, recomputed_logprobs=sequences[1].sample.logprobs)
+
+
 def _other_tokens(sequences):
     sample = sequences[2].sample
     return _with(sequences, 2, sample=replace(sample, token_ids=sample.token_ids[::-1]))
@@ -81,6 +85,7 @@ MIXED_UP = {
     "one unit in the last place": (_one_ulp, r"request-\d+: the advantages"),
     "references rotated": (_rotate_references, r"the reference log-probabilities .*those of request request-"),
     "old log-probabilities swapped": (_swap_old, r"the old log-probabilities .*those of request request-"),
+    "recomputed for another": (_recompute_for_another, r"the old log-probabilities .*those of request request-"),
     "response reversed": (_other_tokens, r"the response tokens .*of no other sample"),
     "a sample dropped": (lambda s: s[:3] + s[4:], r"computed for 8 samples and 7 came .*request-\d+ is only on one"),
     "a sample twice": (lambda s: [*s, s[0]], r"computed for 8 samples and 9 came"),

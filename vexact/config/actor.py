@@ -71,6 +71,14 @@ class FSDPConfig(OffloadSettings):
     model_dtype: Literal["float32"] = opt(
         "float32", "Type of the master weights and optimizer state.", aliases=DTYPE_ALIASES
     )
+    param_offload: bool = opt(
+        False, "Keep the master weights in the machine's memory while a GPU samples. Never changes results."
+    )
+    optimizer_offload: bool = opt(
+        False,
+        "Keep the optimizer's moments in the machine's memory; they pass through the GPU in pieces during its step. "
+        "Never changes results.",
+    )
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,13 @@ def _mismatch(config: Config) -> Iterator[str]:
 
 def _run(config: Config) -> Iterator[str]:
     trainer = config.trainer
+    if trainer.rollout_gpus is not None and trainer.n_gpus_per_node is not None:
+        total = trainer.nnodes * trainer.n_gpus_per_node
+        if trainer.rollout_gpus >= total:
+            yield (
+                f"trainer.rollout_gpus={trainer.rollout_gpus} of {total} GPUs (trainer.nnodes={trainer.nnodes} x "
+                f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}) leaves none to train; lower it, or leave it null"
+            )
     if "wandb" in trainer.logger:
         wandb_mode()
     for sink in ("wandb", "tensorboard"):

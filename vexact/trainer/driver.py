@@ -20,6 +20,7 @@ from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver
 from vexact.trainer.collect import Collected, Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
+from vexact.trainer.old_log_probs import recompute_old_log_probs
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
@@ -116,9 +117,10 @@ class Driver:
                 self.ahead.begin(step + 1, cursor)
                 rollout_metrics |= staleness_metrics(step - 1, groups)
             workers.release_cache()
-            # 5-6: reference log-probabilities if a KL term is on, advantages
+            # 5-6: old log-probabilities if asked for, reference log-probabilities if a KL term is on, advantages
+            old = recompute_old_log_probs(self.config, groups, workers.actor, self.timers)
             with self.timers("adv"):
-                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference)
+                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference, old)
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             samples = [sequence.sample for sequence in sequences]
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])

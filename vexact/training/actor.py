@@ -250,8 +250,8 @@ class Actor:
                     f"actor.use_kl_loss=True, but {name} has no ref_logprobs; compute them before update()"
                 )
             per_token = {"logprobs": s.sample.logprobs, "min_logits": s.sample.min_logits, "advantages": s.advantages}
-            if s.ref_logprobs is not None:
-                per_token["ref_logprobs"] = s.ref_logprobs
+            optional = {"ref_logprobs": s.ref_logprobs, "recomputed_logprobs": s.recomputed_logprobs}
+            per_token |= {key: values for key, values in optional.items() if values is not None}
             for key, values in per_token.items():
                 if len(values) != num_tokens:
                     raise ValueError(f"{name} has {num_tokens} response tokens but {len(values)} {key}")

@@ -124,7 +124,7 @@ def policy_targets(
         return torch.from_numpy(_concatenate([of(s) for s in sequences])).to(device, non_blocking=True)
 
     return PolicyTargets(
-        old_logprobs=packed(lambda s: s.sample.logprobs),
+        old_logprobs=packed(lambda s: s.old_logprobs),
         advantages=packed(lambda s: s.advantages),
         ref_logprobs=packed(lambda s: np.asarray(s.ref_logprobs)) if with_reference else None,
     )

@@ -19,7 +19,7 @@ def check_numbers(sequences: Sequence[TrainSequence]) -> None:
         ValueError: an old log-probability, an advantage, a reference log-probability or a threshold is no number (a
             threshold may be -inf).
     """
-    for name in ("logprobs", "advantages", "ref_logprobs", "min_logits"):
+    for name in ("logprobs", "min_logits", "advantages", "ref_logprobs", "recomputed_logprobs"):
         arrays = [_array(sequence, name) for sequence in sequences]
         packed = np.concatenate([array for array in arrays if array is not None] or [np.empty(0)])
         if _are_numbers(name, packed).all():
@@ -34,7 +34,7 @@ def check_numbers(sequences: Sequence[TrainSequence]) -> None:
 
 
 def _array(sequence: TrainSequence, name: str) -> np.ndarray | None:
-    values: np.ndarray | None = getattr(sequence if name in ("advantages", "ref_logprobs") else sequence.sample, name)
+    values: np.ndarray | None = getattr(sequence.sample if name in ("logprobs", "min_logits") else sequence, name)
     return values
 
 

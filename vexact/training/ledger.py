@@ -117,7 +117,7 @@ def _host_checksums(sequences: Sequence[TrainSequence]) -> Tensor:
     nothing = [np.zeros(length) for length in lengths]
     references = [zero if s.ref_logprobs is None else s.ref_logprobs for s, zero in zip(sequences, nothing)]
     targets = PolicyTargets(
-        old_logprobs=packed([s.sample.logprobs for s in sequences], np.float32),
+        old_logprobs=packed([s.old_logprobs for s in sequences], np.float32),
         advantages=packed([s.advantages for s in sequences], np.float32),
         ref_logprobs=packed(references, np.float32),
     )

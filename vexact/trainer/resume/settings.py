@@ -46,6 +46,7 @@ _FREE = (
     f"{ROLLOUT}.num_pages",
     f"{ROLLOUT}.kv_cache_bytes",
     f"{ROLLOUT}.gpu_memory_utilization",
+    f"{ROLLOUT}.free_cache_engine",
     f"{ROLLOUT}.max_num_seqs",
     f"{ROLLOUT}.max_num_batched_tokens",
     f"{ROLLOUT}.max_model_len",
@@ -114,6 +115,7 @@ def _switched_off(config: Config) -> list[str]:
         "algorithm.kl_penalty": not algorithm.use_kl_in_reward,
         "algorithm.kl_ctrl": not algorithm.use_kl_in_reward,
         "algorithm.filter_groups.metric": not algorithm.filter_groups.enable,
+        "algorithm.recompute_old_log_prob": config.trainer.exactness == "strict",  # it gives the bits that are there
         "algorithm.gamma": algorithm.adv_estimator != "reinforce_plus_plus",
         "reward.reward_kwargs": not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
         f"{ACTOR}.optim.lr_warmup_steps_ratio": optim.lr_warmup_steps >= 0,
