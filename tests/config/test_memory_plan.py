@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from vexact.config import Config, ConfigError, load_config
 from vexact.config.memory import (
@@ -23,6 +22,7 @@ from vexact.config.memory import (
 )
 from vexact.config.memory.advice import with_value
 from vexact.config.memory.plan import BUCKET_BYTES, CONTEXT_BYTES, NCCL_BYTES
+from vexact.distributed import Layout
 from vexact.prepare.shapes import SHAPES
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
