@@ -24,7 +24,8 @@ from vexact.config.memory.advice import with_value
 from vexact.config.memory.plan import BUCKET_BYTES, CONTEXT_BYTES, NCCL_BYTES
 from vexact.distributed import Layout
 from vexact.prepare.shapes import SHAPES
-from vexact.trainer.machine import layout_here, machine_of, require_memory
+from vexact.trainer.dry_run import check_settings
+from vexact.trainer.machine import machine_of
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GIB = 1 << 30
@@ -239,15 +240,13 @@ def test_a_run_that_cannot_fit_this_machine_is_refused_before_it_loads(tmp_path:
     wide = {"hidden_size": 1 << 16, "intermediate_size": 1 << 19}
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-8b"] | wide))
     (tmp_path / "train.jsonl").touch()
-    config = load_config([f"{MODEL}.path={tmp_path}", f"data.train_files={tmp_path}/train.jsonl"])
-    machine = machine_of(layout_here(config, "cpu"))
-    assert machine.device_bytes is not None
+    config = load_config([f"{MODEL}.path={tmp_path}", f"data.train_files={tmp_path}/train.jsonl", "trainer.device=cpu"])
     with pytest.raises(ConfigError, match=r"update needs \d+\.\d GiB on each process and .* no setting makes room"):
-        require_memory(config, machine)
+        check_settings(config, Layout(n_gpus_per_node=1, device="cpu", transport="local"))
 
 
 def test_processes_of_a_machine_share_its_memory() -> None:
-    one, four = (machine_of(Layout(1, count, "cpu")).device_bytes for count in (1, 4))
+    one, four = (machine_of(Layout(1, count, "cpu", transport="local")).device_bytes for count in (1, 4))
     assert one is not None
     assert four == pytest.approx(one / 4, rel=0.2)
 

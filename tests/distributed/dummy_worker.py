@@ -65,11 +65,7 @@ class Dummy:
         return self.total(1.0)
 
 
-def make(info: RankInfo) -> Dummy:
-    return Dummy(info)
-
-
-def make_broken(info: RankInfo) -> Dummy:
-    if info.rank == 1:
+def make(info: RankInfo, broken: bool = False) -> Dummy:
+    if broken and info.rank == 1:
         raise ValueError("model.path=nowhere does not exist")
     return Dummy(info)

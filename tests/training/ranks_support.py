@@ -66,7 +66,7 @@ def digest(state):
 def process_group(rank, world_size, directory, backend="gloo"):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
     try:
         yield
     finally:

@@ -1,10 +1,10 @@
-"""The checksum: its definition, that parts add up, and that the kernel gives the numbers of plain torch."""
+"""The checksum: its definition, that parts add up, and that the kernel gives the numbers of its CPU twin."""
 
 import numpy as np
 import pytest
 import torch
 
-from vexact.ops.cpu import checksum as plain
+from vexact.ops.cpu import checksum as twin
 from vexact.ops.kernels import checksum as kernel
 from vexact.weights import checksum, checksums
 from vexact.weights.fingerprint import checksum_spans
@@ -83,16 +83,16 @@ def stretches(dtype):
 
 
 @pytest.mark.parametrize("dtype", WORDS)
-def test_the_kernel_gives_the_numbers_of_plain_torch(dtype):
+def test_the_kernel_gives_the_numbers_of_its_twin(dtype):
     tensors, spans = stretches(dtype)
-    expected = plain.checksum_spans([tensor.cpu() for tensor in tensors], spans)
+    expected = twin.checksum_spans([tensor.cpu() for tensor in tensors], spans)
     assert kernel.checksum_spans(tensors, spans).tolist() == expected.tolist()
 
 
 def test_the_kernel_takes_words_of_several_sizes_at_once():
     tensors = [words(300 + index, dtype, index) for index, dtype in enumerate(WORDS)]
     spans = np.array([(index % 4, index, 250 - index, index) for index in range(11)], np.int64)
-    expected = plain.checksum_spans([tensor.cpu() for tensor in tensors], spans)
+    expected = twin.checksum_spans([tensor.cpu() for tensor in tensors], spans)
     assert kernel.checksum_spans(tensors, spans).tolist() == expected.tolist()
     assert kernel.checksum_spans(tensors, spans[:0]).tolist() == []
 

@@ -26,7 +26,15 @@ from weight_ranks import (
     process_group,
 )
 
-from vexact.weights import WeightSyncError, receive_weights, send_weights, sync_weights, transfer
+from vexact.weights import (
+    WeightSyncError,
+    checksum,
+    named_checksums,
+    receive_weights,
+    send_weights,
+    sync_weights,
+    transfer,
+)
 
 WORLD = 3
 DOWN = "layers.1.mlp.down_proj.weight"
@@ -168,6 +176,12 @@ def ranks_that_cut_buckets_differently_are_told(layout):
     assert held.weights_version == 0
 
 
+def shards_have_the_checksums_of_the_whole(layout):
+    trainer = layout.trainer(7)
+    if trainer is not None:
+        assert named_checksums(trainer.model) == {name: checksum(p) for name, p in model(7).named_parameters()}
+
+
 def roles_have_to_match(layout):
     held = engine(50)
     with pytest.raises(WeightSyncError, match="0 of 3 ranks send; some have to send and some to receive"):
@@ -202,6 +216,7 @@ CHECKS = [
     a_rank_that_cannot_begin_stops_all_before_anything_changes,
     ranks_that_cut_buckets_differently_are_told,
     corruption_on_the_wire_shows_whoever_sent_it,
+    shards_have_the_checksums_of_the_whole,
 ]
 
 

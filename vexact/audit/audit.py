@@ -69,8 +69,8 @@ class Audit:
     """
 
     def __init__(self, exactness: str, redraw_ratio: float = 0.0, *, partial: bool = False) -> None:
-        """``redraw_ratio`` is the share of the tokens whose draw is repeated; ``partial``: of one of several ranks, whose
-        share may be nothing.
+        """``redraw_ratio`` is the share of the tokens whose draw is repeated. ``partial``: of one of several
+        ranks, whose share of the samples may be nothing.
 
         Raises ValueError for an unknown ``exactness``.
         """

@@ -114,19 +114,19 @@ def _model_checks(path: str, device: str, config: Config | None = None) -> Itera
         if config is None:
             yield check_model_memory(path, device, available_bytes(device))
         else:
-            yield from _memory_checks(config, device)
+            yield from _memory_checks(config)
         yield from model_probe_checks(path, device)
         yield check_tokenizer(path)
 
 
-def _memory_checks(config: Config, device: str) -> Iterator[CheckResult]:
+def _memory_checks(config: Config) -> Iterator[CheckResult]:
     """The memory plan of the run: what does not fit, or a line per stage and what is tight."""
     from vexact.audit.doctor.result import error, ok, warning
     from vexact.config.memory import ModelShape, memory_notes, memory_problems
     from vexact.config.plan import build_plan
-    from vexact.trainer.machine import layout_here, machine_of
+    from vexact.trainer.machine import layout_of, machine_of
 
-    machine, shape = machine_of(layout_here(config, device)), ModelShape.read(config.model.path)
+    machine, shape = machine_of(layout_of(config)), ModelShape.read(config.model.path)
     problems = memory_problems(config, shape, machine)
     yield from (error("memory plan", problem.what, problem.fix) for problem in problems)
     if not problems:

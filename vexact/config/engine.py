@@ -37,6 +37,9 @@ class EngineSettings:
         gt=0,
         le=1,
     )
+    free_cache_engine: bool = opt(
+        True, "Give the key-value cache's memory to the trainer while it trains on the same GPU. Never changes results."
+    )
     max_num_seqs: int = opt(256, "Most requests decoded at once.", ge=1)
     max_num_batched_tokens: int = opt(8192, "Most tokens per engine step.", ge=1)
     max_model_len: int | None = opt(

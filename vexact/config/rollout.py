@@ -83,10 +83,5 @@ class RolloutSection(EngineSettings):
         ge=0,
     )
     seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0, le=LARGEST_64)
-    free_cache_engine: bool = opt(
-        True,
-        "On a GPU that also trains, lend the memory of the key-value cache to the trainer while it trains. No bit "
-        "changes.",
-    )
     mismatch: Mismatch = section(Mismatch, "Controlled disagreement with the trainer.")
     val_kwargs: ValidationSampling = section(ValidationSampling, "Sampling during validation.")

@@ -79,6 +79,7 @@ METRICS: dict[str, dict[str, str]] = {
         "rollout/prefix_hit_ratio": "Share of prompt tokens whose keys and values were already there.",
         "rollout/decode_tokens_per_s": "Sampled tokens per second of generation.",
         "rollout/num_tokens": "Sampled tokens.",
+        "rollout/weights_bytes": "Bytes of the weights that the rollout got.",
         "rollout/graph_ratio": "Share of engine steps that replayed a CUDA graph; prefill never does.",
         "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds).",
         "rollout/<name>": "Further counters of the engine.",
@@ -98,6 +99,8 @@ METRICS: dict[str, dict[str, str]] = {
         "(trainer.audit_every_token_freq), part of timing_s/update_actor.",
         "timing_s/update_weights": "Seconds moving the new weights into the rollout.",
         "timing_s/sync_weights": "The same as timing_s/update_weights.",
+        "timing_s/weights_{cast,gather,copy,check}": "Parts of it: casting to the compute dtype, waiting for other "
+        "ranks' shards where no copy hides it, copying into the engine, comparing checksums. Device time on a GPU.",
         "timing_s/testing": "Seconds of validation.",
         "timing_s/save_checkpoint": "Seconds writing a checkpoint.",
         "timing_s/<stage>": "Seconds of a further stage.",

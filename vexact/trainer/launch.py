@@ -11,12 +11,12 @@ from vexact.audit import Audit
 from vexact.config import Config
 from vexact.config.memory import ModelShape
 from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
-from vexact.distributed import Layout, resolve_layout
+from vexact.distributed import Layout
 from vexact.models import ModelConfig
 from vexact.report import Reporter
 from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
 from vexact.trainer.driver import Driver, how_to_go_on
-from vexact.trainer.machine import machine_of, require_memory
+from vexact.trainer.machine import layout_of, machine_of
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
@@ -27,8 +27,9 @@ from vexact.trainer.workers import build_workers, load_inputs, num_steps
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
-    """Trains (or with ``trainer.val_only`` validates) as configured; 0 when every step was done.
+def run(config: Config, layout: Layout | None = None) -> int:
+    """Trains (or with ``trainer.val_only`` validates) as configured, on the processes of ``layout`` if it is resolved
+    already; 0 when every step was done.
 
     What can be wrong is looked for in the order of its cost: the run directory, the checkpoint to go on from, data and
     settings, the model, the graders. Nothing of an earlier run is touched before all of it is right.
@@ -36,7 +37,7 @@ def run(config: Config) -> int:
     Raises:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
-    layout = resolve_layout(layout_of(config))
+    layout = layout_of(config) if layout is None else layout
     with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
         stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
         best = BestPointer(config.run_dir, config.trainer.best_metric, config.trainer.best_metric_mode)
@@ -56,11 +57,9 @@ def run(config: Config) -> int:
                 source.path,
             )
             return 0
-        machine = machine_of(layout)
-        require_memory(config, machine)
-        plan = build_plan(config, machine)
-        for _, value in plan.memory:
-            log.info("memory: %s", value)
+        plan = build_plan(config, machine_of(layout))
+        for name, value in plan.memory:
+            log.info("%s: %s", name, value)
         workers = build_workers(config, layout, inputs)
         stack.callback(workers.close)
         identity["environment"] = workers.environment()
@@ -92,12 +91,6 @@ def run(config: Config) -> int:
         Driver(config, workers, reporter, store, audit, total_steps, progress, identity).run()
         interrupt.check()
     return 0
-
-
-def layout_of(config: Config) -> Layout:
-    """The processes that a configuration asks for."""
-    trainer = config.trainer
-    return Layout(trainer.nnodes, trainer.n_gpus_per_node, trainer.device, trainer.ray_address)
 
 
 def _check_source(config: Config, store: CheckpointStore, source: Source | None, identity: dict[str, Any]) -> None:

@@ -1,42 +1,45 @@
-"""What the machines of a run offer, and whether that is enough."""
+"""What a run asks of machines, and what this one offers."""
 
 from __future__ import annotations
 
-import torch
+import subprocess
 
 from vexact.audit.doctor.machine import available_bytes, available_memory
-from vexact.config import Config, ConfigError
-from vexact.config.memory import Machine, ModelShape, memory_problems
-from vexact.distributed import Layout
+from vexact.config import Config
+from vexact.config.memory import Machine
+from vexact.distributed import Layout, resolve_layout
+
+
+def layout_of(config: Config) -> Layout:
+    """The processes that a configuration asks for, resolved. Raises what ``resolve_layout`` does."""
+    trainer = config.trainer
+    return resolve_layout(Layout(trainer.nnodes, trainer.n_gpus_per_node, trainer.device, trainer.ray_address))
 
 
 def machine_of(layout: Layout) -> Machine:
-    """The memory of this machine's GPUs, or on a CPU its share for each process; other machines are taken to be alike.
+    """The GPUs of a machine and what is free on the fullest; on a CPU its memory, shared by the processes.
 
-    Nothing is started on a GPU that this process may not use: of several, the sizes count, of one what is free. On a
-    machine without the run's GPUs nothing is known.
+    Args:
+        layout: resolved. Of a cluster, this machine's GPUs stand for those of all; without any, nothing is known.
     """
-    processes = layout.n_gpus_per_node or 1
-    if layout.device == "cpu":
-        return Machine("cpu", processes, available_bytes("cpu") // processes)
-    if not torch.cuda.is_available():
-        return Machine("cuda", processes)
-    if layout.world_size == 1:
-        free = available_bytes("cuda")
-    else:
-        free = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return Machine("cuda", processes, free, available_memory() // processes)
+    assert layout.n_gpus_per_node is not None, "a resolved layout"
+    processes = layout.n_gpus_per_node
+    if layout.device == "cuda":
+        free = _free_bytes()
+        return Machine(layout.device, processes, min(free) if free else None, available_memory() // processes)
+    return Machine(layout.device, processes, available_bytes(layout.device) // processes)
 
 
-def layout_here(config: Config, device: str) -> Layout:
-    """The processes of a run whose machines are like this one, without asking a cluster; "cpu" or "cuda"."""
-    is_gpu = device == "cuda"
-    per_node = config.trainer.n_gpus_per_node or (torch.cuda.device_count() if is_gpu else 1)
-    return Layout(config.trainer.nnodes, per_node, "cuda" if is_gpu else "cpu")
+def _free_bytes() -> list[int]:
+    """Of every visible GPU. Asked of the driver's tool, since asking CUDA takes half a gigabyte of the GPU for itself;
+    of CUDA where there is no such tool."""
+    import torch
 
-
-def require_memory(config: Config, machine: Machine) -> None:
-    """Raises ConfigError when a stage of a step needs more memory than there is, with what to change."""
-    problems = memory_problems(config, ModelShape.read(config.model.path), machine)
-    if problems:
-        raise ConfigError("\n".join(map(str, problems)))
+    visible = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        free = {uuid.strip(): int(mib) * 2**20 for uuid, mib in (line.split(",") for line in lines)}
+        return [free[f"GPU-{gpu.uuid}"] for gpu in visible]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return [torch.cuda.mem_get_info(i)[0] for i in range(len(visible))]

@@ -8,12 +8,12 @@ import numpy as np
 
 from vexact.config import Config
 from vexact.report import Timers
-from vexact.training.protocol import Scorer
+from vexact.training.protocol import Policy
 from vexact.types import SampleGroup, TrainSequence
 
 
 def recompute_old_log_probs(
-    config: Config, groups: Sequence[SampleGroup], actor: Scorer, timers: Timers
+    config: Config, groups: Sequence[SampleGroup], actor: Policy, timers: Timers
 ) -> list[np.ndarray] | None:
     """One forward without gradients over all samples, timed as ``old_log_prob``.
 

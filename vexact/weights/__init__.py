@@ -3,6 +3,7 @@
 from vexact.weights.channel import receive_weights, send_weights
 from vexact.weights.errors import Difference, WeightSyncError
 from vexact.weights.fingerprint import checksum, checksums
+from vexact.weights.model_checksums import named_checksums
 from vexact.weights.sync import sync_weights
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "WeightSyncError",
     "checksum",
     "checksums",
+    "named_checksums",
     "receive_weights",
     "send_weights",
     "sync_weights",

@@ -9,7 +9,7 @@ from typing import Any
 from vexact import interrupt
 from vexact.distributed.errors import ClusterError
 from vexact.distributed.layout import Layout
-from vexact.distributed.on_ray.cluster import Cluster
+from vexact.distributed.on_ray.cluster import Cluster, Node
 
 log = logging.getLogger(__name__)
 SAY_S = 15.0  # between two lines about what is missing
@@ -60,10 +60,13 @@ def shortage(cluster: Cluster, layout: Layout) -> str:
         f"{layout.nnodes} node(s) with {layout.n_gpus_per_node} free {kind}(s) each (trainer.nnodes, "
         "trainer.n_gpus_per_node)"
     )
-    nodes = [
-        f"{node.name} {node.num_gpus if kind == 'GPU' else node.num_cpus}"
-        + (f" (and {node.num_cpus} CPUs)" if kind == "GPU" and node.num_cpus < node.num_gpus else "")
-        for node in cluster.nodes()
-    ]
+    nodes = [_room(node, kind) for node in cluster.nodes()]
     free = int(cluster.ray.available_resources().get(kind, 0))
-    return f"{wanted}; the cluster has {len(nodes)} node(s) with {kind}s: {', '.join(nodes)}; {free} free in all"
+    return f"{wanted}; the cluster has {len(nodes)} node(s): {', '.join(nodes)}; {free} free in all"
+
+
+def _room(node: Node, kind: str) -> str:
+    if kind == "CPU":
+        return f"{node.name} {node.num_cpus} CPU(s)"
+    few = f" but {node.num_cpus} CPU(s), one for each is needed" if node.num_cpus < node.num_gpus else ""
+    return f"{node.name} {node.num_gpus} GPU(s){few}"

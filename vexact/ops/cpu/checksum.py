@@ -1,4 +1,4 @@
-"""Exact checksums of parts of tensors in plain torch, on any device."""
+"""CPU twin of the checksums of parts of tensors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22
-"""Elements widened to 64 bits at a time, so that the scratch memory stays at tens of megabytes."""
+CHUNK = 1 << 16
+"""Words widened to 64 bits at a time: they and their weights stay in the cache."""
 
 
 def checksum_spans(words: Sequence[Tensor], spans: np.ndarray) -> Tensor:
-    """Words (N,) of any integer type, spans (M, 4) int64 -> (M,) int64 on their device; see ``weights.fingerprint``."""
-    device = words[0].device if words else None
-    totals = torch.zeros(len(spans), dtype=torch.int64, device=device)
+    """Words (N,) of any integer type, spans (M, 4) int64 -> (M,) int64; see ``weights.fingerprint``.
+
+    The word at place j of a chunk that starts at position p has the weight 2 j + (2 p + 1).
+    """
+    weights = torch.arange(0, 2 * CHUNK, 2)
+    totals = torch.zeros(len(spans), dtype=torch.int64)
     for index, (tensor, begin, end, position) in enumerate(spans.tolist()):
         for start in range(begin, end, CHUNK):
             chunk = words[tensor][start : min(end, start + CHUNK)].long()
-            first = position + start - begin
-            weights = torch.arange(first, first + chunk.numel(), device=device).mul_(2).add_(1)
-            totals[index] += (chunk * weights).sum()
+            plain = chunk.sum()
+            totals[index] += torch.dot(chunk, weights[: chunk.numel()]) + plain * (position + start - begin) * 2 + plain
     return totals

@@ -112,7 +112,7 @@ class CudaDriver:
         return handle.value
 
     def release(self, handle: int) -> None:
-        """The memory is free once it is mapped nowhere."""
+        """Gives the handle back; the memory is free once it is mapped nowhere either."""
         self._call("cuMemRelease", handle)
 
     def map(self, address: int, num_bytes: int, handle: int) -> None:

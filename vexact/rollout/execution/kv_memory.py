@@ -114,10 +114,10 @@ class CudaRegion:
         self._driver, self._device = driver, device
         granularity = driver.granularity()
         self._num_bytes = -(-num_bytes // granularity) * granularity
-        self._handles: list[int] = []  # of the memory that is mapped: one or none
         self._address = driver.reserve(self._num_bytes)
+        self._mapped: list[int] = []  # the address, while there is memory behind it; shared with the finalizer
         # at exit the process gives everything back anyway, and the driver may be gone
-        weakref.finalize(self, _free, driver, device, self._address, self._num_bytes, self._handles).atexit = False
+        weakref.finalize(self, _free, driver, device, self._address, self._num_bytes, self._mapped).atexit = False
         self.resume()
 
     @property
@@ -128,20 +128,15 @@ class CudaRegion:
         return torch.as_tensor(self, device=self._device)
 
     def release(self) -> None:
-        _take_away(self._driver, self._address, self._num_bytes, self._handles)
+        _take_away(self._driver, self._num_bytes, self._mapped)
 
     def resume(self) -> None:
-        try:
-            handle = self._driver.create(self._num_bytes)
-        except CudaOutOfMemory:
-            torch.cuda.empty_cache()  # PyTorch holds on to memory that its tensors no longer need
-            handle = self._create_or_explain()
+        handle = self._create()
         try:
             self._driver.map(self._address, self._num_bytes, handle)
-        except BaseException:
-            self._driver.release(handle)
-            raise
-        self._handles.append(handle)
+        finally:
+            self._driver.release(handle)  # from now on the mapping alone holds the memory
+        self._mapped.append(self._address)
         try:
             self._driver.allow_access(self._address, self._num_bytes)
         except BaseException:
@@ -149,7 +144,11 @@ class CudaRegion:
             raise
         self.tensor().zero_()
 
-    def _create_or_explain(self) -> int:
+    def _create(self) -> int:
+        try:
+            return self._driver.create(self._num_bytes)
+        except CudaOutOfMemory:
+            torch.cuda.empty_cache()  # PyTorch holds on to memory that its tensors no longer need
         try:
             return self._driver.create(self._num_bytes)
         except CudaOutOfMemory as error:
@@ -160,16 +159,14 @@ class CudaRegion:
             ) from error
 
 
-def _take_away(driver: CudaDriver, address: int, num_bytes: int, handles: list[int]) -> None:
-    while handles:
-        driver.unmap(address, num_bytes)
-        driver.release(handles.pop())
+def _take_away(driver: CudaDriver, num_bytes: int, mapped: list[int]) -> None:
+    if mapped:
+        driver.unmap(mapped[0], num_bytes)
+        mapped.clear()
 
 
-def _free(driver: CudaDriver, device: torch.device, address: int, num_bytes: int, handles: list[int]) -> None:
-    with contextlib.suppress(
-        RuntimeError
-    ):  # after a failed kernel every call fails, and the memory goes with the process
+def _free(driver: CudaDriver, device: torch.device, address: int, num_bytes: int, mapped: list[int]) -> None:
+    with contextlib.suppress(RuntimeError):  # after a failed kernel every call fails; the memory goes with the process
         torch.cuda.synchronize(device)
-        _take_away(driver, address, num_bytes, handles)
+        _take_away(driver, num_bytes, mapped)
         driver.unreserve(address, num_bytes)

@@ -17,8 +17,7 @@ from vexact.config.fields import flatten
 from vexact.data import PromptDataset
 from vexact.models import ModelConfig
 from vexact.trainer.resume.settings import deciding_settings
-from vexact.training.ranks import unsharded
-from vexact.weights import checksum
+from vexact.weights import named_checksums
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
 _BOOKKEEPING = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -46,11 +45,13 @@ def run_identity(
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over name, shape, type and exact checksum of every parameter, whatever files they came from."""
-    digest = hashlib.sha256()
+    """SHA-256 over name, shape, type and exact checksum of every parameter, whatever files they came from.
+
+    The same on any number of ranks; all that share the parameters call it together.
+    """
+    digest, checksums = hashlib.sha256(), named_checksums(model)
     for name, parameter in model.named_parameters():
-        whole = unsharded(parameter.detach())
-        digest.update(f"{name} {tuple(whole.shape)} {whole.dtype} {checksum(whole)}\n".encode())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {checksums[name]}\n".encode())
     return digest.hexdigest()
 
 

@@ -112,6 +112,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
         "val_data": inputs.val_data,
         "order": DataOrder(num_rows, config.data_seed, config.data.shuffle),
     }
+    frees_cache = config.rollout.free_cache_engine and layout.device == "cuda"
     if layout.world_size == 1:
         device = torch.device(layout.device)
         actor = build_actor(config, device, total_steps)
@@ -122,7 +123,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             reference=build_reference(config, device) if config.needs_reference else None,
             shards=ShardWriter(actor.sharded_state),
             rewards=start_rewards(config),
-            frees_cache=config.rollout.free_cache_engine and device.type == "cuda",
+            frees_cache=frees_cache,
         )
     roles = roles_of(config, layout.world_size)
     factory = partial(_worker, config, roles, total_steps)
@@ -137,7 +138,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             shards=actors,
             rewards=start_rewards(config),
             group=group,
-            frees_cache=config.rollout.free_cache_engine and roles.colocated and layout.device == "cuda",
+            frees_cache=frees_cache and roles.colocated,
         )
     except BaseException:
         group.close()

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 
 from vexact.config import Config
-from vexact.models import load_model
 from vexact.rollout import Engine
 from vexact.trainer.workers.settings import actor_config, engine_settings
-from vexact.training import Actor, ActorConfig, Reference
+from vexact.training import Actor, ActorConfig, Ranks, Reference, load_sharded_model
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +38,26 @@ def build_actor(
     config: Config, device: torch.device, total_steps: int, group: dist.ProcessGroup | None = None
 ) -> Actor:
     """``group``: the ranks that train, None for all of them. Raises as ``build_engine``."""
-    model = load_model(config.model.path, device=device, attn_impl=config.actor.attn_implementation)
-    return Actor(model, actor_config(config, device, total_steps), device, group)
+    settings = actor_config(config, device, total_steps)
+    model = load_sharded_model(
+        config.model.path,
+        Ranks.of_process(device, group),
+        settings.torch_dtype,
+        attn_impl=config.actor.attn_implementation,
+    )
+    return Actor(model, settings, device, group)
 
 
 def build_reference(config: Config, device: torch.device, group: dist.ProcessGroup | None = None) -> Reference:
     """``group``: the ranks that train, None for all of them. Raises as ``build_engine``."""
     budget = config.ref.log_prob_max_token_len_per_gpu or config.actor.ppo_max_token_len_per_gpu
     dtype = config.dtype(device.type)
-    model = load_model(
-        config.model.path, dtype=getattr(torch, dtype), device=device, attn_impl=config.actor.attn_implementation
+    model = load_sharded_model(
+        config.model.path,
+        Ranks.of_process(device, group),
+        getattr(torch, dtype),
+        master_dtype=getattr(torch, dtype),
+        attn_impl=config.actor.attn_implementation,
     )
     offload = config.ref.fsdp_config.param_offload
     settings = ActorConfig(
