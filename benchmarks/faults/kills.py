@@ -1,6 +1,7 @@
 """Kills and signals at random moments of a run: what is lost, what stays behind, and is the result the same?
 
     PYTHONPATH=. python benchmarks/faults/kills.py --kills 25 --signals 60
+    PYTHONPATH=. python benchmarks/faults/kills.py --kills 25 --signals 60 --async-save   # checkpoints on their way
 
 A tiny model trains for a few steps, once undisturbed. Then the same run is ended by SIGKILL and started again, until it
 is done: its weights must have the same SHA-256 and its metrics the same rows. Then the same with SIGTERM and SIGINT in
@@ -71,9 +72,9 @@ class Outcome:
 class Runs:
     """Run directories of one configuration under ``work``, and what an undisturbed one comes to."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, *more: str) -> None:
         self.work, self.number = work, 0
-        self.options = _inputs(work)
+        self.options = [*_inputs(work), *more]
         started = time.monotonic()
         process = self.start()
         output = process.communicate()[0]
@@ -236,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--signals", type=int, default=60)
+    parser.add_argument("--async-save", action="store_true", help="checkpoints are written beside the steps")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
@@ -243,7 +245,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a child must not inherit that it is ignored
     failed = False
     with tempfile.TemporaryDirectory() as work:
-        runs = Runs(Path(work))
+        background = f"actor_rollout_ref.actor.checkpoint.async_save={str(arguments.async_save).lower()}"
+        runs = Runs(Path(work), background)
         print(f"undisturbed: {STEPS} steps in {runs.seconds:.1f} s, SHA-256 {runs.expected[0]}")
         for name, count, end in (
             ("SIGKILL", arguments.kills, runs.kill),

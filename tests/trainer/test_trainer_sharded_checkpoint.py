@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from training_support import assert_same_bits, random_sequences, tiny_actor, weights_of
 
+from vexact.models import load_model
 from vexact.trainer.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -27,8 +28,10 @@ from vexact.trainer.checkpoint import (
     restore,
     verify_checkpoint,
 )
-from vexact.trainer.checkpoint.rows import row_range
+from vexact.trainer.checkpoint.host_copy import HostCopy
+from vexact.trainer.checkpoint.shard_files import row_range
 from vexact.trainer.checkpoint.shard_reader import ShardedState
+from vexact.training import PeerStopped
 
 CONFIG = {"ppo_mini_batch_size": 6, "ppo_max_token_len_per_gpu": 64}
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -90,7 +93,6 @@ def two_ranks(rank, root):
         save(root, 1, actor, both)
     else:
         both.save(1, None, False)
-
     background = Saver(CheckpointStore(root, None), both, in_background=True)
     if rank == 0:
         background.save(Progress(2, 2), actor.model.config, lambda path: None, {})
@@ -111,8 +113,13 @@ def two_ranks(rank, root):
         again = other.state_dict()
         if rank == 0:
             torch.save(again, root / f"{step}.pt")
+    before = other.state_dict()
     with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
         restore(root / "wide" / "checkpoints" / "step_1", other)
+    error, where = [(PeerStopped, "step_7"), (CheckpointError, "step_99")][rank]  # rank 1 sees another directory
+    with pytest.raises(error, match="is not a checkpoint"):
+        restore(root / "checkpoints" / where, other)
+    assert equal(other.state_dict()["parameters"], before["parameters"])
     dist.destroy_process_group()
 
 
@@ -161,8 +168,6 @@ def test_the_export_of_two_ranks_is_the_model(ranks):
     path = root / "checkpoints" / "step_1"
     actor = tiny_actor(seed=99, **CONFIG)
     restore(path, actor)
-    from vexact.models import load_model
-
     assert_same_bits(dict(load_model(path).named_parameters()), weights_of(actor))
 
 
@@ -330,6 +335,20 @@ def test_a_rank_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="rank 1 is dead"):
         save(tmp_path, 2, actor, Failing(actor.sharded_state))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("most", [1, 24, 1 << 20])
+def test_a_copy_in_buffers_of_any_size_is_the_tensors(monkeypatch, most):
+    monkeypatch.setattr("vexact.trainer.checkpoint.host_copy._MOST_BYTES", most)
+    tensors = [torch.randn(3, 5), torch.zeros(0), torch.randn(7).to(torch.bfloat16), torch.randn(4, 2).t()]
+    copy = HostCopy()
+    for _ in range(2):
+        pieces = copy.take(tensors)
+        copy.wait()
+        for tensor, parts in zip(tensors, pieces, strict=True):
+            copied = torch.cat([torch.empty(0, dtype=torch.uint8), *parts])
+            assert torch.equal(copied, tensor.contiguous().view(-1).view(torch.uint8))
+        tensors = [tensor + 1 for tensor in tensors]
 
 
 def test_rows_of_a_whole_tensor():

@@ -216,8 +216,9 @@ class Driver:
                 log.info("step %d is trained and saved; its validation is repeated", step)
                 metrics |= self._timed_validation(step)
             self.reporter.log(StepStats(step, metrics | self.timers.take()))
-            self.store.note_metrics(step, metrics, validated=self._is_validation_due(step))
         self.pending.clear()
+        if metrics is not None:
+            self.store.note_metrics(step, metrics, validated=self._is_validation_due(step))
 
     def _is_validation_due(self, step: int) -> bool:
         return self.workers.val_data is not None and self._is_due(step, self.config.trainer.test_freq)

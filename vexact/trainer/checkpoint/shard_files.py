@@ -6,12 +6,15 @@ The directory is laid out as torch.distributed.checkpoint's HuggingFaceStorageWr
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from vexact.trainer.checkpoint.error import CheckpointError
 from vexact.trainer.checkpoint.progress import is_count
@@ -57,6 +60,24 @@ def parse_name(name: str) -> tuple[str, int, int] | None:
     """(kind, rank, world size); None for the name of something else."""
     match = _NAME.fullmatch(name)
     return None if match is None else (match[1], int(match[2]) - 1, int(match[3]))
+
+
+def row_range(tensor: Tensor) -> tuple[int, int]:
+    """First row, and one past the last, that this rank holds; rows are split evenly, the last ranks have fewer or none.
+
+    >>> import torch
+    >>> row_range(torch.zeros(5, 2))
+    (0, 5)
+    """
+    if not isinstance(tensor, DTensor):
+        return 0, len(tensor)
+    assert tensor.placements == (Shard(0),), f"split as {tensor.placements}, not by rows over one dimension"
+    count, mesh = len(tensor), tensor.device_mesh
+    size = math.ceil(count / mesh.size())
+    start = min(mesh.get_local_rank() * size, count)
+    stop = min(start + size, count)
+    assert len(tensor.to_local()) == stop - start
+    return start, stop
 
 
 def metadata(header: Header, first_rows: dict[str, int], num_dims: dict[str, int]) -> dict[str, str]:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vexact.models.checkpoint.files import listed
 from vexact.trainer.checkpoint.error import CheckpointError
-from vexact.trainer.checkpoint.rows import row_range
-from vexact.trainer.checkpoint.shard_files import KINDS, Header, file_name, parse_name, read_header
+from vexact.trainer.checkpoint.shard_files import KINDS, Header, file_name, parse_name, read_header, row_range
 from vexact.training import ActorState
 from vexact.training.ranks import local
 

@@ -18,8 +18,7 @@ from vexact import interrupt
 from vexact.models.nonfinite import find_nonfinite
 from vexact.trainer.checkpoint.error import CheckpointError, write_failure
 from vexact.trainer.checkpoint.host_copy import HostCopy
-from vexact.trainer.checkpoint.rows import row_range
-from vexact.trainer.checkpoint.shard_files import FOLDER, KINDS, Header, Written, file_name, metadata
+from vexact.trainer.checkpoint.shard_files import FOLDER, KINDS, Header, Written, file_name, metadata, row_range
 from vexact.trainer.checkpoint.tensor_file import Spec, write_tensor_file
 from vexact.training.ranks import local
 

@@ -54,7 +54,10 @@ class CheckpointStore:
         """Finishes or removes what a killed run left half-done."""
         self.pointer.recover()
         for path in self.directory.glob(f"{_TEMPORARY}*"):
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:  # a worker that outlives its driver for a moment may still write into it
+                log.warning("could not remove %s, which a killed run left: %s", path, error.strerror)
 
     def latest(self) -> Path | None:
         """The checkpoint that the run goes on from.
