@@ -1,5 +1,7 @@
 """The tiny model of the self-test's tests, and the attention on either side."""
 
+from typing import Any
+
 from vexact.models import ModelConfig
 
 CONFIG = ModelConfig.from_hf_dict(
@@ -14,4 +16,8 @@ CONFIG = ModelConfig.from_hf_dict(
         "initializer_range": 0.3,
     }
 )
-PAIR = {"rollout_attention": "triton-invariant", "trainer_attention": "triton-invariant"}
+PAIR: dict[str, Any] = {
+    "rollout_attention": "triton-invariant",
+    "trainer_attention": "triton-invariant",
+    "environment": {"device": "a test"},
+}

@@ -49,7 +49,10 @@ def base(tmp_path: Path) -> list[str]:
             "parallel_size) cannot hold one sequence of 1024 tokens (data.max_prompt_length + "
             "data.max_response_length); set it to at least 342",
         ),
-        ([f"{ACTOR}.ulysses_sequence_parallel_size=3"], "=3 does not divide the 1 training GPU(s)"),
+        (
+            [f"{ACTOR}.ulysses_sequence_parallel_size=3", "trainer.n_gpus_per_node=4"],
+            "=3 does not divide the 4 training GPU(s)",
+        ),
         ([f"{ROLLOUT}.num_pages=15"], "set it to at least 16"),
         ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
         ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),

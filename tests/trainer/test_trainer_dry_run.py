@@ -124,7 +124,14 @@ def test_a_refused_model_or_file(refusal, tiny, tmp_path):
     assert "no such directory" in refusal("trainer.resume_mode=resume_path", f"trainer.resume_from_path={missing}")
 
 
-OF_MODEL_OR_MACHINE = ("KV cache", "key-value cache", "max_position_embeddings", "max_num_seqs", "vocabulary")
+OF_MODEL_OR_MACHINE = (
+    "KV cache",
+    "key-value cache",
+    "max_position_embeddings",
+    "max_num_seqs",
+    "vocabulary",
+    "rank(s)",
+)
 
 
 def refused(config: Config) -> str:

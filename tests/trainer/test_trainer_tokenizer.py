@@ -13,7 +13,7 @@ from vexact.config import load_config
 from vexact.models import ModelConfig, random_model
 from vexact.prepare.tokenizers import byte_tokenizer
 from vexact.rollout import Engine
-from vexact.trainer import workers
+from vexact.trainer.workers import load_tokenizer, parts
 
 KEY = "actor_rollout_ref.model.custom_chat_template"
 
@@ -31,7 +31,7 @@ def load(folder, model_dir, template=None, kwargs=None):
     model = {"path": str(model_dir), "custom_chat_template": template}
     data = {"apply_chat_template_kwargs": kwargs or {}}
     recipe.write_text(json.dumps({"actor_rollout_ref": {"model": model}, "data": data}))
-    return workers.load_tokenizer(load_config([f"recipe={recipe}"], checked=False))
+    return load_tokenizer(load_config([f"recipe={recipe}"], checked=False))
 
 
 def test_a_template_in_a_file_is_read(tmp_path, model_dir):
@@ -91,9 +91,9 @@ def test_a_run_without_any_end_of_sequence_token_is_told(monkeypatch, caplog, eo
     raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
     raw |= {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
     model = random_model(ModelConfig.from_hf_dict(raw | {"eos_token_id": eos}), 0)
-    monkeypatch.setattr(workers, "Engine", lambda path, **_: Engine(model=model))
+    monkeypatch.setattr(parts, "Engine", lambda path, **_: Engine(model=model))
     config = load_config([f"actor_rollout_ref.rollout.stop={json.dumps(stop)}"], checked=False)
     tokenizer = types.SimpleNamespace()
     with caplog.at_level(logging.WARNING, logger="vexact"):
-        workers._engine(config, tokenizer, torch.device("cpu"))
+        parts.build_engine(config, tokenizer, torch.device("cpu"))
     assert ("names an end-of-sequence token" in caplog.text) == told

@@ -212,6 +212,8 @@ def _run(config: Config) -> Iterator[str]:
                 f"trainer.rollout_gpus={trainer.rollout_gpus} of {total} GPUs (trainer.nnodes={trainer.nnodes} x "
                 f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}) leaves none to train; lower it, or leave it null"
             )
+    if trainer.async_steps and trainer.rollout_gpus is None:
+        yield f"trainer.async_steps={trainer.async_steps} needs GPUs of its own; set trainer.rollout_gpus"
     if trainer.async_steps and config.algorithm.recompute_old_log_prob:
         yield (
             f"algorithm.recompute_old_log_prob=true with trainer.async_steps={trainer.async_steps}: samples come from "

@@ -28,6 +28,7 @@ from vexact.trainer.workers import (
     roles_of,
     start_rewards,
 )
+from vexact.training.sequence_parallel import check_size
 
 ROWS = 64  # of each dataset that a dry run reads
 GRADED_ROWS = 8
@@ -44,7 +45,8 @@ def check_settings(config: Config, layout: Layout) -> None:
     training_sampling(config)
     validation_sampling(config)
     device, machine = torch.device(layout.device), machine_of(layout)
-    roles_of(config, layout.world_size)
+    trainers = roles_of(config, layout.world_size).trainers
+    check_size(config.actor.ulysses_sequence_parallel_size, len(trainers), model.num_heads)
     actor_config(config, device, total_steps=config.trainer.total_training_steps or 1)
     engine = EngineConfig(**engine_settings(config))
     shape = ModelShape.of(model.raw)
