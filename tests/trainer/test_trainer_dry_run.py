@@ -130,7 +130,7 @@ OF_MODEL_OR_MACHINE = (
     "max_position_embeddings",
     "max_num_seqs",
     "vocabulary",
-    "rank(s)",
+    "rank",
 )
 
 
