@@ -52,7 +52,7 @@ class Trainer:
 
     def named_shards(self):
         for name, parameter in self.model.named_parameters():
-            yield name, getattr(parameter.detach(), "to_local", parameter.detach)(), tuple(parameter.shape)
+            yield name, getattr(parameter, "to_local", parameter.detach)().detach(), tuple(parameter.shape)
 
 
 @contextlib.contextmanager

@@ -142,8 +142,8 @@ class Actor:
         what outlives the next update.
         """
         for name, parameter in self.model.named_parameters():
-            rows = parameter.detach()
-            yield name, rows.to_local() if isinstance(rows, DTensor) else rows, parameter.shape
+            rows = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            yield name, rows.detach(), parameter.shape
 
     def state_dict(self) -> ActorState:
         """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""
