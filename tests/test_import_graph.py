@@ -25,10 +25,10 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"types", "interrupt"},
     "reward": LEAVES | {"interrupt", "data"},
     "report": LEAVES | {"streams"},
-    "distributed": LEAVES,
+    "distributed": LEAVES | {"interrupt"},
     "weights": {"types", "ops", "models"},
-    "rollout": {"types", "interrupt", "ops", "models", "weights"},
-    "training": {"types", "interrupt", "ops", "models", "algorithms", "weights", "distributed"},
+    "rollout": {"types", "interrupt", "config", "ops", "models", "weights"},
+    "training": {"types", "interrupt", "config", "ops", "models", "algorithms", "weights", "distributed"},
     "audit": LEAVES | {"interrupt", "ops", "models", "rollout", "training", "weights", "reward"},
     "prepare": LEAVES | {"interrupt", "ops", "models", "algorithms", "data", "reward", "rollout", "training"},
 }

@@ -20,7 +20,7 @@ from vexact.prepare.random_weights import write_random_model
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest, RewardSpec
 from vexact.rollout import Engine, SamplingParams
-from vexact.trainer.checkpoint import CheckpointStore, Progress
+from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver, ShardWriter
 from vexact.training import Actor, ActorConfig, OptimConfig
 from vexact.training.sft import SupervisedConfig, supervised_steps
 from vexact.types import Sample, TrainSequence
@@ -155,11 +155,13 @@ def test_grading_in_processes_stops_and_the_pool_stays_usable(dropped: Dropped) 
 
 
 def test_a_checkpoint_is_left_out_whole(dropped: Dropped, tmp_path: Path) -> None:
-    state = {"num_updates": 1, "parameters": {n: {"weight": p.detach()} for n, p in model().named_parameters()}}
+    state = {f"weight.{name}": p.detach() for name, p in model().named_parameters()}
+    state["num_updates"] = torch.tensor(1)
     store = CheckpointStore(tmp_path, None)
-    store.save(Progress(1, 1), state, CONFIG, lambda _: None)  # type: ignore[arg-type]
+    saver = Saver(store, ShardWriter(lambda: state))
+    saver.save(Progress(1, 1), CONFIG, lambda _: None)
     with pytest.raises(KeyboardInterrupt):
-        store.save(Progress(2, 2), state, CONFIG, dropped)  # type: ignore[arg-type]
+        saver.save(Progress(2, 2), CONFIG, dropped)
     assert [path.name for path in store.directory.iterdir()] == ["step_1"]
     assert store.latest() == store.directory / "step_1"
     assert (tmp_path / "latest").read_text() == "checkpoints/step_1\n"

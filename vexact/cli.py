@@ -108,8 +108,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether the message alone serves the user: bad values and files, a full disk, every named exception of ours."""
-    if isinstance(error, _USER_ERRORS) or _is_ours(error):
+    """Whether the message alone serves the user: bad values and files, a full disk, every named exception of ours
+    that does not stand for a bug in a worker process."""
+    if isinstance(error, _USER_ERRORS) or (_is_ours(error) and not getattr(error, "is_bug", False)):
         return True
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

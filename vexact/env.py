@@ -12,6 +12,18 @@ TRITON_INVARIANT = "triton-invariant"
 
 
 @dataclass(frozen=True, slots=True)
+class TorchrunRank:
+    """What torchrun says of this process, and where rank 0's rendezvous is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    attempt: int  # how often torchrun has started the run anew
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionImpl:
     """One attention implementation under the name users know it by."""
 
@@ -51,6 +63,8 @@ ATTENTION_VARIABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 RAY_AUTH_MODES = ("token", "disabled")
+# What a worker on another node gets of the driver's environment: settings of libraries, and nothing of the machine.
+WORKER_PREFIXES = ("VEXACT_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "OMP_")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
@@ -159,6 +173,61 @@ def tidy_wandb(environ: MutableMapping[str, str] = os.environ) -> None:
 def ray_auth_mode(environ: Mapping[str, str] = os.environ) -> str:
     """RAY_AUTH_MODE, empty when unset; Ray reads it itself."""
     return _get(environ, "RAY_AUTH_MODE")
+
+
+def ray_address(environ: Mapping[str, str] = os.environ) -> str:
+    """RAY_ADDRESS, the cluster to join, empty when unset; a job of `ray job submit` has it."""
+    return _get(environ, "RAY_ADDRESS")
+
+
+def set_ray_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
+    """What must be in the environment before Ray is imported, unless the user decided otherwise.
+
+    Nothing is reported to Ray's makers, and a process without a GPU of its own does not lose sight of all of them.
+    """
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):  # Ray takes an empty one for a value
+        if name in environ and not _get(environ, name):
+            del environ[name]
+    environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of this process that its workers on other nodes need as well."""
+    return {name: value for name, value in environ.items() if name.startswith(WORKER_PREFIXES)}
+
+
+def torchrun_rank(environ: Mapping[str, str] = os.environ) -> TorchrunRank | None:
+    """This process among those that torchrun, or a launcher that sets its variables, started; None for a lone one.
+
+    Raises:
+        ValueError: RANK and WORLD_SIZE are there and another variable is not, or one is no number.
+    """
+    if not (_get(environ, "RANK") and _get(environ, "WORLD_SIZE")):
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: _get(environ, name) for name in names}
+    missing = [name for name in names if not given[name]]
+    if missing:
+        raise ValueError(
+            f"RANK={given['RANK']} and WORLD_SIZE={given['WORLD_SIZE']} are set as torchrun does, but not "
+            f"{', '.join(missing)}; set what is missing, or unset RANK and WORLD_SIZE to start without torchrun"
+        )
+    wrong = [f"{name}={text}" for name, text in given.items() if name != "MASTER_ADDR" and not text.isdecimal()]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: must be a whole number, as torchrun sets it")
+    rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}")
+    attempt = _get(environ, "TORCHELASTIC_RESTART_COUNT")
+    return TorchrunRank(
+        rank,
+        world_size,
+        int(given["LOCAL_RANK"]),
+        given["MASTER_ADDR"],
+        int(given["MASTER_PORT"]),
+        int(attempt) if attempt.isdecimal() else 0,
+    )
 
 
 def omp_settings(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:

@@ -98,12 +98,19 @@ class SampleGroup:
 class TrainSequence:
     """One sample on its way into the trainer.
 
-    ``advantages`` is per response token. ``ref_logprobs`` is present only when a KL term is on.
+    ``advantages`` is per response token. ``ref_logprobs`` is present only when a KL term is on, ``recomputed_logprobs``
+    only with ``algorithm.recompute_old_log_prob``.
     """
 
     sample: Sample
     advantages: np.ndarray  # (R,) float32
     ref_logprobs: np.ndarray | None = None  # (R,) float32
+    recomputed_logprobs: np.ndarray | None = None  # (R,) float32
+
+    @property
+    def old_logprobs(self) -> np.ndarray:
+        """(R,) float32, the denominator of the importance ratio: the rollout's, unless the trainer recomputed them."""
+        return self.sample.logprobs if self.recomputed_logprobs is None else self.recomputed_logprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vexact.config import Config, ConfigError, load_config
-from vexact.config.plan import ModelShape, build_plan, kv_cache_tokens
+from vexact.config.memory import ModelShape, kv_cache_tokens
+from vexact.config.plan import build_plan
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -43,6 +44,12 @@ def base(tmp_path: Path) -> list[str]:
             "is less than data.max_prompt_length + data.max_response_length = 512 + 512 = 1024",
         ),
         ([f"{ACTOR}.ppo_max_token_len_per_gpu=1000"], "cannot hold one sequence of 1024 tokens"),
+        (
+            [f"{ACTOR}.ppo_max_token_len_per_gpu=300", f"{ACTOR}.ulysses_sequence_parallel_size=3"],
+            "parallel_size) cannot hold one sequence of 1024 tokens (data.max_prompt_length + "
+            "data.max_response_length); set it to at least 342",
+        ),
+        ([f"{ACTOR}.ulysses_sequence_parallel_size=3"], "=3 does not divide the 1 training GPU(s)"),
         ([f"{ROLLOUT}.num_pages=15"], "set it to at least 16"),
         ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
         ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),

@@ -175,8 +175,7 @@ def test_no_key_is_dead() -> None:
     assert dead <= {
         f"{ACTOR}.strategy",
         f"{ACTOR}.fsdp_config.model_dtype",
-        "trainer.nnodes",
-        "trainer.n_gpus_per_node",
+        "trainer.worker_timeout_s",
     }
 
 

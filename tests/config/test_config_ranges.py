@@ -76,7 +76,7 @@ def test_the_clip_of_gradients_may_be_infinite() -> None:
 
 
 def test_the_coldest_temperature_is_the_samplers() -> None:
-    from vexact.rollout import sampling_params
+    from vexact.rollout.sampling import sampling_params
 
     for name in ("MIN_TEMPERATURE", "MAX_TEMPERATURE", "MAX_SAMPLES"):
         assert getattr(rollout, name) == getattr(sampling_params, name)

@@ -2,14 +2,24 @@ import errno
 import json
 import os
 import shutil
-import zipfile
 
 import pytest
 import torch
+from checkpoint_support import flat, rewrite
 
 from vexact.models import ModelConfig, load_model
-from vexact.trainer.checkpoint import CheckpointError, CheckpointStore, Progress, load_checkpoint, manifest
-from vexact.trainer.checkpoint import store as store_module
+from vexact.trainer.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    Progress,
+    Saver,
+    ShardWriter,
+    load_checkpoint,
+    manifest,
+    shard_writer,
+)
+
+WEIGHTS = "trainer_state/weight-00001-of-00001.safetensors"
 
 
 @pytest.fixture
@@ -25,7 +35,9 @@ def save(tiny, state, tmp_path):
     def run(step, keep_last=2):
         store = CheckpointStore(tmp_path, keep_last)
         identity = {"settings": {"trainer.seed": 42}}
-        return store.save(Progress(step, 10 * step), state, config, lambda path: None, identity)
+        saver = Saver(store, ShardWriter(lambda: flat(state)))
+        saver.save(Progress(step, 10 * step), config, lambda path: None, identity)
+        return store.path(step)
 
     return run
 
@@ -71,16 +83,18 @@ def test_saving_a_step_again_sets_the_first_one_aside(save, tmp_path):
     load_checkpoint(tmp_path / "checkpoints" / "step_1")
 
 
-@pytest.mark.parametrize("failing", ["save_hf", "_sync_tree", "manifest.write_manifest"])
+@pytest.mark.parametrize(
+    "failing", ["store.save_hf", "store._sync_tree", "manifest.write_manifest", "shard_writer.write_tensor_file"]
+)
 def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_half_written(save, tmp_path, monkeypatch, failing):
     save(1)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"{store_module.__name__}.{failing}", full)
+    monkeypatch.setattr(f"vexact.trainer.checkpoint.{failing}", full)
     with pytest.raises(
-        CheckpointError, match=r"could not write .*step_2: .*No space left.* MiB free.*default_local_dir"
+        CheckpointError, match=r"could not write .*step_2 on .*: .*No space left.* MiB free.*default_local_dir"
     ):
         save(2)
     assert _names(tmp_path / "checkpoints") == ["step_1"]
@@ -88,7 +102,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_nothing_half_written(
 
 
 def test_a_full_disk_is_noticed_before_writing(save, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shard_writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match="disk is full: a checkpoint needs"):
         save(1)
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -187,7 +201,7 @@ DAMAGE = {
     "text": (lambda file: file.write_text("hello\n"), "has 6 bytes", "is not a file of torch.save"),
     "pointer": (_pointer, "is a Git LFS pointer", "is a Git LFS pointer.*git lfs pull"),
     "other": (_other, "has .* bytes", "is another program's file: it has no 'progress' and 'actor', only model"),
-    "gone": (os.remove, "is missing", r"is not a checkpoint \(no trainer_state\.pt\)"),
+    "gone": (os.remove, "is missing", r"is not a checkpoint \(no trainer_state\)"),
 }
 
 
@@ -196,7 +210,7 @@ def test_a_damaged_file_is_named_with_a_whole_checkpoint_beside_it(save, tmp_pat
     damage, message, _ = DAMAGE[kind]
     save(1)
     path = save(2)
-    for file in ("trainer_state.pt", "model.safetensors", "config.json", "identity.json"):
+    for file in (WEIGHTS, "model.safetensors", "config.json", "identity.json", "progress.json"):
         copy = shutil.copytree(path, tmp_path / "checkpoints" / "step_3", dirs_exist_ok=True)
         damage(copy / file)
         with pytest.raises(CheckpointError, match=rf"step_3/{file} ({message}).*step_2 is whole.*from_path=.*step_2"):
@@ -208,12 +222,7 @@ def test_without_a_manifest_the_state_is_checked_by_itself(save, tmp_path, caplo
     """What an earlier version wrote: no manifest, no identity, no format."""
     damage, _, message = DAMAGE[kind]
     path = save(1)
-    saved = torch.load(path / "trainer_state.pt", weights_only=True)
-    (path / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing, so nothing in .* can be checked"):
-        load_checkpoint(path)
-    (path / "identity.json").unlink()
-    torch.save({key: saved[key] for key in ("progress", "actor")}, path / "trainer_state.pt")
+    rewrite(path, 1)
     assert load_checkpoint(path)[0] == Progress(1, 10)
     assert "written by an earlier version" in caplog.text
     damage(path / "trainer_state.pt")
@@ -251,9 +260,9 @@ def test_code_in_a_state_is_not_run(tmp_path):
 def test_a_newer_format_and_an_edited_manifest_are_refused(save, monkeypatch):
     path = save(1)
     with monkeypatch.context() as patched:
-        patched.setattr(manifest, "FORMAT", 3)
+        patched.setattr(manifest, "FORMAT", 4)
         manifest.write_manifest(path, 1, {})
-    with pytest.raises(CheckpointError, match=r"has checkpoint format 3, and .* reads up to format 2"):
+    with pytest.raises(CheckpointError, match=r"has checkpoint format 4, and .* reads up to format 3"):
         load_checkpoint(path)
     listed = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(listed | {"format": 99}))
@@ -265,17 +274,37 @@ def test_a_newer_format_and_an_edited_manifest_are_refused(save, monkeypatch):
 
 
 def test_a_directory_that_is_no_checkpoint_is_told_where_they_are(save, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint \(no trainer_state\.pt\).*resume_mode=disable"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint \(no trainer_state\).*resume_mode=disable"):
         load_checkpoint(tmp_path)
     path = save(1)
     for wrong in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(CheckpointError, match=rf"no trainer_state\.pt.*step_1 is whole.*{path}"):
+        with pytest.raises(CheckpointError, match=rf"no trainer_state\).*step_1 is whole.*{path}"):
             load_checkpoint(wrong)
 
 
-def test_the_files_are_still_torch_and_safetensors(save):
+def test_the_manifest_lists_every_file(save):
     path = save(1)
-    assert zipfile.is_zipfile(path / "trainer_state.pt")
     files = json.loads((path / "manifest.json").read_text())["files"]
-    assert files.keys() == {path.name for path in path.iterdir()} - {"manifest.json"}
-    assert files.keys() >= {"trainer_state.pt", "model.safetensors", "config.json", "identity.json"}
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert files.keys() == there - {"manifest.json"}
+    assert there >= {WEIGHTS, "model.safetensors", "config.json", "identity.json", "progress.json"}
+    assert not any(file.endswith((".pt", ".metadata", ".distcp")) for file in there), "nothing is a pickle"
+
+
+def test_what_an_earlier_version_wrote_with_a_manifest_is_read_and_checked(save, state):
+    path = save(1)
+    rewrite(path, 2)
+    progress, loaded = load_checkpoint(path)
+    assert (progress, loaded["num_updates"]) == (Progress(1, 10), 7)
+    assert all(torch.equal(loaded["parameters"][n]["weight"], s["weight"]) for n, s in state["parameters"].items())
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing, so nothing in .* can be checked"):
+        load_checkpoint(path)
+
+
+def test_without_its_manifest_nothing_is_checked_so_nothing_is_read(save):
+    path = save(1)
+    (path / "manifest.json").unlink()
+    (path / "identity.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing, so nothing in .* can be checked"):
+        load_checkpoint(path)

@@ -11,9 +11,9 @@ from vexact.config import load_config
 from vexact.models.opset import set_ops
 from vexact.ops import stock
 from vexact.trainer import diagnose as diagnose_module
-from vexact.trainer import workers as workers_module
 from vexact.trainer.collect import Collector
 from vexact.trainer.launch import run
+from vexact.trainer.workers import build as workers_module
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def stock_norm(monkeypatch):
 @pytest.fixture
 def stock_norm_from_the_start(monkeypatch):
     """A stock norm in the rollout before the self-test."""
-    build = workers_module._engine
+    build = workers_module.build_engine
 
     def planted(*args):
         engine = build(*args)
         set_ops(engine.model, dataclasses.replace(engine.model.ops, rms_norm=stock.rms_norm))
         return engine
 
-    monkeypatch.setattr(workers_module, "_engine", planted)
+    monkeypatch.setattr(workers_module, "build_engine", planted)
 
 
 def test_a_failed_self_test_is_diagnosed_too(overrides, stock_norm_from_the_start, tmp_path):

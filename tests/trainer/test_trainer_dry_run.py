@@ -16,12 +16,13 @@ from vexact import cli
 from vexact.config import Config, ConfigError, load_config
 from vexact.config.fields import leaves
 from vexact.config.schema import Keys
+from vexact.distributed import Layout
 from vexact.trainer import dry_run as dry
 from vexact.trainer.sampling import training_sampling, validation_sampling
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
-CPU = torch.device("cpu")
+CPU = Layout(n_gpus_per_node=1, device="cpu", transport="local")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 

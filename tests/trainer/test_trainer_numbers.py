@@ -15,10 +15,10 @@ from vexact.reward.run import Run
 from vexact.reward.seal import SealError, require_seals, sample_key, seal
 from vexact.reward.spec import RewardError, RewardSpec
 from vexact.trainer import advantages, collect
-from vexact.trainer import workers as workers_module
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint
 from vexact.trainer.launch import run
 from vexact.trainer.update_health import UpdateError, UpdateHealth
+from vexact.trainer.workers import build as workers_module
 from vexact.training import Actor, LedgerError
 from vexact.training import actor as actor_module
 from vexact.training.optimizer import Optimizer
@@ -255,9 +255,9 @@ def test_a_training_forward_without_numbers_stops_at_the_audit_and_says_why(inli
     by_sequence = actor_module.by_sequence
 
     def broken(*args):
-        first, *rest = by_sequence(*args)
-        first[1] = np.nan
-        return [first, *rest]
+        scored = by_sequence(*args)
+        scored.logprobs[0][1] = np.nan
+        return scored
 
     monkeypatch.setattr(actor_module, "by_sequence", broken)
     message = r"no finite value \(1\).*position 1, token \d+, rollout -[\d.]+, trainer nan[^\n]*\nEvery weight is"

@@ -12,8 +12,8 @@ from vexact.ops import sample as sampler_as_it_is
 from vexact.ops import token_logprobs
 from vexact.rollout.sampling import sampler as sampler_module
 from vexact.trainer import driver as driver_module
-from vexact.trainer import workers as workers_module
 from vexact.trainer.launch import run
+from vexact.trainer.workers import build as workers_module
 
 
 def test_a_run_is_exact_on_every_step_and_leaves_its_files(overrides, metrics, tiny, tmp_path):
@@ -158,14 +158,14 @@ def test_every_token_is_compared_every_so_many_steps(overrides, metrics):
 def test_the_self_test_finds_the_planted_linear_before_the_first_step(
     overrides, metrics, monkeypatch, tmp_path, exactness
 ):
-    build = workers_module._engine
+    build = workers_module.build_engine
 
     def engine_with_planted_linear(*args):
         engine = build(*args)
         _plant(engine)
         return engine
 
-    monkeypatch.setattr(workers_module, "_engine", engine_with_planted_linear)
+    monkeypatch.setattr(workers_module, "build_engine", engine_with_planted_linear)
     config = load_config(overrides(f"trainer.exactness={exactness}", "trainer.total_training_steps=1"))
     if exactness == "strict":
         with pytest.raises(CertificateError, match=r"before the first step failed: \d+ of 40 .* token \d+, rollout -"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_support import rewrite
 
 from vexact.config import load_config
 from vexact.report.jsonl import read_metrics
@@ -270,7 +271,7 @@ def test_a_damaged_latest_stops_the_start_and_names_a_whole_one(used, monkeypatc
         start("trainer.total_training_steps=5")
     shutil.rmtree(directory / "checkpoints" / "step_4")
     (directory / "checkpoints" / "step_4").mkdir()
-    with pytest.raises(CheckpointError, match=r"step_4 is not a checkpoint \(no trainer_state\.pt\); step_3 is whole"):
+    with pytest.raises(CheckpointError, match=r"step_4 is not a checkpoint \(no trainer_state\); step_3 is whole"):
         start("trainer.total_training_steps=5")
 
 
@@ -286,16 +287,13 @@ def test_a_run_of_an_earlier_version_goes_on(used):
     """No manifest, no identity, no format in the state."""
     directory, start = used
     path = directory / "checkpoints" / "step_4"
-    saved = torch.load(path / "trainer_state.pt", weights_only=True)
-    torch.save({key: saved[key] for key in ("progress", "actor")}, path / "trainer_state.pt")
-    for name in ("manifest.json", "identity.json"):
-        (path / name).unlink()
+    saved = rewrite(path, 1)
     text = start("trainer.total_training_steps=5", "trainer.seed=43")
     assert "written by an earlier version: it has no digests" in text
     assert "resuming after step 4" in text
     first = saved["actor"]["parameters"]["norm.weight"]
     del first["exp_avg_sq"]
-    torch.save({key: saved[key] for key in ("progress", "actor")}, path / "trainer_state.pt")
+    torch.save(saved, path / "trainer_state.pt")
     (directory / "latest").write_text("checkpoints/step_4\n")
     with pytest.raises(CheckpointError, match=r"step_4: the state of norm\.weight has other .*: missing exp_avg_sq"):
         start("trainer.total_training_steps=5")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_support import (
     assert_same_bits,
-    gradients_of,
+    gradients_of_update,
     random_sequences,
     tiny_actor,
     tiny_model,
@@ -24,7 +24,7 @@ def test_micro_batch_size_and_order_do_not_change_the_gradient(loss):
     results = []
     for budget, balance in ((1000, True), (15, True), (40, False)):
         actor = tiny_actor(ppo_max_token_len_per_gpu=budget, balance_micro_batches=balance, grad_clip=math.inf, **loss)
-        results.append((actor.update(sequences), gradients_of(actor)))
+        results.append(gradients_of_update(actor, sequences))
     (metrics, gradients), *others = results
     for other_metrics, other_gradients in others:
         assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
@@ -46,12 +46,13 @@ def test_the_head_is_trained_in_one_pass_where_the_loss_is_elementwise(config, a
     config = {"ppo_max_token_len_per_gpu": 40, "grad_clip": math.inf, **config}
     actor = tiny_actor(**config)
     assert actor.one_pass is applies
-    metrics, gradients = actor.update(sequences), gradients_of(actor)
+    metrics, gradients = gradients_of_update(actor, sequences)
     monkeypatch.setattr("vexact.training.one_pass.MAX_ACCUMULATOR_BYTES", 0)
     general = tiny_actor(**config)
     assert not general.one_pass
-    assert general.update(sequences) == pytest.approx(metrics, rel=1e-5, abs=1e-7)
-    torch.testing.assert_close(gradients, gradients_of(general), rtol=1e-4, atol=1e-6)
+    general_metrics, general_gradients = gradients_of_update(general, sequences)
+    assert general_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    torch.testing.assert_close(gradients, general_gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_metrics_have_verls_names_and_on_policy_values_are_exactly_zero():
@@ -154,6 +155,23 @@ def test_resume_is_bit_identical(fsdp):
     resumed.update(batches[3])
     resumed.load_state_dict(state)
     assert [resumed.update(batch) for batch in batches[2:]] == expected
+    assert_same_bits(weights_of(resumed), weights_of(straight))
+
+
+@pytest.mark.parametrize("config", [{}, {"fsdp": True}, {"dtype": "bfloat16"}])
+def test_a_forward_without_a_backward_leaves_weights_and_moments_in_their_place(config):
+    first, second = random_sequences(4), random_sequences(4, seed=1)
+    straight, resumed = tiny_actor(**config), tiny_actor(seed=99, **config)
+    straight.update(first)
+    straight.logprobs(first)
+    state = straight.state_dict()
+    resumed.logprobs(first)
+    resumed.load_state_dict(state)
+    for ours, theirs in zip(resumed.logprobs(second), straight.logprobs(second), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert state["parameters"]["embed_tokens.weight"]["exp_avg"].any()
+    assert all(saved["weight"].dtype == torch.float32 for saved in state["parameters"].values())
+    assert resumed.update(second) == straight.update(second)
     assert_same_bits(weights_of(resumed), weights_of(straight))
 
 

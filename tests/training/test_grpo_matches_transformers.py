@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training_support import gradients_of
+from training_support import gradients_of_update
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vexact.algorithms import AdvantageConfig, AdvantageInputs, PolicyLossConfig, advantage_estimator
@@ -121,7 +121,9 @@ def test_loss_gradients_and_weights_of_a_grpo_step(tmp_path, agg_mode):
     )
     actor = Actor(model, config)
     calls = []
-    metrics = actor.update(our_sequences(pairs, old), lambda indices, logprobs: calls.append((indices, logprobs)))
+    metrics, trained = gradients_of_update(
+        actor, our_sequences(pairs, old), audit=lambda indices, logprobs: calls.append((indices, logprobs))
+    )
 
     advantages = torch.from_numpy(group_advantages())
     halves = [(pairs[part], old[part], advantages[part]) for part in (slice(0, 6), slice(6, 12))]
@@ -137,7 +139,7 @@ def test_loss_gradients_and_weights_of_a_grpo_step(tmp_path, agg_mode):
     assert metrics["actor/grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
     assert all(sum(len(p + r) - 1 for p, r in half) > 30 for half, _, _ in halves)  # several micro-batches each
     assert min(norms) > GRAD_CLIP  # so that clipping is part of what is compared
-    gradients = dict(to_hf(model.config, gradients_of(actor).items()))
+    gradients = dict(to_hf(model.config, trained.items()))
     weights = dict(to_hf(model.config, actor.named_weights()))
     expected = dict(reference.named_parameters())
     assert weights.keys() == expected.keys()

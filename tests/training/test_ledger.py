@@ -68,6 +68,10 @@ def _swap_old(sequences):
     return _with(_with(sequences, 0, sample=swapped[0]), 1, sample=swapped[1])
 
 
+def _recompute_for_another(sequences):
+    return _with(sequences, 0, recomputed_logprobs=sequences[1].sample.logprobs)
+
+
 def _other_tokens(sequences):
     sample = sequences[2].sample
     return _with(sequences, 2, sample=replace(sample, token_ids=sample.token_ids[::-1]))
@@ -81,6 +85,7 @@ MIXED_UP = {
     "one unit in the last place": (_one_ulp, r"request-\d+: the advantages"),
     "references rotated": (_rotate_references, r"the reference log-probabilities .*those of request request-"),
     "old log-probabilities swapped": (_swap_old, r"the old log-probabilities .*those of request request-"),
+    "recomputed for another": (_recompute_for_another, r"the old log-probabilities .*those of request request-"),
     "response reversed": (_other_tokens, r"the response tokens .*of no other sample"),
     "a sample dropped": (lambda s: s[:3] + s[4:], r"computed for 8 samples and 7 came .*request-\d+ is only on one"),
     "a sample twice": (lambda s: [*s, s[0]], r"computed for 8 samples and 9 came"),
@@ -139,8 +144,8 @@ def test_a_sample_that_batching_loses_or_repeats_is_named(monkeypatch, where, ch
         mini_batches = actor._mini_batches
         monkeypatch.setattr(actor, "_mini_batches", lambda *a: change(mini_batches(*a)))
     else:
-        micro = actor_module.micro_batches
-        monkeypatch.setattr(actor_module, "micro_batches", lambda *a: change(micro(*a)))
+        pack = actor_module.pack
+        monkeypatch.setattr(actor_module, "pack", lambda *a, **k: change(pack(*a, **k)))
     with pytest.raises(LedgerError, match=rf"request request-\d+ is {word} its batches"):
         actor.update(_of_one_length(8))
 

@@ -5,6 +5,7 @@ import torch
 
 from vexact.models import ModelConfig, random_model
 from vexact.training import Actor, ActorConfig, OptimConfig
+from vexact.training.forward import token_scores
 from vexact.types import Sample, TrainSequence
 
 TINY = {
@@ -53,11 +54,38 @@ def weights_of(actor):
     return {name: tensor.clone() for name, tensor in actor.named_weights()}
 
 
-def gradients_of(actor):
-    return {name: parameter.grad.clone() for name, parameter in actor.model.named_parameters()}
+def gradients_of_update(actor, sequences, **arguments):
+    """The metrics of one update and the gradients of its last optimizer step; they are gone after it."""
+    gradients, step = {}, actor.optimizer.step
+
+    def watched(max_norm):
+        norm = step(max_norm)
+        gradients.update({name: parameter.grad.clone() for name, parameter in actor.model.named_parameters()})
+        return norm
+
+    actor.optimizer.step = watched
+    return actor.update(sequences, **arguments), gradients
 
 
 def assert_same_bits(left, right):
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
+
+
+def kept_bytes(model, batch, recomputed=False):
+    """What autograd keeps of one training forward, beside weights and the batch itself."""
+    storages = {}
+    given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.positions]
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor  # held, so that no address is used twice
+
+    model.gradient_checkpointing = recomputed
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = token_scores(model, batch)
+    return sum(storages.values()) if scores.logprobs.requires_grad else 0

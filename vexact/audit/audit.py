@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.mismatch_metrics import mismatch_metrics
-from vexact.training.redraw import Redraw
+from vexact.training.redraw import Redraw, Redrawn
 from vexact.types import DrawSettings, Sample
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ class ExactnessError(RuntimeError):
             else f"{comparison.describe()}: this update proves nothing about rollout and trainer"
         )
 
+    def __reduce__(self) -> tuple[type[ExactnessError], tuple[Comparison]]:
+        return ExactnessError, (self.comparison,)
+
 
 class DrawError(RuntimeError):
     """The rollout sampled a token that its seed does not give for the trainer's logits; ``comparison`` says where."""
@@ -40,6 +44,21 @@ class DrawError(RuntimeError):
             "draws and goes on"
         )
 
+    def __reduce__(self) -> tuple[type[DrawError], tuple[DrawComparison]]:
+        return DrawError, (self.comparison,)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a forward gave for some of the samples: all that the audit needs of a rank."""
+
+    indices: list[int]
+    logprobs: list[np.ndarray]  # fp32 (R,) each
+    redrawn: Redrawn | None
+
+
+_NOTHING = Evidence([], [], None)
+
 
 class Audit:
     """Compares the first optimizer step's forward with the rollout; give :meth:`check` and ``redraw`` to
@@ -49,24 +68,26 @@ class Audit:
     it.
     """
 
-    def __init__(self, exactness: str, redraw_ratio: float = 0.0) -> None:
-        """``redraw_ratio`` is the share of the tokens whose draw is repeated.
+    def __init__(self, exactness: str, redraw_ratio: float = 0.0, *, partial: bool = False) -> None:
+        """``redraw_ratio`` is the share of the tokens whose draw is repeated. ``partial``: of one of several
+        ranks, whose share of the samples may be nothing.
 
         Raises ValueError for an unknown ``exactness``.
         """
         if exactness not in ("strict", "warn", "off"):
             raise ValueError(f"trainer.exactness={exactness!r}; use strict, warn or off")
-        self.exactness, self.redraw_ratio = exactness, redraw_ratio
+        self.exactness, self.redraw_ratio, self.partial = exactness, redraw_ratio, partial
         self.redraw: Redraw | None = None
         self._samples: Sequence[Sample] = ()
         self._metrics: dict[str, float] = {}
+        self.evidence = _NOTHING  # of the last check
         # over all checks of this process
         self.total_compared = self.total_different = self.total_redrawn = self.total_redrawn_different = 0
 
     def begin(self, samples: Sequence[Sample], settings: Sequence[DrawSettings] | None = None) -> None:
         """The samples that the next update trains on, in its order, and how each of them should have been drawn."""
         self._samples = samples
-        self._metrics = {}
+        self._metrics, self.evidence = {}, _NOTHING
         wanted = settings is not None and self.exactness != "off" and self.redraw_ratio > 0
         self.redraw = Redraw(samples, settings, self.redraw_ratio) if settings is not None and wanted else None
 
@@ -84,9 +105,11 @@ class Audit:
         self.total_compared += comparison.tokens_compared
         self.total_different += comparison.tokens_different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
-        draws = self._check_draws()
+        redrawn = None if self.redraw is None else self.redraw.take()
+        self.evidence = Evidence(indices, logprobs, redrawn)
+        draws = self._check_draws(redrawn)
         self._metrics["timing_s/audit"] = perf_counter() - started
-        if not comparison.exact:
+        if not comparison.exact and (indices or not self.partial):
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
             if self.total_different == comparison.tokens_different:
@@ -107,10 +130,10 @@ class Audit:
         if not self._metrics.get("bitwise/tokens_compared") and self.exactness == "strict":
             raise ExactnessError(compare((), ()))
 
-    def _check_draws(self) -> DrawComparison | None:
-        if self.redraw is None:
+    def _check_draws(self, redrawn: Redrawn | None) -> DrawComparison | None:
+        if redrawn is None:
             return None
-        draws = compare_draws(self._samples, self.redraw.take())
+        draws = compare_draws(self._samples, redrawn)
         self.total_redrawn += draws.redrawn
         self.total_redrawn_different += draws.different
         self._metrics |= draws.metrics()

@@ -15,10 +15,11 @@ import numpy as np
 
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
-from vexact.audit.environment import environment, tile_table_hash
-from vexact.rollout import Engine, SamplingParams
+from vexact.audit.environment import tile_table_hash
+from vexact.rollout import SamplingParams
+from vexact.rollout.protocol import RolloutEngine
 from vexact.rollout.requests.request import draw_settings
-from vexact.training import Actor
+from vexact.training.protocol import Policy
 from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence
 
@@ -58,6 +59,9 @@ class CertificateError(RuntimeError):
         super().__init__(message)
         self.self_test, self.comparison = self_test, self_test.comparison
 
+    def __reduce__(self) -> tuple[type[CertificateError], tuple[str, SelfTest]]:
+        return CertificateError, (str(self), self.self_test)
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -93,13 +97,13 @@ class Certificate:
         )
 
 
-def run_self_test(engine: Engine, actor: Actor) -> SelfTest:
-    """Samples a few random prompts, rescores and redraws every token with the actor, compares the bits.
+def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
+    """Samples random prompts on every replica, rescores and redraws every token with the actor, compares the bits.
 
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
     """
-    prompts, params = _requests(engine, actor.config.ppo_max_token_len_per_gpu)
+    prompts, params = _requests(engine, actor.config.max_micro_batch_tokens)
     samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
     settings = [
@@ -112,18 +116,19 @@ def run_self_test(engine: Engine, actor: Actor) -> SelfTest:
     return SelfTest(samples, params, compare(samples, trained), compare_draws(samples, redraw.take()))
 
 
-def _requests(engine: Engine, token_budget: int) -> tuple[list[list[int]], list[SamplingParams]]:
+def _requests(engine: RolloutEngine, token_budget: int) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts as long as engine and actor allow, and how to sample from them."""
-    most = min(engine.max_model_len, engine.num_pages * engine.config.page_size, token_budget)
+    most = min(engine.max_model_len, engine.num_cache_tokens, token_budget)
     new = max(1, min(_NEW_TOKENS, most // 2))
     rng = random.Random(0)
-    vocab_size = engine.model.config.vocab_size
+    vocab_size = engine.vocab_size
     lengths = [max(1, min(length, most - new)) for length in _PROMPT_LENGTHS]
     params = [
         SamplingParams(max_tokens=new, temperature=t, top_k=k, top_p=p, seed=0, ignore_eos=True)
         for t, k, p in _SAMPLING
     ]
-    return [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths], params
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    return prompts * engine.num_replicas, params * engine.num_replicas
 
 
 def _plain(value: Any) -> Any:
@@ -139,7 +144,14 @@ def write(certificate: Certificate, run_dir: Path) -> None:
 
 
 def require_certificate(
-    engine: Engine, actor: Actor, run_dir: Path, exactness: str, *, rollout_attention: str, trainer_attention: str
+    engine: RolloutEngine,
+    actor: Policy,
+    run_dir: Path,
+    exactness: str,
+    *,
+    rollout_attention: str,
+    trainer_attention: str,
+    environment: dict[str, object],
 ) -> None:
     """Runs the self-test as ``trainer.exactness`` says: ``strict`` stops, ``warn`` logs, ``off`` skips it.
 
@@ -160,7 +172,7 @@ def require_certificate(
         trainer_attention=trainer_attention,
         dtype=actor.config.dtype,
         weights_version=engine.weights_version,
-        environment=environment(actor.ranks.device),
+        environment=environment,
         tile_table=tile_table_hash(),
         seconds=perf_counter() - started,
     )

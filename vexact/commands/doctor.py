@@ -88,7 +88,7 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
 
     for notice in config.notices:
         yield warning("configuration", notice, "none needed if that is meant")
-    yield from _model_checks(str(config.model.path), device, config.dtype(device))
+    yield from _model_checks(str(config.model.path), device, config)
     files = config.data.train_files
     result, prompts = check_data(lambda: load_dataset(config, load_tokenizer(config), files, DATA_ROWS))
     yield result
@@ -101,16 +101,34 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
         yield check_rewards(grade, prompts)
 
 
-def _model_checks(path: str, device: str, dtype: str = "float32") -> Iterator[CheckResult]:
+def _model_checks(path: str, device: str, config: Config | None = None) -> Iterator[CheckResult]:
     import torch
 
     from vexact.audit.doctor.machine import available_bytes
     from vexact.audit.doctor.model import check_model, check_model_memory, check_tokenizer
     from vexact.audit.doctor.model_probes import model_probe_checks
 
-    result = check_model(path, getattr(torch, dtype))
+    result = check_model(path, getattr(torch, config.dtype(device) if config else "float32"))
     yield result
     if result.status != "error":
-        yield check_model_memory(path, device, available_bytes(device))
+        if config is None:
+            yield check_model_memory(path, device, available_bytes(device))
+        else:
+            yield from _memory_checks(config)
         yield from model_probe_checks(path, device)
         yield check_tokenizer(path)
+
+
+def _memory_checks(config: Config) -> Iterator[CheckResult]:
+    """The memory plan of the run: what does not fit, or a line per stage and what is tight."""
+    from vexact.audit.doctor.result import error, ok, warning
+    from vexact.config.memory import ModelShape, memory_notes, memory_problems
+    from vexact.config.plan import build_plan
+    from vexact.trainer.machine import layout_of, machine_of
+
+    machine, shape = machine_of(layout_of(config)), ModelShape.read(config.model.path)
+    problems = memory_problems(config, shape, machine)
+    yield from (error("memory plan", problem.what, problem.fix) for problem in problems)
+    if not problems:
+        yield from (ok("memory plan", value) for _, value in build_plan(config, machine, shape).memory)
+        yield from (warning("memory plan", note, "see the note") for note in memory_notes(config, shape, machine))

@@ -53,24 +53,27 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.help_config is not None:
         sys.stdout.writelines(_help_lines(arguments.help_config))
         return 0
+    from vexact.distributed import serve_if_follower
+
+    code = serve_if_follower()
+    if code is not None:
+        return code
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
-    import torch
-
     from vexact.config.plan import build_plan
-    from vexact.device import resolve_device
     from vexact.trainer.dry_run import check_settings, dry_run
+    from vexact.trainer.machine import layout_of, machine_of
 
-    device = resolve_device(config.trainer.device)
-    check_settings(config, torch.device(device))
-    plan = build_plan(config, device)
+    layout = layout_of(config)
+    check_settings(config, layout)
+    plan = build_plan(config, machine_of(layout))
     if arguments.dry_run:
         dry_run(config)
         sys.stdout.write(f"{config.to_yaml()}\n{plan.text()}\n")
         return 0
     from vexact.trainer.launch import run as launch
 
-    return launch(config)
+    return launch(config, layout)
 
 
 def _help_lines(part: str) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from vexact.config.fields import opt, section
 from vexact.env import ATTENTION, TRITON_INVARIANT
@@ -15,7 +15,9 @@ DTYPE_HELP = "auto is bfloat16 on a GPU and float32 on the CPU."
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimSettings:
+    """A key written here is also one of ``vexact.training.OptimConfig``."""
+
     lr: float = opt(1e-6, "Peak learning rate of AdamW.", ge=0)
     weight_decay: float = opt(0.01, "Decoupled weight decay.", ge=0)
     betas: tuple[float, ...] = opt((0.9, 0.999), "Decay rates of AdamW's two moments.", ge=0, lt=1)
@@ -45,7 +47,21 @@ class PolicyLossConfig:
 
 
 @dataclass(frozen=True)
-class FSDPConfig:
+class OffloadSettings:
+    """A key written here is also one of ``vexact.training.ActorConfig``."""
+
+    param_offload: bool = opt(False, "Keep the master weights in pinned host memory while nothing is trained.")
+    optimizer_offload: bool = opt(
+        False, "Keep AdamW's moments in pinned host memory; a step streams them through the GPU. No bit changes."
+    )
+
+    def offload_settings(self) -> dict[str, Any]:
+        """These keys and their values."""
+        return {item.name: getattr(self, item.name) for item in fields(OffloadSettings)}
+
+
+@dataclass(frozen=True)
+class FSDPConfig(OffloadSettings):
     dtype: Dtype = opt(
         "auto",
         f"Compute type of the training forward; must equal the rollout's. {DTYPE_HELP}",
@@ -55,10 +71,66 @@ class FSDPConfig:
     model_dtype: Literal["float32"] = opt(
         "float32", "Type of the master weights and optimizer state.", aliases=DTYPE_ALIASES
     )
+    param_offload: bool = opt(
+        False, "Keep the master weights in the machine's memory while a GPU samples. Never changes results."
+    )
+    optimizer_offload: bool = opt(
+        False,
+        "Keep the optimizer's moments in the machine's memory; they pass through the GPU in pieces during its step. "
+        "Never changes results.",
+    )
 
 
 @dataclass(frozen=True)
-class ActorSection:
+class CheckpointConfig:
+    async_save: bool = opt(
+        False,
+        "Write checkpoints while training goes on, from a copy of the state in host memory (12 bytes per parameter, "
+        "split over the ranks).",
+    )
+
+
+@dataclass(frozen=True)
+class ActorSettings:
+    """A key written here is also one of ``vexact.training.ActorConfig`` and reaches every actor."""
+
+    ppo_max_token_len_per_gpu: int = opt(
+        16384,
+        "Tokens per packed forward. Lower it when memory runs out: log-probabilities keep their bits, while gradients "
+        "are summed in another order and may differ in their last bits, so the weights after an update may as well.",
+        ge=1,
+    )
+    ulysses_sequence_parallel_size: int = opt(
+        1,
+        "GPUs that share each packed forward, of so many times ppo_max_token_len_per_gpu tokens: for long responses. "
+        "Must divide the training GPUs and the model's attention heads. Log-probabilities keep their bits; weights "
+        "after an update are those of this size. The reference policy is shared alike.",
+        ge=1,
+    )
+    ppo_epochs: int = opt(
+        1, "Passes over each rollout batch; only the first update of the first pass is on-policy.", ge=1
+    )
+    shuffle: bool = opt(False, "Shuffle sequences between mini-batches.")
+    loss_agg_mode: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = opt("token-mean", "How token losses become one number; denominators are global, whatever the micro-batch.")
+    entropy_coeff: float = opt(0.0, "Weight of the entropy bonus.", ge=0)
+    use_kl_loss: bool = opt(False, "Add a KL term towards the initial policy to the loss.")
+    kl_loss_coef: float = opt(0.001, "Weight of that term.", ge=0)
+    kl_loss_type: KLKind = opt(
+        "low_var_kl",
+        "KL estimator; a trailing + takes the gradient of k2.",
+        refused={"full": "the full-vocabulary KL is not built in; use low_var_kl"},
+    )
+    grad_clip: float = opt(1.0, "Largest gradient norm; inf never clips.", gt=0, infinite=True)
+
+    def actor_settings(self) -> dict[str, Any]:
+        """These keys and their values."""
+        return {item.name: getattr(self, item.name) for item in fields(ActorSettings)}
+
+
+@dataclass(frozen=True)
+class ActorSection(ActorSettings):
     strategy: Literal["fsdp2", "fsdp"] = opt(
         "fsdp2",
         "Sharding of the trainer; both spellings mean PyTorch's fully_shard.",
@@ -77,38 +149,17 @@ class ActorSection:
         verl=256,
         ge=1,
     )
-    ppo_max_token_len_per_gpu: int = opt(
-        16384,
-        "Tokens per packed forward. Lower it when memory runs out: log-probabilities keep their bits, while gradients "
-        "are summed in another order and may differ in their last bits, so the weights after an update may as well.",
-        ge=1,
-    )
-    ppo_epochs: int = opt(
-        1, "Passes over each rollout batch; only the first update of the first pass is on-policy.", ge=1
-    )
-    shuffle: bool = opt(False, "Shuffle sequences between mini-batches.")
     clip_ratio: float = opt(0.2, "PPO clip range; as lower range it must be below 1.", gt=0)
     clip_ratio_low: float | None = opt(None, "Lower clip range; null takes clip_ratio.", verl=0.2, gt=0, lt=1)
     clip_ratio_high: float | None = opt(None, "Upper clip range (clip-higher); null takes clip_ratio.", verl=0.2, gt=0)
     clip_ratio_c: float = opt(3.0, "Dual-clip bound for negative advantages.", gt=1)
-    loss_agg_mode: Literal[
-        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-    ] = opt("token-mean", "How token losses become one number; denominators are global, whatever the micro-batch.")
     loss_scale_factor: int | None = opt(
         None, "Divisor of seq-mean-token-sum-norm; null takes data.max_response_length.", ge=1
     )
     policy_loss: PolicyLossConfig = section(PolicyLossConfig, "Which loss.")
-    entropy_coeff: float = opt(0.0, "Weight of the entropy bonus.", ge=0)
-    use_kl_loss: bool = opt(False, "Add a KL term towards the initial policy to the loss.")
-    kl_loss_coef: float = opt(0.001, "Weight of that term.", ge=0)
-    kl_loss_type: KLKind = opt(
-        "low_var_kl",
-        "KL estimator; a trailing + takes the gradient of k2.",
-        refused={"full": "the full-vocabulary KL is not built in; use low_var_kl"},
-    )
-    grad_clip: float = opt(1.0, "Largest gradient norm; inf never clips.", gt=0, infinite=True)
-    optim: OptimConfig = section(OptimConfig, "Optimizer and schedule.")
+    optim: OptimSettings = section(OptimSettings, "Optimizer and schedule.")
     fsdp_config: FSDPConfig = section(FSDPConfig, "Types and sharding.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "How the state is saved.")
 
     @property
     def clip_low(self) -> float:

@@ -57,4 +57,10 @@ class AlgorithmSection:
         "kl", "KL estimator of that term.", refused={"full": "the full-vocabulary KL is not built in; use kl"}
     )
     kl_ctrl: KLControl = section(KLControl, "Weight of that term.")
+    recompute_old_log_prob: bool = opt(
+        False,
+        "Recompute the old log-probabilities by a forward of the trainer before each update, as other frameworks must "
+        "(timing_s/old_log_prob), and let the loss use these. An exact run gets the bits that it has already; a "
+        "rollout that is not exact gets a meaningful importance ratio.",
+    )
     filter_groups: FilterGroups = section(FilterGroups, "Dynamic sampling.")

@@ -74,6 +74,13 @@ def _batches(config: Config) -> Iterator[str]:
             f"{ROLLOUT}.n={config.rollout.n}: {config.algorithm.adv_estimator} compares the samples of a prompt with "
             "each other; use n of at least 2, or algorithm.adv_estimator=reinforce_plus_plus"
         )
+    sharing, gpus = config.actor.ulysses_sequence_parallel_size, config.trainer.training_gpus
+    if gpus is not None and gpus % sharing:
+        yield (
+            f"{ACTOR}.ulysses_sequence_parallel_size={sharing} does not divide the {gpus} training GPU(s) "
+            f"(trainer.nnodes x trainer.n_gpus_per_node); try {_nearest_divisor(gpus, sharing)}, or train on a "
+            f"multiple of {sharing} GPUs"
+        )
     if config.algorithm.filter_groups.enable and config.rollout.n < 2:
         yield (
             f"algorithm.filter_groups.enable=true needs several samples per prompt, and {ROLLOUT}.n={config.rollout.n}"
@@ -89,16 +96,21 @@ def _lengths(config: Config) -> Iterator[str]:
             f"data.max_response_length = {data.max_prompt_length} + {data.max_response_length} = {needed}; raise it or "
             "leave it null"
         )
-    if config.actor.ppo_max_token_len_per_gpu < needed:
+    sharing = config.actor.ulysses_sequence_parallel_size
+    times = "" if sharing == 1 else f" x {sharing} GPUs ({ACTOR}.ulysses_sequence_parallel_size)"
+    least = -(-needed // sharing)
+    if config.actor.ppo_max_token_len_per_gpu < least:
         yield (
-            f"{ACTOR}.ppo_max_token_len_per_gpu={config.actor.ppo_max_token_len_per_gpu} cannot hold one sequence of "
-            f"{needed} tokens (data.max_prompt_length + data.max_response_length); set it to at least {needed}"
+            f"{ACTOR}.ppo_max_token_len_per_gpu={config.actor.ppo_max_token_len_per_gpu}{times} cannot hold one "
+            f"sequence of {needed} tokens (data.max_prompt_length + data.max_response_length); set it to at least "
+            f"{least}"
         )
     reference = config.ref.log_prob_max_token_len_per_gpu
-    if config.needs_reference and reference is not None and reference < needed:
+    if config.needs_reference and reference is not None and reference < least:
         yield (
-            f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={reference} cannot hold one sequence of {needed} "
-            f"tokens (data.max_prompt_length + data.max_response_length); set it to at least {needed}, or to null"
+            f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={reference}{times} cannot hold one sequence of "
+            f"{needed} tokens (data.max_prompt_length + data.max_response_length); set it to at least {least}, or to "
+            "null"
         )
     if rollout.num_pages is not None and rollout.num_pages * rollout.page_size < config.max_model_len:
         yield (
@@ -193,6 +205,13 @@ def _mismatch(config: Config) -> Iterator[str]:
 
 def _run(config: Config) -> Iterator[str]:
     trainer = config.trainer
+    if trainer.rollout_gpus is not None and trainer.n_gpus_per_node is not None:
+        total = trainer.nnodes * trainer.n_gpus_per_node
+        if trainer.rollout_gpus >= total:
+            yield (
+                f"trainer.rollout_gpus={trainer.rollout_gpus} of {total} GPUs (trainer.nnodes={trainer.nnodes} x "
+                f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}) leaves none to train; lower it, or leave it null"
+            )
     if "wandb" in trainer.logger:
         wandb_mode()
     for sink in ("wandb", "tensorboard"):
@@ -211,6 +230,8 @@ def _run(config: Config) -> Iterator[str]:
     blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
     if blocking is not None and not blocking.is_dir():
         yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file; set trainer.default_local_dir"
+    if (trainer.best_metric or "").startswith("val-") and not config.data.val_files:
+        yield f"trainer.best_metric={trainer.best_metric} needs a validation; set data.val_files"
     if trainer.val_only and not config.data.val_files:
         yield "trainer.val_only=true needs data.val_files"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vexact.config.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
+from vexact.config.engine import EngineSettings
 from vexact.config.fields import LARGEST_64, opt, section
-from vexact.env import ATTENTION, TRITON_INVARIANT
 
 MIN_TEMPERATURE, MAX_TEMPERATURE, MAX_SAMPLES = 1e-3, 1e6, 2**16  # the sampler's
 
@@ -44,7 +44,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class RolloutSection:
+class RolloutSection(EngineSettings):
     name: Literal["vexact"] = opt(
         "vexact",
         "The rollout engine.",
@@ -54,12 +54,6 @@ class RolloutSection:
             "this version samples with its own engine only, because others do not give the trainer's bits; "
             "for a deliberate baseline set actor_rollout_ref.rollout.batch_invariant=false",
         ),
-    )
-    batch_invariant: bool = opt(
-        True, "False samples with stock operators: a baseline that shows the mismatch this project removes."
-    )
-    attn_impl: str = opt(
-        TRITON_INVARIANT, f"Attention of the rollout, one of: {', '.join(ATTENTION)}. INFER_FA_IMPL sets it."
     )
     dtype: Dtype = opt(
         "auto",
@@ -89,37 +83,5 @@ class RolloutSection:
         ge=0,
     )
     seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0, le=LARGEST_64)
-    page_size: int = opt(64, "Tokens per key-value page; multiples of 64 are fastest.", ge=1)
-    num_pages: int | None = opt(None, "Pages in the key-value cache; null sizes it in bytes.", ge=1)
-    kv_cache_bytes: int | None = opt(
-        None,
-        "Memory for the key-value cache in bytes; null is 256 MiB on the CPU, gpu_memory_utilization on a GPU.",
-        ge=1,
-        le=LARGEST_64,
-    )
-    gpu_memory_utilization: float = opt(
-        0.5,
-        "Share of the free GPU memory the key-value cache takes when neither num_pages nor kv_cache_bytes is set.",
-        gt=0,
-        le=1,
-    )
-    max_num_seqs: int = opt(256, "Most requests decoded at once.", ge=1)
-    max_num_batched_tokens: int = opt(8192, "Most tokens per engine step.", ge=1)
-    max_model_len: int | None = opt(
-        None, "Longest prompt plus response; null takes data.max_prompt_length + max_response_length.", ge=2
-    )
-    enable_chunked_prefill: bool = opt(True, "Mix pieces of long prompts with decoding. Never changes results.")
-    enable_prefix_caching: bool = opt(True, "Share the pages of equal prefixes. Never changes results.")
-    enforce_eager: bool = opt(
-        False,
-        "Decode without CUDA graphs: slower, less memory. Never changes results. There are none on the CPU, nor with "
-        "torch's operators (batch_invariant=false, mismatch.mode=softmax_blocks, a stock attn_impl).",
-    )
-    cudagraph_capture_sizes: tuple[int, ...] | None = opt(
-        None,
-        "Batch sizes of decode steps that get a CUDA graph, each captured on first use; a step runs in the next larger "
-        "one. A size above max_num_seqs counts as that. null is a ladder from 1 to max_num_seqs.",
-        ge=1,
-    )
     mismatch: Mismatch = section(Mismatch, "Controlled disagreement with the trainer.")
     val_kwargs: ValidationSampling = section(ValidationSampling, "Sampling during validation.")

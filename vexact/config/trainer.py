@@ -7,7 +7,6 @@ from typing import Literal
 
 from vexact.config.fields import LARGEST_64, opt
 
-ONE_PROCESS = "this version trains in one process; several GPUs and nodes are not supported yet"
 Sink = Literal["console", "jsonl", "wandb", "tensorboard"]
 
 
@@ -46,6 +45,12 @@ class TrainerSection:
     samples_per_step: int = opt(16, "Samples written to samples/step_N.jsonl each step; -1 writes all, 0 none.", ge=-1)
     save_freq: int = opt(-1, "Checkpoint every so many steps; -1 only at the end.", ge=-1)
     keep_last: int | None = opt(2, "Checkpoints to keep; null keeps all.", ge=1)
+    best_metric: str | None = opt(
+        None,
+        "Metric, by its name in metrics.jsonl, whose best checkpoint is kept beyond keep_last and named by the file "
+        "best; null keeps none. One of a validation (val-…) ranks the checkpoints whose step was validated.",
+    )
+    best_metric_mode: Literal["max", "min"] = opt("max", "Whether its largest or its smallest value is the best.")
     test_freq: int = opt(-1, "Validate every so many steps; -1 only at the end.", ge=-1)
     val_before_train: bool = opt(True, "Validate before the first step.")
     val_only: bool = opt(False, "Validate and stop.")
@@ -58,5 +63,43 @@ class TrainerSection:
         "On a resume whose settings, data, model, tokenizer or reward changed, so that its steps would not be those of "
         "an uninterrupted run: name the changes and stop, or go on.",
     )
-    nnodes: int = opt(1, "Machines.", ge=1, le=1, why=ONE_PROCESS)
-    n_gpus_per_node: int = opt(1, "GPUs per machine.", verl=8, ge=1, le=1, why=ONE_PROCESS)
+    nnodes: int = opt(1, "Machines.", ge=1)
+    n_gpus_per_node: int | None = opt(
+        None, "Processes per machine, one per GPU; null for every visible GPU, and for one on a CPU.", verl=8, ge=1
+    )
+    ray_address: str | None = opt(
+        None,
+        "host:port of the Ray cluster to join, auto for the one of this machine, local for a new one; null joins that "
+        "of RAY_ADDRESS, which a job of `ray job submit` has, and starts a new one without.",
+    )
+    worker_timeout_s: float = opt(
+        3600.0,
+        "Seconds after which one stage of a step (generation, update, …) on several processes counts as hung.",
+        gt=0,
+        le=604_800,
+    )
+    rollout_gpus: int | None = opt(
+        None,
+        "GPUs, of all nodes together, that generate while the others train; null has every GPU do both in turn.",
+        ge=1,
+    )
+    async_steps: int = opt(
+        0,
+        "Training steps that generation may run ahead, with weights as much older: 1 generates the next step's samples "
+        "while this one trains. Needs rollout_gpus.",
+        ge=0,
+        le=1,
+    )
+    async_audit_freq: int = opt(
+        10,
+        "With async_steps, every so many steps, the first included, samples are compared under the weights that "
+        "generated them, of which each rank keeps a copy in host memory; -1 for never.",
+        ge=-1,
+    )
+
+    @property
+    def training_gpus(self) -> int | None:
+        """GPUs that train; None when their number is that of the machine."""
+        if self.n_gpus_per_node is None:
+            return None
+        return self.nnodes * self.n_gpus_per_node - (self.rollout_gpus or 0)

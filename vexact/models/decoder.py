@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from vexact.models.config import ModelConfig
 from vexact.models.opset import OpSet, op_set
 from vexact.models.rotary import cos_sin_table
+from vexact.models.sequence_parallel import SlicedMetadata
 from vexact.ops import PackedMetadata, PagedMetadata, linear_cross_entropy, linear_cross_entropy_trained
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 
-Metadata = PackedMetadata | PagedMetadata
+Metadata = PackedMetadata | SlicedMetadata | PagedMetadata
 KVCache = tuple[Tensor, Tensor]
 
 
@@ -68,7 +69,10 @@ class Attention(nn.Module):
             q, k = self.ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, positions, cos_sin)
         else:
             q, k = self.ops.rope(q, k, positions, cos_sin)
-        out = self.ops.attention(q, k, v, metadata, head_dim**-0.5, kv_cache)
+        if isinstance(metadata, SlicedMetadata):
+            out = metadata.attend(self.ops.attention, q, k, v, head_dim**-0.5)
+        else:
+            out = self.ops.attention(q, k, v, metadata, head_dim**-0.5, kv_cache)
         return self.ops.linear(out.flatten(1), self.o_proj.weight, self.o_proj.bias)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -40,14 +40,38 @@ def load_model(
         ValueError: a damaged file or config, an unsupported architecture, tensors missing, left over or of another
             shape, values that are not finite or not so in ``dtype``. The message names file and tensor or key.
     """
+    return load_parts(path, lambda model: None, whole, dtype=dtype, device=device, ops=ops, attn_impl=attn_impl)
+
+
+def whole(parameter: Tensor) -> tuple[Tensor, int]:
+    """All rows of a parameter."""
+    return parameter, 0
+
+
+def load_parts(
+    path: str | Path,
+    shard: Callable[[CausalLM], None],
+    own: Callable[[Tensor], tuple[Tensor, int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ops: str,
+    attn_impl: str,
+) -> CausalLM:
+    """``load_model`` where a process keeps some rows of each parameter only.
+
+    Args:
+        shard: divides the model in place while it is still on the meta device.
+        own: for a parameter, the tensor that holds the rows kept here, and the index of the first.
+    """
     config = ModelConfig.from_hf_dir(path)
     model = _meta_model(config, dtype, ops, attn_impl)
-    with CheckpointReader(path) as reader:
+    with CheckpointReader(path) as reader, torch.no_grad():
         check_contents(reader, config, {name: tuple(t.shape) for name, t in to_hf(config, model.named_parameters())})
+        shard(model)
         _allocate(model, device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                _read(reader, config, name, parameter)
+        for name, parameter in model.named_parameters():
+            _read(reader, config, name, *own(parameter))
     return model
 
 
@@ -95,12 +119,16 @@ def _allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
     return model
 
 
-def _read(reader: CheckpointReader, config: ModelConfig, name: str, parameter: Tensor) -> None:
-    """Fills one parameter from its tensors, and looks at what came of them in the parameter's dtype."""
-    sources, sizes = hf_sources(config, name)
-    parts = [parameter] if len(sources) == 1 else parameter.split(sizes)
-    for source, part in zip(sources, parts, strict=True):
-        stored = reader.tensor(source)
-        part.copy_(stored)
-        if not all_finite(stored.to(part.dtype) if part.is_meta else part):
-            refuse_values(stored, part.dtype, source, reader.file(source))
+def _read(reader: CheckpointReader, config: ModelConfig, name: str, rows: Tensor, first: int) -> None:
+    """Fills rows ``first`` and on of one parameter from its tensors, and looks at what came of them in their dtype."""
+    start, end = 0, first + len(rows)
+    for source in hf_sources(config, name)[0]:
+        stop = start + reader.shape(source)[0]
+        low, high = max(start, first), min(stop, end)
+        if low < high:
+            stored, part = reader.tensor(source), rows[low - first : high - first]
+            values = stored[low - start : high - start]
+            part.copy_(values)
+            if not all_finite(values.to(part.dtype) if part.is_meta else part):
+                refuse_values(stored, part.dtype, source, reader.file(source))
+        start = stop

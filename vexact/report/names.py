@@ -88,6 +88,7 @@ METRICS: dict[str, dict[str, str]] = {
         "timing_s/step": "Wall-clock seconds of the whole step.",
         "timing_s/gen": "Seconds generating.",
         "timing_s/reward": "Seconds grading.",
+        "timing_s/old_log_prob": "Seconds recomputing old log-probabilities (algorithm.recompute_old_log_prob).",
         "timing_s/ref": "Seconds computing reference log-probabilities.",
         "timing_s/adv": "Seconds computing advantages.",
         "timing_s/update_actor": "Seconds training (forward, audit, backward, optimizer).",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -31,6 +31,12 @@ class Timers:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Adds what other timers took."""
+        for key, value in seconds.items():
+            name = key.removeprefix("timing_s/")
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
         """``timing_s/<name>`` of all stages since the last call."""

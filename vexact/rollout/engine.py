@@ -124,6 +124,19 @@ class Engine:
         self._stats = EngineStats()
 
     @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens that the key-value cache holds."""
+        return self.num_pages * self.config.page_size
+
+    @property
+    def num_replicas(self) -> int:
+        return 1
+
+    @property
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vexact.config.engine import EngineSettings
 from vexact.rollout.mismatch import check_mismatch
 
 DEFAULT_CPU_KV_CACHE_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Memory and scheduling limits of one engine.
+@dataclass(frozen=True)
+class EngineConfig(EngineSettings):
+    """Memory and scheduling limits of one engine: the keys of ``EngineSettings`` and those that follow from others.
 
     The number of KV pages is ``num_pages`` if given, else ``kv_cache_bytes``, else 256 MiB on CPU or
     ``gpu_memory_utilization`` of the free device memory, and never more than ``max_num_seqs`` full sequences need.
@@ -20,20 +21,7 @@ class EngineConfig:
     Raises ``ValueError`` naming the field, its value and the fix.
     """
 
-    page_size: int = 64  # tokens per KV page; whole key blocks of attention (64) load fastest
-    num_pages: int | None = None
-    kv_cache_bytes: int | None = None
-    gpu_memory_utilization: float = 0.5  # fraction of the memory that is free when the engine is built
-    max_num_seqs: int = 256  # requests that run at once
-    max_num_batched_tokens: int = 8192  # tokens per forward pass, decode and prefill together
-    max_model_len: int | None = None  # None: the model's max_position_embeddings
-    enable_chunked_prefill: bool = True
-    enable_prefix_caching: bool = True
-    enforce_eager: bool = False  # True: decode without CUDA graphs
-    cudagraph_capture_sizes: tuple[int, ...] | None = None  # batch sizes with a graph; None: a ladder to max_num_seqs
     seed: int = 0
-    batch_invariant: bool = True  # False: stock torch operators, a deliberate baseline that is not exact
-    attn_impl: str = "triton-invariant"
     mismatch_mode: str = "none"  # see rollout/mismatch.py
     mismatch_scale: float = 1.0
 

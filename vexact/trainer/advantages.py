@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,14 +13,20 @@ from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estima
 from vexact.config import Config
 from vexact.report.metrics import summary
 from vexact.reward.seal import require_seals
-from vexact.training import Ledger, Reference
+from vexact.training import Ledger
+from vexact.training.protocol import Scorer
 from vexact.types import Sample, SampleGroup, TrainSequence
 
 
 def train_sequences(
-    config: Config, groups: Sequence[SampleGroup], reference: Reference | None
+    config: Config,
+    groups: Sequence[SampleGroup],
+    reference: Scorer | None,
+    recomputed: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[TrainSequence], Ledger, dict[str, float]]:
     """Every sample with its per-token advantages (and reference log-probabilities when a KL term is on).
+
+    ``recomputed`` are old log-probabilities to use in place of the rollout's, per sample (R,) fp32, group-major.
 
     Returns:
         The sequences, group-major; their checksums, which the actor compares with what its loss reads; and
@@ -27,14 +34,19 @@ def train_sequences(
 
     Raises:
         SealError: a score is not the one given for its sample.
-        ValueError: a score, a reference log-probability or an advantage is not a finite number.
+        ValueError: a score, a log-probability of the trainer or the reference, or an advantage is not a finite number.
     """
     samples = [sample for group in groups for sample in group.samples]
     require_seals(samples, [score for group in groups for score in group.scores])
     lengths = torch.tensor([len(sample.token_ids) for sample in samples])
-    sequences = [TrainSequence(sample, np.zeros(len(sample.token_ids), np.float32)) for sample in samples]
+    old = [None] * len(samples) if recomputed is None else list(recomputed)
+    _require_finite(samples, old, "the trainer")
+    sequences = [
+        TrainSequence(sample, np.zeros(len(sample.token_ids), np.float32), recomputed_logprobs=logprobs)
+        for sample, logprobs in zip(samples, old, strict=True)
+    ]
     references = reference.logprobs(sequences) if reference is not None else [None] * len(samples)
-    _require_finite_references(samples, references)
+    _require_finite(samples, references, "the reference policy")
     penalty = _kl_in_reward(config, sequences, references) if config.algorithm.use_kl_in_reward else None
     inputs = AdvantageInputs(
         rewards=_rewards(config, groups, lengths),
@@ -46,18 +58,21 @@ def train_sequences(
     settings = AdvantageConfig(gamma=algorithm.gamma, norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo)
     advantages = advantage_estimator(algorithm.adv_estimator)(inputs, settings).numpy()
     parts = np.split(advantages, lengths.cumsum(0)[:-1].numpy())
-    trained = [TrainSequence(sample, part, ref) for sample, part, ref in zip(samples, parts, references, strict=True)]
+    trained = [
+        replace(sequence, advantages=part, ref_logprobs=logprobs)
+        for sequence, part, logprobs in zip(sequences, parts, references, strict=True)
+    ]
     ledger = Ledger(trained)
     _require_finite_advantages(groups, trained)
     return trained, ledger, _metrics(config, inputs.outcomes().numpy(), penalty)
 
 
-def _require_finite_references(samples: Sequence[Sample], references: Sequence[np.ndarray | None]) -> None:
-    for sample, logprobs in zip(samples, references, strict=True):
+def _require_finite(samples: Sequence[Sample], per_sample: Sequence[np.ndarray | None], whose: str) -> None:
+    for sample, logprobs in zip(samples, per_sample, strict=True):
         if logprobs is not None and not np.isfinite(logprobs).all():
             position = int(np.flatnonzero(~np.isfinite(logprobs))[0])
             raise ValueError(
-                f"request {sample.request_id}, response position {position}: the reference policy gives token "
+                f"request {sample.request_id}, response position {position}: {whose} gives token "
                 f"{sample.token_ids[position]} the log-probability {logprobs[position]}"
             )
 
@@ -89,7 +104,7 @@ def _rewards(config: Config, groups: Sequence[SampleGroup], lengths: Tensor) -> 
 def _kl_in_reward(
     config: Config, sequences: Sequence[TrainSequence], references: Sequence[np.ndarray | None]
 ) -> Tensor:
-    policy = torch.from_numpy(np.concatenate([sequence.sample.logprobs for sequence in sequences]))
+    policy = torch.from_numpy(np.concatenate([sequence.old_logprobs for sequence in sequences]))
     reference = torch.from_numpy(np.concatenate([ref for ref in references if ref is not None]))
     return kl_penalty(policy, reference, config.algorithm.kl_penalty) * config.algorithm.kl_ctrl.kl_coef
 

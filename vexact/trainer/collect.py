@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from vexact.algorithms import informative_groups
 from vexact.config import Config
@@ -13,12 +14,26 @@ from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
 from vexact.rollout.requests.request import draw_settings
 from vexact.trainer.sampling import training_sampling
-from vexact.trainer.workers import Workers
-from vexact.types import DrawSettings, Prompt, SampleGroup, Score
+from vexact.trainer.workers import EngineGroup, PendingSamples, Workers
+from vexact.types import DrawSettings, Prompt, Sample, SampleGroup, Score
 
 log = logging.getLogger(__name__)
 MANY_BATCHES = 10  # generation batches of one step, after which a search without a limit says that it is one
 Timer = Callable[[str], AbstractContextManager[None]]
+
+
+class Collected(NamedTuple):
+    """The groups to train on, all groups that were sampled, and the cursor after the prompts consumed."""
+
+    groups: list[SampleGroup]
+    sampled: list[SampleGroup]
+    cursor: int
+
+
+class _Batch(NamedTuple):
+    prompts: list[Prompt]
+    ids: list[str]
+    pending: PendingSamples | None = None
 
 
 class DynamicSamplingError(RuntimeError):
@@ -32,12 +47,18 @@ class Collector:
         self.config, self.workers, self.timer = config, workers, timer
         self.sampling = training_sampling(config)
         self._has_warned = False
+        self._begun: _Batch | None = None  # the first batch of a step, being sampled
 
-    def collect(self, step: int, cursor: int) -> tuple[list[SampleGroup], list[SampleGroup], int]:
+    def begin(self, step: int, cursor: int) -> None:
+        """Starts to sample what ``collect`` of this step begins with, and returns; of a group of engines."""
+        assert self._begun is None, "one step at a time"
+        assert isinstance(self.workers.engine, EngineGroup), "one engine does not sample beside the training"
+        batch = self._next(step, 0, self.workers.order.take(cursor, self.config.data.train_batch_size))
+        prompts = [prompt.token_ids for prompt in batch.prompts]
+        self._begun = batch._replace(pending=self.workers.engine.start_generate(prompts, self.sampling, batch.ids))
+
+    def collect(self, step: int, cursor: int) -> Collected:
         """Samples until ``train_batch_size`` groups are there.
-
-        Returns:
-            The groups to train on, all groups that were sampled, and the cursor after the prompts consumed.
 
         Raises:
             DynamicSamplingError: ``filter_groups.max_num_gen_batches`` did not yield enough groups.
@@ -59,7 +80,7 @@ class Collector:
             cursor, num_batches = cursor + wanted, num_batches + 1
             everything += groups
             kept += self._informative(groups) if settings.enable else groups
-        return kept[:wanted], everything, cursor
+        return Collected(kept[:wanted], everything, cursor)
 
     def draw_settings(self, request_id: str) -> DrawSettings:
         """How the request of this id must have been sampled."""
@@ -76,12 +97,19 @@ class Collector:
         self._has_warned = True
 
     def _batch(self, step: int, number: int, rows: Sequence[int]) -> list[SampleGroup]:
-        prompts = [self.workers.train_data[row] for row in rows]
-        ids = [f"step{step}-{number * len(rows) + i}-row{row}" for i, row in enumerate(rows)]
+        batch, begun, self._begun = self._next(step, number, rows), self._begun, None
         with self.timer("gen"):
-            groups = sample_groups(self.workers, prompts, self.sampling, ids)
+            if begun is not None and begun.pending is not None:
+                assert begun.ids == batch.ids, "what was begun is what is collected"
+                groups = grouped(batch.prompts, begun.pending.result(), self.sampling.n)
+            else:
+                groups = sample_groups(self.workers, batch.prompts, self.sampling, batch.ids)
         with self.timer("reward"):
             return score_groups(self.workers, groups)
+
+    def _next(self, step: int, number: int, rows: Sequence[int]) -> _Batch:
+        prompts = [self.workers.train_data[row] for row in rows]
+        return _Batch(prompts, [f"step{step}-{number * len(rows) + i}-row{row}" for i, row in enumerate(rows)])
 
     def _informative(self, groups: list[SampleGroup]) -> list[SampleGroup]:
         values = [[filter_metric(self.config, score) for score in group.scores] for group in groups]
@@ -93,9 +121,12 @@ def sample_groups(
 ) -> list[SampleGroup]:
     """n samples of every prompt."""
     samples = workers.engine.generate([prompt.token_ids for prompt in prompts], sampling, request_ids)
-    return [
-        SampleGroup(prompt, tuple(samples[i * sampling.n : (i + 1) * sampling.n])) for i, prompt in enumerate(prompts)
-    ]
+    return grouped(prompts, samples, sampling.n)
+
+
+def grouped(prompts: Sequence[Prompt], samples: Sequence[Sample], n: int) -> list[SampleGroup]:
+    """The samples, n per prompt and in their order, with their prompts."""
+    return [SampleGroup(prompt, tuple(samples[i * n : (i + 1) * n])) for i, prompt in enumerate(prompts)]
 
 
 def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[SampleGroup]:

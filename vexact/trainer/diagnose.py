@@ -10,8 +10,9 @@ from vexact.audit import ExactnessError
 from vexact.audit.certificate import CertificateError
 from vexact.audit.explain import explain
 from vexact.models.nonfinite import cause_of_nonfinite
-from vexact.rollout import SamplingParams
+from vexact.rollout import Engine, SamplingParams
 from vexact.trainer.workers import Workers
+from vexact.training import Actor
 from vexact.types import Sample
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,11 @@ def diagnose(
         sample: what the first unequal token is in, sampled with ``sampling``.
     """
     first = error.comparison.first
+    if workers.group is not None:
+        error.args = (f"{error}\nto see where the two sides part, repeat it in one process: trainer.n_gpus_per_node=1",)
+        return
+    assert isinstance(workers.engine, Engine)
+    assert isinstance(workers.actor, Actor)
     if first is not None and not first.is_finite:
         actor = workers.actor
         error.args = (f"{error}\n{cause_of_nonfinite(actor.named_weights(), actor.config.torch_dtype)}",)

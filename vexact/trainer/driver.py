@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vexact import interrupt
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.certificate import CertificateError, require_certificate
 from vexact.config import Config
+from vexact.models import ModelConfig
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
 from vexact.trainer.advantages import train_sequences
-from vexact.trainer.checkpoint import CheckpointStore, Progress
-from vexact.trainer.collect import Collector
+from vexact.trainer.ahead import Ahead, staleness_metrics
+from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver
+from vexact.trainer.collect import Collected, Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
+from vexact.trainer.old_log_probs import recompute_old_log_probs
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
 from vexact.training import Ledger
 from vexact.types import SampleGroup, StepStats, TrainSequence
-from vexact.weights import sync_weights
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +49,16 @@ class Driver:
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
         self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
+        self.saver = Saver(store, workers.shards, config.actor.checkpoint.async_save, self._saved)
         self.timers = Timers(on_enter=self._begin)
         self.collector = Collector(config, workers, self.timers)
+        beside = Timers()
+        ahead = Ahead(Collector(config, workers, beside), beside)
+        self.ahead = ahead if config.trainer.async_steps else None
 
     def run(self) -> None:
         """All steps from where the run stands to ``total_steps``, with validation and checkpoints when due."""
-        sync_weights(self.workers.actor, self.workers.engine, self.progress.step)
+        self.workers.sync_weights(self.progress.step)
         trainer = self.config.trainer
         due = trainer.val_only or (trainer.val_before_train and self.progress.step == 0)
         if due and self.workers.val_data is not None:
@@ -63,13 +70,16 @@ class Driver:
             return
         self._self_test()
         first, rewards = self.progress.step + 1, []
-        for step in range(first, self.total_steps + 1):
-            rewards.append(self._step(step))
+        with self.saver:
+            for step in range(first, self.total_steps + 1):
+                self.saver.poll()
+                rewards.append(self._step(step))
         interrupt.note(f"all {self.total_steps} steps are done and saved in {self.config.run_dir}")
         log.info("%s", self._summary(first, rewards))
 
     def _begin(self, stage: str) -> None:
         interrupt.check()
+        self.saver.advance()
         self.reporter.stage(stage)
 
     def _self_test(self) -> None:
@@ -82,6 +92,7 @@ class Driver:
                 config.trainer.exactness,
                 rollout_attention=config.rollout.attn_impl,
                 trainer_attention=config.actor.attn_implementation,
+                environment=dict(self.identity["environment"]),
             )
         except CertificateError as error:
             if error.comparison.first is not None:
@@ -100,19 +111,28 @@ class Driver:
         workers = self.workers
         with self.timers("step"):
             # 1-4: prompts, samples at weights version step-1, scores, groups worth training on
-            groups, sampled, cursor = self.collector.collect(step, self.progress.data_cursor)
+            groups, sampled, cursor = self._collect(step)
             rollout_metrics = workers.engine.stats() | workers.rewards.take_metrics()
-            # 5-6: reference log-probabilities if a KL term is on, advantages
+            if self.ahead is not None and step < self.total_steps:
+                self.ahead.begin(step + 1, cursor)
+                rollout_metrics |= staleness_metrics(step - 1, groups)
+            workers.release_cache()
+            # 5-6: old log-probabilities if asked for, reference log-probabilities if a KL term is on, advantages
+            old = recompute_old_log_probs(self.config, groups, workers.actor, self.timers)
             with self.timers("adv"):
-                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference)
+                sequences, ledger, reward_metrics = train_sequences(self.config, groups, workers.reference, old)
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             samples = [sequence.sample for sequence in sequences]
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
             with self.timers("update_actor"):
                 actor_metrics = self._update(step, sequences, ledger)
+            if self.ahead is not None:
+                with self.timers("gen"):
+                    self.ahead.finish(cursor)
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
-                sync_metrics = sync_weights(workers.actor, workers.engine, step)
+                sync_metrics = workers.sync_weights(step)
+                workers.resume_cache()
             self.progress = Progress(step, cursor)
             # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
             self._write_samples(step, sampled)
@@ -142,17 +162,41 @@ class Driver:
         self.pending.clear()
         if save and not validate:
             self._save()
+        self.store.note_metrics(step, metrics, validated=validate)
         return metrics["critic/score/mean"]
+
+    def _collect(self, step: int) -> Collected:
+        if self.ahead is None:
+            return self.collector.collect(step, self.progress.data_cursor)
+        collected, seconds = self.ahead.take(step, self.progress.data_cursor)
+        self.timers.add(seconds)
+        return collected
+
+    def _compare_past(self, step: int, sequences: Sequence[TrainSequence]) -> bool:
+        """Compares samples of an earlier version with what the trainer gives under that version, when due."""
+        every = self.config.trainer.async_audit_freq
+        if every < 0 or (step - 1) % every:
+            return False
+        version = sequences[0].sample.weights_version
+        with self.timers("audit_forward"):
+            found = self.workers.logprobs_at(version, sequences, self.audit.redraw)
+        self.audit.check(list(range(len(sequences))), found)
+        return True
 
     def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
         actor, metrics = self.workers.actor, {"training/global_step": float(step)}
         every = self.config.trainer.audit_every_token_freq
         every_token = every > 0 and step % every == 0
         try:
-            metrics |= actor.update(
-                sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
-            )
-            self.audit.require_compared()
+            if self.ahead is None:
+                metrics |= actor.update(
+                    sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
+                )
+                self.audit.require_compared()
+            else:
+                if self._compare_past(step, sequences):
+                    self.audit.require_compared()
+                metrics |= actor.update(sequences, ledger=ledger)
             self.health.check(metrics, actor.problems)
         except (ExactnessError, DrawError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
@@ -172,6 +216,7 @@ class Driver:
                 log.info("step %d is trained and saved; its validation is repeated", step)
                 metrics |= self._timed_validation(step)
             self.reporter.log(StepStats(step, metrics | self.timers.take()))
+            self.store.note_metrics(step, metrics, validated=self._is_validation_due(step))
         self.pending.clear()
 
     def _is_validation_due(self, step: int) -> bool:
@@ -199,11 +244,12 @@ class Driver:
 
     def _save(self) -> None:
         with self.timers("save_checkpoint"):
-            actor = self.workers.actor
-            save_tokenizer = self.workers.tokenizer.save_pretrained
-            path = self.store.save(self.progress, actor.state_dict(), actor.model.config, save_tokenizer, self.identity)
+            tokenizer, model = self.workers.tokenizer, ModelConfig.from_hf_dir(self.config.model.path)
+            self.saver.save(self.progress, model, tokenizer.save_pretrained, self.identity)
+
+    def _saved(self, path: Path, step: int) -> None:
         log.info("saved %s", path)
-        interrupt.note(how_to_go_on(self.config, self.progress.step))
+        interrupt.note(how_to_go_on(self.config, step))
 
     def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
         limit = self.config.trainer.samples_per_step

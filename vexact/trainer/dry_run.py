@@ -11,21 +11,30 @@ from pathlib import Path
 import torch
 
 from vexact.config import Config, ConfigError
-from vexact.config.plan import BYTES, GIB, ModelShape
+from vexact.config.memory import BYTES, Machine, ModelShape, memory_problems
+from vexact.config.memory.parts import GIB, SLOT_BYTES_PER_TOKEN
 from vexact.device import resolve_device
+from vexact.distributed import Layout
 from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
 from vexact.trainer import preflight
+from vexact.trainer.machine import machine_of
 from vexact.trainer.sampling import training_sampling, validation_sampling
-from vexact.trainer.workers import actor_config, engine_settings, load_dataset, load_tokenizer, start_rewards
+from vexact.trainer.workers import (
+    actor_config,
+    engine_settings,
+    load_dataset,
+    load_tokenizer,
+    roles_of,
+    start_rewards,
+)
 
 ROWS = 64  # of each dataset that a dry run reads
 GRADED_ROWS = 8
-SLOT_BYTES_PER_TOKEN = 16  # an id and two float32 numbers, in the rollout's state
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
-def check_settings(config: Config, device: torch.device) -> None:
+def check_settings(config: Config, layout: Layout) -> None:
     """Builds what a run builds from its settings alone; cheap, so that a run starts with it too.
 
     Raises:
@@ -34,9 +43,13 @@ def check_settings(config: Config, device: torch.device) -> None:
     model = ModelConfig.from_hf_dir(Path(config.model.path).expanduser())
     training_sampling(config)
     validation_sampling(config)
+    device, machine = torch.device(layout.device), machine_of(layout)
+    roles_of(config, layout.world_size)
     actor_config(config, device, total_steps=config.trainer.total_training_steps or 1)
     engine = EngineConfig(**engine_settings(config))
-    problems = [*_model_problems(config, model), *_memory_problems(config, engine, ModelShape.of(model.raw), device)]
+    shape = ModelShape.of(model.raw)
+    problems = [*_model_problems(config, model), *_memory_problems(config, engine, shape, machine)]
+    problems += map(str, memory_problems(config, shape, machine))
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -77,12 +90,12 @@ def _model_problems(config: Config, model: ModelConfig) -> Iterator[str]:
         yield f"{ROLLOUT}.stop_token_ids={outside[0]} is outside the model's vocabulary of {model.vocab_size}"
 
 
-def _memory_problems(config: Config, engine: EngineConfig, shape: ModelShape, device: torch.device) -> Iterator[str]:
+def _memory_problems(config: Config, engine: EngineConfig, shape: ModelShape, machine: Machine) -> Iterator[str]:
     """The key-value cache must hold a page, and the machine what is set aside at the start."""
     rollout = config.rollout
-    page_bytes = shape.kv_values_per_token * BYTES[config.dtype(device.type)] * rollout.page_size
-    on_gpu = device.type == "cuda"
-    free, total = torch.cuda.mem_get_info(device) if on_gpu else (None, _physical_memory())
+    page_bytes = shape.kv_values_per_token * BYTES[config.dtype(machine.device)] * rollout.page_size
+    free = machine.device_bytes if machine.device == "cuda" else None
+    total = _physical_memory() if free is None else free
     pages = engine.resolve_num_pages(page_bytes=page_bytes, max_model_len=config.max_model_len, free_device_bytes=free)
     if pages * page_bytes > total:
         yield (

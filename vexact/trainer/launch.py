@@ -6,20 +6,20 @@ import logging
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
 from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
-from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, ModelShape, build_plan
-from vexact.device import resolve_device
+from vexact.config.memory import ModelShape
+from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
+from vexact.distributed import Layout
 from vexact.models import ModelConfig
 from vexact.report import Reporter
-from vexact.trainer.checkpoint import CheckpointStore, Progress
+from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
 from vexact.trainer.driver import Driver, how_to_go_on
+from vexact.trainer.machine import layout_of, machine_of
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
-from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity, weights_digest
+from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
 from vexact.trainer.run_directory import RunDirectoryError, open_run_directory, set_aside
 from vexact.trainer.run_record import write_run_record
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
@@ -27,8 +27,9 @@ from vexact.trainer.workers import build_workers, load_inputs, num_steps
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
-    """Trains (or with ``trainer.val_only`` validates) as configured; 0 when every step was done.
+def run(config: Config, layout: Layout | None = None) -> int:
+    """Trains (or with ``trainer.val_only`` validates) as configured, on the processes of ``layout`` if it is resolved
+    already; 0 when every step was done.
 
     What can be wrong is looked for in the order of its cost: the run directory, the checkpoint to go on from, data and
     settings, the model, the graders. Nothing of an earlier run is touched before all of it is right.
@@ -36,15 +37,16 @@ def run(config: Config) -> int:
     Raises:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
-    device = torch.device(resolve_device(config.trainer.device))
+    layout = layout_of(config) if layout is None else layout
     with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
         stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
-        store = CheckpointStore(config.run_dir, config.trainer.keep_last)
+        best = BestPointer(config.run_dir, config.trainer.best_metric, config.trainer.best_metric_mode)
+        store = CheckpointStore(config.run_dir, config.trainer.keep_last, best)
         store.remove_leftovers()
         source = find_source(config, store)
         inputs = load_inputs(config)
         total_steps = num_steps(config, len(inputs.train_data))
-        identity = run_identity(config, device, total_steps, inputs.tokenizer, inputs.train_data)
+        identity = run_identity(config, layout.device, total_steps, inputs.tokenizer, inputs.train_data)
         _check_source(config, store, source, identity)
         if source is not None and _is_finished(config, source, total_steps):
             log.info(
@@ -55,14 +57,19 @@ def run(config: Config) -> int:
                 source.path,
             )
             return 0
-        workers = build_workers(config, device, inputs)
+        plan = build_plan(config, machine_of(layout))
+        for name, value in plan.memory:
+            log.info("%s: %s", name, value)
+        workers = build_workers(config, layout, inputs)
         stack.callback(workers.close)
-        identity["model"]["weights"] = weights_digest(workers.actor.model)
+        identity["environment"] = workers.environment()
+        identity["model"]["weights"] = workers.weights_digest()
         check_before_training(config, workers)
         progress = Progress(0, 0)
         if source is not None:
             check_changes(source, identity, _may_change(config))
-            progress = source.restore(workers.actor)
+            note_environment(source, identity)
+            progress = source.restore(workers)
         if not config.trainer.val_only:
             _begin_part(config, store, source, progress)
         reporter = Reporter(
@@ -75,9 +82,8 @@ def run(config: Config) -> int:
             resume_step=_last_reported(config, progress),
         )
         stack.enter_context(reporter)
-        plan = build_plan(config, device.type)
         reporter.plan(plan.rows, plan.advice)
-        write_run_record(config, device)
+        write_run_record(config, workers.environment())
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)
@@ -91,7 +97,6 @@ def _check_source(config: Config, store: CheckpointStore, source: Source | None,
     """Whether the run may go on from ``source``, before the model is loaded."""
     if source is not None:
         check_changes(source, identity, _may_change(config))
-        note_environment(source, identity)
     if config.trainer.val_only and config.trainer.resume_mode != "auto" and store.steps(_last_kept(source)):
         raise RunDirectoryError(
             f"trainer.val_only=true with trainer.resume_mode={config.trainer.resume_mode} validates other weights than "

@@ -9,7 +9,8 @@ from vexact.config import Config
 from vexact.data import PromptDataset
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest, RewardError
-from vexact.rollout import Engine, SamplingParams
+from vexact.rollout import SamplingParams
+from vexact.rollout.protocol import RolloutEngine
 from vexact.trainer.collect import filter_metric, training_sampling
 from vexact.trainer.evaluate import validation_sampling
 from vexact.trainer.workers import Workers
@@ -43,9 +44,9 @@ def check_sampling(section: str, build: Callable[[], SamplingParams]) -> None:
         raise ValueError(f"{section}: {error}") from error
 
 
-def check_prompts(key: str, data: PromptDataset, engine: Engine, max_response_length: int) -> None:
+def check_prompts(key: str, data: PromptDataset, engine: RolloutEngine, max_response_length: int) -> None:
     """Raises ValueError for a prompt with ids the model does not have, or longer than the key-value cache holds."""
-    vocab_size, cache = engine.model.config.vocab_size, engine.num_pages * engine.config.page_size
+    vocab_size, cache = engine.vocab_size, engine.num_cache_tokens
     for row in range(len(data)):
         ids = data[row].token_ids
         wrong = next((each for each in (min(ids), max(ids)) if not 0 <= each < vocab_size), None)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from vexact.audit.environment import environment
 from vexact.config import Config
 
 
-def write_run_record(config: Config, device: torch.device) -> None:
+def write_run_record(config: Config, environment: Mapping[str, object]) -> None:
     """Writes ``config.yaml`` and ``environment.json`` into the run directory."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    record = environment(device) | {"commit": _commit()}
+    record = dict(environment) | {"commit": _commit()}
     (config.run_dir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

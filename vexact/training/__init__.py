@@ -3,8 +3,10 @@
 from vexact.training.actor import Actor
 from vexact.training.config import ActorConfig, OptimConfig
 from vexact.training.ledger import Ledger, LedgerError
+from vexact.training.ranks import PeerStopped, Ranks
 from vexact.training.reference import Reference
 from vexact.training.sft import SupervisedConfig, supervised_steps
+from vexact.training.sharding import load_sharded_model
 from vexact.training.state import ActorState, nonfinite_in
 
 __all__ = [
@@ -14,8 +16,11 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "OptimConfig",
+    "PeerStopped",
+    "Ranks",
     "Reference",
     "SupervisedConfig",
+    "load_sharded_model",
     "nonfinite_in",
     "supervised_steps",
 ]

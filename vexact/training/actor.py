@@ -5,28 +5,33 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from vexact import interrupt
 from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training import one_pass
-from vexact.training.batch import PackedBatch, PolicyTargets, TokenSequence, policy_targets, token_sequence
+from vexact.training.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
 from vexact.training.config import ActorConfig
 from vexact.training.finite import check_numbers, nonfinite_state, why_skipped
-from vexact.training.forward import by_sequence, group_batch, micro_batches, prepare, score, token_scores
+from vexact.training.forward import Scored, by_sequence, fingerprint, group_batch, join, score, token_scores
+from vexact.training.gradient_sum import GradientSum
 from vexact.training.ledger import Ledger, checksums
 from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
-from vexact.training.optimizer import Optimizer, unsharded
-from vexact.training.ranks import Ranks
+from vexact.training.offload import park
+from vexact.training.optimizer import Optimizer
+from vexact.training.packing import pack
+from vexact.training.ranks import Ranks, unsharded
 from vexact.training.redraw import Redraw
+from vexact.training.sharded_state import blank_state, install_state, sharded_state
+from vexact.training.sharding import prepare
 from vexact.training.state import ActorState, gather_state, restore_state
 from vexact.types import TrainSequence
 
@@ -34,39 +39,51 @@ log = logging.getLogger(__name__)
 Audit = Callable[[list[int], list[np.ndarray]], None]
 
 
-class Scored(NamedTuple):
-    """Sequences by index, and the log-probabilities of each, fp32 (R,)."""
-
-    indices: list[int]
-    logprobs: list[np.ndarray]
-
-
 class Actor:
-    """Trains ``model`` in place. With several ranks every rank makes the same calls with its own sequences.
+    """Trains ``model`` in place. With several ranks every rank makes the same calls with the same sequences.
+
+    Which micro-batches a rank computes follows from their index. Weights, moments and log-probabilities have the same
+    bits on any number of ranks.
 
     The rollout's log-probabilities are the old log-probabilities, so there is no pass that recomputes them. In the
     first optimizer step of an ``update`` the forward must reproduce them bit for bit; the audit callback checks it.
     """
 
-    def __init__(self, model: CausalLM, config: ActorConfig, device: torch.device | str | None = None) -> None:
-        """Raises ValueError when the mini-batch cannot be split over the ranks, or sharding is off but needed."""
+    def __init__(
+        self,
+        model: CausalLM,
+        config: ActorConfig,
+        device: torch.device | str | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """
+        Args:
+            group: the ranks that train; None for all of the default process group, or for a lone process.
+
+        Raises:
+            ValueError: sharding is off but needed, several ranks are to train weights that are not float32, or the
+                ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``.
+        """
         self.config, self.model = config, model
         self.one_pass = one_pass.applies(config, model.config)
-        self.ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
-        if config.ppo_mini_batch_size % self.ranks.world_size:
+        where = torch.device(device) if device is not None else model.lm_head_weight.device
+        self.ranks = Ranks.of_process(where, group).sharing(config.ulysses_sequence_parallel_size, model.config)
+        master_dtype = model.lm_head_weight.dtype
+        if self.ranks.mesh is not None and master_dtype != torch.float32:
             raise ValueError(
-                f"actor.ppo_mini_batch_size={config.ppo_mini_batch_size} sequences do not divide evenly over "
-                f"{self.ranks.world_size} ranks; make it a multiple of {self.ranks.world_size}"
+                f"the model is in {master_dtype}; several ranks sum gradients in float32 and train weights in float32"
             )
         if config.agg_mode != config.loss_agg_mode:
             given, fixed = config.loss_agg_mode, config.agg_mode
             log.warning("actor.loss_agg_mode=%s is not used: %s aggregates by %s", given, config.loss_mode, fixed)
         model.gradient_checkpointing = config.enable_gradient_checkpointing
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
-        self.optimizer = Optimizer(model.parameters(), config.optim)
+        self.optimizer = Optimizer(model.parameters(), config.optim, self.ranks, config.optimizer_offload)
+        self._gradients = GradientSum(model, self.ranks.world_size)
+        self._parked = park(model, config.param_offload)
         self.num_updates = 0
         self.skipped_in_a_row = 0  # optimizer steps, over all updates of this process
-        self.problems: list[str] = []  # of the last update: why steps were skipped, what is no longer finite
+        self.problems: list[str] = []  # of the last update on this rank: why steps were skipped, what is not finite
 
     def update(
         self,
@@ -80,11 +97,12 @@ class Actor:
         """One PPO update: ``ppo_epochs`` passes in mini-batches, one optimizer step each.
 
         ``audit(indices, logprobs)`` is called once per rank, after the first mini-batch's backward and before any
-        weight changes, with this rank's sequence indices and their training log-probabilities (fp32 (R,) arrays, same
-        order). What it raises leaves the weights untouched. The indices are those of the first mini-batch, or with
-        ``every_token`` of all sequences: the others then get a forward of their own. ``redraw``, made for
-        ``sequences``, repeats draws in these forwards. ``ledger``, of the same sequences, was made where their
-        advantages were; every optimizer step compares what its loss reads with it.
+        weight changes, with the sequence indices that this rank has computed (maybe none) and their training
+        log-probabilities (fp32 (R,) arrays, same order). What it raises leaves the weights of all ranks untouched. The
+        indices are a part of the first mini-batch, or with ``every_token`` of all sequences: the others then get a
+        forward of their own. ``redraw``, made for ``sequences``, repeats draws in these forwards. ``ledger``, of the
+        same sequences, was made where their advantages were; every optimizer step compares what its loss reads with
+        it.
 
         A step whose loss or gradient norm is not finite is skipped: nothing changes. Returns the means over the steps
         taken by verl's metric names, plus ``actor/skipped_steps``, ``actor/skipped_in_a_row`` (the longest series that
@@ -95,10 +113,100 @@ class Actor:
             ValueError: a sequence does not fit the token budget, lacks reference log-probabilities, or holds numbers
                 that are not finite.
             LedgerError: the loss reads something else than the ledger says.
+            PeerStopped: another rank has raised one of these, or its audit has; no weight was changed by this step.
         """
-        self._check(sequences)
-        ledger = Ledger(sequences) if ledger is None else ledger
-        ledger.require(sequences)
+        with self.ranks.together():
+            self._check(sequences)
+            ledger = Ledger(sequences) if ledger is None else ledger
+            ledger.require(sequences)
+        self.ranks.require_equal("sequences", ledger.fingerprint)
+        with self._parked.resident():
+            try:
+                return self._update(sequences, audit, ledger, redraw, every_token)
+            finally:
+                self._gradients.release()
+
+    def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]:
+        """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training.
+
+        All of them on every rank. ``redraw``, made for ``sequences``, repeats draws in the forwards of this rank.
+        """
+        return join(self.score(sequences, redraw), [len(s.sample.token_ids) for s in sequences], self.ranks)
+
+    def score(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> Scored:
+        """This rank's share of ``logprobs``."""
+        tokens = [token_sequence(s) for s in sequences]
+        self.ranks.require_equal("sequences", fingerprint(tokens, [s.sample.request_id for s in sequences]))
+        with self._parked.resident():
+            return self._score(sequences, list(range(len(sequences))), redraw)
+
+    def resident(self) -> AbstractContextManager[None]:
+        """With ``param_offload``, ``model``'s parameters hold their values inside of this context only."""
+        return self._parked.resident()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its model name: whole, in the compute dtype, one at a time.
+
+        All ranks iterate together, since sharded parameters are gathered. The tensors may share the actor's memory:
+        copy what outlives the next update.
+        """
+        with self._parked.resident():
+            for name, parameter in self.model.named_parameters():
+                whole = unsharded(parameter.detach())
+                yield name, whole.to(self.config.torch_dtype, copy=self.config.param_offload)
+
+    def named_shards(self) -> Iterator[tuple[str, Tensor, torch.Size]]:
+        """Every parameter by its model name: this rank's rows as it keeps them, and the shape of all.
+
+        Rank r has rows r * ceil(n / W) and on, ceil(n / W) of them or what is left. They are on the device, with
+        ``param_offload`` one by one; they may share the actor's memory: copy what outlives the next update.
+        """
+        for (name, parameter), rows in zip(self.model.named_parameters(), self._parked.rows(), strict=True):
+            yield name, rows.to(self.ranks.device, non_blocking=True), parameter.shape
+
+    def state_dict(self) -> ActorState:
+        """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""
+        with self._parked.resident():
+            return gather_state(self.model, self.optimizer, self.ranks, self.num_updates)
+
+    def load_state_dict(self, state: ActorState) -> None:
+        """Puts a state back. All ranks call it; the tensors count on rank 0 and may be absent elsewhere.
+
+        Raises ValueError naming the parameters that do not match the model (PeerStopped on other ranks).
+        """
+        with self._parked.resident():
+            self.num_updates = restore_state(self.model, self.optimizer, self.ranks, state)
+
+    def sharded_state(self) -> dict[str, Tensor]:
+        """The same as ``state_dict``, each rank with its own rows, as ``torch.distributed.checkpoint`` takes it.
+
+        By key: ``num_updates``, and for a parameter ``weight.NAME`` and, after the first step, ``exp_avg.NAME``,
+        ``exp_avg_sq.NAME`` and ``num_steps.NAME``; counts are int64 scalars. Sharded tensors are DTensors. They share
+        the actor's memory: copy what outlives the next update.
+        """
+        return sharded_state(self.model, self._parked.rows(), self.optimizer, self.ranks, self.num_updates)
+
+    def blank_state(self, moments: bool) -> dict[str, Tensor]:
+        """Memory on the host for a sharded state, with or without ``moments``, to be read from a checkpoint."""
+        return blank_state(self.model, self.ranks, moments)
+
+    def load_sharded_state(self, state: dict[str, Tensor]) -> None:
+        """Puts back what ``sharded_state`` gave, here or on another number of ranks. All ranks call it together.
+
+        Raises ValueError naming what does not match the model or is no number (PeerStopped on other ranks); nothing
+        has changed then.
+        """
+        with self._parked.resident():
+            self.num_updates = install_state(self.model, self.optimizer, self.ranks, state)
+
+    def _update(
+        self,
+        sequences: Sequence[TrainSequence],
+        audit: Audit | None,
+        ledger: Ledger,
+        redraw: Redraw | None,
+        every_token: bool,
+    ) -> dict[str, float]:
         lr = self.config.optim.lr_at(self.num_updates)
         self.optimizer.set_lr(lr)
         steps, longest, audit_seconds, beyond = [], 0, 0.0, Scored([], [])
@@ -119,58 +227,21 @@ class Actor:
         means = _mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
         return means | {"actor/lr": lr} | self._coefficients()
 
-    def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]:
-        """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training.
-
-        ``redraw``, made for ``sequences``, repeats draws in these forwards.
-        """
-        return self._score(sequences, list(range(len(sequences))), redraw).logprobs
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its model name: whole, in the compute dtype, one at a time.
-
-        All ranks iterate together, since sharded parameters are gathered. The tensors may share the actor's memory:
-        copy what outlives the next update.
-        """
-        for name, parameter in self.model.named_parameters():
-            yield name, unsharded(parameter.detach()).to(self.config.torch_dtype)
-
-    def named_shards(self) -> Iterator[tuple[str, Tensor, torch.Size]]:
-        """Every parameter by its model name: this rank's rows as it keeps them, and the shape of all.
-
-        Rank r has rows r * ceil(n / W) and on, ceil(n / W) of them or what is left. They share the actor's memory: copy
-        what outlives the next update.
-        """
-        for name, parameter in self.model.named_parameters():
-            rows = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            yield name, rows.detach(), parameter.shape
-
-    def state_dict(self) -> ActorState:
-        """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""
-        return gather_state(self.model, self.optimizer, self.num_updates)
-
-    def load_state_dict(self, state: ActorState) -> None:
-        """Puts a state back. All ranks call it; the tensors count on rank 0 and may be absent elsewhere.
-
-        Raises ValueError naming the parameters that do not match the model.
-        """
-        self.num_updates = restore_state(self.model, self.optimizer, state)
-
     def _score(self, sequences: Sequence[TrainSequence], indices: list[int], redraw: Redraw | None = None) -> Scored:
-        """Log-probabilities of some of the sequences by a forward without gradients. All ranks call it together."""
+        """This rank's share of some of the sequences, by forwards without gradients. All ranks call it together."""
         names = [sequences[i].sample.request_id for i in indices]
         tokens = [token_sequence(sequences[i]) for i in indices]
 
         def watch(batch: PackedBatch, group: list[int]) -> PackedBatch:
             return batch if redraw is None else redraw.watch(batch, [indices[i] for i in group])
 
-        budget = self.config.ppo_max_token_len_per_gpu
-        return Scored(indices, score(self.model, tokens, names, budget, self.ranks, watch))
+        budget = self.config.max_micro_batch_tokens
+        scored = score(self.model, tokens, names, budget, self.ranks, watch)
+        return Scored([indices[i] for i in scored.indices], scored.logprobs)
 
     def _check(self, sequences: Sequence[TrainSequence]) -> None:
-        (most,) = self.ranks.maximum(len(sequences))
-        if most == 0:
-            raise ValueError("update() got no sequences on any rank; check data.train_batch_size and filter_groups")
+        if not sequences:
+            raise ValueError("update() got no sequences; check data.train_batch_size and filter_groups")
         for s in sequences:
             name, num_tokens = s.sample.request_id, len(s.sample.token_ids)
             if self.config.use_kl_loss and s.ref_logprobs is None:
@@ -178,8 +249,8 @@ class Actor:
                     f"actor.use_kl_loss=True, but {name} has no ref_logprobs; compute them before update()"
                 )
             per_token = {"logprobs": s.sample.logprobs, "min_logits": s.sample.min_logits, "advantages": s.advantages}
-            if s.ref_logprobs is not None:
-                per_token["ref_logprobs"] = s.ref_logprobs
+            optional = {"ref_logprobs": s.ref_logprobs, "recomputed_logprobs": s.recomputed_logprobs}
+            per_token |= {key: values for key, values in optional.items() if values is not None}
             for key, values in per_token.items():
                 if len(values) != num_tokens:
                     raise ValueError(f"{name} has {num_tokens} response tokens but {len(values)} {key}")
@@ -188,10 +259,10 @@ class Actor:
     def _num_nonfinite(self) -> float:
         found = nonfinite_state(self.model, self.optimizer)
         self.problems += found
-        return float(self.ranks.maximum(len(found))[0])
+        return self.ranks.gather(torch.tensor(float(len(found)), device=self.ranks.device)).max().item()
 
     def _mini_batches(self, num_sequences: int, epoch: int) -> list[list[int]]:
-        """This rank's indices of every mini-batch; as many on every rank, the last ones possibly short or empty.
+        """The indices of every mini-batch; the last one is possibly short.
 
         The order of a shuffled epoch depends on (data_loader_seed, update, epoch) only: nothing to restore on resume.
         """
@@ -199,9 +270,8 @@ class Actor:
         if self.config.shuffle:
             key = [self.config.data_loader_seed, self.num_updates, epoch]
             order = np.random.default_rng(key).permutation(num_sequences).tolist()
-        size = self.config.ppo_mini_batch_size // self.ranks.world_size
-        (count,) = self.ranks.maximum(math.ceil(num_sequences / size))
-        return [order[i * size : (i + 1) * size] for i in range(count)]
+        size = self.config.ppo_mini_batch_size
+        return [order[start : start + size] for start in range(0, num_sequences, size)]
 
     def _step(
         self,
@@ -215,27 +285,34 @@ class Actor:
         """One optimizer step on one mini-batch; the audit sees it together with what was scored ``beyond`` it."""
         chosen = [sequences[i] for i in indices]
         tokens = [token_sequence(s) for s in chosen]
-        denominators = self._denominators(tokens)
+        num_tokens = sum(len(s.response) for s in tokens)
+        denominators = Denominators(num_tokens, len(tokens), self.config.loss_scale_factor)
         names = [s.sample.request_id for s in chosen]
-        budget, balance = self.config.ppo_max_token_len_per_gpu, self.config.balance_micro_batches
+        lengths, balance = [s.num_input_tokens for s in tokens], self.config.balance_micro_batches
+        budget, key = self.config.max_micro_batch_tokens, self.ranks.budget_key
+        groups = pack(lengths, budget, balance=balance, names=names, key=key)
+        own = self.ranks.share(groups)
         metrics = MiniBatchMetrics()
-        self.optimizer.zero_grad()
-        groups = micro_batches(tokens, names, budget, balance, self.ranks)
+        self._gradients.start(len(groups) * self.ranks.per_batch)
         values, read = [], []
-        for group in groups:
-            batch = group_batch(tokens, group, self.ranks.device)
+        for group in own:
+            batch = group_batch(tokens, group, self.ranks)
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
+            self._gradients.next_round()
             logprobs, checksum = self._accumulate(chosen, batch, group, denominators, metrics)
             values.append(logprobs)
             read += checksum
-        if indices:
-            order = [indices[i] for group in groups for i in group]
-            ledger.require_each_once(indices, order)
-            ledger.compare(order, torch.cat(read, dim=1).cpu())
-        if audit is not None:
-            audit(indices + beyond.indices, by_sequence(values, tokens, groups) + beyond.logprobs)
-        sums = dict(zip(metrics.names, self.ranks.total_of(metrics.sums).tolist(), strict=True))
+        with self.ranks.together():
+            ledger.require_each_once(indices, [indices[i] for group in groups for i in group])
+            if read:
+                ledger.compare([indices[i] for group in own for i in group], torch.cat(read, dim=1).cpu())
+            if audit is not None:
+                scored = by_sequence(values, tokens, self.ranks.reported(own))
+                seen = [indices[i] for i in scored.indices]
+                audit(seen + beyond.indices, scored.logprobs + beyond.logprobs)
+        shares = self.ranks.by_micro_batch(metrics.rows, len(groups)).T.tolist()
+        sums = {name: sum(values) for name, values in zip(metrics.names, shares, strict=True)}
         norm = self.optimizer.step(self.config.grad_clip) if math.isfinite(sums["loss"]) else math.nan
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
@@ -260,24 +337,16 @@ class Actor:
             read.append(checksums(batch.targets.token_ids, targets, batch.response_lengths))
         else:
             targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
-        weight = 1.0 if group else 0.0
-        # FSDP averages gradients over the ranks, but the loss already has global denominators.
-        scale = weight * self.ranks.world_size
         if self.one_pass:
-            batch = one_pass.with_derivative(batch, targets, self.config, denominators, scale)
+            batch = one_pass.with_derivative(batch, targets, self.config, denominators)
         scores = token_scores(self.model, batch)
         loss, shares = micro_batch_loss(scores, batch, targets, self.config, denominators)
-        metrics.add(shares, weight)
+        metrics.add(shares)
         if isinstance(scores, TrainedCrossEntropy):
             scores.surrogate.backward()
         else:
-            (loss * scale).backward()
+            loss.backward()
         return scores.logprobs.detach(), read
-
-    def _denominators(self, tokens: Sequence[TokenSequence]) -> Denominators:
-        local_tokens = sum(len(s.response) for s in tokens)
-        num_tokens, num_sequences = self.ranks.total(local_tokens, len(tokens))
-        return Denominators(num_tokens, num_sequences, self.config.loss_scale_factor)
 
     def _coefficients(self) -> dict[str, float]:
         return {"actor/kl_coef": self.config.kl_loss_coef} if self.config.use_kl_loss else {}

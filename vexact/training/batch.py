@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vexact.models import Targets
+from vexact.models.sequence_parallel import SlicedMetadata
 from vexact.ops import PackedMetadata
+from vexact.training.sequence_parallel import SequencePart, SequenceRanks
 from vexact.types import TrainSequence
 
 
@@ -19,14 +21,16 @@ class PackedBatch:
     """B sequences with T input tokens and R response tokens in all.
 
     The last token of a sequence predicts nothing, so it is a target but no input. Only ``targets.rows`` of the hidden
-    states reach the language-model head: no logits of prompt tokens are ever computed.
+    states reach the language-model head: no logits of prompt tokens are ever computed. With a ``part`` other ranks
+    compute the other tokens; the targets are those of all.
     """
 
-    input_ids: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64, from 0 in every sequence
-    attention: PackedMetadata
+    input_ids: Tensor  # (T,) int64, with a part this rank's slice
+    positions: Tensor  # (T,) int64, from 0 in every sequence; with a part this rank's slice
+    attention: PackedMetadata | SlicedMetadata
     targets: Targets  # the R response tokens
     response_lengths: Tensor  # (B,) int64
+    part: SequencePart | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +67,13 @@ def token_sequence(sequence: TrainSequence) -> TokenSequence:
     return TokenSequence(sample.prompt_token_ids, sample.token_ids, sample.inv_temperature, sample.min_logits)
 
 
-def pack_tokens(sequences: Sequence[TokenSequence], device: torch.device | str = "cpu") -> PackedBatch:
-    """Lays sequences end to end. Raises ValueError for an empty prompt or response."""
+def pack_tokens(
+    sequences: Sequence[TokenSequence], device: torch.device | str = "cpu", sharing: SequenceRanks | None = None
+) -> PackedBatch:
+    """Lays sequences end to end, for the ranks that are ``sharing`` their tokens, if any.
+
+    Raises ValueError for an empty prompt or response.
+    """
     for index, sequence in enumerate(sequences):
         if len(sequence.prompt) == 0 or len(sequence.response) == 0:
             part = "prompt" if len(sequence.prompt) == 0 else "response"
@@ -73,25 +82,36 @@ def pack_tokens(sequences: Sequence[TokenSequence], device: torch.device | str =
     response_lengths = np.array([len(s.response) for s in sequences])
     input_lengths = prompt_lengths + response_lengths - 1
     starts = np.cumsum(input_lengths) - input_lengths
-    inputs = [token for s in sequences for part in (s.prompt, s.response[:-1]) for token in part]
+    inputs = np.array([token for s in sequences for part in (s.prompt, s.response[:-1]) for token in part], np.int64)
+    positions = ramps(input_lengths)
+    rows = ramps(response_lengths) + np.repeat(starts + prompt_lengths - 1, response_lengths)
     outputs = [token for s in sequences for token in s.response]
     inv_temperature = np.array([s.inv_temperature for s in sequences], np.float32)
     min_logits = _concatenate([_min_logits(s) for s in sequences])
+
+    own: SequencePart | None = None
+    attention: PackedMetadata | SlicedMetadata
+    if sharing is None:
+        attention = PackedMetadata.from_lengths(input_lengths.tolist(), device)
+    else:
+        own, attention = sharing.part(input_lengths.tolist(), rows, device)
+        inputs, positions = own.slice_of(inputs), own.slice_of(positions)
 
     def tensor(values: object) -> Tensor:
         return torch.as_tensor(values).to(device, non_blocking=True)
 
     return PackedBatch(
-        input_ids=tensor(np.array(inputs, np.int64)),
-        positions=tensor(ramps(input_lengths)),
-        attention=PackedMetadata.from_lengths(input_lengths.tolist(), device),
+        input_ids=tensor(inputs),
+        positions=tensor(positions),
+        attention=attention,
         targets=Targets(
-            rows=tensor(ramps(response_lengths) + np.repeat(starts + prompt_lengths - 1, response_lengths)),
+            rows=tensor(rows),
             token_ids=tensor(np.array(outputs, np.int64)),
             inv_temperature=tensor(np.repeat(inv_temperature, response_lengths)),
             min_logit=tensor(min_logits),
         ),
         response_lengths=tensor(response_lengths),
+        part=own,
     )
 
 
@@ -104,7 +124,7 @@ def policy_targets(
         return torch.from_numpy(_concatenate([of(s) for s in sequences])).to(device, non_blocking=True)
 
     return PolicyTargets(
-        old_logprobs=packed(lambda s: s.sample.logprobs),
+        old_logprobs=packed(lambda s: s.old_logprobs),
         advantages=packed(lambda s: s.advantages),
         ref_logprobs=packed(lambda s: np.asarray(s.ref_logprobs)) if with_reference else None,
     )

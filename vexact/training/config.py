@@ -14,23 +14,16 @@ from vexact.algorithms import (
     check_agg_mode,
     policy_loss,
 )
+from vexact.config.actor import ActorSettings, OffloadSettings, OptimSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LR_SCHEDULES = ("constant", "cosine", "linear")
 
 
-@dataclass(frozen=True, slots=True)
-class OptimConfig:
+@dataclass(frozen=True)
+class OptimConfig(OptimSettings):
     """AdamW and its schedule (verl's ``actor.optim``). The schedule advances once per ``update`` call, as in verl."""
 
-    lr: float = 1e-6
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    lr_warmup_steps: int = -1  # negative: lr_warmup_steps_ratio * total_training_steps
-    lr_warmup_steps_ratio: float = 0.0
-    lr_scheduler_type: str = "constant"
-    min_lr_ratio: float = 0.0
     total_training_steps: int = -1
 
     def __post_init__(self) -> None:
@@ -72,25 +65,16 @@ class OptimConfig:
         return self.lr * (floor + (1 - floor) * decay)
 
 
-@dataclass(frozen=True, slots=True)
-class ActorConfig:
+@dataclass(frozen=True)
+class ActorConfig(OffloadSettings, ActorSettings):
     """verl's ``actor_rollout_ref.actor`` keys. Sizes are global: over all ranks."""
 
     ppo_mini_batch_size: int = 256  # in *sequences* (verl's key times rollout.n)
-    ppo_max_token_len_per_gpu: int = 16384
-    ppo_epochs: int = 1
-    shuffle: bool = False
     data_loader_seed: int = 42
     balance_micro_batches: bool = True
     loss_mode: str = "vanilla"
     clip: PolicyLossConfig = field(default_factory=PolicyLossConfig)
-    loss_agg_mode: str = "token-mean"
     loss_scale_factor: int | None = None
-    entropy_coeff: float = 0.0
-    use_kl_loss: bool = False
-    kl_loss_coef: float = 0.001
-    kl_loss_type: str = "low_var_kl"
-    grad_clip: float = 1.0
     enable_gradient_checkpointing: bool = False
     dtype: str = "float32"  # of the forward, the backward and the weights that the rollout receives
     fsdp: bool | None = None  # None: shard when there are several ranks or the model's dtype is not ``dtype``
@@ -107,7 +91,8 @@ class ActorConfig:
             raise ValueError(f"unknown actor.dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if not self.grad_clip > 0:
             raise ValueError(f"actor.grad_clip must be positive (use inf for no clipping), got {self.grad_clip}")
-        for key in ("ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ppo_epochs"):
+        positive = "ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ulysses_sequence_parallel_size", "ppo_epochs"
+        for key in positive:
             if getattr(self, key) < 1:
                 raise ValueError(f"actor.{key} must be at least 1, got {getattr(self, key)}")
 
@@ -115,6 +100,11 @@ class ActorConfig:
     def agg_mode(self) -> str:
         """The aggregation in force: sequence-level losses fix their own, whatever ``loss_agg_mode`` says."""
         return FIXED_AGG_MODES.get(self.loss_mode, self.loss_agg_mode)
+
+    @property
+    def max_micro_batch_tokens(self) -> int:
+        """The budget of a micro-batch: that of one GPU times the ranks that share it, as in verl."""
+        return self.ppo_max_token_len_per_gpu * self.ulysses_sequence_parallel_size
 
     @property
     def torch_dtype(self) -> torch.dtype:

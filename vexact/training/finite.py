@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vexact.models.nonfinite import all_finite, find_nonfinite
 from vexact.training.optimizer import MOMENTS, Optimizer
+from vexact.training.ranks import local
 from vexact.types import TrainSequence
 
 
@@ -19,7 +19,7 @@ def check_numbers(sequences: Sequence[TrainSequence]) -> None:
         ValueError: an old log-probability, an advantage, a reference log-probability or a threshold is no number (a
             threshold may be -inf).
     """
-    for name in ("logprobs", "advantages", "ref_logprobs", "min_logits"):
+    for name in ("logprobs", "min_logits", "advantages", "ref_logprobs", "recomputed_logprobs"):
         arrays = [_array(sequence, name) for sequence in sequences]
         packed = np.concatenate([array for array in arrays if array is not None] or [np.empty(0)])
         if _are_numbers(name, packed).all():
@@ -34,7 +34,7 @@ def check_numbers(sequences: Sequence[TrainSequence]) -> None:
 
 
 def _array(sequence: TrainSequence, name: str) -> np.ndarray | None:
-    values: np.ndarray | None = getattr(sequence if name in ("advantages", "ref_logprobs") else sequence.sample, name)
+    values: np.ndarray | None = getattr(sequence.sample if name in ("logprobs", "min_logits") else sequence, name)
     return values
 
 
@@ -56,7 +56,8 @@ def nonfinite_state(model: nn.Module, optimizer: Optimizer) -> list[str]:
     To be called after an optimizer step, which passes what is not finite in a first moment on to its weight: first
     moments are read only to name them. An infinite second moment would freeze its weight and leave it finite.
     """
-    if all_finite(tensor for name, tensor in _named_state(model, optimizer) if not name.startswith(f"{MOMENTS[0]} of")):
+    weights = (local(parameter) for parameter in model.parameters())
+    if all_finite([*weights, *optimizer.second_moments()]):
         return []
     found = (find_nonfinite([(name, tensor)]) for name, tensor in _named_state(model, optimizer))
     return [clause for clause in found if clause is not None]
@@ -65,10 +66,5 @@ def nonfinite_state(model: nn.Module, optimizer: Optimizer) -> list[str]:
 def _named_state(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         yield name, local(parameter)
-        moments = optimizer.state_of(parameter)
-        yield from ((f"{key} of {name}", local(moments[key])) for key in MOMENTS if key in moments)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if (moments := optimizer.state_of(parameter)) is not None:
+            yield from ((f"{key} of {name}", getattr(moments, key)) for key in MOMENTS)

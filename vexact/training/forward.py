@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from vexact import interrupt
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.packing import pack
-from vexact.training.ranks import Ranks, lone_mesh, shard
+from vexact.training.ranks import Ranks
 
 FILLER = TokenSequence(prompt=(0,), response=(0,))
 """What a rank computes while other ranks have more micro-batches, so that their collectives match."""
 
 
-def prepare(model: CausalLM, ranks: Ranks, dtype: torch.dtype, fsdp: bool | None) -> None:
-    """Shards ``model`` in place when asked to, or when several ranks or a second dtype need it (``ActorConfig.fsdp``).
+class Scored(NamedTuple):
+    """Sequences by index, ascending, and the log-probabilities of each, fp32 (R,)."""
 
-    Raises ValueError when sharding is switched off although it is needed.
-    """
-    model_dtype = next(model.parameters()).dtype
-    needed = ranks.mesh is not None or model_dtype != dtype
-    if fsdp is False and needed:
-        raise ValueError(
-            f"actor.fsdp=False needs one rank and a model in {dtype}; "
-            f"there are {ranks.world_size} rank(s) and the model is in {model_dtype}"
-        )
-    if fsdp or needed:
-        mesh = lone_mesh(ranks.device) if ranks.mesh is None else ranks.mesh
-        shard(model, list(model.parallel_layers), mesh, dtype)
+    indices: list[int]
+    logprobs: list[np.ndarray]
 
 
 def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy | TrainedCrossEntropy:
-    """Log-probability and entropy of every response token of the batch, fp32 (R,)."""
-    return model(batch.input_ids, batch.positions, batch.attention, targets=batch.targets)
+    """Log-probability and entropy of every response token of the batch, fp32 (R,), on all ranks that share it."""
+    targets = batch.targets if batch.part is None else batch.part.own(batch.targets)
+    scores = model(batch.input_ids, batch.positions, batch.attention, targets=targets)
+    return scores if batch.part is None else batch.part.whole(scores)
 
 
-def micro_batches(
-    sequences: Sequence[TokenSequence], names: Sequence[str], budget: int, balance: bool, ranks: Ranks
-) -> list[list[int]]:
-    """Groups of sequence indices, as many on every rank: a rank with fewer gets empty groups at the end."""
-    groups = pack([s.num_input_tokens for s in sequences], budget, balance=balance, names=names)
-    (most,) = ranks.maximum(len(groups))
-    return groups + [[] for _ in range(most - len(groups))]
+def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], ranks: Ranks) -> PackedBatch:
+    """The packed tensors of one group, a filler for an empty one; of this rank's part where ranks share it."""
+    return pack_tokens([sequences[i] for i in group] or [FILLER], ranks.device, ranks.sequence)
 
 
-def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], device: torch.device) -> PackedBatch:
-    """The packed tensors of one group, a filler for an empty one."""
-    return pack_tokens([sequences[i] for i in group] or [FILLER], device)
+def fingerprint(sequences: Sequence[TokenSequence], names: Sequence[str]) -> int:
+    """32 bits by which ranks tell that they were given the same sequences."""
+    lengths = [(len(s.prompt), len(s.response)) for s in sequences]
+    return zlib.crc32(repr((list(names), lengths)).encode())
 
 
 @torch.no_grad()
@@ -63,33 +55,50 @@ def score(
     budget: int,
     ranks: Ranks,
     watch: Callable[[PackedBatch, list[int]], PackedBatch] | None = None,
-) -> list[np.ndarray]:
-    """Log-probabilities of every response without gradients: per sequence (R,) fp32. All ranks call it together.
+) -> Scored:
+    """Log-probabilities of this rank's share of the sequences, without gradients.
 
-    ``watch(batch, group)`` may exchange the batch of a group for one whose forward is observed.
+    All ranks call it together, with the same sequences. ``watch(batch, group)`` may exchange the batch of a group for
+    one whose forward is observed.
     """
-    groups = micro_batches(sequences, names, budget, True, ranks)
+    lengths = [s.num_input_tokens for s in sequences]
+    groups = ranks.share(pack(lengths, budget, balance=True, names=names, key=ranks.budget_key))
     values = []
-    for group in groups:
-        interrupt.check()
-        batch = group_batch(sequences, group, ranks.device)
-        values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
-    return by_sequence(values, sequences, groups)
+    try:
+        for group in groups:
+            interrupt.check()
+            batch = group_batch(sequences, group, ranks)
+            values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward without a backward leaves gathered copies in the place of the root's weights
+    return by_sequence(values, sequences, ranks.reported(groups))
 
 
 def by_sequence(
     values: Sequence[Tensor], sequences: Sequence[TokenSequence], groups: Sequence[Sequence[int]]
-) -> list[np.ndarray]:
-    """Splits the packed values (R,) of every group into one (R,) fp32 array per sequence; a filler's go nowhere.
+) -> Scored:
+    """Splits the packed values (R,) of every group into one array per sequence, in ascending order of indices.
 
-    All values come to the host in one copy, so that the device is waited for once.
+    Without groups the values go nowhere, as do a filler's. All come to the host in one copy, so that the device is
+    waited for once.
     """
-    result: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
     order = [index for group in groups for index in group]
     if not order:
-        return result
+        return Scored([], [])
     packed = torch.cat([part for part, group in zip(values, groups, strict=True) if group]).cpu()
-    lengths = [len(sequences[index].response) for index in order]
-    for index, part in zip(order, packed.split(lengths), strict=True):
-        result[index] = part.numpy()
-    return result
+    parts = packed.split([len(sequences[index].response) for index in order])
+    by_index = {index: part.numpy() for index, part in zip(order, parts, strict=True)}
+    return Scored(sorted(order), [by_index[index] for index in sorted(order)])
+
+
+def join(scored: Scored, lengths: Sequence[int], ranks: Ranks) -> list[np.ndarray]:
+    """The shares of all ranks, on every rank: (R,) fp32 for each of the sequences, of which ``lengths`` are given."""
+    if ranks.mesh is None:
+        return scored.logprobs
+    packed = torch.zeros(sum(lengths), dtype=torch.int32)
+    parts = packed.split(list(lengths))
+    for index, values in zip(scored.indices, scored.logprobs, strict=True):
+        parts[index].copy_(torch.from_numpy(values).view(torch.int32))
+    whole = ranks.add_bits(packed.to(ranks.device)).cpu().view(torch.float32)
+    return [part.numpy() for part in whole.split(list(lengths))]

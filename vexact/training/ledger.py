@@ -36,6 +36,11 @@ class Ledger:
         empty = torch.empty(len(_COLUMNS), 0, dtype=torch.int64)
         self._sums = torch.cat([empty, *map(_host_checksums, chunks)], dim=1)  # (columns, N)
 
+    @property
+    def fingerprint(self) -> int:
+        """64 bits (signed) by which ranks tell that they were given the same sequences with the same numbers."""
+        return int((self._sums * (2 * torch.arange(self._sums.shape[1]) + 1)).sum())
+
     def require(self, sequences: Sequence[TrainSequence]) -> None:
         """
         Raises:
@@ -112,7 +117,7 @@ def _host_checksums(sequences: Sequence[TrainSequence]) -> Tensor:
     nothing = [np.zeros(length) for length in lengths]
     references = [zero if s.ref_logprobs is None else s.ref_logprobs for s, zero in zip(sequences, nothing)]
     targets = PolicyTargets(
-        old_logprobs=packed([s.sample.logprobs for s in sequences], np.float32),
+        old_logprobs=packed([s.old_logprobs for s in sequences], np.float32),
         advantages=packed([s.advantages for s in sequences], np.float32),
         ref_logprobs=packed(references, np.float32),
     )

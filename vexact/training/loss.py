@@ -55,19 +55,17 @@ def micro_batch_loss(
 
 
 class MiniBatchMetrics:
-    """Sums the shares of micro-batches; ``names`` are those of the first one added (the same on every rank)."""
+    """The shares of this rank's micro-batches; ``names`` are those of the first one added (the same on every rank)."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self._rows: list[Tensor] = []
         self.names: list[str] = []
 
-    def add(self, shares: dict[str, Tensor], weight: float = 1.0) -> None:
-        """Adds one micro-batch; a filler has weight 0."""
+    def add(self, shares: dict[str, Tensor]) -> None:
         self.names = list(shares)
-        values = weight * torch.stack([share.double() for share in shares.values()])  # (names,) fp64
-        self._sums = values if self._sums is None else self._sums + values
+        self._rows.append(torch.stack([share.double() for share in shares.values()]))
 
     @property
-    def sums(self) -> Tensor:
-        assert self._sums is not None, "a mini-batch has at least one micro-batch on every rank"
-        return self._sums
+    def rows(self) -> Tensor:
+        """(rounds, names) fp64; a filler has one, too."""
+        return torch.stack(self._rows)

@@ -28,10 +28,10 @@ def applies(config: ActorConfig, model: ModelConfig) -> bool:
 
 
 def with_derivative(
-    batch: PackedBatch, targets: PolicyTargets, config: ActorConfig, denominators: Denominators, scale: float
+    batch: PackedBatch, targets: PolicyTargets, config: ActorConfig, denominators: Denominators
 ) -> PackedBatch:
-    """``batch`` whose targets carry the derivative of ``scale`` times the loss of ``micro_batch_loss``."""
-    weights = scale * token_weights(batch.response_lengths, config.agg_mode, denominators)  # (R,)
+    """``batch`` whose targets carry the derivative of the loss of ``micro_batch_loss``."""
+    weights = token_weights(batch.response_lengths, config.agg_mode, denominators)  # (R,)
 
     def dloss(logprobs: Tensor, tokens: slice) -> Tensor:
         with torch.enable_grad():

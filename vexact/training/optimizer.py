@@ -3,72 +3,126 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
+from vexact.training.adamw import adamw_step
 from vexact.training.config import OptimConfig
+from vexact.training.norm import total_norm
+from vexact.training.offload import host_zeros, stream
+from vexact.training.ranks import Ranks, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Optimizer:
-    """The optimizer of one model. Its schedule is a pure function of a step number that the caller keeps."""
+@dataclass(slots=True, eq=False)
+class Moments:
+    """AdamW's state of one parameter: this rank's rows of the two moments, and how many steps it has taken."""
 
-    def __init__(self, parameters: Iterable[Parameter], config: OptimConfig) -> None:
-        self.config = config
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    num_steps: int = 0
+
+
+class Optimizer:
+    """The optimizer of one model. Its schedule is a pure function of a step number that the caller keeps.
+
+    No bit depends on how parameters are sharded, nor on ``offload``, which keeps the moments in pinned host memory and
+    passes them through the device in pieces during a step.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        config: OptimConfig,
+        ranks: Ranks | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.config, self.lr, self.offload = config, config.lr, offload
         self.parameters: Sequence[Parameter] = [p for p in parameters if p.requires_grad]
-        self._adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._ranks = Ranks(None, self.parameters[0].device) if ranks is None else ranks
+        self._moments: dict[Parameter, Moments] = {}
+        self._seen: list[Tensor] = []  # extremes of the second moments that the last step has streamed
 
     def zero_grad(self) -> None:
-        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def set_lr(self, lr: float) -> None:
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        self.lr = lr
 
+    @torch.no_grad()
     def step(self, max_norm: float) -> float:
-        """Clips to ``max_norm``, steps, and returns the norm before clipping.
+        """Clips to ``max_norm``, steps, and returns the norm before clipping. All ranks call it together.
 
         Nothing changes when the norm is not finite: one bad batch must not destroy weights and moments.
         """
-        norm = total_norm(self.parameters)
+        moving = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        norm = total_norm([gradient for _, gradient in moving], self._ranks)
         if not math.isfinite(norm):
             return norm
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, torch.tensor(norm))
-        self._adamw.step()
+        gradients = [local(gradient) for _, gradient in moving]
+        factor = (max_norm / (torch.tensor(norm, dtype=torch.float32) + 1e-6)).item()
+        if factor < 1:
+            torch._foreach_mul_(gradients, factor)
+        groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        for (parameter, _), gradient in zip(moving, gradients, strict=True):
+            moments = self._begin(parameter)
+            moments.num_steps += 1
+            tensors = local(parameter), gradient, moments.exp_avg, moments.exp_avg_sq
+            if gradient.numel():
+                flat = (tensors[0].view(-1), gradient.reshape(-1), tensors[2].view(-1), tensors[3].view(-1))
+                groups.setdefault(moments.num_steps, []).append(flat)
+        self._seen = []
+        for num_steps, group in groups.items():
+            if self.offload:
+                self._seen += stream(group, partial(self._apply, num_steps))
+            else:
+                self._apply(num_steps, *map(list, zip(*group, strict=True)))
         return norm
 
-    def state_of(self, parameter: Parameter) -> dict[str, Tensor]:
-        """AdamW's moments and step of one parameter; empty before the first step."""
-        return self._adamw.state.get(parameter, {})
+    def _apply(self, num_steps: int, *tensors: list[Tensor]) -> None:
+        weights, gradients, first, second = tensors
+        adamw_step(weights, gradients, first, second, num_steps, self.lr, self.config)
 
-    def restore(self, parameter: Parameter, moments: dict[str, Tensor], num_steps: float) -> None:
-        """Puts full moments (any device) and the step count back in the layout and place AdamW keeps them."""
-        state: dict[str, Any] = {name: like(moments[name], parameter) for name in MOMENTS}
-        state["step"] = torch.tensor(num_steps, dtype=torch.float32, device=parameter.device)
-        self._adamw.state[parameter] = state
+    def state_of(self, parameter: Parameter) -> Moments | None:
+        """AdamW's state of one parameter, None before its first step."""
+        return self._moments.get(parameter)
+
+    def second_moments(self) -> Iterator[Tensor]:
+        """Tensors on the device that are finite just if all second moments are: offloaded ones are not read again."""
+        if self.offload:
+            yield from self._seen
+        else:
+            yield from (moments.exp_avg_sq for moments in self._moments.values())
+
+    def restore(self, parameter: Parameter, exp_avg: Tensor, exp_avg_sq: Tensor, num_steps: int) -> None:
+        """Takes copies of this rank's rows of the moments (any device), and the step count."""
+        moments = self._moments.setdefault(parameter, self._blank(parameter))
+        moments.exp_avg.copy_(exp_avg)
+        moments.exp_avg_sq.copy_(exp_avg_sq)
+        moments.num_steps = num_steps
 
     def forget(self) -> None:
         """Back to the state before the first step."""
-        self._adamw.state.clear()
+        self._moments.clear()
+        self._seen = []
 
+    def _begin(self, parameter: Parameter) -> Moments:
+        if parameter not in self._moments:
+            self._moments[parameter] = self._blank(parameter)
+        return self._moments[parameter]
 
-def total_norm(parameters: Iterable[Parameter]) -> float:
-    """The 2-norm of all gradients over all ranks."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    def _blank(self, parameter: Parameter) -> Moments:
+        rows = local(parameter)
+        make = host_zeros if self.offload else torch.zeros_like
+        return Moments(make(rows), make(rows))
 
 
 def like(full: Tensor, parameter: Tensor) -> Tensor:
@@ -80,8 +134,3 @@ def like(full: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    """The whole tensor: gathered from all ranks when sharded, itself otherwise."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -60,13 +60,19 @@ class Redraw:
         self._drawn: list[Tensor] = []  # (3, k) int32: token, bits of the smallest kept logit, best token
 
     def watch(self, batch: PackedBatch, indices: Sequence[int]) -> PackedBatch:
-        """``batch``, made of the samples ``indices`` in this order, whose forward repeats the chosen draws."""
+        """``batch``, made of the samples ``indices`` in this order, whose forward repeats the chosen draws.
+
+        Where ranks share the batch, each repeats those of its own tokens.
+        """
         if not indices:
             return batch
         lengths = self._lengths[indices]
         sequences, responses = np.repeat(np.asarray(indices), lengths), ramps(lengths)
         seeds, positions = self._seeds[sequences], self._prompt_lengths[sequences] + responses
         rows = np.flatnonzero(_share(seeds, positions) < self._ratio)
+        if batch.part is not None:
+            own = batch.part.targets
+            rows = rows[(own.start <= rows) & (rows < own.stop)]
         if not len(rows):
             return batch
         self._chosen.append(np.stack([sequences[rows], responses[rows]]))
@@ -81,6 +87,12 @@ class Redraw:
 
         probe = LogitProbe(torch.from_numpy(rows).to(device, non_blocking=True), see)
         return replace(batch, targets=replace(batch.targets, probe=probe))
+
+    def absorb(self, redrawn: Redrawn) -> None:
+        """Adds what another process redrew with its copy of this object, for ``take``."""
+        columns = (redrawn.token_ids, redrawn.min_logits.view(np.int32), redrawn.best_ids)
+        self._chosen.append(np.stack([redrawn.sequences, redrawn.positions]))
+        self._drawn.append(torch.from_numpy(np.stack([column.astype(np.int32) for column in columns])))
 
     def take(self) -> Redrawn:
         """What was redrawn since the last call, in one copy to the host."""

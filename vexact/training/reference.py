@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from vexact.models import CausalLM
 from vexact.training.batch import token_sequence
 from vexact.training.config import ActorConfig
-from vexact.training.forward import prepare, score
+from vexact.training.forward import Scored, fingerprint, join, score
+from vexact.training.offload import park
 from vexact.training.ranks import Ranks
+from vexact.training.sharding import prepare
 from vexact.types import TrainSequence
 
 
@@ -21,14 +24,32 @@ class Reference:
     While the actor still has the reference's weights every KL estimate is therefore exactly zero.
     """
 
-    def __init__(self, model: CausalLM, config: ActorConfig, device: torch.device | str | None = None) -> None:
-        """Freezes ``model`` in place; of ``config`` only dtype, fsdp and ppo_max_token_len_per_gpu are read."""
-        self.config, self.model = config, model.requires_grad_(False)
-        self.ranks = Ranks.of_process(torch.device(device) if device is not None else model.lm_head_weight.device)
-        prepare(model, self.ranks, config.torch_dtype, config.fsdp)
+    def __init__(
+        self,
+        model: CausalLM,
+        config: ActorConfig,
+        device: torch.device | str | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Freezes ``model`` in place.
 
-    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
-        """Per sequence (R,) fp32. All ranks call it together."""
+        Of ``config`` only dtype, fsdp, param_offload, ppo_max_token_len_per_gpu and ulysses_sequence_parallel_size are
+        read. ``group`` is as for ``Actor``.
+        """
+        self.config, self.model = config, model.requires_grad_(False)
+        where = torch.device(device) if device is not None else model.lm_head_weight.device
+        self.ranks = Ranks.of_process(where, group).sharing(config.ulysses_sequence_parallel_size, model.config)
+        prepare(model, self.ranks, config.torch_dtype, config.fsdp)
+        self._parked = park(model, config.param_offload)
+
+    def score(self, sequences: Sequence[TrainSequence]) -> Scored:
+        """This rank's share of ``logprobs``. All ranks call it together, with the same sequences."""
         names = [s.sample.request_id for s in sequences]
         tokens = [token_sequence(s) for s in sequences]
-        return score(self.model, tokens, names, self.config.ppo_max_token_len_per_gpu, self.ranks)
+        self.ranks.require_equal("sequences", fingerprint(tokens, names))
+        with self._parked.resident():
+            return score(self.model, tokens, names, self.config.max_micro_batch_tokens, self.ranks)
+
+    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """Per sequence (R,) fp32, on every rank. All ranks call it together, with the same sequences."""
+        return join(self.score(sequences), [len(s.sample.token_ids) for s in sequences], self.ranks)

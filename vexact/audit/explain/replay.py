@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,12 @@ def explain(
         RuntimeError: the engine has unfinished requests.
         ValueError: an actor of several ranks.
     """
-    trainer = Trainer.of(actor_or_model)
-    divergence, rows = find(engine, trainer, sample, sampling_params, observed)
-    if out_path is not None:
-        record = _record(engine, trainer, sample, sampling_params, observed, model_path)
-        torch.save(record | {"divergence": asdict(divergence), "rows": rows}, out_path)
+    with actor_or_model.resident() if isinstance(actor_or_model, Actor) else nullcontext():
+        trainer = Trainer.of(actor_or_model)
+        divergence, rows = find(engine, trainer, sample, sampling_params, observed)
+        if out_path is not None:
+            record = _record(engine, trainer, sample, sampling_params, observed, model_path)
+            torch.save(record | {"divergence": asdict(divergence), "rows": rows}, out_path)
     return divergence
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Container, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -14,8 +15,9 @@ from typing import Any
 from vexact.trainer.checkpoint.error import CheckpointError
 
 FILE = "manifest.json"
-FORMAT = 2
-"""Of a checkpoint directory. Format 1 had neither a manifest nor a record of its run."""
+FORMAT = 3
+"""Of a checkpoint directory. Format 2 kept the trainer's state in one file; format 1 had no manifest, too."""
+WHOLE_STATE_FORMAT = 2
 LFS_POINTER = b"version https://git-lfs"
 """How a file starts whose content Git LFS has not fetched."""
 _BLOCK = 1 << 20
@@ -34,8 +36,16 @@ class Digests:
     ...     entries = digests.entries()
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, known: Mapping[str, Entry] | None = None, only: Container[str] | None = None
+    ) -> None:
+        """
+        Args:
+            known: entries of files that were hashed while they were written.
+            only: names of the files that count; all of them by default.
+        """
         self._directory, self._stop = directory, Event()
+        self._known, self._only = dict(known or {}), only
         self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="sha256")
         self._begun: dict[str, Future[Entry]] = {}
 
@@ -43,13 +53,14 @@ class Digests:
         """Starts on the files that are there and were not yet; they must be complete."""
         for path in sorted(self._directory.rglob("*")):
             name = path.relative_to(self._directory).as_posix()
-            if path.is_file() and name != FILE and name not in self._begun:
+            counts = name != FILE if self._only is None else name in self._only
+            if counts and path.is_file() and name not in self._known and name not in self._begun:
                 self._begun[name] = self._pool.submit(self._entry, path)
 
     def entries(self) -> dict[str, Entry]:
         """Of every file, by relative name. Raises OSError for a file that cannot be read."""
         self.begin()
-        return {name: future.result() for name, future in self._begun.items()}
+        return self._known | {name: future.result() for name, future in self._begun.items()}
 
     def _entry(self, path: Path) -> Entry:
         digest, size, block = hashlib.sha256(), 0, bytearray(_BLOCK)
@@ -100,13 +111,15 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not intact:
         what = f"; it names {newer}" if isinstance(found, int) and found > FORMAT else ""
         raise CheckpointError(f"{file} is damaged: it does not match its own SHA-256{what}")
-    if found != FORMAT:
+    if found not in (WHOLE_STATE_FORMAT, FORMAT):
         raise CheckpointError(f"{directory} has checkpoint {newer}: use the version that wrote it, or a later one")
     return dict(manifest)
 
 
-def verify(directory: Path) -> int | None:
+def verify(directory: Path, rank: int = 0, world_size: int = 1) -> int | None:
     """Compares every file with the manifest and returns the step it is of; None where there is no manifest.
+
+    Several ranks share the work: each file is read by one of them.
 
     Raises:
         CheckpointError: naming each file that is missing or differs, the manifest included.
@@ -114,15 +127,18 @@ def verify(directory: Path) -> int | None:
     manifest = read_manifest(directory)
     if manifest is None:
         return None
-    with Digests(directory) as digests:
+    files: dict[str, Entry] = manifest["files"]
+    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+    mine = set(by_size[rank::world_size])
+    with Digests(directory, only=mine) as digests:
         try:
             found = digests.entries()
         except OSError as error:
             raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
     wrong = [
-        f"{directory / name} {_difference(directory / name, found.get(name), entry)}"
-        for name, entry in manifest["files"].items()
-        if found.get(name) != entry
+        f"{directory / name} {_difference(directory / name, found.get(name), files[name])}"
+        for name in files
+        if name in mine and found.get(name) != files[name]
     ]
     if wrong:
         raise CheckpointError("; ".join(wrong))

@@ -9,47 +9,79 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vexact.trainer.checkpoint import manifest, state_file
+from vexact.trainer.checkpoint import manifest, shard_files, state_file
 from vexact.trainer.checkpoint.error import CheckpointError
 from vexact.trainer.checkpoint.pointer import FOLDER
-from vexact.trainer.checkpoint.state_file import Progress
-from vexact.training import ActorState
+from vexact.trainer.checkpoint.progress import FILE as PROGRESS
+from vexact.trainer.checkpoint.progress import Progress, read_progress
+from vexact.trainer.checkpoint.shard_reader import ShardedState
+from vexact.training import Actor, ActorState
 
 log = logging.getLogger(__name__)
 IDENTITY_FILE = "identity.json"
 
 
-def verify_checkpoint(path: Path) -> int | None:
+def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> int | None:
     """Compares every file of a checkpoint with its manifest; returns its step, None in format 1, which has no manifest.
+
+    With several ranks each compares its share, and all of them together every file.
 
     Raises:
         CheckpointError: as ``load_checkpoint``.
     """
     with _advised(path):
-        step = manifest.verify(path)
-        _require_state(path)
+        step = manifest.verify(path, rank, world_size)
+        _format(path)
         return step
 
 
-def load_checkpoint(path: Path, *, verified: bool = False) -> tuple[Progress, ActorState]:
-    """Reads a checkpoint directory whose every file is what was saved.
-
-    Args:
-        verified: ``verify_checkpoint`` has just compared the files.
+def load_checkpoint(path: Path) -> tuple[Progress, ActorState]:
+    """Reads a checkpoint directory, whole and on the host, whose every file is what was saved.
 
     Raises:
         CheckpointError: it is missing, damaged, not readable or of a newer format. The message names the file and a
             checkpoint beside it that is whole, if there is one.
     """
     with _advised(path):
-        progress, state, has_manifest = _load(path, verified)
+        progress, state, has_manifest = _load(path)
     if not has_manifest:
-        log.warning(
-            "%s was written by an earlier version: it has no digests of its other files and no record of its "
-            "configuration, data, model, tokenizer and reward, so whether they are the same cannot be checked",
-            path,
-        )
+        _warn_unchecked(path)
     return progress, state
+
+
+def restore(path: Path, actor: Actor) -> Progress:
+    """Puts the state of a checkpoint that ``verify_checkpoint`` has just compared into ``actor``.
+
+    All of the actor's ranks call it together. Each reads only its own rows, however many ranks wrote them.
+
+    Raises:
+        CheckpointError: the state is not this model's, or not one to go on from; ``actor`` is as it was then.
+        PeerStopped: on the other ranks.
+    """
+    ranks = actor.ranks
+    state: ShardedState | ActorState
+    with ranks.together(), _advised(path):
+        version = _format(path)
+        if version == manifest.FORMAT:
+            progress, state = _open(path)
+        elif ranks.is_first:
+            progress, state = _load_whole(path, version)
+        else:
+            progress, state = Progress(0, 0), ActorState(num_updates=0, parameters={})
+    try:
+        if isinstance(state, ShardedState):
+            blank = actor.blank_state(state.has_moments)
+            with ranks.together():
+                stored = state.read_into(blank)
+            actor.load_sharded_state(stored)
+        else:
+            actor.load_state_dict(state)
+            progress = ranks.from_first(progress)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if version == 1 and ranks.is_first:
+        _warn_unchecked(path)
+    return progress
 
 
 def read_identity(path: Path) -> dict[str, Any] | None:
@@ -104,27 +136,69 @@ def _advised(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{error}; {advice(_neighbours(path), path)}") from error
 
 
+def _warn_unchecked(path: Path) -> None:
+    log.warning(
+        "%s was written by an earlier version: it has no digests of its other files and no record of its "
+        "configuration, data, model, tokenizer and reward, so whether they are the same cannot be checked",
+        path,
+    )
+
+
 def _neighbours(path: Path) -> Path:
     """Where to look for others: around ``path``, or in it when it is a run directory or its ``checkpoints``."""
     return next((each for each in (path / FOLDER, path) if any(each.glob("step_*"))), path.parent)
 
 
-def _load(path: Path, verified: bool = False) -> tuple[Progress, ActorState, bool]:
+def _load(path: Path) -> tuple[Progress, ActorState, bool]:
     """Progress, state, and whether there was a manifest to check every file with."""
-    file = path / state_file.FILE
+    manifest.verify(path)
+    version = _format(path)
+    if version == manifest.FORMAT:
+        progress, sharded = _open(path)
+        return progress, sharded.whole(), True
+    progress, state = _load_whole(path, version)
+    return progress, state, version > 1
+
+
+def _format(path: Path) -> int:
+    """What the directory claims to be, and has the parts of."""
     listed = manifest.read_manifest(path)
-    saved_step = None if listed is None else listed["step"]
-    if listed is not None and not verified:
-        manifest.verify(path)
+    version = 1 if listed is None else int(listed["format"])
     _require_state(path)
-    version, progress, state = state_file.read_state(file, check_crc=saved_step is None)
-    if saved_step is None and version != 1:
-        raise CheckpointError(f"{path / manifest.FILE} is missing, so nothing in {path} can be checked")
-    if saved_step not in (None, progress.step):
-        raise CheckpointError(f"{path / manifest.FILE} is of step {saved_step}, {file} of step {progress.step}")
-    return progress, state, saved_step is not None
+    if listed is None and (path / shard_files.FOLDER).is_dir():
+        raise CheckpointError(_unchecked(path))
+    return version
+
+
+def _open(path: Path) -> tuple[Progress, ShardedState]:
+    """Of format 3."""
+    progress, state = read_progress(path), ShardedState(path / shard_files.FOLDER)
+    _require_step(path, progress.step)
+    if state.step != progress.step:
+        raise CheckpointError(f"{state.directory} is of step {state.step}, {path / PROGRESS} of step {progress.step}")
+    return progress, state
+
+
+def _load_whole(path: Path, version: int) -> tuple[Progress, ActorState]:
+    """Of the formats before."""
+    file = path / state_file.FILE
+    saved_version, progress, state = state_file.read_state(file, check_crc=version == 1)
+    if version == 1 and saved_version != 1:
+        raise CheckpointError(_unchecked(path))
+    _require_step(path, progress.step)
+    return progress, state
+
+
+def _require_step(path: Path, step: int) -> None:
+    listed = manifest.read_manifest(path)
+    if listed is not None and listed["step"] != step:
+        raise CheckpointError(f"{path / manifest.FILE} is of step {listed['step']}, the state beside it of step {step}")
 
 
 def _require_state(path: Path) -> None:
-    if not (path / state_file.FILE).is_file():
-        raise CheckpointError(f"{path} is not a checkpoint (no {state_file.FILE})")
+    if not (path / shard_files.FOLDER).is_dir() and not (path / state_file.FILE).is_file():
+        raise CheckpointError(f"{path} is not a checkpoint (no {shard_files.FOLDER})")
+
+
+def _unchecked(path: Path) -> str:
+    return f"{path / manifest.FILE} is missing, so nothing in {path} can be checked"

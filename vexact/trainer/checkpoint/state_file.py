@@ -1,32 +1,20 @@
-"""``trainer_state.pt``: where the run stands and the actor's whole state."""
+"""``trainer_state.pt`` of formats 1 and 2: where the run stood and the actor's whole state. Read, never written."""
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vexact.trainer.checkpoint.error import CheckpointError
-from vexact.trainer.checkpoint.manifest import FORMAT, LFS_POINTER
+from vexact.trainer.checkpoint.manifest import LFS_POINTER
+from vexact.trainer.checkpoint.progress import Progress, is_count
 from vexact.training import ActorState
 
 FILE = "trainer_state.pt"
 _ZIP = b"PK\x03\x04"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands; data order and sampling are pure functions of it."""
-
-    step: int
-    data_cursor: int
-
-
-def write_state(file: Path, progress: Progress, state: ActorState) -> None:
-    torch.save({"format": FORMAT, "progress": (progress.step, progress.data_cursor), "actor": state}, file)
 
 
 def read_state(file: Path, *, check_crc: bool) -> tuple[int, Progress, ActorState]:
@@ -80,15 +68,11 @@ def _unpacked(file: Path, saved: Any) -> tuple[int, Progress, ActorState]:
         keys = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved).__name__
         raise CheckpointError(f"{file} is another program's file: it has no 'progress' and 'actor', only {keys}")
     progress, actor = saved["progress"], saved["actor"]
-    if not (isinstance(progress, (tuple, list)) and len(progress) == 2 and all(map(_is_count, progress))):
+    if not (isinstance(progress, (tuple, list)) and len(progress) == 2 and all(map(is_count, progress))):
         raise CheckpointError(f"{file}: 'progress' is {progress!r:.80}; expected a step and a data cursor")
     if not isinstance(actor, dict) or not {"num_updates", "parameters"} <= actor.keys():
         raise CheckpointError(f"{file}: 'actor' lacks 'num_updates' or 'parameters'")
-    if not _is_count(actor["num_updates"]) or not isinstance(actor["parameters"], dict):
+    if not is_count(actor["num_updates"]) or not isinstance(actor["parameters"], dict):
         raise CheckpointError(f"{file}: 'actor' holds no number of updates or no parameters by name")
     state = ActorState(num_updates=actor["num_updates"], parameters=actor["parameters"])
     return saved.get("format", 1), Progress(*progress), state
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from vexact import interrupt
 from vexact.audit.certificate import FILE as CERTIFICATE_FILE
 from vexact.models import save_hf
 from vexact.models.checkpoint.files import sync
 from vexact.models.config import ModelConfig
-from vexact.trainer.checkpoint import manifest, state_file
-from vexact.trainer.checkpoint.error import CheckpointError
-from vexact.trainer.checkpoint.manifest import Digests
+from vexact.trainer.checkpoint import manifest, shard_files
+from vexact.trainer.checkpoint.best import BestPointer
+from vexact.trainer.checkpoint.error import CheckpointError, write_failure
+from vexact.trainer.checkpoint.manifest import Digests, Entry
 from vexact.trainer.checkpoint.pointer import FOLDER, LatestPointer
+from vexact.trainer.checkpoint.progress import Progress, write_progress
 from vexact.trainer.checkpoint.read import IDENTITY_FILE, advice
-from vexact.trainer.checkpoint.state_file import Progress
-from vexact.training import ActorState, nonfinite_in
+from vexact.trainer.checkpoint.shard_files import Written
+from vexact.trainer.checkpoint.shard_reader import ShardedState
 
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_(0|[1-9][0-9]*)")
@@ -34,14 +37,18 @@ _TEMPORARY = ".tmp-"
 
 
 class CheckpointStore:
-    """``checkpoints/step_N/``: the trainer's state, Hugging Face safetensors, tokenizer, certificate, what the run is
-    (``identity.json``) and the SHA-256 of all of it (``manifest.json``)."""
+    """``checkpoints/step_N/``: the trainer's state in shards, Hugging Face safetensors, tokenizer, certificate, what
+    the run is (``identity.json``) and the SHA-256 of all of it (``manifest.json``)."""
 
-    def __init__(self, run_dir: Path, keep_last: int | None) -> None:
+    def __init__(self, run_dir: Path, keep_last: int | None, best: BestPointer | None = None) -> None:
+        """Keeps ``keep_last`` checkpoints (all with None) and the best one by ``best``."""
         self.directory = run_dir / FOLDER
         self.pointer = LatestPointer(run_dir)
         self.certificate_file = run_dir / CERTIFICATE_FILE
         self.keep_last = keep_last
+        self.best = best if best is not None else BestPointer(run_dir, None)
+        self._coming: int | None = None  # the step of the checkpoint on its way
+        self._ranking = Lock()  # names and ranks change in one thread at a time: metrics come while another publishes
 
     def remove_leftovers(self) -> None:
         """Finishes or removes what a killed run left half-done."""
@@ -76,50 +83,93 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step}"
 
-    def save(
+    def begin(
         self,
         progress: Progress,
-        state: ActorState,
-        model: ModelConfig,
         save_tokenizer: Callable[[Path], Any],
         identity: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Writes one checkpoint, points ``latest`` to it and removes older ones beyond ``keep_last``.
+        """Makes the directory that will be the checkpoint, under a name that no earlier life of the run has used, with
+        what is small in it; all ranks write into its ``trainer_state``.
 
         Raises:
-            CheckpointError: the disk is full or not writable, or the state is not finite; nothing half-written stays
-                behind, and earlier checkpoints are untouched.
+            CheckpointError: the disk is full or not writable.
         """
-        if (found := nonfinite_in(state)) is not None:
-            raise CheckpointError(f"step {progress.step} is not saved: {found}. Earlier checkpoints are untouched")
-        final = self.path(progress.step)
-        temporary = self.directory / f"{_TEMPORARY}{final.name}"
+        temporary = self.directory / f"{_TEMPORARY}step_{progress.step}-{secrets.token_hex(4)}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._require_space(state)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            with Digests(temporary) as digests:
-                state_file.write_state(temporary / state_file.FILE, progress, state)
+            (temporary / shard_files.FOLDER).mkdir(parents=True)
+            write_progress(temporary, progress)
+            save_tokenizer(temporary)
+            if self.certificate_file.is_file():
+                shutil.copy(self.certificate_file, temporary)
+            if identity is not None:
+                (temporary / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
+            interrupt.check()
+        except BaseException as error:
+            self.discard(temporary)
+            if isinstance(error, (OSError, RuntimeError)):
+                raise write_failure(self.directory, progress.step, error) from error
+            raise
+        self._coming = progress.step
+        return temporary
+
+    def publish(
+        self,
+        temporary: Path,
+        progress: Progress,
+        model: ModelConfig,
+        written: Sequence[Written],
+        go_on: Callable[[], None] = interrupt.check,
+    ) -> Path:
+        """Adds what others read and the manifest to what all ranks wrote, gives the checkpoint its name, points
+        ``latest`` to it, and removes older ones beyond ``keep_last``.
+
+        Args:
+            go_on: called between the parts of this; what it raises ends it, and the checkpoint is not published.
+
+        Raises:
+            CheckpointError: a rank's file is not there, or the disk is full or not writable.
+        """
+        final = self.path(progress.step)
+        try:
+            known = _entries(temporary, written)
+            with Digests(temporary, known) as digests:
+                _write_model(temporary, model, go_on)
                 digests.begin()
-                interrupt.check()
-                self._write_model(temporary, state, model, save_tokenizer)
-                if identity is not None:
-                    (temporary / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
-                digests.begin()
-                interrupt.check()
+                go_on()
                 _sync_tree(temporary)
                 manifest.write_manifest(temporary, progress.step, digests.entries())
             sync(temporary / manifest.FILE)
             sync(temporary)
-            interrupt.check()
-            self._publish(temporary, final)
+            go_on()
+            with self._ranking:
+                self._publish(temporary, final)
         except (OSError, RuntimeError) as error:  # torch and safetensors report a failed write as RuntimeError
-            raise self._failure(final, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self._remove_old(progress.step)
+            raise write_failure(self.directory, progress.step, error) from error
+        with self._ranking:
+            self._coming = None
+            self._remove_old(progress.step)
         return final
+
+    def discard(self, temporary: Path) -> None:
+        """Removes what ``begin`` made; nothing where it has become a checkpoint."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def note_metrics(self, step: int, metrics: Mapping[str, float], validated: bool) -> None:
+        """Ranks the checkpoint of ``step``, published or on its way, by the metrics of its step.
+
+        Raises:
+            BestMetricError: ``trainer.best_metric`` is none of them.
+        """
+        value = self.best.value(metrics, validated)
+        if value is None:
+            return
+        with self._ranking:
+            steps = self.steps()
+            if step in steps or step == self._coming:
+                self.best.note(step, value, steps)
+            if step in steps:
+                self._remove_old(step)
 
     def go_on_from(self, step: int | None) -> None:
         """Points ``latest`` to a step that is here, or to none: whoever starts next does not go on from another one."""
@@ -136,6 +186,7 @@ class CheckpointStore:
             if self._is_latest(step):
                 self.pointer.remove()
             self.path(step).rename(place / self.path(step).name)
+        self.best.refresh(self.steps())
         return place
 
     def place_aside(self, number: int) -> Path:
@@ -162,45 +213,48 @@ class CheckpointStore:
         except CheckpointError:
             return False
 
-    def _write_model(
-        self, directory: Path, state: ActorState, model: ModelConfig, save_tokenizer: Callable[[Path], Any]
-    ) -> None:
-        """What others read: safetensors, configuration and tokenizer in Hugging Face's layout, and the certificate."""
-        weights = ((name, saved["weight"]) for name, saved in state["parameters"].items())
-        save_hf(weights, model, directory)
-        save_tokenizer(directory)
-        if self.certificate_file.is_file():
-            shutil.copy(self.certificate_file, directory)
-
-    def _failure(self, final: Path, error: Exception) -> CheckpointError:
-        free = shutil.disk_usage(self.directory if self.directory.is_dir() else Path.cwd()).free
-        return CheckpointError(
-            f"could not write {final}: {str(error).splitlines()[0]} ({free / 2**20:.0f} MiB free). Earlier checkpoints "
-            "are untouched. Free some space, lower trainer.keep_last, or point trainer.default_local_dir to another "
-            "disk; the run then resumes from the last checkpoint"
-        )
-
-    def _require_space(self, state: ActorState) -> None:
-        """Fails early rather than half-way; fp32 weights once in the state, once as safetensors, and two moments."""
-        tensors = [t for saved in state["parameters"].values() for t in saved.values() if isinstance(t, torch.Tensor)]
-        weights = sum(saved["weight"].nbytes for saved in state["parameters"].values())
-        needed = sum(t.nbytes for t in tensors) + weights
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"the disk is full: a checkpoint needs {needed / 2**20:.0f} MiB")
-
     def _remove_old(self, saved: int) -> None:
-        """Keeps the checkpoint just saved and those before it, ``keep_last`` in all."""
+        """Keeps the checkpoint just saved and those before it, ``keep_last`` in all, and the best one beside them."""
+        best = self.best.refresh(self.steps(), self._coming)
         if self.keep_last is None:
             return
         earlier = [step for step in self.steps() if step < saved]
         for step in earlier[: max(0, len(earlier) - (self.keep_last - 1))]:
+            if step == best:
+                continue
             hidden = self.directory / f"{_TEMPORARY}old-{step}"  # never half a checkpoint under a checkpoint's name
             try:
                 self.path(step).rename(hidden)
                 _remove(hidden)
             except OSError as error:
                 log.warning("could not remove the old checkpoint %s: %s", self.path(step), error.strerror)
+
+
+def _entries(directory: Path, written: Sequence[Written]) -> dict[str, Entry]:
+    """What the manifest says of the ranks' files, each of which is here as its rank reported it."""
+    for each in written:
+        file = directory / each.name
+        size = file.stat().st_size if file.is_file() else None
+        if size != each.bytes:
+            raise CheckpointError(
+                f"rank {each.rank} on {each.host} wrote {each.bytes} bytes of {file}, and here "
+                f"{'there is no such file' if size is None else f'it has {size}'}; nothing is saved. Point "
+                "trainer.default_local_dir to a disk that all nodes share"
+            )
+    return {each.name: {"bytes": each.bytes, "sha256": each.sha256} for each in written}
+
+
+def _write_model(directory: Path, model: ModelConfig, go_on: Callable[[], None]) -> None:
+    """The weights as others read them, from what the ranks wrote; no more than one file's worth is in memory."""
+    state = ShardedState(directory / shard_files.FOLDER)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for key, stored in state.tensors.items():
+            go_on()
+            if key.startswith("weight."):
+                yield key.removeprefix("weight."), stored.rows(0, stored.shape[0])
+
+    save_hf(weights(), model, directory)
 
 
 def _remove(path: Path) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from vexact import __version__
-from vexact.audit.environment import environment
 from vexact.config import Config
 from vexact.config.fields import flatten
 from vexact.data import PromptDataset
@@ -27,17 +25,17 @@ _BOOKKEEPING = ("transformers_version", "_name_or_path", "dtype", "torch_dtype",
 
 
 def run_identity(
-    config: Config, device: torch.device, total_steps: int, tokenizer: Any, rows: PromptDataset
+    config: Config, device_type: str, total_steps: int, tokenizer: Any, rows: PromptDataset
 ) -> dict[str, Any]:
     """Plain JSON values: the whole configuration, the part of it that decides the bits, and fingerprints.
 
-    The weights are not in it yet: ``identity["model"]["weights"]`` is ``weights_digest`` of the model as loaded.
+    What only the workers know is not in it yet: ``identity["environment"]``, and ``identity["model"]["weights"]``,
+    which is ``weights_digest`` of the model as loaded.
     """
     identity = {
         "vexact": __version__,
-        "environment": environment(device),
         "config": config.to_dict(),
-        "settings": deciding_settings(config, device.type, total_steps),
+        "settings": deciding_settings(config, device_type, total_steps),
         "data": _data(rows, config.data.train_files),
         "model": {"config": _model(config.model.path)},
         "tokenizer": _tokenizer(tokenizer, Path(config.model.tokenizer_path or config.model.path).expanduser()),

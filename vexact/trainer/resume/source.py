@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vexact.config import Config
 from vexact.trainer.checkpoint import (
@@ -17,9 +17,14 @@ from vexact.trainer.checkpoint import (
     verify_checkpoint,
 )
 from vexact.trainer.resume.changes import Identity, breaking_changes, environment_changes
-from vexact.training import Actor
 
 log = logging.getLogger(__name__)
+
+
+class Restorable(Protocol):
+    """What holds an actor: ``vexact.trainer.workers.Workers``."""
+
+    def restore(self, path: Path) -> Progress: ...
 
 
 class ResumeError(ValueError):
@@ -35,23 +40,19 @@ class Source:
     step: int | None  # None: format 1 under another name than step_N, of which only the tensors' file knows
     identity: Identity | None  # None: format 1
 
-    def restore(self, actor: Actor) -> Progress:
-        """Puts the state into ``actor`` and says where the run stands.
+    def restore(self, workers: Restorable) -> Progress:
+        """Puts the state into the actor and says where the run stands.
 
         Raises:
             CheckpointError: a file is damaged, or the state is not this model's.
         """
-        progress, state = load_checkpoint(self.path, verified=True)
+        progress = workers.restore(self.path)
         named = self.path.name.removeprefix("step_")
         if self.in_this_run and named != str(progress.step):
             raise CheckpointError(
                 f"{self.path} holds step {progress.step}: it was renamed or copied in. Give it its name back, or go "
                 f"on from it by trainer.resume_mode=resume_path trainer.resume_from_path=… from another directory"
             )
-        try:
-            actor.load_state_dict(state)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
         return progress
 
 

@@ -1,0 +1,105 @@
+"""Whole GRPO steps on 1 and more GPUs, in both layouts: bits, weights, times, and how well the work spreads.
+
+    python benchmarks/multi_gpu.py --gpus 1 2 --layout colocated disaggregated --out multi_gpu_h100.json
+    python benchmarks/multi_gpu.py --shape qwen3-8b --gpus 2 --steps 2 --no_digest --out …
+
+Peer: the same work on one GPU. Every run is the ordinary trainer with the same global batch; figures come from its
+metrics.jsonl, weights and moments from its last checkpoint. ``--launcher ray`` leaves the processes to the program.
+Exit code 1: a run failed, a bit differed, or two layouts ended with other weights or moments.
+``--shape tiny`` runs on a CPU in seconds. Further overrides stand at the end: ``key=value``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from grpo_run import SHAPES, figures, inputs, layout_overrides, machine, state_digests, train
+
+from vexact.config import Config
+
+STAGES = {"generation": "gen", "update": "update_actor", "sync": "update_weights", "step": "step"}
+
+
+def efficiency(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Of every colocated run beside the run on one GPU: time of one / (GPUs x time of several), by stage."""
+    one = next((run for run in runs.values() if run["gpus"] == 1), None)
+    several = {name: run for name, run in runs.items() if run["gpus"] > 1 and run["layout"] == "colocated"}
+    if one is None:
+        return {}
+    return {
+        name: {
+            stage: round(one["seconds"][key] / (run["gpus"] * run["seconds"][key]), 4)
+            for stage, key in STAGES.items()
+            if stage != "sync"
+        }
+        for name, run in several.items()
+    }
+
+
+def problems(runs: dict[str, dict]) -> list[str]:
+    """What is not as it must be."""
+    found = [
+        f"{name}: {run['tokens_different']} tokens differ" for name, run in runs.items() if run["tokens_different"]
+    ]
+    found += [f"{name}: no token was compared" for name, run in runs.items() if not run["tokens_compared"]]
+    for key in ("weights_sha256", "moments_sha256"):
+        digests = {name: run[key] for name, run in runs.items() if key in run}
+        if len(set(digests.values())) > 1:
+            found.append(f"{key} is not the same everywhere: {digests}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--layout", nargs="+", choices=("colocated", "disaggregated"), default=["colocated"])
+    parser.add_argument("--launcher", choices=("torchrun", "ray"), default="torchrun")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--no_digest", action="store_true", help="do not read the last checkpoints back")
+    parser.add_argument("--timeout_s", type=float, default=900, help="of each run")
+    parser.add_argument("--work", type=Path, help="directory for models and runs (default: a temporary one)")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("more", nargs="*", metavar="key=value", help="overrides for every run")
+    arguments = parser.parse_intermixed_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="vexact-multi-gpu-"))
+    common = [*inputs(SHAPES[arguments.shape], work, arguments.steps), *arguments.more]
+    report = machine() | {"shape": arguments.shape, "launcher": arguments.launcher, "overrides": arguments.more}
+    report |= {"token_budget": SHAPES[arguments.shape].token_budget, "max_num_seqs": Config().rollout.max_num_seqs}
+    report |= {"runs": {}, "efficiency": {}, "problems": []}
+    plans = [
+        (gpus, layout) for gpus in arguments.gpus for layout in arguments.layout if gpus > 1 or layout == "colocated"
+    ]
+    for gpus, layout in plans:
+        name = f"{gpus} {layout}"
+        directory = work / name.replace(" ", "-")
+        try:
+            run = train(
+                gpus, arguments.launcher, [*common, *layout_overrides(gpus, layout)], directory, arguments.timeout_s
+            )
+        except RuntimeError as error:
+            print(error)
+            report["problems"].append(f"{name}: failed: {str(error).splitlines()[-1]}")
+            continue
+        report["runs"][name] = {"gpus": gpus, "layout": layout} | figures(run)
+        if not arguments.no_digest:
+            report["runs"][name] |= state_digests(directory)
+        shutil.rmtree(directory / "checkpoints")
+        print(name, json.dumps(report["runs"][name]), flush=True)
+    report["tokens_compared"] = sum(run["tokens_compared"] for run in report["runs"].values())
+    report["efficiency"] = efficiency(report["runs"])
+    report["problems"] += problems(report["runs"])
+    print(json.dumps({key: report[key] for key in ("tokens_compared", "efficiency", "problems")}, indent=2))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.work is None:
+        shutil.rmtree(work)
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

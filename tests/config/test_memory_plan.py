@@ -1,0 +1,252 @@
+"""The memory plan: bytes worked out by hand, what is refused, and what is said to lower."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vexact.config import Config, ConfigError, load_config
+from vexact.config.memory import (
+    Machine,
+    ModelShape,
+    Placement,
+    memory_notes,
+    memory_plan,
+    memory_problems,
+    memory_rows,
+    out_of_memory_advice,
+)
+from vexact.config.memory.advice import with_value
+from vexact.config.memory.plan import BUCKET_BYTES, CONTEXT_BYTES, NCCL_BYTES
+from vexact.distributed import Layout
+from vexact.prepare.shapes import SHAPES
+
+MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+GIB = 1 << 30
+H100 = int(78.5 * GIB)
+ONE, TWO = Placement(1, 1, True), Placement(2, 2, True)
+
+# a layer: attention 2 x 8 x 4 x (4 + 2) = 384, MLP 3 x 8 x 16 = 384, norms 16: 784; root: 10 x 8 + 8 = 88; all: 1656
+TINY = ModelShape.of(
+    {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 16,
+        "vocab_size": 10,
+        "tie_word_embeddings": True,
+    }
+)
+SMALL = (
+    "data.max_prompt_length=8",
+    "data.max_response_length=8",
+    f"{ACTOR}.ppo_max_token_len_per_gpu=32",
+    f"{ROLLOUT}.max_num_batched_tokens=16",
+    f"{ROLLOUT}.max_num_seqs=2",
+    f"{ROLLOUT}.page_size=4",
+    f"{ROLLOUT}.num_pages=5",
+    f"{ROLLOUT}.enforce_eager=true",
+)
+
+
+def configured(*overrides: str) -> Config:
+    return load_config(list(overrides), checked=False)
+
+
+def stages_of(config: Config, placement: Placement, device: str, free: int | None = None) -> dict[tuple[str, str], Any]:
+    plan = memory_plan(config, TINY, placement, device, free)
+    return {(stage.role, stage.stage): stage for stage in plan.stages}
+
+
+def test_shape_counts() -> None:
+    assert (TINY.layer_parameters, TINY.root_parameters, TINY.num_parameters) == (784, 88, 1656)
+    assert TINY.kv_values_per_token == 2 * 2 * 2 * 4
+
+
+def test_one_process_on_a_cpu_by_hand() -> None:
+    config = configured(*SMALL)
+    stages = stages_of(config, ONE, "cpu")
+    # a token of a layer: 4 bytes x (4 x 8 + 3 x 6 x 4 + 3 x 16 = 152) + 4 x (2 + 2 x 4 + 2) = 656, in passing
+    # 4 x (4 x 8 + 3 x 16) = 320, streams of two layers 2 x 2 x 8 x 4 = 128: 1104 a token
+    # head: 3 x 32 x 8 x 4 = 3072, its gradient 4 x 10 x 8 = 320, logits 32 x 10 x 8 = 2560
+    trainer = {"master weights": 6624, "gradients": 6624, "moments": 13248}
+    cache = 5 * 4 * 32 * 4
+    assert stages["GPU", "update"].parts == trainer | {
+        "activations": 32 * 1104 + 3072 + 320 + 2560,
+        "rollout weights": 6624,
+        "key-value cache": cache,  # on a CPU it stays
+    }
+    # a token: 4 x (4 x 8 + 2 x 8 x 4 + 3 x 16) = 576; a request: 3 x 4 x 10 of logits and 16 x 16 of state
+    assert stages["GPU", "generation"].parts == trainer | {
+        "rollout weights": 6624,
+        "rollout workspace": 16 * 576 + 2 * (120 + 256),
+        "key-value cache": cache,
+    }
+    assert stages["GPU", "generation"].elastic == 0
+
+
+def test_without_recomputation_every_layer_keeps_its_own() -> None:
+    config = configured(*SMALL, f"{MODEL}.enable_gradient_checkpointing=false", f"{ACTOR}.entropy_coeff=0.1")
+    parts = stages_of(config, ONE, "cpu")["GPU", "update"].parts
+    assert parts["activations"] == 32 * (2 * 656 + 320) + 3072 + 2560  # and an entropy term needs the general head
+
+
+def test_two_colocated_gpus_by_hand() -> None:
+    config = configured(*SMALL, f"{ACTOR}.use_kl_loss=true")
+    stages = stages_of(config, TWO, "cuda")
+    shared = {"master weights": 3312, "gradients": 3312, "moments": 6624, "reference": 1656, "rollout weights": 3312}
+    overhead = CONTEXT_BYTES + NCCL_BYTES
+    update = stages["GPU", "update"].parts
+    assert {name: update[name] for name in shared} == shared
+    # bf16: root and two layers 2 x (88 + 2 x 784); the gradient of a layer in bf16, and in fp32 sent and received
+    assert update["gathered layers"] == 3312 + 10 * 784
+    assert "key-value cache" not in update, "released while training"
+    assert stages["GPU", "sync"].parts == shared | {"buckets": 2 * BUCKET_BYTES, "CUDA": overhead}
+    assert stages["GPU", "generation"].parts["key-value cache"] == 5 * 4 * 32 * 2
+    kept = stages_of(configured(*SMALL, f"{ROLLOUT}.free_cache_engine=false"), TWO, "cuda")
+    assert kept["GPU", "update"].parts["key-value cache"] == 5 * 4 * 32 * 2
+
+
+def test_offload_moves_weights_and_moments_to_the_machine() -> None:
+    offload = (f"{ACTOR}.fsdp_config.param_offload=true", f"{ACTOR}.fsdp_config.optimizer_offload=true")
+    plan = memory_plan(configured(*SMALL, *offload), TINY, TWO, "cuda")
+    generation, update, sync = (stage.parts for stage in plan.stages)
+    assert not {"master weights", "moments"} & generation.keys()
+    assert update["master weights"] == sync["master weights"] == 3312
+    assert "moments" not in sync
+    assert plan.host == 12 * 828
+    assert memory_plan(configured(*SMALL, *offload), TINY, ONE, "cpu").host == 0
+
+
+def test_gpus_apart_hold_one_side_each() -> None:
+    config = configured(*SMALL, "trainer.rollout_gpus=1")
+    config = with_value(config, "trainer.n_gpus_per_node", 4)
+    placement = Placement.of(config)
+    assert (placement, placement.total) == (Placement(3, 1, False), 4)
+    stages = stages_of(config, placement, "cuda")
+    assert stages["trainer GPU", "update"].parts["master weights"] == 4 * 552
+    assert not {"rollout weights", "key-value cache"} & stages["trainer GPU", "update"].parts.keys()
+    assert not {"master weights", "moments"} & stages["rollout GPU", "generation"].parts.keys()
+    assert stages["rollout GPU", "sync"].parts["key-value cache"] == 5 * 4 * 32 * 2, "no trainer wants its room"
+
+
+LENGTHS = ("data.max_prompt_length=512", "data.max_response_length=1024")
+
+
+def shape(name: str) -> ModelShape:
+    return ModelShape.of(SHAPES[name])
+
+
+def test_an_elastic_cache_takes_its_share_of_what_is_there() -> None:
+    config, model = configured(*LENGTHS, f"{ROLLOUT}.max_num_seqs=512"), shape("qwen3-1.7b")
+    plan = memory_plan(config, model, ONE, "cuda", H100)
+    generation, page = plan.stages[0], 64 * 2 * 28 * 8 * 128 * 2
+    least = 24 * page  # a sequence of 1,536 tokens
+    assert generation.parts["key-value cache"] == least
+    share = int((H100 - 2 * model.num_parameters) * 0.5) // page * page
+    assert generation.elastic == share - least
+    assert plan.kv_cache_bytes == share
+    all_of_it = with_value(config, f"{ROLLOUT}.gpu_memory_utilization", 1.0)
+    plan = memory_plan(all_of_it, model, ONE, "cuda", H100)
+    assert plan.kv_cache_bytes == H100 - (plan.stages[0].total - least)
+    (note,) = memory_notes(all_of_it, model, Machine("cuda", 1, H100))
+    assert "gpu_memory_utilization=1 would leave too little for generation" in note
+    fitting = with_value(config, f"{ROLLOUT}.gpu_memory_utilization", float(note.rsplit(" ", 1)[1]))
+    assert memory_notes(fitting, model, Machine("cuda", 1, H100)) == []
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_setting_that_makes_room() -> None:
+    config, machine = configured(*LENGTHS), Machine("cuda", 1, H100)
+    assert memory_problems(config, shape("qwen3-1.7b"), machine) == []
+    (problem,) = memory_problems(config, shape("qwen3-4b"), machine)
+    assert (
+        "update needs 83.1 GiB on each GPU and 78.5 GiB are free, 4.6 GiB too little (moments 30.0 GiB" in problem.what
+    )
+    keys = [text.split()[0].split("=") for text in problem.fix.removeprefix("set ").split(" or ")]
+    assert {key.rsplit(".", 1)[1] for key, _ in keys} == {"optimizer_offload", "ppo_max_token_len_per_gpu"}
+    for key, value in keys:  # each alone is enough
+        changed = with_value(config, key, True if value == "true" else int(value))
+        assert memory_problems(changed, shape("qwen3-4b"), machine) == []
+
+
+def test_a_model_that_no_setting_makes_fit_gets_a_number_of_gpus() -> None:
+    config = configured(*LENGTHS)
+    (problem,) = memory_problems(config, shape("qwen3-8b"), Machine("cuda", 1, H100))
+    assert "no setting makes room for it here: use 2 GPUs with" in problem.fix
+    assert "optimizer_offload=true" in problem.fix
+    changed = with_value(config, f"{ACTOR}.fsdp_config.optimizer_offload", True)
+    two = with_value(changed, "trainer.n_gpus_per_node", 2)
+    assert memory_problems(two, shape("qwen3-8b"), Machine("cuda", 2, H100)) == []
+    (host,) = memory_problems(two, shape("qwen3-8b"), Machine("cuda", 2, H100, 16 * GIB))
+    assert "offloading keeps 30.5 GiB per GPU in the machine's memory and 16.0 GiB are free" in host.what
+
+
+def test_several_settings_together_where_none_is_enough_alone() -> None:
+    config = configured(*LENGTHS, f"{ACTOR}.ppo_max_token_len_per_gpu=65536", f"{ROLLOUT}.free_cache_engine=false")
+    (problem,) = memory_problems(config, shape("qwen3-4b"), Machine("cuda", 1, 70 * GIB))
+    settings = [text.split("=") for text in problem.fix.removeprefix("set ").split(" and ")]
+    assert len(settings) > 1
+    for key, value in settings:
+        config = with_value(config, key, True if value == "true" else int(value))
+    assert memory_problems(config, shape("qwen3-4b"), Machine("cuda", 1, 70 * GIB)) == []
+
+
+def test_a_plan_that_barely_fits_says_so() -> None:
+    config = configured(*LENGTHS, f"{ACTOR}.fsdp_config.optimizer_offload=true")
+    needed = memory_plan(config, shape("qwen3-4b"), ONE, "cuda").worst().total
+    (note, *_) = memory_notes(config, shape("qwen3-4b"), Machine("cuda", 1, int(needed * 1.05)))
+    assert "memory is tight: update" in note
+    assert not any("tight" in n for n in memory_notes(config, shape("qwen3-4b"), Machine("cuda", 1, needed * 2)))
+
+
+def test_rows_name_every_stage_and_gpu() -> None:
+    plan = memory_plan(configured(*LENGTHS), shape("qwen3-1.7b"), Placement(1, 1, False), "cuda", H100)
+    rows = memory_rows(plan, H100)
+    assert [name for name, _ in rows] == ["memory", "memory"]
+    assert re.match(r"update \d+\.\d GiB of 78.5 GiB on a trainer GPU: moments 12.8 GiB, ", rows[0][1])
+    assert re.match(r"generation \d+\.\d GiB of 78.5 GiB on a rollout GPU: rollout weights 3.2 GiB, ", rows[1][1])
+    assert "up to 37.5 GiB more of key-value cache" in rows[1][1]
+
+
+@pytest.mark.parametrize("stage", ["start-up", "generation", "update", "sync"])
+def test_out_of_memory_advice_names_knobs_that_can_still_be_turned(stage: Any) -> None:
+    advice = out_of_memory_advice(configured(*LENGTHS), stage)
+    assert f"ran out of memory in {stage}" in advice
+    assert "optimizer_offload=true" in advice
+    if stage == "update":
+        assert f"a lower {ACTOR}.ppo_max_token_len_per_gpu (now 16384, at least 1536)" in advice
+    turned = configured(
+        *LENGTHS,
+        f"{ACTOR}.ppo_max_token_len_per_gpu=1536",
+        f"{ACTOR}.fsdp_config.optimizer_offload=true",
+        f"{ROLLOUT}.kv_cache_bytes=1000",
+    )
+    advice = out_of_memory_advice(turned, stage)
+    assert "optimizer_offload" not in advice
+    assert "ppo_max_token_len" not in advice
+    assert "gpu_memory_utilization" not in advice
+    if stage != "update":
+        assert "kv_cache_bytes (now 1000)" in advice
+
+
+def test_a_run_that_cannot_fit_this_machine_is_refused_before_it_loads(tmp_path: Path) -> None:
+    from vexact.trainer.dry_run import check_settings
+
+    (tmp_path / "config.json").write_text(
+        json.dumps(SHAPES["qwen3-8b"] | {"hidden_size": 1 << 16, "intermediate_size": 1 << 19})
+    )
+    (tmp_path / "train.jsonl").touch()
+    config = load_config([f"{MODEL}.path={tmp_path}", f"data.train_files={tmp_path}/train.jsonl", "trainer.device=cpu"])
+    with pytest.raises(ConfigError, match=r"update needs \d+\.\d GiB on each process and .* no setting makes room"):
+        check_settings(config, Layout(n_gpus_per_node=1, device="cpu", transport="local"))
+
+
+def test_gpus_for_the_rollout_leave_one_to_train() -> None:
+    with pytest.raises(ConfigError, match=r"rollout_gpus=1 of 1 GPUs .* leaves none to train"):
+        load_config(["trainer.rollout_gpus=1", "trainer.n_gpus_per_node=1"])

@@ -1,0 +1,94 @@
+"""Commands under test with all that they start, so that what stays behind is seen, and never stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SCRIPT = HERE / "run_group.py"
+MARK = "VEXACT_TEST_MARK"
+
+
+def environment(mark: str, further: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What every process under test inherits; ``mark`` finds them again."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{HERE}",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        MARK: mark,
+        **(further or {}),
+    }
+
+
+def marked(mark: str) -> list[int]:
+    """The living processes that inherited ``mark``, this one left out."""
+    wanted, found = f"{MARK}={mark}\0".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes() + b"\0":
+                found.append(int(folder.name))
+    return found
+
+
+def until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition came true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@contextmanager
+def ending(mark: str) -> Iterator[None]:
+    """Ends, at the end, what a failed test would leave."""
+    try:
+        yield
+    finally:
+        for pid in marked(mark):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def start(command: list[str], mark: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=environment(mark, variables),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ranks(mark: str, size: int, port: int, *arguments: str, **variables: str) -> list[subprocess.Popen[str]]:
+    """The ranks of a run that was started by hand, with torchrun's variables."""
+    return [
+        start(
+            [sys.executable, str(SCRIPT), *arguments],
+            mark,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            **variables,
+        )
+        for rank in range(size)
+    ]
+
+
+def torchrun(mark: str, *arguments: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return start([*launcher, str(SCRIPT), *arguments], mark)

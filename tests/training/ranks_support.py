@@ -1,0 +1,84 @@
+"""What ranks run in processes of their own, and how their results are compared with one process."""
+
+import contextlib
+import hashlib
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from training_support import random_sequences, tiny_model
+
+from vexact.training import Actor, ActorConfig, OptimConfig, Reference
+from vexact.training.ranks import PeerStopped
+
+COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": True}
+# The mini-batches of 7 and 5 sequences have 3 to 6 micro-batches: no two numbers of ranks divide them alike.
+CASES = {
+    "plain": ({"tie_word_embeddings": False}, {"loss_agg_mode": "seq-mean-token-mean"}),
+    "reference": ({}, {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_mode": "gspo"}),
+    "bfloat16": (
+        {"num_hidden_layers": 1},
+        {"dtype": "bfloat16", "param_offload": True, "optimizer_offload": True, "enable_gradient_checkpointing": True},
+    ),
+}
+STEPS = 4
+
+
+def actor_of(case, group=None, seed=0, **overrides):
+    model, config = CASES[case]
+    config = COMMON | {"optim": OptimConfig(lr=1e-2, betas=(0.9, 0.95))} | config | overrides
+    return Actor(tiny_model(seed, **model), ActorConfig(**config), group=group)
+
+
+def batch_of(case, step, group=None):
+    """The sequences of an update, with a reference's log-probabilities where the loss wants them."""
+    model, config = CASES[case]
+    sequences = random_sequences(12, seed=step)
+    if not config.get("use_kl_loss"):
+        return sequences
+    reference = Reference(tiny_model(5, **model), ActorConfig(ppo_max_token_len_per_gpu=22), group=group)
+    values = reference.logprobs(sequences)
+    return [type(s)(s.sample, s.advantages, ref) for s, ref in zip(sequences, values, strict=True)]
+
+
+def train(actor, case, steps, group=None):
+    """The metrics of these updates."""
+    return [without_times(actor.update(batch_of(case, step, group))) for step in steps]
+
+
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if not name.startswith("timing")}
+
+
+def digest(state):
+    """SHA-256 of every weight, moment and step count; None on ranks that hold none."""
+    sha = hashlib.sha256(str(state["num_updates"]).encode())
+    for name, saved in state["parameters"].items():
+        for key, value in saved.items():
+            sha.update(f"{name} {key} {value if key == 'num_steps' else tuple(value.shape)}".encode())
+            if key != "num_steps":
+                sha.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest() if state["parameters"] else None
+
+
+@contextlib.contextmanager
+def process_group(rank, world_size, directory, backend="gloo"):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory) / "store"), world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def outcome(call, *args, **kwargs):
+    """What a call raises, as text."""
+    try:
+        call(*args, **kwargs)
+    except PeerStopped as error:
+        return f"PeerStopped {error.rank}: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

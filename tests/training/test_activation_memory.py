@@ -1,0 +1,62 @@
+"""Predicted activations against what autograd keeps, to the byte, and on a GPU against the allocator's peak."""
+
+import sys
+
+import pytest
+import torch
+from training_support import kept_bytes, tiny_model
+
+from vexact.config.activation_memory import activation_bytes, layer_bytes_per_token
+from vexact.models import ModelConfig, random_model
+from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.forward import token_scores
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 1024,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_every_further_layer_keeps_what_is_predicted(dtype, recomputed):
+    models = [tiny_model(dtype=dtype, num_hidden_layers=layers) for layers in (2, 5)]
+    batch = pack_tokens([TokenSequence([1] * 50, [2] * 37), TokenSequence([3], [4] * 10)])
+    assert len(batch.input_ids) == 96, "CPU products in fp32 are views of blocks of 48 rows"
+    few, many = (kept_bytes(model, batch, recomputed) for model in models)
+    sizes, width = models[0].config, dtype.itemsize
+    per_layer = 2 * width * sizes.hidden_size if recomputed else layer_bytes_per_token(sizes, width)
+    assert many - few == 3 * per_layer * len(batch.input_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_peak_of_a_forward_and_backward_is_predicted(recomputed):
+    model = random_model(ModelConfig.from_hf_dict(QWEN3), 0, torch.bfloat16, "cuda")
+    model.gradient_checkpointing = recomputed
+    sequences = [TokenSequence([1] * 8000, [2] * 16), TokenSequence([3] * 200, [4])] * 2
+    batch, num_tokens = pack_tokens(sequences, "cuda"), sum(s.num_input_tokens for s in sequences)
+
+    def step():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        (-token_scores(model, batch).logprobs.mean()).backward()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    step()  # compiles the kernels, and leaves gradients that the next one adds to
+    measured, predicted = step(), activation_bytes(model.config, num_tokens, 2, recomputed=recomputed)
+    report = (
+        f"{num_tokens} tokens, recomputed={recomputed}: {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB"
+    )
+    sys.stderr.write(f"\n{report}\n")
+    assert predicted * 0.85 < measured < predicted * 1.1, report

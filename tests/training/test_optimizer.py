@@ -1,0 +1,161 @@
+"""Norm and AdamW step: the bits of a number depend neither on where it lies nor on where the moments are."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+from training_support import tiny_actor
+
+from vexact.training import OptimConfig
+from vexact.training import norm as norm_module
+from vexact.training import offload as offload_module
+from vexact.training.adamw import adamw_step
+from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.forward import token_scores
+from vexact.training.norm import total_norm
+from vexact.training.offload import Parked
+from vexact.training.optimizer import Optimizer
+from vexact.training.ranks import Ranks
+
+CONFIG = OptimConfig(lr=1e-2, weight_decay=0.05)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def random(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def stepped(sizes, device, steps=3):
+    """Weights and moments of one vector after some steps, cut into ``sizes`` at addresses of every alignment."""
+    total = sum(sizes)
+    columns = [random(total + 3, seed=seed, device=device) for seed in range(3)]
+    columns += [random(total + 3, seed=3, device=device).square()]
+    offsets = (0, 1, 2, 3) if len(sizes) > 1 else (0,) * 4
+    whole = [column[:total].clone() for column in columns]
+    moved = [torch.empty(total + 3, device=device)[offset:] for offset in offsets]
+    for there, here in zip(moved, whole, strict=True):
+        there[:total] = here
+    parts = [list(column[:total].split(sizes)) for column in moved]
+    for step in range(1, steps + 1):
+        adamw_step(*parts, step, 1e-2, CONFIG)
+    return [torch.cat(part) for part in (parts[0], *parts[2:])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_element_is_updated_alike_in_a_shard_of_any_size_and_address(device):
+    lengths = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 1001, 4097, 33333, 70000]
+    expected = stepped([sum(lengths)], device)
+    for cut in (lengths, lengths[::-1], [1] * 37 + [sum(lengths) - 37], [sum(lengths) - 37] + [1] * 37):
+        for ours, theirs in zip(stepped(cut, device), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_step_is_adamw(device):
+    weight = Parameter(random(501, device=device))
+    reference = torch.optim.AdamW(
+        [Parameter(weight.detach().double())], lr=CONFIG.lr, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=0.05
+    )
+    optimizer = Optimizer([weight], CONFIG)
+    (wide,) = reference.param_groups[0]["params"]
+    for step in range(4):
+        weight.grad = random(501, seed=step, device=device)
+        wide.grad = weight.grad.double()
+        expected = wide.grad.norm().item()
+        assert optimizer.step(2.0) == pytest.approx(expected, rel=1e-6)
+        wide.grad *= min(1.0, 2.0 / expected)
+        reference.step()
+    torch.testing.assert_close(weight.detach().double(), wide.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_norm_has_the_same_bits_in_blocks_of_any_size_and_on_any_device(device, monkeypatch):
+    gradients = [random(*shape, seed=i) for i, shape in enumerate([(40, 33), (7,), (1, 1), (300, 1), (5, 3, 4)])]
+    expected = total_norm(gradients, Ranks(None, torch.device("cpu")))
+    exact = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+    assert expected == pytest.approx(exact, rel=1e-6)
+    moved = [gradient.to(device) for gradient in gradients]
+    for block in (1, 34, 100, 1 << 20):
+        monkeypatch.setattr(norm_module, "_HOST_BLOCK", block)
+        monkeypatch.setitem(norm_module._BLOCK, "cuda", block)
+        assert total_norm(moved, Ranks(None, torch.device(device))) == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("piece", [64, 1 << 24])
+def test_moments_on_the_host_change_no_bit(device, piece, monkeypatch):
+    monkeypatch.setattr(offload_module, "_PIECE", piece)
+    shapes = [(37, 11), (5,), (64, 64)]
+    results = []
+    for offload in (False, True):
+        weights = [Parameter(random(*shape, seed=i, device=device)) for i, shape in enumerate(shapes)]
+        optimizer = Optimizer(weights, CONFIG, offload=offload)
+        for step in range(3):
+            for i, weight in enumerate(weights):
+                weight.grad = random(*shapes[i], seed=10 * step + i, device=device)
+            optimizer.step(1.0)
+        moments = [optimizer.state_of(weight) for weight in weights]
+        state = [(m.exp_avg, m.exp_avg_sq) for m in moments]
+        if offload:
+            assert all(moment.device.type == "cpu" for moment in itertools.chain(*state))
+            largest = max(moment.max().item() for _, moment in state)
+            assert max(seen[1].item() for seen in optimizer.second_moments()) == largest
+        results.append([*(w.detach().cpu() for w in weights), *(m.cpu() for m in itertools.chain(*state))])
+    for resident, offloaded in zip(*results, strict=True):
+        assert torch.equal(resident, offloaded)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parked_tensors_keep_values_views_and_identity_and_give_their_memory_back(device):
+    tensors = [random(100, 7, device=device), random(1 << 20, seed=1, device=device), torch.empty(0, 3, device=device)]
+    tensors.append(tensors[0][10:20])  # shares a storage
+    before, view = [tensor.cpu().clone() for tensor in tensors], tensors[1][5:]
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    parked = Parked(tensors, enabled=True)
+    assert tensors[1].untyped_storage().size() == 0
+    if device == "cuda":
+        assert torch.cuda.memory_allocated() <= held - (4 << 20)
+    for rows, expected in zip(parked.rows(), before, strict=True):
+        assert rows.device.type == "cpu"
+        assert torch.equal(rows, expected)
+    with parked.resident(), parked.resident():
+        assert torch.equal(view.cpu(), before[1][5:])
+        tensors[0][12, 0] = 5.0
+    assert tensors[0].untyped_storage().size() == 0
+    assert parked.rows()[3][2, 0] == 5.0
+
+
+def test_parked_tensors_that_do_not_fit_stay_on_the_host(monkeypatch):
+    tensors = [random(10), random(20)]
+    parked = Parked(tensors, enabled=True)
+
+    def full(storage):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload_module, "_bytes", full)
+        with pytest.raises(MemoryError):
+            parked.resident().__enter__()
+    assert [tensor.untyped_storage().size() for tensor in tensors] == [0, 0]
+    with parked.resident():
+        assert torch.equal(tensors[1], random(20))
+
+
+def test_a_model_whose_weights_are_away_refuses_to_compute():
+    actor = tiny_actor(param_offload=True)
+    batch = pack_tokens([TokenSequence((1, 2), (3,))])
+    with pytest.raises(RuntimeError, match=r"weights are in host memory \(param_offload\)"):
+        token_scores(actor.model, batch)
+    with actor.resident():
+        inside = token_scores(actor.model, batch).logprobs
+    assert torch.equal(inside, token_scores(tiny_actor().model, batch).logprobs)
+
+
+def test_what_is_not_parked_stays_where_it_is():
+    tensor = random(4)
+    parked = Parked([tensor], enabled=False)
+    with parked.resident():
+        pass
+    assert parked.rows()[0].data_ptr() == tensor.data_ptr()

@@ -1,0 +1,205 @@
+"""Ranks that share micro-batches, as Gloo processes: the log-probabilities of one rank, and its gradients."""
+
+import math
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
+
+from vexact.config.activation_memory import layer_bytes_per_token
+from vexact.training import Actor, ActorConfig, OptimConfig, Reference
+from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.ranks import unsharded
+from vexact.training.redraw import Redraw
+from vexact.training.sequence_parallel import SequenceRanks, check_size
+from vexact.types import DrawSettings, Sample, TrainSequence
+
+WORLD = 4
+LENGTHS = [(5, 3), (2, 88), (9, 7), (1, 1), (30, 11), (4, 6), (3, 2), (11, 13)]  # prompt and response; one spans slices
+UNTIED = {"tie_word_embeddings": False}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
+KEPT = [(2, {}), (4, {}), (2, TWELVE_HEADS), (4, TWELVE_HEADS)]
+ALONE = ("fp32, tied", "bf16, untied, checkpointed")  # also on two ranks without the others
+CASES = {
+    "fp32, tied": ({}, {}),
+    "bf16, tied": ({}, {"dtype": "bfloat16"}),
+    "fp32, untied, entropy": (UNTIED, {"entropy_coeff": 0.01, "use_kl_loss": True}),
+    "bf16, untied, checkpointed": (UNTIED | TWELVE_HEADS, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
+    "fp32, sequence-level loss": (LLAMA | TWELVE_HEADS, {"loss_mode": "gspo"}),
+    "fp32, biases": (QWEN2, {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}),
+}
+
+
+def sequences():
+    rng, made = np.random.default_rng(0), []
+    for i, (prompt, response) in enumerate(LENGTHS):
+        tokens = rng.integers(0, 53, prompt + response).tolist()
+        old, ref = rng.normal(-4.0, 0.3, (2, response)).astype(np.float32)
+        floor = np.full(response, -np.inf, np.float32)
+        sample = Sample(f"request-{i}", tuple(tokens[:prompt]), tuple(tokens[prompt:]), old, floor, 0.8, "stop", 0)
+        made.append(TrainSequence(sample, rng.normal(size=response).astype(np.float32), ref))
+    return made
+
+
+def actor_of(case, size, group=None, **more):
+    model, config = CASES[case]
+    settings = {"ppo_max_token_len_per_gpu": 92 // size, "ulysses_sequence_parallel_size": size, "grad_clip": math.inf}
+    config = ActorConfig(ppo_mini_batch_size=8, optim=OptimConfig(lr=1e-2), **(settings | config | more))
+    return Actor(tiny_model(**model), config, group=group)
+
+
+def redraw_of(samples):
+    settings = [DrawSettings(seed=i, temperature=0.8, top_k=0, top_p=0.9, min_p=0.0) for i in range(len(samples))]
+    return Redraw([s.sample for s in samples], settings, 0.5)
+
+
+def outcome(case, size, group=None, **more):
+    """What one actor says of the sequences: log-probabilities, audited and redrawn tokens, gradients and weights."""
+    chosen = sequences()
+    actor, audited, redraw = actor_of(case, size, group, **more), {}, redraw_of(chosen)
+    logprobs = actor.logprobs(chosen)
+    metrics, gradients = gradients_of_update(
+        actor, chosen, audit=lambda indices, values: audited.update(zip(indices, values, strict=True)), redraw=redraw
+    )
+    return {
+        "logprobs": logprobs,
+        "audited": audited,
+        "redrawn": redraw.take(),
+        "metrics": metrics,
+        "gradients": {name: unsharded(gradient).float() for name, gradient in gradients.items()},
+        "weights": weights_of(actor),
+    }
+
+
+def kept_by_a_further_layer(size, heads):
+    models = [tiny_model(dtype=torch.bfloat16, num_hidden_layers=layers, **heads) for layers in (2, 3)]
+    sharing = SequenceRanks.of_process(size)
+    batch = pack_tokens([TokenSequence([1] * 20, [2] * 30), TokenSequence([3], [4] * 9)], sharing=sharing)
+    few, many = (kept_bytes(model, batch) for model in models)
+    return (many - few) / len(batch.input_ids)
+
+
+def work(rank, directory):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory) / "store"), WORLD)
+    limit = timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    assert SequenceRanks.of_process(2).group._get_backend(torch.device("cpu")).options._timeout == limit
+    everything = sequences()
+    found = {(size, case): outcome(case, size) for case in CASES for size in (2, 4)}
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    found["on two ranks"] = {case: outcome(case, 2, pairs[rank // 2])["weights"] for case in ALONE}
+    found["again"] = outcome("fp32, biases", 4)["weights"]
+    found["not checkpointed"] = outcome("fp32, biases", 4, enable_gradient_checkpointing=False)["weights"]
+    config = ActorConfig(ppo_max_token_len_per_gpu=30, ulysses_sequence_parallel_size=4)
+    found["reference"] = Reference(tiny_model(), config).logprobs(everything)
+    found["kept"] = [kept_by_a_further_layer(size, heads) for size, heads in KEPT]
+    with pytest.raises(ValueError, match=r"request-1 has 89 tokens, more than .*per_gpu x .*parallel_size=80"):
+        actor_of("fp32, tied", 4, ppo_max_token_len_per_gpu=20).logprobs(everything)
+    with pytest.raises(ValueError, match=r"=3: 4 training ranks cannot .*use 1, 2 or 4, or train on a multiple of 3"):
+        actor_of("fp32, tied", 3)
+    torch.save(found, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sequence_parallel")
+    mp.spawn(work, args=(str(directory),), nprocs=WORLD, join=True)
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {case: outcome(case, 1) for case in CASES}
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.int32), np.asarray(b).view(np.int32))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_log_probabilities_are_those_of_one_rank(ranks, alone, case, size):
+    for rank in range(WORLD):
+        assert_same(ranks[rank][size, case]["logprobs"], alone[case]["logprobs"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_rank_of_those_that_share_reports_to_the_audit(ranks, alone, case, size):
+    reports = [ranks[rank][size, case]["audited"] for rank in range(WORLD)]
+    assert all(bool(report) == (rank % size == 0) for rank, report in enumerate(reports))
+    assert sorted(index for report in reports for index in report) == list(range(8))
+    for report in reports:
+        for index, values in report.items():
+            assert_same([values], [alone[case]["audited"][index]])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_each_rank_repeats_the_draws_of_its_own_tokens(ranks, alone, size):
+    for case in CASES:
+        shares = [ranks[rank][size, case]["redrawn"] for rank in range(WORLD)]
+        assert all(len(share.sequences) for share in shares)
+        joined = [np.concatenate([getattr(share, name) for share in shares]) for name in shares[0].__slots__]
+        expected = [getattr(alone[case]["redrawn"], name) for name in shares[0].__slots__]
+        for one in (joined, expected):
+            order = np.lexsort((one[1], one[0]))
+            one[:] = [column[order] for column in one]
+        for got, wanted in zip(joined, expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_and_metrics_are_those_of_one_rank_but_for_rounding(ranks, alone, case, size):
+    tolerance = 3e-2 if "bf16" in case else 2e-5
+    for rank in range(WORLD):
+        found = ranks[rank][size, case]
+        for name, gradient in alone[case]["gradients"].items():
+            error = (found["gradients"][name] - gradient).abs().max() / gradient.abs().max()
+            assert error < tolerance, (name, error)
+        assert found["metrics"] == pytest.approx(alone[case]["metrics"], rel=tolerance, abs=1e-6)
+
+
+def test_weights_depend_on_how_many_share_and_on_nothing_else(ranks):
+    for rank in range(WORLD):
+        for run in ("again", "not checkpointed"):
+            assert_same_bits(ranks[rank][run], ranks[0][4, "fp32, biases"]["weights"])
+        for case, weights in ranks[rank]["on two ranks"].items():
+            assert_same_bits(weights, ranks[0][2, case]["weights"])
+
+
+def test_the_reference_shares_as_well(ranks):
+    expected = Reference(tiny_model(), ActorConfig()).logprobs(sequences())
+    for rank in range(WORLD):
+        assert_same(ranks[rank]["reference"], expected)
+
+
+def test_a_rank_keeps_the_activations_that_are_predicted(ranks):
+    for at, (size, heads) in enumerate(KEPT):
+        predicted = layer_bytes_per_token(tiny_model(**heads).config, 2, size)
+        assert [ranks[rank]["kept"][at] for rank in range(WORLD)] == [predicted] * WORLD
+
+
+@pytest.mark.parametrize(
+    ("size", "num_ranks", "num_heads", "message"),
+    [
+        (2, 1, 4, r"=2: 1 training rank cannot be divided into groups of 2; use 1, or train on a multiple of 2 GPUs"),
+        (4, 6, 4, r"=4: 6 training ranks cannot be divided into groups of 4; use 1 or 2, or train on"),
+        (8, 8, 12, r"=8: the model's 12 attention heads cannot be divided over 8 ranks; use 1, 2 or 4$"),
+        (5, 10, 14, r"=5: the model's 14 attention heads cannot be divided over 5 ranks; use 1 or 2$"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(size, num_ranks, num_heads, message):
+    with pytest.raises(ValueError, match=message):
+        check_size(size, num_ranks, num_heads)

@@ -1,0 +1,23 @@
+"""What a run takes of every GPU, known before anything is allocated."""
+
+from vexact.config.memory.advice import Machine, MemoryProblem, memory_notes, memory_problems, out_of_memory_advice
+from vexact.config.memory.kv_cache import BYTES, kv_cache_tokens
+from vexact.config.memory.model_shape import ModelShape
+from vexact.config.memory.placement import Placement
+from vexact.config.memory.plan import MemoryPlan, memory_plan, memory_rows, size_text
+
+__all__ = [
+    "BYTES",
+    "Machine",
+    "MemoryPlan",
+    "MemoryProblem",
+    "ModelShape",
+    "Placement",
+    "kv_cache_tokens",
+    "memory_notes",
+    "memory_plan",
+    "memory_problems",
+    "memory_rows",
+    "out_of_memory_advice",
+    "size_text",
+]

@@ -1,0 +1,74 @@
+"""The sizes of a decoder that decide how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vexact.config.fields import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Weight matrices and norms of a dense decoder; biases and per-head norms are too small to matter."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    is_tied: bool  # the head is the embedding
+
+    @classmethod
+    def read(cls, directory: str) -> ModelShape:
+        """From config.json of a decoder checkpoint.
+
+        Raises:
+            ConfigError: the file is not JSON, or lacks the sizes of a decoder.
+        """
+        path = Path(directory).expanduser() / "config.json"
+        try:
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        except KeyError as error:
+            raise ConfigError(f"{path} has no {error}: it does not describe a decoder model") from error
+
+    @classmethod
+    def of(cls, sizes: dict[str, Any]) -> ModelShape:
+        """From the keys of config.json. Raises KeyError for one that is missing."""
+        hidden, layers, heads = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=sizes["intermediate_size"],
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=sizes.get("num_key_value_heads") or heads,
+            head_dim=sizes.get("head_dim") or hidden // heads,
+            vocab_size=sizes["vocab_size"],
+            is_tied=bool(sizes.get("tie_word_embeddings")),
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    @property
+    def root_parameters(self) -> int:
+        """Embedding, head and last norm."""
+        return (1 if self.is_tied else 2) * self.vocab_size * self.hidden_size + self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_layers * self.layer_parameters + self.root_parameters
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -1,0 +1,38 @@
+"""Which GPUs train and which sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vexact.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Numbers of GPUs, or of processes on a CPU; colocated, every one of them does both."""
+
+    trainers: int
+    replicas: int  # of the rollout engine
+    is_colocated: bool
+
+    @classmethod
+    def of(cls, config: Config, visible: int = 1) -> Placement:
+        """As configured, with ``visible`` GPUs per machine where ``trainer.n_gpus_per_node`` is null."""
+        total = config.trainer.nnodes * (config.trainer.n_gpus_per_node or visible)
+        apart = config.trainer.rollout_gpus
+        return cls(total, total, True) if apart is None else cls(total - apart, apart, False)
+
+    @property
+    def total(self) -> int:
+        return self.trainers if self.is_colocated else self.trainers + self.replicas
+
+    def text(self, device: str) -> str:
+        """
+        >>> Placement(6, 2, False).text("cuda")
+        '6 GPUs train, 2 sample'
+        """
+        noun = "GPU" if device == "cuda" else "process"
+        plural = noun + ("es" if noun == "process" else "s")
+        if not self.is_colocated:
+            return f"{self.trainers} {plural if self.trainers > 1 else noun} train, {self.replicas} sample"
+        return f"1 {noun} trains and samples" if self.trainers == 1 else f"{self.trainers} {plural} train and sample"

@@ -1,0 +1,215 @@
+"""The Ray cluster of a run: the one that a job was submitted to, one that is named, or one of our own."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vexact import env
+from vexact.distributed.errors import ClusterError
+
+log = logging.getLogger(__name__)
+INSTALL = "pip install 'vexact[ray]', or start with torchrun"
+AUTH = "RAY_AUTH_MODE must be the same on every node, and with `token` so must the token (RAY_AUTH_TOKEN_PATH)"
+ANSWER_S = 5.0
+OBJECT_STORE_BYTES = 1 << 30  # of a cluster of our own: batches and results pass through it, weights never do
+_SOCKET_PATH_ROOM = 20  # bytes of a temporary folder's path, so that Ray's sockets in it stay under 107
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A living node of a cluster, with what it has in all."""
+
+    name: str
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(slots=True)
+class Cluster:
+    """This process's connection to Ray; ``close`` ends what ``connect`` began."""
+
+    ray: ModuleType
+    address: str  # for people
+    is_own: bool
+    _connected_here: bool
+    _folder: Path | None = None
+
+    def nodes(self) -> list[Node]:
+        """Those that are alive, the ones with most GPUs first."""
+        found = [
+            Node(
+                str(node["NodeManagerHostname"]),
+                int(node["Resources"].get("CPU", 0)),
+                int(node["Resources"].get("GPU", 0)),
+            )
+            for node in self.ray.nodes()
+            if node["Alive"]
+        ]
+        return sorted(found, key=lambda node: (-node.num_gpus, -node.num_cpus, node.name))
+
+    def close(self) -> None:
+        """Disconnects, and ends a cluster of our own. Idempotent."""
+        if self._connected_here:
+            self._connected_here = False
+            with suppress(Exception):
+                self.ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def import_ray() -> ModuleType:
+    """Ray. Raises ClusterError where it is not installed or cannot be imported."""
+    env.set_ray_defaults()
+    try:
+        import ray
+    except ImportError as error:
+        absent = getattr(error, "name", None) == "ray"
+        state = "is not installed" if absent else f"cannot be imported ({error})"
+        raise ClusterError(f"several processes need Ray, which {state}: {INSTALL}") from error
+    return ray
+
+
+def connect(address: str | None, num_cpus: int, num_gpus: int) -> Cluster:
+    """Joins a cluster, or starts one on this machine that ends with this process.
+
+    Args:
+        address: as ``Layout.ray_address``; None without RAY_ADDRESS starts one.
+        num_cpus, num_gpus: what a cluster of our own offers.
+
+    Raises:
+        ValueError: the address, or RAY_AUTH_MODE, is of no use here.
+        ClusterError: no Ray, or no answer from the cluster.
+    """
+    if env.ray_auth_mode() not in ("", *env.RAY_AUTH_MODES):
+        raise ValueError(f"RAY_AUTH_MODE={env.ray_auth_mode()}: must be one of {', '.join(env.RAY_AUTH_MODES)}")
+    ray = import_ray()
+    source = "trainer.ray_address" if address else "RAY_ADDRESS"
+    address = address or env.ray_address() or "local"
+    if ray.is_initialized():  # by the program that calls us, or by an earlier layout of this process
+        return Cluster(ray, address, is_own=False, _connected_here=False)
+    if address == "local":
+        return _start(ray, num_cpus, num_gpus)
+    return _join(ray, address, source)
+
+
+def _start(ray: ModuleType, num_cpus: int, num_gpus: int) -> Cluster:
+    folder = _folder()
+    options: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES} if _shared_memory() else {}
+    try:
+        with _own_signals():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                _temp_dir=None if folder is None else str(folder),
+                **options,
+            )
+    except Exception as error:
+        with suppress(Exception):
+            ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise ClusterError(f"Ray could not be started on this machine: {_first_line(error)}") from error
+    return Cluster(ray, "this machine", is_own=True, _connected_here=True, _folder=folder)
+
+
+def _join(ray: ModuleType, address: str, source: str) -> Cluster:
+    named = f"{source}={address}"
+    if "://" in address:
+        raise ValueError(
+            f"{named} is an address for `ray job submit` or Ray Client; run `ray job submit --address={address} -- "
+            "vexact train …`, or give host:port of the head"
+        )
+    if address == "auto":
+        address = _running(ray, named)
+    _knock(address, named)
+    try:
+        with _own_signals():
+            ray.init(address=address, logging_level=logging.ERROR)
+    except Exception as error:
+        with suppress(Exception):
+            ray.shutdown()
+        raise ClusterError(f"the Ray cluster at {named} could not be joined: {_why(error)}") from error
+    log.info("joined the Ray cluster at %s", address)
+    return Cluster(ray, address, is_own=False, _connected_here=True)
+
+
+def _running(ray: ModuleType, named: str) -> str:
+    """host:port of the cluster that was started last on this machine."""
+    address: str | None = ray._private.utils.read_ray_address(None)
+    if not address:
+        raise ClusterError(f"{named}: no Ray cluster runs on this machine; start one with `ray start --head`")
+    return address
+
+
+def _knock(address: str, named: str) -> None:
+    """Raises if nobody listens there: Ray itself would wait for a minute, and then abort the process."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"{named}: must be host:port of a Ray head, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        reason = str(error)
+        if address not in named:
+            reason = f"the last cluster of this machine, {address}, has ended (`ray stop` forgets it)"
+        raise ClusterError(
+            f"{named}: no Ray head answers there: {reason}; start one with `ray start --head`, or "
+            f"unset {named.split('=')[0]} to use this machine alone"
+        ) from error
+
+
+def _why(error: BaseException) -> str:
+    texts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(_first_line(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "; ".join(dict.fromkeys(texts))
+    return f"{text}; {AUTH}" if "auth" in text.lower() or "token" in text.lower() else text
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray installs a handler of SIGTERM that leaves without a word; ours stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _folder() -> Path | None:
+    """A folder for Ray's sockets and logs that goes with the cluster; None leaves the choice to Ray."""
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        if len(parent) <= _SOCKET_PATH_ROOM:
+            with suppress(OSError):
+                return Path(tempfile.mkdtemp(prefix="vexact-", dir=parent))
+    return None
+
+
+def _shared_memory() -> bool:
+    """Whether /dev/shm has room for the object store; without, Ray puts a small one on disk."""
+    with suppress(OSError):
+        return shutil.disk_usage("/dev/shm").free > 2 * OBJECT_STORE_BYTES
+    return False

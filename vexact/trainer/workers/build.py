@@ -1,0 +1,149 @@
+"""Everything a run needs, built from its configuration: in this process, or in one process per GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vexact.audit.environment import environment
+from vexact.config import Config
+from vexact.data import DataOrder, PromptDataset
+from vexact.distributed import Layout, RankInfo, WorkerGroup, start_workers
+from vexact.reward.pool import RewardPool
+from vexact.rollout import Engine
+from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
+from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup
+from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
+from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
+from vexact.trainer.workers.roles import Roles, roles_of
+from vexact.trainer.workers.worker import Worker
+from vexact.training import Actor, Reference
+from vexact.training.redraw import Redraw
+from vexact.types import TrainSequence
+from vexact.weights import sync_weights
+
+
+@dataclass
+class Workers:
+    """What the loop works with. In one process the engine, the actor and the reference are the objects themselves, else
+    groups that look like them."""
+
+    tokenizer: Any
+    train_data: PromptDataset
+    val_data: PromptDataset | None
+    order: DataOrder
+    engine: Engine | EngineGroup
+    actor: Actor | ActorGroup
+    reference: Reference | ReferenceGroup | None
+    rewards: RewardPool
+    shards: ShardGroup
+    group: WorkerGroup | None = None
+    frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
+
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """The rollout gets the actor's weights as ``version``, compared bit for bit. Raises WeightSyncError."""
+        if self.group is None:
+            assert isinstance(self.engine, Engine)
+            assert isinstance(self.actor, Actor)
+            return sync_weights(self.actor, self.engine, version)
+        results: list[dict[str, float]] = self.group.call("sync", version, stage="the weight sync")
+        self.engine.weights_version = version
+        return results[0]
+
+    def release_cache(self) -> None:
+        """Lends the memory of the key-value cache to the training, where that is of use."""
+        if self.frees_cache:
+            self.engine.release_kv_cache()
+
+    def resume_cache(self) -> None:
+        """Takes the memory back."""
+        if self.frees_cache:
+            self.engine.resume_kv_cache()
+
+    def logprobs_at(self, version: int, sequences: Sequence[TrainSequence], redraw: Redraw | None) -> list[np.ndarray]:
+        """``actor.logprobs`` under an earlier version of the weights."""
+        assert isinstance(self.actor, ActorGroup), "one process generates with the version it trains"
+        return self.actor.logprobs(sequences, redraw, version)
+
+    def environment(self) -> dict[str, object]:
+        """Versions and device of the first process that trains."""
+        if self.group is None:
+            assert isinstance(self.actor, Actor)
+            return environment(self.actor.ranks.device)
+        return dict(self.group.call("environment", ranks=[0], stage="set-up")[0])
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the actor's weights as they are."""
+        if isinstance(self.actor, ActorGroup):
+            return self.actor.weights_digest()
+        with self.actor.resident():
+            return weights_digest(self.actor.model)
+
+    def restore(self, path: Path) -> Progress:
+        """Puts the state of a verified checkpoint into the actor. Raises CheckpointError."""
+        return self.actor.restore(path) if isinstance(self.actor, ActorGroup) else restore(path, self.actor)
+
+    def close(self) -> None:
+        """Ends the reward processes and the worker processes."""
+        self.rewards.close()
+        if self.group is not None:
+            self.group.close()
+
+
+def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
+    """Reads the model and starts the reward processes, and with several ranks theirs.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user has to fix, named.
+        WorkerError, ClusterError: a process could not be started, or failed in starting.
+    """
+    num_rows = len(inputs.train_data)
+    total_steps = num_steps(config, num_rows)
+    common: dict[str, Any] = {
+        "tokenizer": inputs.tokenizer,
+        "train_data": inputs.train_data,
+        "val_data": inputs.val_data,
+        "order": DataOrder(num_rows, config.data_seed, config.data.shuffle),
+    }
+    frees_cache = config.rollout.free_cache_engine and layout.device == "cuda"
+    if layout.world_size == 1:
+        device = torch.device(layout.device)
+        actor = build_actor(config, device, total_steps)
+        return Workers(
+            **common,
+            engine=build_engine(config, inputs.tokenizer, device),
+            actor=actor,
+            reference=build_reference(config, device) if config.needs_reference else None,
+            shards=ShardWriter(actor.sharded_state),
+            rewards=start_rewards(config),
+            frees_cache=frees_cache,
+        )
+    roles = roles_of(config, layout.world_size)
+    factory = partial(_worker, config, roles, total_steps)
+    group = start_workers(layout, factory, timeout_s=config.trainer.worker_timeout_s)
+    try:
+        actors = ActorGroup(config, group, roles, total_steps)
+        return Workers(
+            **common,
+            engine=EngineGroup(config, group, roles),
+            actor=actors,
+            reference=ReferenceGroup(group, roles) if config.needs_reference else None,
+            shards=actors,
+            rewards=start_rewards(config),
+            group=group,
+            frees_cache=frees_cache and roles.colocated,
+        )
+    except BaseException:
+        group.close()
+        raise
+
+
+def _worker(config: Config, roles: Roles, total_steps: int, info: RankInfo) -> Worker:
+    return Worker(config, roles, total_steps, info)

@@ -1,0 +1,227 @@
+"""Several processes as the driver sees them: one engine, one actor, one reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vexact.config import Config
+from vexact.distributed import Pending, WorkerGroup
+from vexact.rollout import EngineConfig, SamplingParams
+from vexact.rollout.replicas import split_prompts
+from vexact.rollout.requests.intake import expand
+from vexact.rollout.stats import merge_stats
+from vexact.trainer.checkpoint import Progress, Written
+from vexact.trainer.workers.roles import Roles
+from vexact.trainer.workers.settings import actor_config, engine_settings
+from vexact.trainer.workers.worker import EngineFacts, Updated
+from vexact.training import ActorConfig, Ledger
+from vexact.training.forward import Scored
+from vexact.training.protocol import Audit
+from vexact.training.redraw import Redraw
+from vexact.types import Sample, TrainSequence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSamples:
+    """Samples that replicas are generating."""
+
+    pending: Pending
+    shares: list[list[int]]  # prompts by replica
+    n: list[int]  # samples of each prompt
+    on_result: Callable[[Sequence[Sample]], None]
+
+    def result(self) -> list[Sample]:
+        """Waits; prompt-major, as ``Engine.generate`` gives them."""
+        by_prompt: list[list[Sample]] = [[] for _ in self.n]
+        for share, samples in zip(self.shares, self.pending.result(), strict=True):
+            at = iter(samples)
+            for index in share:
+                by_prompt[index] = [next(at) for _ in range(self.n[index])]
+        joined = [sample for of_prompt in by_prompt for sample in of_prompt]
+        self.on_result(joined)
+        return joined
+
+
+class EngineGroup:
+    """Replicas of the engine, one per rank that generates. A sample does not depend on the replica it comes from."""
+
+    def __init__(self, config: Config, group: WorkerGroup, roles: Roles) -> None:
+        self.config = EngineConfig(**engine_settings(config))
+        self._group, self._ranks = group, list(roles.rollouts)
+        self.weights_version = 0
+        self.num_replicas = len(self._ranks)
+        facts: list[EngineFacts] = self._group.call("engine_facts", ranks=self._ranks, stage="set-up")
+        self.vocab_size, self.max_model_len = facts[0].vocab_size, facts[0].max_model_len
+        self.num_cache_tokens = min(fact.num_cache_tokens for fact in facts)
+        self._cache_tokens = [fact.num_cache_tokens for fact in facts]
+        self._num_samples = self._num_sampled_tokens = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[str],
+    ) -> list[Sample]:
+        """As ``Engine.generate``, spread over the replicas by load."""
+        return self.start_generate(prompts, sampling_params, request_ids).result()
+
+    def start_generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Sequence[str],
+    ) -> PendingSamples:
+        """``generate`` without waiting."""
+        params = expand("sampling_params", sampling_params, len(prompts))
+        expected = max(each.max_tokens for each in params) / 2
+        if self._num_samples:
+            expected = self._num_sampled_tokens / self._num_samples
+        lengths, n = [len(prompt) for prompt in prompts], [each.n for each in params]
+        shares = split_prompts(lengths, n, self._cache_tokens, expected)
+        arguments = [
+            ([prompts[i] for i in share], [params[i] for i in share], [request_ids[i] for i in share])
+            for share in shares
+        ]
+        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage="generation")
+        return PendingSamples(pending, shares, n, self._note_lengths)
+
+    def _note_lengths(self, samples: Sequence[Sample]) -> None:
+        self._num_samples += len(samples)
+        self._num_sampled_tokens += sum(len(sample.token_ids) for sample in samples)
+
+    def stats(self) -> dict[str, float]:
+        """``rollout/*`` metrics since the last call, over all replicas."""
+        return merge_stats(self._group.call("take_engine_stats", ranks=self._ranks, stage="generation")).metrics()
+
+    def clear_prefix_cache(self) -> None:
+        self._group.call("clear_prefix_cache", ranks=self._ranks, stage="generation")
+
+    def release_kv_cache(self) -> None:
+        self._group.call("release_kv_cache", ranks=self._ranks, stage="releasing the KV cache")
+
+    def resume_kv_cache(self) -> None:
+        self._group.call("resume_kv_cache", ranks=self._ranks, stage="resuming the KV cache")
+
+
+class ActorGroup:
+    """The actor's shards. Every rank gets the whole batch and works on its micro-batches."""
+
+    def __init__(self, config: Config, group: WorkerGroup, roles: Roles, total_steps: int) -> None:
+        self._group, self._ranks = group, list(roles.trainers)
+        self.config: ActorConfig = actor_config(config, torch.device(group.infos[0].device), total_steps)
+        self.problems: list[str] = []
+
+    def update(
+        self,
+        sequences: Sequence[TrainSequence],
+        audit: Audit | None = None,
+        *,
+        ledger: Ledger | None = None,
+        redraw: Redraw | None = None,
+        every_token: bool = False,
+    ) -> dict[str, float]:
+        """As ``Actor.update``. Every rank compares its own share before the optimizer step; ``audit`` then sees all."""
+        results: list[Updated] = self._group.call(
+            "update", sequences, ledger, redraw, every_token, audit is not None, ranks=self._ranks, stage="the update"
+        )
+        self.problems = list(dict.fromkeys(problem for result in results for problem in result.problems))
+        if audit is not None:
+            self._show(audit, redraw, results)
+        for result in results:
+            if result.stopped is not None:
+                raise result.stopped
+        parts = [result.metrics for result in results if result.metrics is not None]
+        slowest = {key: max(part[key] for part in parts) for key in parts[0] if key.startswith("timing_s/")}
+        return parts[0] | slowest
+
+    def _show(self, audit: Audit, redraw: Redraw | None, results: Sequence[Updated]) -> None:
+        """Gives what all ranks saw to the audit, in the order of the batch; it raises as in one process."""
+        seen = [pair for r in results for pair in zip(r.evidence.indices, r.evidence.logprobs, strict=True)]
+        for result in results:
+            if redraw is not None and result.evidence.redrawn is not None:
+                redraw.absorb(result.evidence.redrawn)
+        if seen:
+            seen.sort(key=lambda pair: pair[0])
+            try:
+                audit([index for index, _ in seen], [logprobs for _, logprobs in seen])
+            except Exception as error:
+                self._name_rank(error, results)
+                raise
+
+    def _name_rank(self, error: Exception, results: Sequence[Updated]) -> None:
+        stopped = [rank for rank, result in zip(self._ranks, results) if type(result.stopped) is type(error)]
+        if stopped and len(self._ranks) > 1:
+            error.add_note(f"compared by rank {', '.join(map(str, stopped))} of {len(self._ranks)}")
+
+    def logprobs(
+        self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None, version: int | None = None
+    ) -> list[np.ndarray]:
+        """As ``Actor.logprobs``; under an earlier ``version`` of the weights if there is one given."""
+        results = self._group.call("logprobs", sequences, redraw, version, ranks=self._ranks, stage="scoring")
+        for _, redrawn in results:
+            if redraw is not None and redrawn is not None:
+                redraw.absorb(redrawn)
+        return joined([scored for scored, _ in results], len(sequences))
+
+    def weights_digest(self) -> str:
+        digests = self._group.call("weights_digest", ranks=self._ranks, stage="set-up")
+        return str(digests[0])
+
+    def restore(self, path: Path) -> Progress:
+        """Loads an already verified checkpoint, each rank its rows. Raises CheckpointError."""
+        restored: list[Progress] = self._group.call("restore", path, ranks=self._ranks, stage="resuming")
+        return restored[0]
+
+    # ShardGroup, for the Saver
+
+    def save(self, step: int, directory: Path, background: bool) -> list[Written] | None:
+        return _all(
+            self._group.call("save_shard", step, directory, background, ranks=self._ranks, stage="a checkpoint")
+        )
+
+    def poll(self) -> list[Written] | None:
+        return _all(self._group.call("poll_shard", ranks=self._ranks, stage="a checkpoint"))
+
+    def wait(self) -> list[Written]:
+        written = _all(self._group.call("wait_shard", ranks=self._ranks, stage="a checkpoint"))
+        assert written is not None
+        return written
+
+    def abandon(self) -> None:
+        self._group.call("abandon_shard", ranks=self._ranks, stage="a checkpoint")
+
+
+class ReferenceGroup:
+    """The reference's shards."""
+
+    def __init__(self, group: WorkerGroup, roles: Roles) -> None:
+        self._group, self._ranks = group, list(roles.trainers)
+
+    def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
+        """As ``Reference.logprobs``."""
+        results = self._group.call("reference_logprobs", sequences, ranks=self._ranks, stage="the reference's scoring")
+        return joined(results, len(sequences))
+
+
+def joined(shares: Sequence[Scored], num_sequences: int) -> list[np.ndarray]:
+    """Every rank's share put together; raises AssertionError when a sequence is missing."""
+    by_index = {i: values for share in shares for i, values in zip(share.indices, share.logprobs, strict=True)}
+    assert len(by_index) == num_sequences, f"{num_sequences - len(by_index)} sequences were scored by no rank"
+    return [by_index[i] for i in range(num_sequences)]
+
+
+def _all(lists: Sequence[list[Written] | None]) -> list[Written] | None:
+    whole: list[Written] = []
+    for part in lists:
+        if part is None:
+            return None
+        whole += part
+    return whole

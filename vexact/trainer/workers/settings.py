@@ -1,0 +1,40 @@
+"""The settings of engines and actors, from the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vexact.algorithms import PolicyLossConfig
+from vexact.config import Config
+from vexact.training import ActorConfig, OptimConfig
+
+
+def engine_settings(config: Config) -> dict[str, Any]:
+    """The fields of ``EngineConfig``."""
+    rollout = config.rollout
+    return rollout.engine_settings() | {
+        "max_model_len": config.max_model_len,
+        "seed": config.rollout_seed,
+        "mismatch_mode": rollout.mismatch.mode,
+        "mismatch_scale": rollout.mismatch.scale,
+    }
+
+
+def actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
+    actor = config.actor
+    return ActorConfig(
+        **actor.actor_settings(),
+        **actor.fsdp_config.offload_settings(),
+        ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
+        data_loader_seed=config.data_seed,
+        loss_mode=actor.policy_loss.loss_mode,
+        clip=PolicyLossConfig(
+            clip_ratio_low=actor.clip_low, clip_ratio_high=actor.clip_high, clip_ratio_c=actor.clip_ratio_c
+        ),
+        loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
+        enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
+        dtype=config.dtype(device.type),
+        optim=OptimConfig(**vars(actor.optim), total_training_steps=total_steps),
+    )

@@ -1,0 +1,184 @@
+"""What one of several processes holds and does: a shard of the actor, a replica of the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vexact.audit import Audit, DrawError, ExactnessError
+from vexact.audit.environment import environment
+from vexact.config import Config
+from vexact.distributed import RankInfo
+from vexact.rollout import Engine, SamplingParams
+from vexact.rollout.stats import EngineStats
+from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
+from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.workers.inputs import load_tokenizer
+from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
+from vexact.trainer.workers.roles import Roles
+from vexact.training import Actor, Ledger, PeerStopped, Reference
+from vexact.training.forward import Scored
+from vexact.training.past_weights import PastWeights
+from vexact.training.redraw import Redraw, Redrawn
+from vexact.types import Sample, TrainSequence
+from vexact.weights import receive_weights, send_weights, sync_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What does not change over an engine's life."""
+
+    vocab_size: int
+    max_model_len: int
+    num_cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What this rank's forward gave, for the audit of the whole batch."""
+
+    indices: list[int]  # of the sequences
+    logprobs: list[np.ndarray]  # fp32 (R,) each
+    redrawn: Redrawn | None
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """One rank's update. A rank that stopped before the optimizer step has no metrics."""
+
+    metrics: dict[str, float] | None
+    problems: list[str]
+    evidence: Evidence
+    stopped: Exception | None = None
+
+
+class Worker:
+    """Its methods are called from the driver. Those of the actor are collective: all ranks that train get the same
+    call, with the same sequences."""
+
+    def __init__(self, config: Config, roles: Roles, total_steps: int, info: RankInfo) -> None:
+        """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
+        self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
+        self._engine: Engine | None = None
+        self._actor: Actor | None = None
+        self._reference: Reference | None = None
+        trains = info.rank in roles.trainers
+        group = None if roles.colocated else dist.new_group(list(roles.trainers))
+        if info.rank in roles.rollouts:
+            self._engine = build_engine(config, load_tokenizer(config), device)
+        if trains:
+            self._actor = build_actor(config, device, total_steps, group)
+            depth = config.trainer.async_steps + 1
+            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype, depth)
+            self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
+        if trains and config.needs_reference:
+            self._reference = build_reference(config, device, group)
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, f"rank {self.info.rank} does not generate"
+        return self._engine
+
+    @property
+    def actor(self) -> Actor:
+        assert self._actor is not None, f"rank {self.info.rank} does not train"
+        return self._actor
+
+    def environment(self) -> dict[str, object]:
+        return environment(torch.device(self.info.device))
+
+    def engine_facts(self) -> EngineFacts:
+        engine = self.engine
+        return EngineFacts(engine.vocab_size, engine.max_model_len, engine.num_cache_tokens)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], request_ids: Sequence[str]
+    ) -> list[Sample]:
+        return self.engine.generate(prompts, params, request_ids)
+
+    def take_engine_stats(self) -> EngineStats:
+        return self.engine.take_stats()
+
+    def clear_prefix_cache(self) -> None:
+        self.engine.clear_prefix_cache()
+
+    def release_kv_cache(self) -> None:
+        self.engine.release_kv_cache()
+
+    def resume_kv_cache(self) -> None:
+        self.engine.resume_kv_cache()
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Called on all ranks: the weights of the actor become those of every engine. Raises WeightSyncError."""
+        if self.roles.colocated:
+            return sync_weights(self.actor, self.engine, version)
+        if self._actor is not None:
+            if self.config.trainer.async_steps:
+                with self._actor.resident():
+                    self._past.keep(version)
+            return send_weights(self._actor, version)
+        return receive_weights(self.engine, version)
+
+    def update(
+        self,
+        sequences: Sequence[TrainSequence],
+        ledger: Ledger | None,
+        redraw: Redraw | None,
+        every_token: bool,
+        compare: bool,
+    ) -> Updated:
+        """As ``Actor.update``; bits that differ stop all ranks before the optimizer step when exactness is strict."""
+        audit = Audit(self.config.trainer.exactness, partial=True)
+        audit.begin([sequence.sample for sequence in sequences])
+        audit.redraw = redraw
+        metrics, stopped = None, None
+        try:
+            metrics = self.actor.update(
+                sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
+            )
+        except (ExactnessError, DrawError, PeerStopped) as error:
+            stopped = error
+        seen = audit.evidence
+        return Updated(metrics, self.actor.problems, Evidence(seen.indices, seen.logprobs, seen.redrawn), stopped)
+
+    def logprobs(
+        self, sequences: Sequence[TrainSequence], redraw: Redraw | None, version: int | None
+    ) -> tuple[Scored, Redrawn | None]:
+        """This rank's share, under the present weights or those of an earlier version."""
+        with self.actor.resident(), self._past.in_place(version) if version is not None else nullcontext():
+            scored = self.actor.score(sequences, redraw)
+        return scored, None if redraw is None else redraw.take()
+
+    def reference_logprobs(self, sequences: Sequence[TrainSequence]) -> Scored:
+        """This rank's share."""
+        assert self._reference is not None, "no KL term is on"
+        return self._reference.score(sequences)
+
+    def weights_digest(self) -> str:
+        """Of the whole model, on every rank that trains."""
+        with self.actor.resident():
+            return weights_digest(self.actor.model)
+
+    def save_shard(self, step: int, directory: Path, background: bool) -> list[Written] | None:
+        return self._shards.save(step, directory, background)
+
+    def poll_shard(self) -> list[Written] | None:
+        return self._shards.poll()
+
+    def wait_shard(self) -> list[Written]:
+        return self._shards.wait()
+
+    def abandon_shard(self) -> None:
+        self._shards.abandon()
+
+    def restore(self, path: Path) -> Progress:
+        return restore(path, self.actor)

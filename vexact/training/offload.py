@@ -1,0 +1,161 @@
+"""What waits in host memory while the device does something else: master weights and optimizer moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vexact.training.ranks import local
+
+_PIECE = 1 << 24
+"""Elements of each moment that are on their way at a time; two pieces of two moments are 256 MiB on the device."""
+
+Flat = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Weights, gradients, first and second moments, (n,) each; the moments on the host."""
+
+
+class Parked:
+    """Tensors that are on their device inside ``resident()`` only, and in pinned host memory otherwise.
+
+    The tensors stay the objects they are, views of them too: their storage is emptied and filled again. Outside of
+    ``resident()`` they must not be read.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], enabled: bool) -> None:
+        """Parks the tensors at once, when enabled; otherwise does nothing, ever."""
+        self._tensors, self._enabled, self._depth = list(tensors), enabled, 0
+        self._waiting: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._host_rows: list[Tensor] = []
+        self._park()
+
+    @property
+    def is_absent(self) -> bool:
+        return self._enabled and self._depth == 0
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """Nests."""
+        if self._depth == 0:
+            self._fetch()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._park()
+
+    def rows(self) -> list[Tensor]:
+        """This rank's rows of every tensor, where they are now."""
+        return self._host_rows if self._waiting else [local(tensor) for tensor in self._tensors]
+
+    def _park(self) -> None:
+        if not self._enabled:
+            return
+        rows = [local(tensor) for tensor in self._tensors]
+        storages = {s.data_ptr(): s for s in (part.untyped_storage() for part in rows) if s.size()}
+        kept = [host for _, host in self._waiting]
+        self._waiting = []
+        for storage in storages.values():
+            host = next((buffer for buffer in kept if buffer.numel() == storage.size()), None)
+            if host is None:
+                host = torch.empty(storage.size(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+            else:
+                kept = [buffer for buffer in kept if buffer is not host]
+            host.copy_(_bytes(storage), non_blocking=True)
+            self._waiting.append((storage, host))
+        by_address = {address: host for address, (_, host) in zip(storages, self._waiting, strict=True)}
+        self._host_rows = [_view(part, by_address.get(part.untyped_storage().data_ptr())) for part in rows]
+        on_gpu = any(part.is_cuda for part in rows)
+        if on_gpu:
+            torch.cuda.synchronize(rows[0].device)
+        for storage in storages.values():
+            storage.resize_(0)
+        if on_gpu:
+            torch.cuda.empty_cache()  # for the key-value cache, which does not ask torch for memory
+
+    def _fetch(self) -> None:
+        try:
+            for storage, host in self._waiting:
+                storage.resize_(host.numel())
+                _bytes(storage).copy_(host, non_blocking=True)
+        except BaseException:  # no memory: what is on the host stays the truth
+            for storage, _ in self._waiting:
+                storage.resize_(0)
+            raise
+
+
+def park(model: nn.Module, enabled: bool) -> Parked:
+    """Parks a model's parameters, when ``enabled``; its forward then raises RuntimeError outside of ``resident()``."""
+    parked = Parked(model.parameters(), enabled)
+    if enabled:
+
+        def refuse_absent(*_: object) -> None:
+            if parked.is_absent:
+                raise RuntimeError("the model's weights are in host memory (param_offload); compute inside resident()")
+
+        model.register_forward_pre_hook(refuse_absent, prepend=True)
+    return parked
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def _view(rows: Tensor, host: Tensor | None) -> Tensor:
+    """The bytes in ``host`` of a tensor's storage, seen as that tensor."""
+    if host is None:
+        return torch.empty_like(rows, device="cpu")
+    return host.view(rows.dtype).as_strided(rows.size(), rows.stride(), rows.storage_offset())
+
+
+def host_zeros(rows: Tensor) -> Tensor:
+    """Zeros like ``rows`` in host memory, pinned where a GPU will read them."""
+    return torch.zeros(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+
+
+def stream(group: Sequence[Flat], step: Callable[..., None]) -> list[Tensor]:
+    """``step(weights, gradients, exp_avgs, exp_avg_sqs)``, lists of one, on the device for piece after piece.
+
+    On a GPU the next piece arrives and the last one leaves while one is computed. Returns the smallest and largest
+    second moment of every piece, (2,) on the device; when it returns, the moments on the host are the new ones.
+    """
+    pieces = [piece for flat in group for piece in zip(*(part.split(_PIECE) for part in flat), strict=True)]
+    device = group[0][0].device
+    if device.type != "cuda":
+        seen = []
+        for weight, gradient, first, second in pieces:
+            step([weight], [gradient], [first], [second])
+            seen.append(torch.stack(second.aminmax()))
+        return seen
+    return _stream_cuda(pieces, step, device)
+
+
+def _stream_cuda(pieces: Sequence[Flat], step: Callable[..., None], device: torch.device) -> list[Tensor]:
+    current, arriving, leaving = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
+    width = max(len(piece[0]) for piece in pieces)
+    buffers = [torch.empty(2, width, dtype=torch.float32, device=device) for _ in range(2)]
+    free: list[torch.cuda.Event | None] = [None, None]
+    arriving.wait_stream(current)  # the buffers may be memory that is still in use there
+    seen = []
+    for number, (weight, gradient, *host) in enumerate(pieces):
+        slot = number % 2
+        staged = [part[: len(weight)] for part in buffers[slot]]
+        with torch.cuda.stream(arriving):
+            if (event := free[slot]) is not None:
+                arriving.wait_event(event)
+            for there, here in zip(host, staged, strict=True):
+                here.copy_(there, non_blocking=True)
+        current.wait_event(arriving.record_event())
+        step([weight], [gradient], [staged[0]], [staged[1]])
+        seen.append(torch.stack(staged[1].aminmax()))
+        with torch.cuda.stream(leaving):
+            leaving.wait_event(current.record_event())
+            for there, here in zip(host, staged, strict=True):
+                there.copy_(here, non_blocking=True)
+        free[slot] = leaving.record_event()
+    leaving.synchronize()
+    return seen
