@@ -111,13 +111,15 @@ def finds_a_flipped_bit(actor: Actor, engine: Engine, rank: int) -> bool:
     return False
 
 
-def measure(size: str, bucket_mib: int, calls: int) -> dict[str, Any]:
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def build(size: str, world_size: int) -> tuple[Actor, Engine]:
     config = ModelConfig.from_hf_dict(SHARED | SHAPES[size])
-    actor = Actor(
-        random_model(config, 0, device="cuda"), ActorConfig(dtype="bfloat16", ppo_mini_batch_size=world_size), "cuda"
-    )
-    engine = Engine(model=random_model(config, 1, torch.bfloat16, "cuda"), max_model_len=1024, num_pages=16)
+    masters, rollout = random_model(config, 0, device="cuda"), random_model(config, 1, torch.bfloat16, "cuda")
+    actor = Actor(masters, ActorConfig(dtype="bfloat16", ppo_mini_batch_size=world_size), "cuda")
+    return actor, Engine(model=rollout, max_model_len=1024, num_pages=16)
+
+
+def measure(size: str, actor: Actor, engine: Engine, bucket_mib: int, calls: int) -> dict[str, Any]:
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     targets = [parameter.detach() for parameter in engine.model.parameters()]
     floor, _ = seconds(plain_copy(actor, targets, world_size), calls)
     torch.cuda.reset_peak_memory_stats()
@@ -168,7 +170,8 @@ def main() -> None:
     if dist.is_torchelastic_launched():
         torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl")
-    entries = [measure(arguments.model, size, arguments.calls) for size in arguments.bucket_mib]
+    actor, engine = build(arguments.model, dist.get_world_size() if dist.is_initialized() else 1)
+    entries = [measure(arguments.model, actor, engine, mib, arguments.calls) for mib in arguments.bucket_mib]
     if not dist.is_initialized() or dist.get_rank() == 0:
         for entry in entries:
             print(described(entry))

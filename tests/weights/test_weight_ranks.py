@@ -15,15 +15,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from weight_ranks import (
     GREEDY,
-    Trainer,
     after_arrival,
     engine,
     flip_first_bit_of,
     holds,
-    mesh_of,
     model,
     on_arrival,
     process_group,
+    trainer,
 )
 
 from vexact.weights import (
@@ -45,11 +44,11 @@ PLANTED = contextlib.nullcontext
 class Colocated:
     """Every rank has a shard and an engine."""
 
-    def __init__(self, rank, meshes):
-        self.rank, self.mesh, self.receivers = rank, meshes[3], [0, 1, 2]
+    def __init__(self, rank, groups):
+        self.rank, self.group, self.receivers = rank, groups[3], [0, 1, 2]
 
-    def trainer(self, seed, dtype=torch.float32, tied=True):
-        return Trainer(seed, self.mesh, dtype, tied)
+    def trainer(self, *args, **config):
+        return trainer(args[0], self.group, *args[1:], **config)
 
     def move(self, trainer, held, version, **options):
         return sync_weights(trainer, held, version, **options)
@@ -58,12 +57,12 @@ class Colocated:
 class Disaggregated:
     """The first ``num_trainers`` ranks have shards, the others engines."""
 
-    def __init__(self, rank, meshes, num_trainers):
-        self.rank, self.mesh, self.num_trainers = rank, meshes[num_trainers], num_trainers
+    def __init__(self, rank, groups, num_trainers):
+        self.rank, self.group, self.num_trainers = rank, groups[num_trainers], num_trainers
         self.receivers = list(range(num_trainers, WORLD))
 
-    def trainer(self, seed, dtype=torch.float32, tied=True):
-        return Trainer(seed, self.mesh, dtype, tied) if self.rank < self.num_trainers else None
+    def trainer(self, *args, **config):
+        return trainer(args[0], self.group, *args[1:], **config) if self.rank < self.num_trainers else None
 
     def move(self, trainer, held, version, **options):
         if trainer is not None:
@@ -75,8 +74,8 @@ def every_bit_arrives(layout):
     for version, (dtype, tied, size) in enumerate(
         [(torch.float32, True, 1 << 20), (torch.bfloat16, False, 3 * 1024), (torch.bfloat16, True, 3 * 128)]
     ):
-        held = engine(50, dtype, tied=tied)
-        metrics = layout.move(layout.trainer(version, dtype, tied), held, version, bucket_bytes=size)
+        held, source = engine(50, dtype, tied=tied), layout.trainer(version, dtype, tied, param_offload=not tied)
+        metrics = layout.move(source, held, version, bucket_bytes=size)
         if layout.rank in layout.receivers:
             assert holds(held, version, dtype, tied)
             assert held.generate([[1, 2]], GREEDY)[0].weights_version == version
@@ -88,7 +87,7 @@ def every_bit_arrives(layout):
 def a_difference_is_named_by_all(layout):
     """Each fault is on one receiver only; every rank raises the same, no engine generates, and a good sync mends it."""
     victim = layout.receivers[-1]
-    source = WORLD - 1 if isinstance(layout, Colocated) else layout.num_trainers - 1
+    last = WORLD - 1 if isinstance(layout, Colocated) else layout.num_trainers - 1
 
     def stale(plan, bucket, slots):
         return bucket.index == 2
@@ -106,17 +105,17 @@ def a_difference_is_named_by_all(layout):
         parameters[HEAD].neg_()
 
     faults = {
-        "in flight": (on_arrival(flip_first_bit_of(DOWN, source)), DOWN, source),
-        "after arrival": (after_arrival(overwritten), DOWN, source),
+        "in flight": (on_arrival(flip_first_bit_of(DOWN, last)), DOWN, last),
+        "after arrival": (after_arrival(overwritten), DOWN, last),
         "head": (after_arrival(second_head), HEAD, 0),
         "stale": (on_arrival(stale), None, None),
         "swapped": (on_arrival(swapped), HEAD, 0),
     }
-    trainer, held = layout.trainer(7), engine(50)
+    source, held = layout.trainer(7), engine(50)
     for version, (name, (fault, tensor, sender)) in enumerate(faults.items(), 1):
         held.update_weights(model(50).named_parameters(), 0)
         with fault if layout.rank == victim else PLANTED(), pytest.raises(WeightSyncError) as caught:
-            layout.move(trainer, held, version, bucket_bytes=3 * 1024)
+            layout.move(source, held, version, bucket_bytes=3 * 1024)
         found = caught.value.difference
         assert found is not None, name
         assert found.receiver == victim, name
@@ -135,7 +134,7 @@ def a_difference_is_named_by_all(layout):
         if layout.rank in layout.receivers:
             with pytest.raises(RuntimeError, match="update the weights before generating"):
                 held.generate([[1, 2]], GREEDY)
-    layout.move(trainer, held, 9)
+    layout.move(source, held, 9)
     if layout.rank in layout.receivers:
         assert holds(held, 7, torch.float32)
         assert held.generate([[1, 2]], GREEDY)[0].weights_version == 9
@@ -143,28 +142,28 @@ def a_difference_is_named_by_all(layout):
 
 def a_rank_that_cannot_begin_stops_all_before_anything_changes(layout):
     victim = layout.receivers[-1]
-    trainer, held = layout.trainer(7), engine(50)
+    source, held = layout.trainer(7), engine(50)
     wrong = engine(50, torch.bfloat16) if layout.rank == victim else held
     with pytest.raises(ValueError if layout.rank == victim else WeightSyncError) as caught:
-        layout.move(trainer, wrong, 4)
+        layout.move(source, wrong, 4)
     assert "'embed_tokens.weight' is torch.float32, expected torch.bfloat16" in str(caught.value)
     assert layout.rank == victim or f"rank {victim} could not begin: ValueError" in str(caught.value)
 
     if layout.rank == victim:
         held.add_request([1, 2], GREEDY)
     with pytest.raises(RuntimeError, match="unfinished requests") as caught:
-        layout.move(trainer, held, 5)
+        layout.move(source, held, 5)
     assert (type(caught.value) is WeightSyncError) == (layout.rank != victim)
     held.abort_all()
 
     with pytest.raises(WeightSyncError, match=r"rank \d moves version \d; every rank must call for the same one"):
-        layout.move(trainer, held, 6 if layout.rank == victim else 7)
+        layout.move(source, held, 6 if layout.rank == victim else 7)
     assert held.generate([[1, 2]], GREEDY)[0].weights_version == 0
     assert holds(held, 50, torch.float32)
 
 
 def ranks_that_cut_buckets_differently_are_told(layout):
-    trainer, held = layout.trainer(7), engine(50)
+    source, held = layout.trainer(7), engine(50)
     if isinstance(layout, Colocated):
         match = "ranks 0 and 1 have different tensors or bucket_bytes"
     elif layout.num_trainers == 2:
@@ -172,21 +171,21 @@ def ranks_that_cut_buckets_differently_are_told(layout):
     else:
         return
     with pytest.raises(WeightSyncError, match=match):
-        layout.move(trainer, held, 1, bucket_bytes=3 * 1024 * (1 + (layout.rank == 1)))
+        layout.move(source, held, 1, bucket_bytes=3 * 1024 * (1 + (layout.rank == 1)))
     assert held.weights_version == 0
 
 
 def shards_have_the_checksums_of_the_whole(layout):
-    trainer = layout.trainer(7)
-    if trainer is not None:
-        assert named_checksums(trainer.model) == {name: checksum(p) for name, p in model(7).named_parameters()}
+    source = layout.trainer(7)
+    if source is not None:
+        assert named_checksums(source.model) == {name: checksum(p) for name, p in model(7).named_parameters()}
 
 
 def roles_have_to_match(layout):
     held = engine(50)
     with pytest.raises(WeightSyncError, match="0 of 3 ranks send; some have to send and some to receive"):
         receive_weights(held, 1)
-    lone = Trainer(7, None)
+    lone = trainer(7, layout.alone)
     with pytest.raises(WeightSyncError, match=r"ranks \[0, 1\] send shards \[0, 0\] of 1; each has to be sent once"):
         send_weights(lone, 1) if layout.rank < 2 else receive_weights(held, 1)
     with pytest.raises(WeightSyncError, match="3 of 3 ranks send"):
@@ -196,7 +195,7 @@ def roles_have_to_match(layout):
 
 def corruption_on_the_wire_shows_whoever_sent_it(layout):
     """The sender's own bucket changes between its checksum and the exchange."""
-    trainer, held = layout.trainer(7), engine(50)
+    source, held = layout.trainer(7), engine(50)
     cast = transfer.Outgoing.cast
 
     def spoiled(self, bucket, slot=None):
@@ -206,7 +205,7 @@ def corruption_on_the_wire_shows_whoever_sent_it(layout):
 
     fault = mock.patch.object(transfer.Outgoing, "cast", spoiled) if layout.rank == 0 else PLANTED()
     with fault, pytest.raises(WeightSyncError) as caught:
-        layout.move(trainer, held, 3)
+        layout.move(source, held, 3)
     assert (caught.value.difference.sender, caught.value.difference.tensor) == (0, HEAD)
 
 
@@ -223,8 +222,9 @@ CHECKS = [
 def run(rank, directory):
     torch.set_num_threads(1)
     with process_group(rank, WORLD, directory):
-        meshes = {count: mesh_of(list(range(count))) for count in (1, 2, 3)}
-        layouts = [Colocated(rank, meshes), *(Disaggregated(rank, meshes, count) for count in (1, 2))]
+        groups = {count: dist.new_group(list(range(count))) for count in (1, 2, 3)}
+        layouts = [Colocated(rank, groups), *(Disaggregated(rank, groups, count) for count in (1, 2))]
+        layouts[1].alone = [dist.new_group([each]) for each in range(WORLD)][rank]
         cases = [(check, layout) for layout in layouts for check in CHECKS] + [(roles_have_to_match, layouts[1])]
         with open(f"{directory}/{rank}.log", "w", encoding="utf-8") as log:
             for check, layout in cases:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from vexact.models import ModelConfig, random_model
 from vexact.rollout import Engine, SamplingParams
-from vexact.training.ranks import shard
+from vexact.training import Actor, ActorConfig
 from vexact.weights import transfer
 
-CPU = torch.device("cpu")
 RAW = {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 31,  # rows that three ranks and two do not divide evenly
@@ -41,18 +38,9 @@ def engine(seed, dtype=torch.float32, **changes):
     return Engine(model=model(seed, dtype, **changes), max_model_len=64, num_pages=8, page_size=16)
 
 
-class Trainer:
-    """What the weights' side reads of an actor: fp32 masters dealt to the ranks of a mesh, and a compute dtype."""
-
-    def __init__(self, seed, mesh, dtype=torch.float32, tied=True):
-        self.model = model(seed, tied=tied)
-        if mesh is not None:
-            shard(self.model, list(self.model.parallel_layers), mesh, dtype)
-        self.config, self.ranks = SimpleNamespace(torch_dtype=dtype), SimpleNamespace(device=CPU)
-
-    def named_shards(self):
-        for name, parameter in self.model.named_parameters():
-            yield name, getattr(parameter.detach(), "to_local", parameter.detach)(), tuple(parameter.shape)
+def trainer(seed, group, dtype=torch.float32, tied=True, **config):
+    config = ActorConfig(dtype=str(dtype).removeprefix("torch."), **config)
+    return Actor(model(seed, tied=tied), config, "cpu", group)
 
 
 @contextlib.contextmanager
@@ -63,14 +51,6 @@ def process_group(rank, world_size, directory):
         yield
     finally:
         dist.destroy_process_group()
-
-
-def mesh_of(ranks):
-    """A mesh of some of the ranks; None for the others and for a lone one. All ranks call it."""
-    group = dist.new_group(ranks)
-    if dist.get_rank() not in ranks or len(ranks) == 1:
-        return None
-    return DeviceMesh.from_group(group, "cpu")
 
 
 def holds(held, seed, dtype, tied=True):

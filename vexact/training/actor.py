@@ -156,14 +156,13 @@ class Actor:
                 yield name, whole.to(self.config.torch_dtype, copy=self.config.param_offload)
 
     def named_shards(self) -> Iterator[tuple[str, Tensor, torch.Size]]:
-        """Every parameter by its model name: this rank's rows in the compute dtype, and the shape of all.
+        """Every parameter by its model name: this rank's rows as it keeps them, and the shape of all.
 
         Rank r has rows r * ceil(n / W) and on, ceil(n / W) of them or what is left. They are on the device, with
         ``param_offload`` one by one; they may share the actor's memory: copy what outlives the next update.
         """
         for (name, parameter), rows in zip(self.model.named_parameters(), self._parked.rows(), strict=True):
-            here = rows.to(self.ranks.device, non_blocking=True)
-            yield name, here.to(self.config.torch_dtype), parameter.shape
+            yield name, rows.to(self.ranks.device, non_blocking=True), parameter.shape
 
     def state_dict(self) -> ActorState:
         """Everything a resumed run needs for the same bits, on the CPU; all ranks call it, rank 0 gets the tensors."""

@@ -19,9 +19,8 @@ def named_checksums(model: nn.Module) -> dict[str, int]:
     rank, num_ranks = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
     names, rows, offsets = [], [], []
     for name, parameter in model.named_parameters():
-        held = parameter.detach()
         names.append(name)
-        rows.append(held.to_local() if isinstance(held, DTensor) else held)
+        rows.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
         offsets.append(TensorSpec(name, tuple(parameter.shape), parameter.dtype).part(rank, num_ranks)[0])
     sums = checksums(rows, offsets)
     if mesh is not None:

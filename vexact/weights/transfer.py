@@ -183,7 +183,7 @@ def verdict(sent: Tensor, held: Tensor) -> Tensor:
     """(4,) int64: how many checksums (ranks, P) differ, the number of the first, and its two values."""
     different = (sent != held).view(-1)
     first = different.int().argmax()
-    return torch.stack([different.sum(), first, sent.reshape(-1)[first], held.reshape(-1)[first]])
+    return torch.stack([different.sum(), first, sent.take(first), held.take(first)])  # indexing would wait for first
 
 
 def raise_first_difference(

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16
-"""Words widened to 64 bits at a time: they and their weights stay in the cache."""
+CHUNK = 1 << 15
+"""Words widened to 64 bits at a time: they and their weights stay in the cache, and PyTorch starts no threads for them,
+which on a busy machine would wait for each other longer than this takes."""
 
 
 def checksum_spans(words: Sequence[Tensor], spans: np.ndarray) -> Tensor:
