@@ -26,6 +26,9 @@ OBJECT_STORE_BYTES = 1 << 30  # of a cluster of our own: batches and results pas
 _SOCKET_PATH_ROOM = 20  # bytes of a temporary folder's path, so that Ray's sockets in it stay under 107
 
 
+_joined: Cluster | None = None  # while a layout is resolved, and then used
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A living node of a cluster, with what it has in all."""
@@ -91,16 +94,20 @@ def connect(address: str | None, num_cpus: int, num_gpus: int) -> Cluster:
         ValueError: the address, or RAY_AUTH_MODE, is of no use here.
         ClusterError: no Ray, or no answer from the cluster.
     """
+    global _joined
     if env.ray_auth_mode() not in ("", *env.RAY_AUTH_MODES):
         raise ValueError(f"RAY_AUTH_MODE={env.ray_auth_mode()}: must be one of {', '.join(env.RAY_AUTH_MODES)}")
     ray = import_ray()
     source = "trainer.ray_address" if address else "RAY_ADDRESS"
     address = address or env.ray_address() or "local"
-    if ray.is_initialized():  # by the program that calls us, or by an earlier layout of this process
-        return Cluster(ray, address, is_own=False, _connected_here=False)
+    if ray.is_initialized():
+        if _joined is not None and _joined._connected_here:
+            return _joined
+        return Cluster(ray, "the calling program", is_own=False, _connected_here=False)
     if address == "local":
         return _start(ray, num_cpus, num_gpus)
-    return _join(ray, address, source)
+    _joined = _join(ray, address, source)
+    return _joined
 
 
 def _start(ray: ModuleType, num_cpus: int, num_gpus: int) -> Cluster:
