@@ -192,6 +192,20 @@ def set_ray_defaults(environ: MutableMapping[str, str] = os.environ) -> None:
     environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def set_ray_token(token: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Gives a Ray cluster of this process a token of its own, unless the user decided otherwise: Ray, which asks for
+    one by default, would put it into the home directory."""
+    names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if _get(environ, "RAY_AUTH_MODE") in ("", "token") and not any(_get(environ, name) for name in names):
+        environ["RAY_AUTH_TOKEN"] = token
+
+
+def unset_ray_token(token: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Undoes ``set_ray_token``."""
+    if environ.get("RAY_AUTH_TOKEN") == token:
+        del environ["RAY_AUTH_TOKEN"]
+
+
 def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of this process that its workers on other nodes need as well."""
     return {name: value for name, value in environ.items() if name.startswith(WORKER_PREFIXES)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -36,7 +37,7 @@ class Head:
 
     def workers(self) -> list[int]:
         """Processes of actors."""
-        return [pid for pid in processes.marked(self.mark) if b"ray::rank" in _command(pid) or _is_actor(pid)]
+        return [pid for pid in processes.marked(self.mark) if b"ray::RayWorker" in _command(pid)]
 
 
 def _command(pid: int) -> bytes:
@@ -44,10 +45,6 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def _is_actor(pid: int) -> bool:
-    return b"ray::RayWorker" in _command(pid)
 
 
 def free_ports(count: int) -> list[int]:
@@ -100,6 +97,7 @@ def test_calls_reach_the_ranks_and_what_they_print_reaches_the_console(
             (1, 1, 0, HOST),
         ]
         assert group.call("who") == list(group.infos)
+        assert len(head.workers()) == 2
         array = np.zeros(3)
         assert [values.tolist() for values in group.call("add", array, more=0.5)] == [[0.5] * 3, [1.5] * 3]
         assert not array.any()
@@ -153,28 +151,39 @@ def test_unequal_versions_are_refused(head: Head, monkeypatch: pytest.MonkeyPatc
     assert processes.until(lambda: head.workers() == [], 10)
 
 
-@pytest.mark.parametrize(("kind", "code"), [("none", 0), ("memory", 1)])
-def test_a_submitted_job_ends_as_its_command_does(head: Head, kind: str, code: int) -> None:
-    entry = [sys.executable, str(processes.SCRIPT), kind, "--size=2"]
-    submit = [RAY, "job", "submit", f"--address={head.dashboard}", "--", *entry]
-    job = processes.start(submit, head.mark)
+def test_a_submitted_job_uses_the_cluster_and_ends_well(head: Head) -> None:
+    entry = [sys.executable, str(processes.SCRIPT), "none", "--size=2"]
+    job = processes.start([RAY, "job", "submit", f"--address={head.dashboard}", "--", *entry], head.mark)
     output, _ = job.communicate(timeout=180)
-    assert (job.returncode != 0) == bool(code), output
-    if code:
-        last = "\n".join(output.splitlines()[-12:])
-        assert re.search(r"rank 1 \(host .*\) ran out of memory in update: .* lower the size of the dummy", last), (
-            output
-        )
-    else:
-        assert "cpu 2 [4.0, 4.0] pids" in output
-        assert "joined the Ray cluster at" in output
+    assert job.returncode == 0, output
+    assert "cpu 2 [4.0, 4.0] pids" in output
+    assert re.search(rf"joined the Ray cluster at [\d.]+:{head.address.split(':')[1]}\n", output), output
     assert "Traceback" not in output
+
+
+def test_the_job_script_passes_arguments_on_and_fails_with_its_job(head: Head) -> None:
+    script = processes.ROOT / "examples" / "multinode" / "ray_job.sh"
+    path = str(Path(RAY).parent)
+    job = processes.start(
+        ["bash", str(script), "data.train_file=a b?c=1&d;$HOME*"],
+        head.mark,
+        RAY_API=head.dashboard,
+        NNODES="1",
+        PATH=f"{path}:{os.environ['PATH']}",
+    )
+    output, _ = job.communicate(timeout=180)
+    assert job.returncode != 0, output
+    last = "\n".join(output.splitlines()[-8:])
+    assert "data.train_file" in last, output
+    assert "a b?c=1&d;$HOME*" in output
+    assert "trainer.nnodes=1" in output
 
 
 def test_a_cluster_of_ones_own_ends_with_its_driver() -> None:
     mark = uuid.uuid4().hex
     with processes.ending(mark):
-        driver = processes.start([sys.executable, str(processes.SCRIPT), "die", "--size=2"], mark)
+        command = [sys.executable, str(processes.SCRIPT), "die", "--size=2"]
+        driver = processes.start(command, mark, RAY_AUTH_MODE="", HOME="/nowhere")  # it has a token of its own
         output, _ = driver.communicate(timeout=120)
         assert driver.returncode == -9, output
         assert "cpu 2 [4.0, 4.0] pids" in output

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import dummy_worker
@@ -17,6 +21,7 @@ from vexact.distributed import Layout, RankInfo, WorkerError, resolve_layout, st
 from vexact.distributed.errors import ClusterError
 from vexact.distributed.failure import Failure, error_of, failure_of
 from vexact.distributed.host import Call, WorkerHost
+from vexact.distributed.on_ray.scratch import Scratch
 from vexact.distributed.remote import Arrival, Channel, RemoteGroup
 from vexact.distributed.versions import check_versions, versions
 
@@ -113,8 +118,6 @@ def test_a_cluster_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ClusterError, match=r"several processes need Ray.*pip install 'vexact\[ray\]'"):
         start_workers(Layout(n_gpus_per_node=2, device="cpu"), dummy_worker.make)
@@ -124,6 +127,32 @@ def test_an_unknown_authentication_mode_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_AUTH_MODE", "tokens")
     with pytest.raises(ValueError, match="RAY_AUTH_MODE=tokens: must be one of token, disabled"):
         start_workers(Layout(n_gpus_per_node=2, device="cpu"), dummy_worker.make)
+
+
+def test_a_cluster_of_ones_own_leaves_nothing_and_keeps_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/a/long/temporary/directory")
+    code = "from vexact.distributed.on_ray.scratch import Scratch; print(Scratch().options['_temp_dir'])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    killed = Path(ended.stdout.strip())
+    assert killed.parent == Path("/tmp")
+    assert killed.exists()
+    first = Scratch()
+    assert not killed.exists(), "what a killed driver leaves is removed by the next one"
+    folder, token = Path(first.options["_temp_dir"]), os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 64
+    second = Scratch()
+    assert folder.exists(), "its driver lives"
+    for scratch in (second, first):
+        scratch.remove()
+        scratch.remove()
+    assert not folder.exists()
+    assert not os.environ.get("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    scratch = Scratch()
+    assert not os.environ.get("RAY_AUTH_TOKEN")
+    scratch.remove()
 
 
 def test_the_cause_is_told_and_not_what_followed_from_it() -> None:

@@ -136,7 +136,7 @@ def check_ray() -> CheckResult:
     """RAY_AUTH_MODE, which Ray reads and this package only where Ray is installed."""
     mode, version = env.ray_auth_mode(), installed_version("ray")
     if version is None:
-        return ok("ray", "not installed: runs use one process, RAY_AUTH_MODE does not matter")
+        return ok("ray", "not installed: runs use one process, or torchrun; RAY_AUTH_MODE does not matter")
     if mode not in ("", *env.RAY_AUTH_MODES):
         return error(
             "ray", f"{version}, RAY_AUTH_MODE={mode} is unknown", f"set it to {' or '.join(env.RAY_AUTH_MODES)}"

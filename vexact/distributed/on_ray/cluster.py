@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from vexact import env
 from vexact.distributed.errors import ClusterError
+from vexact.distributed.on_ray.scratch import Scratch
 
 log = logging.getLogger(__name__)
 INSTALL = "pip install 'vexact[ray]', or start with torchrun"
 AUTH = "RAY_AUTH_MODE must be the same on every node, and with `token` so must the token (RAY_AUTH_TOKEN_PATH)"
 ANSWER_S = 5.0
-OBJECT_STORE_BYTES = 1 << 30  # of a cluster of our own: batches and results pass through it, weights never do
-_SOCKET_PATH_ROOM = 20  # bytes of a temporary folder's path, so that Ray's sockets in it stay under 107
+
+
+_joined: Cluster | None = None  # while a layout is resolved, and then used
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class Cluster:
     address: str  # for people
     is_own: bool
     _connected_here: bool
-    _folder: Path | None = None
+    _scratch: Scratch | None = None
 
     def nodes(self) -> list[Node]:
         """Those that are alive, the ones with most GPUs first."""
@@ -64,8 +62,8 @@ class Cluster:
             self._connected_here = False
             with suppress(Exception):
                 self.ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
 
 
 def import_ray() -> ModuleType:
@@ -91,21 +89,24 @@ def connect(address: str | None, num_cpus: int, num_gpus: int) -> Cluster:
         ValueError: the address, or RAY_AUTH_MODE, is of no use here.
         ClusterError: no Ray, or no answer from the cluster.
     """
+    global _joined
     if env.ray_auth_mode() not in ("", *env.RAY_AUTH_MODES):
         raise ValueError(f"RAY_AUTH_MODE={env.ray_auth_mode()}: must be one of {', '.join(env.RAY_AUTH_MODES)}")
     ray = import_ray()
     source = "trainer.ray_address" if address else "RAY_ADDRESS"
     address = address or env.ray_address() or "local"
-    if ray.is_initialized():  # by the program that calls us, or by an earlier layout of this process
-        return Cluster(ray, address, is_own=False, _connected_here=False)
+    if ray.is_initialized():
+        if _joined is not None and _joined._connected_here:
+            return _joined
+        return Cluster(ray, "the calling program", is_own=False, _connected_here=False)
     if address == "local":
         return _start(ray, num_cpus, num_gpus)
-    return _join(ray, address, source)
+    _joined = _join(ray, address, source)
+    return _joined
 
 
 def _start(ray: ModuleType, num_cpus: int, num_gpus: int) -> Cluster:
-    folder = _folder()
-    options: dict[str, Any] = {"object_store_memory": OBJECT_STORE_BYTES} if _shared_memory() else {}
+    place = Scratch()
     try:
         with _own_signals():
             ray.init(
@@ -114,16 +115,16 @@ def _start(ray: ModuleType, num_cpus: int, num_gpus: int) -> Cluster:
                 num_gpus=num_gpus,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
-                _temp_dir=None if folder is None else str(folder),
-                **options,
+                **place.options,
             )
-    except Exception as error:
+    except BaseException as error:
         with suppress(Exception):
             ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        place.remove()
+        if not isinstance(error, Exception):
+            raise
         raise ClusterError(f"Ray could not be started on this machine: {_first_line(error)}") from error
-    return Cluster(ray, "this machine", is_own=True, _connected_here=True, _folder=folder)
+    return Cluster(ray, "this machine", is_own=True, _connected_here=True, _scratch=place)
 
 
 def _join(ray: ModuleType, address: str, source: str) -> Cluster:
@@ -197,19 +198,3 @@ def _own_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-
-
-def _folder() -> Path | None:
-    """A folder for Ray's sockets and logs that goes with the cluster; None leaves the choice to Ray."""
-    for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(parent) <= _SOCKET_PATH_ROOM:
-            with suppress(OSError):
-                return Path(tempfile.mkdtemp(prefix="vexact-", dir=parent))
-    return None
-
-
-def _shared_memory() -> bool:
-    """Whether /dev/shm has room for the object store; without, Ray puts a small one on disk."""
-    with suppress(OSError):
-        return shutil.disk_usage("/dev/shm").free > 2 * OBJECT_STORE_BYTES
-    return False

@@ -29,16 +29,18 @@ def reserve(cluster: Cluster, layout: Layout, timeout_s: float) -> list[Any]:
     groups = [placement_group([bundle] * layout.n_gpus_per_node, strategy="STRICT_PACK") for _ in range(layout.nnodes)]
     start, said = time.monotonic(), 0.0
     try:
-        while not all(group.wait(0) for group in groups):
+        waiting = list(groups)
+        while waiting:
             interrupt.check()
             waited = time.monotonic() - start
             if waited > timeout_s:
                 raise ClusterError(f"no room for the workers within {timeout_s:g} s: {shortage(cluster, layout)}")
             if waited > said:
                 said = waited + SAY_S
-                if waited > POLL_S:
+                if waited > 2 * POLL_S:
                     log.info("waiting for %s (%.0f s of %g s)", shortage(cluster, layout), waited, timeout_s)
-            time.sleep(POLL_S)
+            if waiting[0].wait(POLL_S):
+                waiting.pop(0)
     except BaseException:
         release(groups)
         raise
