@@ -36,7 +36,10 @@ def diagnose(
     """
     first = error.comparison.first
     if workers.group is not None:
-        error.args = (f"{error}\nto see where the two sides part, repeat it in one process: trainer.n_gpus_per_node=1",)
+        alone = "trainer.n_gpus_per_node=1"
+        if workers.engine.num_replicas < workers.group.size:
+            alone += " trainer.rollout_gpus=null trainer.async_steps=0"
+        error.args = (f"{error}\nto see where the two sides part, repeat it in one process: {alone}",)
         return
     assert isinstance(workers.engine, Engine)
     assert isinstance(workers.actor, Actor)
