@@ -64,7 +64,8 @@ def _run(argv: Sequence[str] | None) -> int:
             return _interrupted(arguments.command, error)
         if not is_user_error(error) or debug:
             raise
-        sys.stderr.write(f"vexact {arguments.command}: {error}\n(--debug shows where)\n")
+        text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        sys.stderr.write(f"vexact {arguments.command}: {text}\n(--debug shows where)\n")
         return 2
 
 

@@ -31,11 +31,6 @@ class Ahead:
         self._ready = ready
         self._failure: Exception | None = None
 
-    @property
-    def holds_next(self) -> bool:
-        """Whether groups of a later step are waiting."""
-        return self._ready is not None
-
     def begin(self, step: int, cursor: int) -> None:
         """Starts on ``step`` with the rollout's present weights, and returns; does nothing if there is no such step or
         it is not to be ahead."""

@@ -18,7 +18,8 @@ from vexact.trainer.checkpoint.manifest import read_manifest
 from vexact.trainer.collect import Collected
 from vexact.types import Sample, SampleGroup, Score
 
-TEXT, NUMBERS = "next_step.json", "next_step.safetensors"
+FOLDER = "next_step"  # beside the model's own safetensors
+TEXT, NUMBERS = f"{FOLDER}/samples.json", f"{FOLDER}/numbers.safetensors"
 _ARRAYS = ("token_ids", "logprobs", "min_logits")
 _FIELDS = ("request_id", "temperature", "finish_reason", "weights_version", "stop_reason", "text")
 
@@ -50,6 +51,7 @@ def write_collected(directory: Path, step: int, collected: Collected) -> None:
             for group in collected.sampled
         ],
     }
+    (directory / FOLDER).mkdir()
     (directory / NUMBERS).write_bytes(save(numbers))
     (directory / TEXT).write_text(json.dumps(content) + "\n", encoding="utf-8")
 

@@ -93,7 +93,7 @@ class CheckpointStore:
         identity: Mapping[str, Any] | None = None,
     ) -> Path:
         """Makes the directory that will be the checkpoint, under a name that no earlier life of the run has used, with
-        what is small in it; all ranks write into its ``trainer_state``.
+        what is small in it, that of ``save_beside`` too; all ranks write into its ``trainer_state``.
 
         Raises:
             CheckpointError: the disk is full or not writable.
