@@ -242,7 +242,7 @@ def test_stored_samples_that_do_not_fit_are_refused(tmp_path):
     path = stored(tmp_path / "c")
     with pytest.raises(CheckpointError, match="it is of step 3, expected step 4"):
         read_collected(path, 4, rows)
-    with pytest.raises(CheckpointError, match=r"row 0 of data\.train_files is another prompt"):
+    with pytest.raises(CheckpointError, match=r"row 1 of data\.train_files is another prompt"):
         read_collected(path, 3, [prompt(row) for row in (1, 1, 2)])
     text = path / "next_step" / "samples.json"
     text.write_text(text.read_text().replace('"groups"', '"group"'))
@@ -359,5 +359,7 @@ def test_settings_that_contradict_each_other_are_refused(tiny, tmp_path):
     expected = "strict: in 1 step of 2, under the weights that sampled, stop at the first unequal bit"
     assert rows["exactness"] == expected
     assert any("trainer.async_steps=1: every step but the first" in note for note in plan.advice)
-    never = build_plan(load("trainer.async_audit_freq=-1"), "cpu")
+    with pytest.raises(ConfigError, match=r"rollout_gpus=1 of 1 process.* leaves none to train"):
+        build_plan(load(), "cpu")
+    never = build_plan(load("trainer.async_audit_freq=-1", "trainer.n_gpus_per_node=2"), "cpu")
     assert any("nothing compares rollout and trainer" in note for note in never.advice)
