@@ -9,15 +9,15 @@ from torch.nn import Parameter
 from training_support import tiny_actor
 
 from vexact.training import OptimConfig
-from vexact.training import norm as norm_module
-from vexact.training import offload as offload_module
-from vexact.training.adamw import adamw_step
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
-from vexact.training.norm import total_norm
-from vexact.training.offload import Parked
-from vexact.training.optimizer import Optimizer
-from vexact.training.ranks import Ranks
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.optim import norm as norm_module
+from vexact.training.optim import offload as offload_module
+from vexact.training.optim.adamw import adamw_step
+from vexact.training.optim.norm import total_norm
+from vexact.training.optim.offload import Parked
+from vexact.training.optim.optimizer import Optimizer
+from vexact.training.parallel.ranks import Ranks
+from vexact.training.passes.forward import token_scores
 
 CONFIG = OptimConfig(lr=1e-2, weight_decay=0.05)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

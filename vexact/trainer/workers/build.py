@@ -25,7 +25,7 @@ from vexact.trainer.workers.parts import build_actor, build_engine, build_refere
 from vexact.trainer.workers.roles import Roles, roles_of
 from vexact.trainer.workers.worker import Worker
 from vexact.training import Actor, Reference
-from vexact.training.redraw import Redraw
+from vexact.training.passes.redraw import Redraw
 from vexact.types import TrainSequence
 from vexact.weights import sync_weights
 

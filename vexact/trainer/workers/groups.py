@@ -21,9 +21,9 @@ from vexact.trainer.workers.roles import Roles
 from vexact.trainer.workers.settings import actor_config, engine_settings
 from vexact.trainer.workers.worker import EngineFacts, Updated
 from vexact.training import ActorConfig, Ledger
-from vexact.training.forward import Scored
+from vexact.training.passes.forward import Scored
+from vexact.training.passes.redraw import Redraw
 from vexact.training.protocol import Audit
-from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence
 
 log = logging.getLogger(__name__)

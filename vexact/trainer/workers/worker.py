@@ -24,9 +24,9 @@ from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
-from vexact.training.forward import Scored
-from vexact.training.past_weights import PastWeights
-from vexact.training.redraw import Redraw, Redrawn
+from vexact.training.passes.forward import Scored
+from vexact.training.passes.redraw import Redraw, Redrawn
+from vexact.training.state.past_weights import PastWeights
 from vexact.types import Sample, TrainSequence
 from vexact.weights import receive_weights, send_weights, sync_weights
 

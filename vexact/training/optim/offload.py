@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vexact.training.ranks import local
+from vexact.training.parallel.ranks import local
 
 _PIECE = 1 << 24
 """Elements of each moment that are on their way at a time; two pieces of two moments are 256 MiB on the device."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vexact.training.finite import local
+from vexact.training.parallel.ranks import local
 
 
 class PastWeights:

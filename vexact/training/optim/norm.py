@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vexact.training.ranks import Ranks, local
+from vexact.training.parallel.ranks import Ranks, local
 
 _BLOCK = {"cuda": 1 << 24}
 _HOST_BLOCK = 1 << 16
