@@ -14,12 +14,15 @@ import torch.distributed as dist
 
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.environment import environment
+from vexact.audit.explain.operators import Operators, operators_of
 from vexact.config import Config
 from vexact.distributed import RankInfo
+from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.stats import EngineStats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles
@@ -162,6 +165,24 @@ class Worker:
         """This rank's share."""
         assert self._reference is not None, "no KL term is on"
         return self._reference.score(sequences)
+
+    def why_not_finite(self) -> str:
+        """A sentence, the same on every rank that trains."""
+        return cause_of_nonfinite(self.actor.named_weights(), self.actor.config.torch_dtype)
+
+    def operators(self) -> Operators:
+        """What the actor runs in place of the invariant operators."""
+        return operators_of(self.actor.model)
+
+    def explain(self, question: Question) -> str | None:
+        """Called on all ranks that train and on the one whose engine explains; the latter gives the text."""
+        if self._actor is None:
+            weights = take_weights(question, self.engine.model)
+        else:
+            weights = give_weights(question, self._actor, self._past, self.info.rank, self.roles.trainers)
+        if self.info.rank != question.generated_by:
+            return None
+        return explain_here(question, weights, self.engine, self._actor)
 
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""
