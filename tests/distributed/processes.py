@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / "run_group.py"
 MARK = "VEXACT_TEST_MARK"
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def environment(mark: str, further: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -87,6 +88,11 @@ def ranks(mark: str, size: int, port: int, *arguments: str, **variables: str) ->
         )
         for rank in range(size)
     ]
+
+
+def by_ray(mark: str, *arguments: str) -> subprocess.Popen[str]:
+    """A run with a Ray cluster of its own."""
+    return start([sys.executable, str(SCRIPT), *arguments], mark)
 
 
 def torchrun(mark: str, *arguments: str) -> subprocess.Popen[str]:
