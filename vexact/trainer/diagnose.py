@@ -11,7 +11,7 @@ from vexact.audit.certificate import CertificateError
 from vexact.audit.explain import explain
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
-from vexact.trainer.workers import Workers
+from vexact.trainer.workers import EngineGroup, Workers
 from vexact.training import Actor
 from vexact.types import Sample
 
@@ -35,7 +35,8 @@ def diagnose(
         sample: what the first unequal token is in, sampled with ``sampling``.
     """
     first = error.comparison.first
-    if workers.group is not None:
+    if isinstance(workers.engine, EngineGroup):
+        error.add_note(f"sampled by {workers.engine.worker_of(sample)}")
         error.args = (f"{error}\nto see where the two sides part, repeat it in one process: trainer.n_gpus_per_node=1",)
         return
     assert isinstance(workers.engine, Engine)

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from vexact.config import Config
-from vexact.distributed import Pending, WorkerGroup
+from vexact.distributed import Pending, RankInfo, WorkerGroup
 from vexact.rollout import EngineConfig, SamplingParams
 from vexact.rollout.replicas import split_prompts
 from vexact.rollout.requests.intake import expand
@@ -63,6 +64,7 @@ class EngineGroup:
         self.num_cache_tokens = min(fact.num_cache_tokens for fact in facts)
         self._cache_tokens = [fact.num_cache_tokens for fact in facts]
         self._num_samples = self._num_sampled_tokens = 0
+        self._sampled_by: dict[int, dict[str, int]] = {}  # request to rank, of the versions in use
 
     def generate(
         self,
@@ -90,8 +92,22 @@ class EngineGroup:
             ([prompts[i] for i in share], [params[i] for i in share], [request_ids[i] for i in share])
             for share in shares
         ]
+        self._note_ranks(arguments)
         pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage="generation")
         return PendingSamples(pending, shares, n, self._note_lengths)
+
+    def worker_of(self, sample: Sample) -> RankInfo:
+        """Who generated a sample, of this version of the weights or of the one before."""
+        names = self._sampled_by[sample.weights_version]
+        name = sample.request_id
+        return self._group.infos[names[name] if name in names else names[name.rpartition("/")[0]]]
+
+    def _note_ranks(self, arguments: Sequence[tuple[Any, Any, list[str]]]) -> None:
+        version = self.weights_version
+        self._sampled_by = {kept: by for kept, by in self._sampled_by.items() if kept >= version - 1}
+        names = self._sampled_by.setdefault(version, {})
+        for rank, (_, _, request_ids) in zip(self._ranks, arguments, strict=True):
+            names.update(dict.fromkeys(request_ids, rank))
 
     def _note_lengths(self, samples: Sequence[Sample]) -> None:
         self._num_samples += len(samples)
@@ -196,7 +212,8 @@ class ActorGroup:
         return written
 
     def abandon(self) -> None:
-        self._group.call("abandon_shard", ranks=self._ranks, stage="a checkpoint")
+        """Ends the group, so that no rank writes any more: only a run that ends gives up a checkpoint."""
+        self._group.close()
 
 
 class ReferenceGroup:
