@@ -40,9 +40,8 @@ def _of_machine(layout: Layout) -> Layout:
     wanted = layout.n_gpus_per_node
     if device == "cuda" and available < (wanted or 1):
         raise ValueError(
-            f"trainer.n_gpus_per_node={'null' if wanted is None else wanted} with device=cuda: this machine has "
-            f"{available} GPU(s) that PyTorch sees (CUDA_VISIBLE_DEVICES hides others); lower it, or leave it out to use "
-            "all, or use device=cpu"
+            f"trainer.n_gpus_per_node={wanted or 'null'} with device=cuda: PyTorch sees {available} GPU(s) on this "
+            "machine (CUDA_VISIBLE_DEVICES hides others); lower it, leave it out for all, or use device=cpu"
         )
     if wanted is None:
         wanted = available if device == "cuda" else 1
