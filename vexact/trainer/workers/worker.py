@@ -24,6 +24,7 @@ from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
+from vexact.trainer.workers.memory import memory_advice
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
@@ -71,6 +72,7 @@ class Worker:
     def __init__(self, config: Config, roles: Roles, total_steps: int, info: RankInfo) -> None:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
+        self.memory_advice = memory_advice(config)  # the host of this worker asks for it
         self._engine: Engine | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
@@ -198,8 +200,10 @@ class Worker:
     def wait_shard(self) -> list[Written]:
         return self._shards.wait()
 
-    def abandon_shard(self) -> None:
-        self._shards.abandon()
+    def close(self) -> None:
+        """Ends what this rank writes beside the steps."""
+        if self._actor is not None:
+            self._shards.abandon()
 
     def restore(self, path: Path) -> Progress:
         return restore(path, self.actor)
