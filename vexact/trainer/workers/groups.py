@@ -79,8 +79,9 @@ class EngineGroup:
         prompts: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams],
         request_ids: Sequence[str],
+        stage: str = "generation",
     ) -> PendingSamples:
-        """``generate`` without waiting."""
+        """``generate`` without waiting; ``stage`` is how messages call it."""
         params = expand("sampling_params", sampling_params, len(prompts))
         expected = max(each.max_tokens for each in params) / 2
         if self._num_samples:
@@ -91,7 +92,7 @@ class EngineGroup:
             ([prompts[i] for i in share], [params[i] for i in share], [request_ids[i] for i in share])
             for share in shares
         ]
-        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage="generation")
+        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage=stage)
         return PendingSamples(pending, shares, n, self._note)
 
     def worker_of(self, sample: Sample) -> RankInfo:

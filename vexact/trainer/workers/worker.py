@@ -82,8 +82,7 @@ class Worker:
             self._engine = build_engine(config, load_tokenizer(config), device)
         if trains:
             self._actor = build_actor(config, device, total_steps, group)
-            depth = config.trainer.async_steps + 1
-            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype, depth)
+            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype)
             self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
         if trains and config.needs_reference:
             self._reference = build_reference(config, device, group)
@@ -122,14 +121,14 @@ class Worker:
     def resume_kv_cache(self) -> None:
         self.engine.resume_kv_cache()
 
-    def sync(self, version: int) -> dict[str, float]:
-        """Called on all ranks: the weights of the actor become those of every engine. Raises WeightSyncError."""
+    def sync(self, version: int, keep: bool) -> dict[str, float]:
+        """Called on all ranks: the weights of the actor become those of every engine; with ``keep`` ranks that train
+        alone keep a copy. Raises WeightSyncError."""
         if self.roles.colocated:
             return sync_weights(self.actor, self.engine, version)
         if self._actor is not None:
-            if self.config.trainer.async_steps:
-                with self._actor.resident():
-                    self._past.keep(version)
+            with self._actor.resident() if keep else nullcontext():
+                self._past.advance(version, keep)
             return send_weights(self._actor, version)
         return receive_weights(self.engine, version)
 
