@@ -22,7 +22,7 @@ from vexact.trainer.workers.worker import Worker
 
 STAGES = {
     "generation": ("vexact.rollout.engine", "Engine", "step"),
-    "the update": ("vexact.training.optimizer", "Optimizer", "_apply"),  # all gradients are there
+    "the update": ("vexact.training.optim.optimizer", "Optimizer", "_apply"),  # all gradients are there
     "the weight sync": ("vexact.weights.transfer", "Incoming", "put_slots"),
     "a checkpoint": ("vexact.trainer.checkpoint.shard_writer", "ShardWriter", "_go_on"),  # between pieces of a file
 }

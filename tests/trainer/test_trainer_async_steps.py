@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vexact.training.past_weights import PastWeights
+from vexact.training.state.past_weights import PastWeights
 
 from vexact.audit import Audit
 from vexact.config import ConfigError, load_config
