@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -204,6 +205,16 @@ def unset_ray_token(token: str, environ: MutableMapping[str, str] = os.environ) 
     """Undoes ``set_ray_token``."""
     if environ.get("RAY_AUTH_TOKEN") == token:
         del environ["RAY_AUTH_TOKEN"]
+
+
+@contextmanager
+def ray_run(mark: str, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """What is started inside has VEXACT_RAY_RUN in its environment, and is found by it."""
+    environ["VEXACT_RAY_RUN"] = mark
+    try:
+        yield
+    finally:
+        del environ["VEXACT_RAY_RUN"]
 
 
 def worker_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -35,7 +35,7 @@ class Dummy:
         return array + more
 
     def total(self, value: float) -> float:
-        tensor = torch.tensor([value])
+        tensor = torch.tensor([value], device=self.info.device)
         dist.all_reduce(tensor)
         return tensor.item()
 

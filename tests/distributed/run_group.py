@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind")
     parser.add_argument("--size", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--timeout", type=float, default=30.0)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
@@ -43,7 +44,7 @@ def main() -> int:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    layout = Layout(n_gpus_per_node=arguments.size, device="cpu")
+    layout = Layout(n_gpus_per_node=arguments.size, device=arguments.device)
     make = partial(dummy_worker.make, broken=arguments.kind == "broken")
     with start_workers(layout, make, timeout_s=arguments.timeout, start_timeout_s=arguments.timeout) as group:
         total = group.call("total", 2.0)

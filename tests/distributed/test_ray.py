@@ -187,6 +187,6 @@ def test_a_cluster_of_ones_own_ends_with_its_driver() -> None:
         output, _ = driver.communicate(timeout=120)
         assert driver.returncode == -9, output
         assert "cpu 2 [4.0, 4.0] pids" in output
-        assert processes.until(lambda: processes.marked(mark) == [], 30), [
+        assert processes.until(lambda: processes.marked(mark) == [], 20), [
             _command(pid) for pid in processes.marked(mark)
         ]

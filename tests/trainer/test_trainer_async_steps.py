@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from vexact.training.state.past_weights import PastWeights
 
 from vexact.audit import Audit
 from vexact.config import ConfigError, load_config
@@ -23,7 +24,6 @@ from vexact.trainer.ahead import Ahead, PastAudit, StaleSamplesError, read_colle
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint, manifest
 from vexact.trainer.collect import Collected
 from vexact.trainer.launch import run
-from vexact.training.past_weights import PastWeights
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
 STEPS = 4

@@ -12,7 +12,7 @@ import numpy as np
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.mismatch_metrics import mismatch_metrics
-from vexact.training.redraw import Redraw, Redrawn
+from vexact.training.passes.redraw import Redraw, Redrawn
 from vexact.types import DrawSettings, Sample
 
 log = logging.getLogger(__name__)

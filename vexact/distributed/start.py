@@ -38,10 +38,10 @@ def resolve_layout(layout: Layout) -> Layout:
 def _of_machine(layout: Layout) -> Layout:
     device, available = _device(layout.device), _num_gpus()
     wanted = layout.n_gpus_per_node
-    if device == "cuda" and wanted is not None and wanted > available:
+    if device == "cuda" and available < (wanted or 1):
         raise ValueError(
-            f"trainer.n_gpus_per_node={wanted}: this machine has {available} GPU(s) that PyTorch sees "
-            "(CUDA_VISIBLE_DEVICES hides others); lower it, or leave it out to use all"
+            f"trainer.n_gpus_per_node={wanted or 'null'} with device=cuda: PyTorch sees {available} GPU(s) on this "
+            "machine (CUDA_VISIBLE_DEVICES hides others); lower it, leave it out for all, or use device=cpu"
         )
     if wanted is None:
         wanted = available if device == "cuda" else 1

@@ -55,6 +55,7 @@ class Driver:
         self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
         self.saver = Saver(store, workers.shards, config.actor.checkpoint.async_save, self._saved)
+        self.stage = "gen"  # that began last
         self.timers = Timers(on_enter=self._begin)
         self.collector, first = Collector(config, workers, self.timers), progress.step + 1
         stored = None if ready is None else (first, ready)
@@ -83,6 +84,7 @@ class Driver:
         log.info("%s", self._summary(first, rewards))
 
     def _begin(self, stage: str) -> None:
+        self.stage = stage
         interrupt.check()
         self.saver.advance()
         self.reporter.stage(stage)

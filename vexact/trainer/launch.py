@@ -12,7 +12,7 @@ from vexact.config import Config
 from vexact.config.memory import ModelShape
 from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
 from vexact.data import PromptDataset
-from vexact.distributed import Layout
+from vexact.distributed import Layout, WorkerError
 from vexact.models import ModelConfig
 from vexact.report import Reporter
 from vexact.trainer.ahead import read_collected
@@ -27,6 +27,7 @@ from vexact.trainer.resume.changes import Identity, breaking_changes
 from vexact.trainer.run_directory import RunDirectoryError, open_run_directory, set_aside
 from vexact.trainer.run_record import write_run_record
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
+from vexact.trainer.workers.memory import advising
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def run(config: Config, layout: Layout | None = None) -> int:
         plan = build_plan(config, machine_of(layout))
         for name, value in plan.memory:
             log.info("%s: %s", name, value)
-        workers = build_workers(config, layout, inputs)
+        with advising(config, lambda: None):
+            workers = build_workers(config, layout, inputs)
         stack.callback(workers.close)
         identity["environment"] = workers.environment()
         identity["model"]["weights"] = workers.weights_digest()
@@ -93,9 +95,21 @@ def run(config: Config, layout: Layout | None = None) -> int:
         if progress.step:
             log.info("resuming after step %d", progress.step)
         audit = Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio)
-        Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready).run()
+        driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
+        with advising(config, lambda: driver.stage):
+            _drive(driver)
         interrupt.check()
     return 0
+
+
+def _drive(driver: Driver) -> None:
+    """Trains; a worker that is lost leaves word of how to go on."""
+    try:
+        driver.run()
+    except WorkerError as error:
+        if error.is_fault:
+            error.args = (f"{error}; {interrupt.noted()}",)
+        raise
 
 
 def _check_source(config: Config, store: CheckpointStore, source: Source | None, identity: dict[str, Any]) -> None:

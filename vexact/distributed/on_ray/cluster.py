@@ -108,7 +108,7 @@ def connect(address: str | None, num_cpus: int, num_gpus: int) -> Cluster:
 def _start(ray: ModuleType, num_cpus: int, num_gpus: int) -> Cluster:
     place = Scratch()
     try:
-        with _own_signals():
+        with _own_signals(), place.marked():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vexact import env
+from vexact.distributed.errors import ClusterError
 from vexact.distributed.layout import Layout, RankInfo
 from vexact.distributed.on_ray import logs, placement
 from vexact.distributed.on_ray.actor import RayWorker
@@ -78,6 +79,10 @@ def _infos(layout: Layout, hellos: list[Any]) -> list[RankInfo]:
     assert layout.n_gpus_per_node is not None
     infos = []
     for rank, (said, _, gpu) in enumerate(hellos):
+        if layout.device == "cuda" and not said.num_gpus:
+            raise ClusterError(
+                f"rank {rank} has a GPU of {said.host} from Ray, but its PyTorch sees none; install a CUDA build there"
+            )
         node, local_rank = divmod(rank, layout.n_gpus_per_node)
         device = "cpu" if layout.device == "cpu" else f"cuda:{gpu}"
         infos.append(RankInfo(rank, layout.world_size, local_rank, node, said.host, said.pid, device))

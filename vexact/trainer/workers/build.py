@@ -21,11 +21,12 @@ from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup
 from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
+from vexact.trainer.workers.memory import advising
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles, roles_of
 from vexact.trainer.workers.worker import Worker
 from vexact.training import Actor, Reference
-from vexact.training.redraw import Redraw
+from vexact.training.passes.redraw import Redraw
 from vexact.types import TrainSequence
 from vexact.weights import sync_weights
 
@@ -152,4 +153,5 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
 
 
 def _worker(config: Config, roles: Roles, total_steps: int, info: RankInfo) -> Worker:
-    return Worker(config, roles, total_steps, info)
+    with advising(config, lambda: None):
+        return Worker(config, roles, total_steps, info)

@@ -14,19 +14,23 @@ import torch.distributed as dist
 
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.environment import environment
+from vexact.audit.explain.operators import Operators, operators_of
 from vexact.config import Config
 from vexact.distributed import RankInfo
+from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.stats import EngineStats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
+from vexact.trainer.workers.memory import memory_advice
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
-from vexact.training.forward import Scored
-from vexact.training.past_weights import PastWeights
-from vexact.training.redraw import Redraw, Redrawn
+from vexact.training.passes.forward import Scored
+from vexact.training.passes.redraw import Redraw, Redrawn
+from vexact.training.state.past_weights import PastWeights
 from vexact.types import Sample, TrainSequence
 from vexact.weights import receive_weights, send_weights, sync_weights
 
@@ -68,6 +72,7 @@ class Worker:
     def __init__(self, config: Config, roles: Roles, total_steps: int, info: RankInfo) -> None:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
+        self.memory_advice = memory_advice(config)  # the host of this worker asks for it
         self._engine: Engine | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
@@ -162,6 +167,24 @@ class Worker:
         assert self._reference is not None, "no KL term is on"
         return self._reference.score(sequences)
 
+    def why_not_finite(self) -> str:
+        """A sentence, the same on every rank that trains."""
+        return cause_of_nonfinite(self.actor.named_weights(), self.actor.config.torch_dtype)
+
+    def operators(self) -> Operators:
+        """What the actor runs in place of the invariant operators."""
+        return operators_of(self.actor.model)
+
+    def explain(self, question: Question) -> str | None:
+        """Called on all ranks that train and on the one whose engine explains; the latter gives the text."""
+        if self._actor is None:
+            weights = take_weights(question, self.engine.model)
+        else:
+            weights = give_weights(question, self._actor, self._past, self.info.rank, self.roles.trainers)
+        if self.info.rank != question.generated_by:
+            return None
+        return explain_here(question, weights, self.engine, self._actor)
+
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""
         with self.actor.resident():
@@ -176,8 +199,10 @@ class Worker:
     def wait_shard(self) -> list[Written]:
         return self._shards.wait()
 
-    def abandon_shard(self) -> None:
-        self._shards.abandon()
+    def close(self) -> None:
+        """Ends what this rank writes beside the steps."""
+        if self._actor is not None:
+            self._shards.abandon()
 
     def restore(self, path: Path) -> Progress:
         return restore(path, self.actor)

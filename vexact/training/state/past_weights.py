@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vexact.training.ranks import local
+from vexact.training.parallel.ranks import local
 
 DEPTH = 2
 """Versions for which weights stay: those that generated the samples being trained on, and those of the next step's."""

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-SCRIPT = HERE / "run_group.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests" / "distributed" / "run_group.py"
+IMPORTED = [ROOT, *(ROOT / "tests" / room for room in ("support", "distributed", "trainer"))]  # by processes under test
 MARK = "VEXACT_TEST_MARK"
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def environment(mark: str, further: Mapping[str, str] | None = None) -> dict[str, str]:
     """What every process under test inherits; ``mark`` finds them again."""
     return {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}:{HERE}",
+        "PYTHONPATH": ":".join(map(str, IMPORTED)),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         MARK: mark,
@@ -87,6 +88,11 @@ def ranks(mark: str, size: int, port: int, *arguments: str, **variables: str) ->
         )
         for rank in range(size)
     ]
+
+
+def by_ray(mark: str, *arguments: str) -> subprocess.Popen[str]:
+    """A run with a Ray cluster of its own."""
+    return start([sys.executable, str(SCRIPT), *arguments], mark)
 
 
 def torchrun(mark: str, *arguments: str) -> subprocess.Popen[str]:
