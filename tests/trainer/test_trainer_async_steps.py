@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vexact.training.state.past_weights import PastWeights
 
 from vexact.audit import Audit
 from vexact.config import ConfigError, load_config
@@ -24,6 +23,7 @@ from vexact.trainer.ahead import Ahead, PastAudit, StaleSamplesError, read_colle
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint, manifest
 from vexact.trainer.collect import Collected
 from vexact.trainer.launch import run
+from vexact.training.state.past_weights import PastWeights
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
 STEPS = 4
@@ -162,11 +162,10 @@ def test_a_run_that_is_interrupted_goes_on_with_the_samples_it_has(tiny, unbroke
 
 def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(tiny, tmp_path):
     directory = tmp_path / "run"
-    code, output = torchrun(2, tmp_path / "marks", {"weights-1": "spoil"}, arguments(tiny, directory))
+    code, output = torchrun(2, tmp_path / "marks", {"weights-1": "spoil 1e-3"}, arguments(tiny, directory))
     assert code != 0
     assert "rollout and trainer disagree" in output
     assert "compared under weights version 1, which generated the samples of step 3" in output
-    assert "trainer.rollout_gpus=null trainer.async_steps=0" in output, "how to look for it in one process"
     last = metrics(directory)[-1]
     assert last["step"] == 3
     assert last["bitwise/tokens_different"] > 0
