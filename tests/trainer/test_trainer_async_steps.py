@@ -173,13 +173,13 @@ def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(
 
 
 def test_a_rank_that_dies_while_it_generates_ahead_ends_the_run_at_once(tiny, tmp_path):
-    started = time.monotonic()
     plan = {"gen-3": "kill", "update-2": "sleep"}
     code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, tmp_path / "run", "trainer.save_freq=1"))
     assert code != 0
     assert "rank 1" in output
     assert "in generation of step 3" in output, output
-    assert time.monotonic() - started < 50, "the update that ran beside it was waited for"
+    died = (tmp_path / "marks" / "gen-3").stat().st_mtime
+    assert time.time() - died < 50, "the update that ran beside it, and takes 60 s, was waited for"
     assert (tmp_path / "run" / "checkpoints" / "step_1" / "manifest.json").is_file()
 
 
