@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torchrun_support import torchrun
 
 from vexact.config import load_config
 from vexact.trainer.checkpoint import load_checkpoint
@@ -44,21 +41,10 @@ def rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(processes: int, arguments: list[str], *, check: bool = True, **variables: str) -> str:
+def train(processes: int, arguments: list[str], *, check: bool = True, **variables: str) -> str:
     """`vexact train` under torchrun; its output."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    done = subprocess.run(
-        [*command, "-m", "vexact", "train", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    output = done.stdout + done.stderr
-    assert not check or done.returncode == 0, output
+    code, output = torchrun(processes, ["-m", "vexact", "train", *arguments], **variables)
+    assert not check or code == 0, output
     return output
 
 
@@ -100,7 +86,7 @@ def assert_same_run(directory: Path, one_process: Path) -> None:
 
 @pytest.mark.parametrize(("processes", "more"), [(2, ()), (3, ("trainer.rollout_gpus=1",)), (4, ())])
 def test_torchrun_gives_the_weights_of_one_process(processes, more, tiny, one_process, tmp_path):
-    output = torchrun(processes, arguments(tiny, tmp_path / "run", *more))
+    output = train(processes, arguments(tiny, tmp_path / "run", *more))
     assert_same_run(tmp_path / "run", one_process)
     assert output.count("done: steps 1 to") <= 1, output
 
