@@ -1,8 +1,8 @@
 """The command `vexact`: arguments, exit codes, and how errors look.
 
-Exit codes: 0 done, 1 the command found a failure, 2 the user can fix it (one message, no traceback), 130 a signal ended
-it (Ctrl-C, SIGTERM, a closed terminal), 141 the reader of the output has gone (``| head``), as if SIGPIPE had ended the
-command. Training goes on without one.
+Exit codes: 0 done, 1 the command found a failure, or a process or a machine failed, 2 the user can fix it (one
+message, no traceback), 130 a signal ended it (Ctrl-C, SIGTERM, a closed terminal), 141 the reader of the output is gone
+(``| head``), as if SIGPIPE had ended the command. Training goes on without one.
 """
 
 from __future__ import annotations
@@ -64,15 +64,23 @@ def _run(argv: Sequence[str] | None) -> int:
             return _interrupted(arguments.command, error)
         if not is_user_error(error) or debug:
             raise
-        sys.stderr.write(f"vexact {arguments.command}: {error}\n(--debug shows where)\n")
+        if getattr(error, "is_fault", False):
+            sys.stderr.write(f"vexact {arguments.command}: {_told(error)}\n")
+            return 1
+        sys.stderr.write(f"vexact {arguments.command}: {_told(error)}\n(--debug shows where)\n")
         return 2
+
+
+def _told(error: BaseException) -> str:
+    """The message, and what was noted about it on its way: the rank it comes from, for instance."""
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def _interrupted(command: str, error: BaseException | None = None) -> int:
     """Says so, after any failure of ours that was being dealt with, and returns the exit code."""
     while error is not None and not _is_ours(error):
         error = error.__context__
-    failure = f"vexact {command}: {error}\n" if error is not None else ""
+    failure = f"vexact {command}: {_told(error)}\n" if error is not None else ""
     with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone, too
         sys.stderr.write(failure + interrupt.message())
     streams.flush()

@@ -57,6 +57,11 @@ def note(text: str) -> None:
     _note = text
 
 
+def noted() -> str:
+    """What ``note`` was given last."""
+    return _note
+
+
 def message() -> str:
     """The line to leave behind; empty from the second call on."""
     global _is_said

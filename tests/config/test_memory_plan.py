@@ -218,7 +218,6 @@ def test_rows_name_every_stage_and_gpu() -> None:
 @pytest.mark.parametrize("stage", ["start-up", "generation", "update", "sync"])
 def test_out_of_memory_advice_names_knobs_that_can_still_be_turned(stage: Any) -> None:
     advice = out_of_memory_advice(configured(*LENGTHS), stage)
-    assert f"ran out of memory in {stage}" in advice
     assert "optimizer_offload=true" in advice
     if stage == "update":
         assert f"a lower {ACTOR}.ppo_max_token_len_per_gpu (now 16384, at least 1536)" in advice

@@ -217,7 +217,7 @@ def test_want_of_memory_names_what_to_lower(error: Exception) -> None:
     host.make(dummy_worker.make)
     _, failure = host.run(Call("fail", "update", (1, "memory"), {}))
     assert failure is not None
-    assert failure.summary.endswith("To need less, lower the size of the dummy.")
+    assert failure.summary.endswith("To need less memory: lower the size of the dummy")
 
 
 def test_an_error_that_does_not_travel_is_still_told() -> None:

@@ -84,7 +84,7 @@ def test_a_diagnosis_that_fails_does_not_hide_the_error(overrides, stock_norm, m
 class HungGroup:
     """Two workers that know what they run, and never answer when asked to explain."""
 
-    size = 2
+    size, infos = 2, ("rank 0", "rank 1")
 
     def __init__(self):
         self.deadlines = []
@@ -99,7 +99,7 @@ class HungGroup:
 def test_a_group_that_hangs_in_the_diagnosis_does_not_hide_the_error(tmp_path, caplog):
     engine, actor, group = object.__new__(EngineGroup), object.__new__(ActorGroup), HungGroup()
     engine._ranks, engine._generated, engine.weights_version = [0, 1], {"a": (1, 0)}, 0
-    actor.ranks, actor._trained = [0, 1], {}
+    engine._group, actor.ranks, actor._trained = group, [0, 1], {}
     logprobs = np.zeros(2, np.float32)
     sample = Sample("a", (1,), (2, 3), logprobs, logprobs, 1.0, "length", weights_version=0)
     error = ExactnessError(compare([sample], [logprobs + 1]))

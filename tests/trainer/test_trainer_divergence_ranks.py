@@ -1,15 +1,11 @@
 """A strict run on several ranks whose audit fails says where the two sides part, as a run in one process does."""
 
-from pathlib import Path
-
 import pytest
-from torchrun_support import torchrun
+import rank_runs
+from planted_fault import Fault
 
 from vexact.audit.explain import replay
 from vexact.cli import main
-
-PLANTED_RUN = str(Path(__file__).with_name("planted_run.py"))
-
 
 APART = ("trainer.rollout_gpus=1", "trainer.async_steps=1", "trainer.async_audit_freq=1")
 
@@ -24,19 +20,20 @@ APART = ("trainer.rollout_gpus=1", "trainer.async_steps=1", "trainer.async_audit
 )
 def test_the_rank_that_generated_the_sample_explains_it(layout, ranks, overrides, tmp_path, capsys):
     arguments = overrides("data.max_response_length=24", *layout)
-    planted = {"PLANTED_RANK": "1", "PLANTED_VERSION": "1"}
-    code, output = torchrun(2, [PLANTED_RUN, "train", *arguments], **planted)
-    assert code != 0, output
+    run = rank_runs.start(tmp_path / "logs", arguments, fault=Fault("generation", "norm", version=1, call=1))
+    codes, output = run.wait(), run.output()
+    assert codes == [2, 0], output
+    assert "rollout and trainer disagree" in output
     assert "no diagnosis" not in output, output
     file, text = tmp_path / "run" / "divergence.pt", (tmp_path / "run" / "divergence.txt").read_text()
     assert "first divergence: operator: rms_norm of layers.0" in text
     assert ranks in text.splitlines()[-1]
+    assert ("the engine had gone on to weights version 2" in text) == bool(layout)
     assert text.strip() in output
     assert f"repeat it with: vexact verify --replay {file}" in output
-    assert "rollout and trainer disagree" in output
-    assert ("the engine had gone on to weights version 2" in text) == bool(layout)
     again = replay(file)
     assert "reproduced: same place" in again.describe()
     assert set(again.describe().splitlines()[:-1]) <= set(text.splitlines())
     assert main(["verify", "--replay", str(file)]) == 1
     assert "rms_norm of layers.0" in capsys.readouterr().out
+    assert run.left() == []

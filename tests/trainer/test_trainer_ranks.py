@@ -1,14 +1,15 @@
 """A run on several processes is the run on one: the same samples, the same weights and moments, bit for bit."""
 
-import hashlib
-import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from torchrun_support import torchrun
+from run_results import digest, rows, samples
 
 from vexact.config import load_config
-from vexact.trainer.checkpoint import load_checkpoint
 from vexact.trainer.launch import run
 
 STEPS = 4
@@ -22,29 +23,21 @@ COMMON = (
 )
 
 
-def digest(run_dir: Path, step: int = STEPS) -> str:
-    """SHA-256 of every weight and moment of a checkpoint, by name."""
-    _, state = load_checkpoint(run_dir / "checkpoints" / f"step_{step}")
-    sha = hashlib.sha256(str(state["num_updates"]).encode())
-    for name, saved in sorted(state["parameters"].items()):
-        for key in ("weight", "exp_avg", "exp_avg_sq"):
-            sha.update(f"{name} {key} {saved['num_steps']}".encode() + saved[key].numpy().tobytes())
-    return sha.hexdigest()
-
-
-def samples(run_dir: Path) -> list[dict]:
-    files = [run_dir / "samples" / f"step_{step}.jsonl" for step in range(1, STEPS + 1)]
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
-def rows(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def train(processes: int, arguments: list[str], *, check: bool = True, **variables: str) -> str:
+def torchrun(processes: int, arguments: list[str], *, check: bool = True, **variables: str) -> str:
     """`vexact train` under torchrun; its output."""
-    code, output = torchrun(processes, ["-m", "vexact", "train", *arguments], **variables)
-    assert not check or code == 0, output
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    done = subprocess.run(
+        [*command, "-m", "vexact", "train", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = done.stdout + done.stderr
+    assert not check or done.returncode == 0, output
     return output
 
 
@@ -75,18 +68,18 @@ def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
 
 
 def assert_same_run(directory: Path, one_process: Path) -> None:
-    assert samples(directory) == samples(one_process)
+    assert samples(directory, STEPS) == samples(one_process, STEPS)
     for row, expected in zip(rows(directory), rows(one_process), strict=True):
         assert row["bitwise/tokens_different"] == row["training/rollout_probs_diff_max"] == 0
         for key in ("bitwise/tokens_compared", "critic/score/mean", "response_length/mean", "rollout/num_tokens"):
             assert row[key] == expected[key], key
         assert row["actor/grad_norm"] == expected["actor/grad_norm"]
-    assert digest(directory) == digest(one_process)
+    assert digest(directory, STEPS) == digest(one_process, STEPS)
 
 
 @pytest.mark.parametrize(("processes", "more"), [(2, ()), (3, ("trainer.rollout_gpus=1",)), (4, ())])
 def test_torchrun_gives_the_weights_of_one_process(processes, more, tiny, one_process, tmp_path):
-    output = train(processes, arguments(tiny, tmp_path / "run", *more))
+    output = torchrun(processes, arguments(tiny, tmp_path / "run", *more))
     assert_same_run(tmp_path / "run", one_process)
     assert output.count("done: steps 1 to") <= 1, output
 

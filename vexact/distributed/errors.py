@@ -10,11 +10,14 @@ class WorkerError(RuntimeError):
         rank: the rank that is to blame; None where no single one is.
         stage: what was being done.
         is_bug: the worker raised an error that is not meant for users; its own traceback is ``__cause__``.
+        is_fault: a process or a machine failed, and no setting is to blame.
     """
 
-    def __init__(self, message: str, rank: int | None = None, stage: str = "", is_bug: bool = False) -> None:
+    def __init__(
+        self, message: str, rank: int | None = None, stage: str = "", is_bug: bool = False, is_fault: bool = True
+    ) -> None:
         super().__init__(message)
-        self.rank, self.stage, self.is_bug = rank, stage, is_bug
+        self.rank, self.stage, self.is_bug, self.is_fault = rank, stage, is_bug, is_fault and not is_bug
 
 
 class ClusterError(RuntimeError):

@@ -20,7 +20,6 @@ MEMORY_ADVICE = (
     "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (training) or "
     "actor_rollout_ref.rollout.gpu_memory_utilization (generation)"
 )
-GO_ON = "start the same command again to go on from the last checkpoint"
 _LOST_PEER = re.compile(
     r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe|Socket Timeout|process group .*(abort|time)",
     re.IGNORECASE,
@@ -53,7 +52,7 @@ def failure_of(error: BaseException, rank: int, memory_advice: str | None = None
     kind = _kind(error)
     summary = str(error) if kind == "raised" else f"{type(error).__qualname__}: {error}".removesuffix(": ")
     if kind == "memory":
-        summary = f"{_first_sentences(summary)} To need less, {memory_advice or MEMORY_ADVICE}."
+        summary = f"{first_sentences(str(error))} To need less memory: {memory_advice or MEMORY_ADVICE}"
     text = "".join(traceback.format_exception(type(error), error, _own_frames(error)))
     return Failure(rank, kind, summary, text, _pickled(error) if travels else error)
 
@@ -68,13 +67,14 @@ def error_of(failure: Failure, info: RankInfo, stage: str) -> Exception:
             error.__cause__ = cause
         return error
     text = {
-        "died": f"{info} died in {stage}: {failure.summary}; {GO_ON}",
+        "died": f"{info} died in {stage}: {failure.summary}",
         "memory": f"{info} ran out of memory in {stage}: {failure.summary}",
         "raised": f"{info} in {stage}: {failure.summary}",
         "bug": f"{info} failed in {stage}: {failure.summary}",
         "consequence": f"{info} lost another rank in {stage}, which did not say why: {failure.summary}",
     }[failure.kind]
-    raised = WorkerError(text, failure.rank, stage, is_bug=failure.kind == "bug")
+    is_fault = failure.kind in ("died", "consequence")
+    raised = WorkerError(text, failure.rank, stage, failure.kind == "bug", is_fault)
     if failure.kind != "died":
         raised.__cause__ = cause
     return raised
@@ -83,13 +83,20 @@ def error_of(failure: Failure, info: RankInfo, stage: str) -> Exception:
 def _kind(error: BaseException) -> Kind:
     if getattr(error, "is_consequence", False) or isinstance(error, KeyboardInterrupt):
         return "consequence"
-    if isinstance(error, MemoryError) or _is_torch(error, "OutOfMemoryError") or _NO_HOST_MEMORY.search(str(error)):
+    if ran_out_of_memory(error):
         return "memory"
     if isinstance(error, RuntimeError) and (_is_torch(error, "distributed.DistError") or _lost_peer(error)):
         return "consequence"
     if isinstance(error, (ValueError, OSError)) or type(error).__module__.split(".")[0] == "vexact":
         return "raised"
     return "bug"
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the host had no more."""
+    if isinstance(error, MemoryError) or _is_torch(error, "OutOfMemoryError"):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and _NO_HOST_MEMORY.search(str(error)) is not None
 
 
 def _is_torch(error: BaseException, name: str) -> bool:
@@ -103,8 +110,8 @@ def _lost_peer(error: RuntimeError) -> bool:
     return type(error) is RuntimeError and _LOST_PEER.search(str(error)) is not None
 
 
-def _first_sentences(text: str) -> str:
-    """What was asked for and what there is, of PyTorch's half page."""
+def first_sentences(text: str) -> str:
+    """Of an error of want of memory: what was asked for and what there is, of PyTorch's half page."""
     sentences = re.split(r"(?<=\.)\s+", text.strip())
     return " ".join(sentences[:3]) if len(text) > 200 else text.strip().rstrip(".") + "."
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from vexact import interrupt
 from vexact.distributed.errors import WorkerError
-from vexact.distributed.failure import CAUSES, GO_ON, Failure, error_of
+from vexact.distributed.failure import CAUSES, Failure, error_of
 from vexact.distributed.group import Pending, WorkerGroup
 from vexact.distributed.host import Call
 from vexact.distributed.layout import RankInfo
@@ -153,15 +153,21 @@ class RemoteGroup(WorkerGroup):
         """Takes in what has come, and stops at the first failure and at the first deadline that has passed."""
         if self._failure is not None:
             raise self._failure
+        failures: list[tuple[Failure, str]] = []
+        error = None
         try:
             interrupt.check()
-            failures = self._take(self._channel.receive(wait_s))
+            failures += self._take(self._channel.receive(wait_s))
+            if failures:
+                error = self._explain(failures)
         except KeyboardInterrupt:  # torchrun ends all ranks when one has died
-            failures = [one for one in self._take(self._channel.receive(SETTLE_S)) if one[0].kind == "died"]
+            failures += self._take(self._channel.receive(SETTLE_S))
+            failures = [one for one in failures if one[0].kind == "died"]
             if not failures:
                 raise
-        if failures:
-            self._fail(self._explain(failures))
+            error = self._explain(failures)
+        if error is not None:
+            self._fail(error)
         now = time.monotonic()
         for opened in self._open.values():
             if now > opened.deadline:
@@ -216,8 +222,8 @@ class RemoteGroup(WorkerGroup):
             return self._silence(silent, opened.stage, opened.timeout_s)
         found = "; ".join(f"{self.infos[rank]} is in {places[rank]}" for rank in missing)
         return WorkerError(
-            f"{opened.stage} has taken longer than {opened.timeout_s:g} s ({TIMEOUT_KEY}): {found}; {GO_ON}, with a "
-            f"longer {TIMEOUT_KEY} if it only was slow",
+            f"{opened.stage} has taken longer than {opened.timeout_s:g} s ({TIMEOUT_KEY}): {found}; raise "
+            f"{TIMEOUT_KEY} if it only was slow",
             missing[0],
             opened.stage,
         )
@@ -232,7 +238,7 @@ class RemoteGroup(WorkerGroup):
         late = f" and has not finished in {timeout_s:g} s ({TIMEOUT_KEY})" if timeout_s is not None else ""
         return WorkerError(
             f"{names} hangs in {stage}: the process does not answer{late}; it is stopped, or its machine is gone or "
-            f"swapping; {GO_ON}",
+            "swapping",
             ranks[0],
             stage,
         )

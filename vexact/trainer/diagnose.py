@@ -40,6 +40,8 @@ def diagnose(
         sample: what the first unequal token is in, sampled with ``sampling``.
     """
     first = error.comparison.first
+    if isinstance(workers.engine, EngineGroup):
+        error.add_note(f"sampled by {workers.engine.worker_of(sample)}")
     file = run_dir / REPLAY_FILE
     try:
         if first is not None and not first.is_finite:

@@ -1,6 +1,13 @@
 """What a run takes of every GPU, known before anything is allocated."""
 
-from vexact.config.memory.advice import Machine, MemoryProblem, memory_notes, memory_problems, out_of_memory_advice
+from vexact.config.memory.advice import (
+    Machine,
+    MemoryProblem,
+    MemoryStage,
+    memory_notes,
+    memory_problems,
+    out_of_memory_advice,
+)
 from vexact.config.memory.kv_cache import BYTES, kv_cache_tokens
 from vexact.config.memory.model_shape import ModelShape
 from vexact.config.memory.placement import Placement
@@ -11,6 +18,7 @@ __all__ = [
     "Machine",
     "MemoryPlan",
     "MemoryProblem",
+    "MemoryStage",
     "ModelShape",
     "Placement",
     "kv_cache_tokens",

@@ -87,14 +87,14 @@ def memory_notes(config: Config, shape: ModelShape, machine: Machine) -> list[st
 
 
 def out_of_memory_advice(config: Config, stage: MemoryStage) -> str:
-    """What to lower after a GPU ran out of memory in ``stage``; with the values in force."""
+    """What to change after memory ran out in ``stage``, with the values in force; what costs least comes first."""
     knobs = {
         "start-up": [*_cache_knobs(config), *_offload_knobs(config), "more GPUs"],
         "generation": [*_cache_knobs(config), *_batch_knobs(config), *_offload_knobs(config)],
         "update": [*_token_knobs(config), *_offload_knobs(config), *_release_knobs(config), "more GPUs"],
         "sync": [*_release_knobs(config), *_offload_knobs(config), *_cache_knobs(config)],
     }[stage]
-    return f"the GPU ran out of memory in {stage}; what makes room, easiest first: {'; '.join(knobs)}"
+    return "; ".join(knobs)
 
 
 def _noun(stage: StageMemory, machine: Machine) -> str:

@@ -68,13 +68,13 @@ class Saver:
         self,
         progress: Progress,
         model: ModelConfig,
-        save_tokenizer: Callable[[Path], Any],
+        save_beside: Callable[[Path], Any],
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves what the state is now; in the background it returns when that is copied to the host."""
         self.finish()
         self._stop.clear()
-        temporary = self.store.begin(progress, save_tokenizer, identity)
+        temporary = self.store.begin(progress, save_beside, identity)
         publish = partial(self.store.publish, temporary, progress, model, go_on=self._go_on)
         self._flight = flight = _Flight(progress, temporary, publish)
         with self._abandoning():
@@ -119,8 +119,7 @@ class Saver:
         if flight is None:
             return
         self._stop.set()
-        with suppress(Exception):  # of a worker that is gone: what it wrote is removed below, or by the next start
-            self.shards.abandon()
+        self.shards.abandon()
         if flight.publishing is not None:
             with suppress(Exception, KeyboardInterrupt):
                 self._land(flight.publishing.result(), flight)
@@ -146,6 +145,9 @@ class Saver:
         try:
             self.finish()
         except Exception as another:
+            if another is error:  # a rank that is gone has taken it along
+                log.warning("the checkpoint on its way is lost with it")
+                return
             log.warning("after %s the checkpoint on its way was lost, too: %s", type(error).__name__, another)
 
     @contextmanager

@@ -50,7 +50,7 @@ class ShardWriter:
         Raises:
             CheckpointError: the state is not finite, or the disk is full or not writable.
         """
-        assert self._writing is None, "one save at a time"
+        assert self._writing is None or self._writing.done(), "one save at a time"
         state = self._state()
         checkpoints = directory.parent.parent
         if (found := _nonfinite(state)) is not None:
@@ -73,19 +73,15 @@ class ShardWriter:
         return None
 
     def poll(self) -> list[Written] | None:
-        """What the thread wrote; None while it writes. Raises CheckpointError of its failure."""
-        assert self._writing is not None, "nothing is being written"
+        """What the thread wrote last, as often as it is asked: others may still write. None while it writes. Raises
+        CheckpointError of its failure."""
+        assert self._writing is not None, "nothing was written"
         return self.wait() if self._writing.done() else None
 
     def wait(self) -> list[Written]:
-        """What the thread wrote, once it is done. Raises CheckpointError of its failure."""
-        assert self._writing is not None, "nothing is being written"
-        writing = self._writing
-        try:
-            return writing.result()
-        finally:
-            if writing.done():  # else an interrupt ended the waiting, and ``abandon`` ends the writing
-                self._writing = None
+        """What the thread wrote last, once it is done. Raises CheckpointError of its failure."""
+        assert self._writing is not None, "nothing was written"
+        return self._writing.result()
 
     def abandon(self) -> None:
         """Ends the thread's writing within a moment. What is written stays where it is."""

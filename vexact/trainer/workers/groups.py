@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vexact.config import Config
-from vexact.distributed import Pending, WorkerGroup
+from vexact.distributed import Pending, RankInfo, WorkerGroup
 from vexact.rollout import EngineConfig, SamplingParams
 from vexact.rollout.replicas import split_prompts
 from vexact.rollout.requests.intake import expand
@@ -79,8 +79,9 @@ class EngineGroup:
         prompts: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams],
         request_ids: Sequence[str],
+        stage: str = "generation",
     ) -> PendingSamples:
-        """``generate`` without waiting."""
+        """``generate`` without waiting; ``stage`` is how messages call it."""
         params = expand("sampling_params", sampling_params, len(prompts))
         expected = max(each.max_tokens for each in params) / 2
         if self._num_samples:
@@ -91,8 +92,12 @@ class EngineGroup:
             ([prompts[i] for i in share], [params[i] for i in share], [request_ids[i] for i in share])
             for share in shares
         ]
-        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage="generation")
+        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage=stage)
         return PendingSamples(pending, shares, n, self._note)
+
+    def worker_of(self, sample: Sample) -> RankInfo:
+        """Who generated a sample of the last two weights versions."""
+        return self._group.infos[self.rank_of(sample.request_id)]
 
     def rank_of(self, request_id: str) -> int:
         """The rank that generated a request of the last two weights versions; the first one for any other."""
@@ -220,7 +225,8 @@ class ActorGroup:
         return written
 
     def abandon(self) -> None:
-        self._group.call("abandon_shard", ranks=self.ranks, stage="a checkpoint")
+        """Ends the group, so that no rank writes any more: only a run that ends gives up a checkpoint."""
+        self._group.close()
 
 
 class ReferenceGroup:

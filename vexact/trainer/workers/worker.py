@@ -24,6 +24,7 @@ from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
+from vexact.trainer.workers.memory import memory_advice
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
@@ -71,6 +72,7 @@ class Worker:
     def __init__(self, config: Config, roles: Roles, total_steps: int, info: RankInfo) -> None:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
+        self.memory_advice = memory_advice(config)  # the host of this worker asks for it
         self._engine: Engine | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
@@ -80,8 +82,7 @@ class Worker:
             self._engine = build_engine(config, load_tokenizer(config), device)
         if trains:
             self._actor = build_actor(config, device, total_steps, group)
-            depth = config.trainer.async_steps + 1
-            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype, depth)
+            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype)
             self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
         if trains and config.needs_reference:
             self._reference = build_reference(config, device, group)
@@ -120,14 +121,14 @@ class Worker:
     def resume_kv_cache(self) -> None:
         self.engine.resume_kv_cache()
 
-    def sync(self, version: int) -> dict[str, float]:
-        """Called on all ranks: the weights of the actor become those of every engine. Raises WeightSyncError."""
+    def sync(self, version: int, keep: bool) -> dict[str, float]:
+        """Called on all ranks: the weights of the actor become those of every engine; with ``keep`` ranks that train
+        alone keep a copy. Raises WeightSyncError."""
         if self.roles.colocated:
             return sync_weights(self.actor, self.engine, version)
         if self._actor is not None:
-            if self.config.trainer.async_steps:
-                with self._actor.resident():
-                    self._past.keep(version)
+            with self._actor.resident() if keep else nullcontext():
+                self._past.advance(version, keep)
             return send_weights(self._actor, version)
         return receive_weights(self.engine, version)
 
@@ -198,8 +199,10 @@ class Worker:
     def wait_shard(self) -> list[Written]:
         return self._shards.wait()
 
-    def abandon_shard(self) -> None:
-        self._shards.abandon()
+    def close(self) -> None:
+        """Ends what this rank writes beside the steps."""
+        if self._actor is not None:
+            self._shards.abandon()
 
     def restore(self, path: Path) -> Progress:
         return restore(path, self.actor)

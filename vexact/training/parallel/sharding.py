@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def shard(model: CausalLM, ranks: Ranks, dtype: torch.dtype) -> None:
     for layer in model.parallel_layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    # said of every layer's output in every process, in case that somebody writes into it: nobody does
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def load_sharded_model(

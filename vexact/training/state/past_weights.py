@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,32 +10,32 @@ from torch import Tensor, nn
 
 from vexact.training.parallel.ranks import local
 
+DEPTH = 2
+"""Versions for which weights stay: those that generated the samples being trained on, and those of the next step's."""
+
 
 class PastWeights:
-    """Keeps this rank's part of the last weights versions on the host, in the dtype that forwards compute in.
+    """Keeps this rank's part of earlier weights on the host, in the dtype that forwards compute in.
 
     The rollout got these very bits. Casting them to the master copy's dtype and back loses nothing.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, depth: int) -> None:
-        """``depth``: how many versions are kept."""
-        self._model, self._dtype, self._depth = model, dtype, depth
-        self._kept: OrderedDict[int, list[Tensor]] = OrderedDict()
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._kept: dict[int, list[Tensor]] = {}
 
-    def keep(self, version: int) -> None:
-        """Copies the weights as they are now."""
-        self._kept[version] = [part.to(self._dtype).to("cpu", copy=True) for part in self._parts()]
-        while len(self._kept) > self._depth:
-            self._kept.popitem(last=False)
+    def advance(self, version: int, keep: bool) -> None:
+        """The weights are now ``version``: copies them, if they are to be kept, and forgets what is too old."""
+        self._kept = {old: parts for old, parts in self._kept.items() if version - DEPTH < old < version}
+        if keep:
+            self._kept[version] = [part.to("cpu", self._dtype, copy=True) for part in self._parts()]
 
     @contextmanager
     def in_place(self, version: int) -> Iterator[None]:
-        """Within it the model has the weights of ``version``. Raises KeyError naming the versions there are."""
-        if version not in self._kept:
-            raise KeyError(f"weights of version {version} are not kept any more, only of {list(self._kept)}")
-        present = [part.to("cpu", copy=True) for part in self._parts()]
+        """Within it the model has the weights of ``version``, which must have been kept."""
+        past, present = self._kept[version], [part.to("cpu", copy=True) for part in self._parts()]
         try:
-            self._put(self._kept[version])
+            self._put(past)
             yield
         finally:
             self._put(present)

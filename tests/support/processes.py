@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-SCRIPT = HERE / "run_group.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests" / "distributed" / "run_group.py"
+IMPORTED = [ROOT, *(ROOT / "tests" / room for room in ("support", "distributed", "trainer"))]  # by processes under test
 MARK = "VEXACT_TEST_MARK"
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -22,7 +22,7 @@ def environment(mark: str, further: Mapping[str, str] | None = None) -> dict[str
     """What every process under test inherits; ``mark`` finds them again."""
     return {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}:{HERE}",
+        "PYTHONPATH": ":".join(map(str, IMPORTED)),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         MARK: mark,
