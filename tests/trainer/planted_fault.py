@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -15,6 +16,8 @@ import torch
 
 from vexact.config import Config
 from vexact.distributed import RankInfo
+from vexact.models.opset import set_ops
+from vexact.ops import stock
 from vexact.rollout import Engine
 from vexact.trainer.workers import build
 from vexact.trainer.workers.roles import Roles
@@ -34,8 +37,8 @@ class Fault:
 
     Attributes:
         stage: a key of ``STAGES``.
-        kind: the name of a signal to the own process, ``memory`` for an error of want of it, or ``weight`` for an
-            engine of which one weight is another from then on.
+        kind: the name of a signal to the own process, ``memory`` for an error of want of it, or ``weight`` or ``norm``
+            for an engine of which one weight or the norm is another from then on.
         version: of the weights that the rollout has then.
         call: which call of the stage's function since that version came, from 1.
         rank: on which.
@@ -59,6 +62,8 @@ class Fault:
         if self.kind == "weight":
             with torch.no_grad():
                 next(owner.model.parameters()).mul_(1.01)
+        elif self.kind == "norm":
+            set_ops(owner.model, dataclasses.replace(owner.model.ops, rms_norm=stock.rms_norm))
         else:
             os.kill(os.getpid(), signal.Signals[self.kind])
 

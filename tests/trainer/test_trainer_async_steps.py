@@ -166,6 +166,8 @@ def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(
     assert code != 0
     assert "rollout and trainer disagree" in output
     assert "compared under weights version 1, which generated the samples of step 3" in output
+    assert "first divergence: generation state: the replay agrees with the trainer" in output
+    assert "the engine had gone on to weights version 2 and was given these again" in output
     last = metrics(directory)[-1]
     assert last["step"] == 3
     assert last["bitwise/tokens_different"] > 0
