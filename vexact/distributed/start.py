@@ -111,7 +111,7 @@ def start_workers(
     Args:
         layout: resolved or not.
         factory: makes the worker of one process; picklable. All ranks run it together, so it may communicate.
-        timeout_s: deadline of a call that names none, and of the factory, in seconds.
+        timeout_s: deadline of a call that names none, in seconds; the factory has the longer of both.
         start_timeout_s: deadline of all that comes before the factory: places in the cluster, processes, group.
 
     Raises:
