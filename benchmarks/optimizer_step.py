@@ -21,10 +21,10 @@ from torch.nn import Parameter
 
 from vexact.models import CausalLM, ModelConfig
 from vexact.training import OptimConfig
-from vexact.training.norm import total_norm
-from vexact.training.offload import Parked
-from vexact.training.optimizer import Optimizer
-from vexact.training.ranks import Ranks
+from vexact.training.optim.norm import total_norm
+from vexact.training.optim.offload import Parked
+from vexact.training.optim.optimizer import Optimizer
+from vexact.training.parallel.ranks import Ranks
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:

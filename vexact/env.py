@@ -257,6 +257,11 @@ def torchrun_rank(environ: Mapping[str, str] = os.environ) -> TorchrunRank | Non
     )
 
 
+def master_addr(environ: Mapping[str, str] = os.environ) -> str:
+    """MASTER_ADDR, where torchrun's ranks meet, empty when unset."""
+    return _get(environ, "MASTER_ADDR")
+
+
 def omp_settings(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """OMP_NUM_THREADS and OMP_WAIT_POLICY, empty when unset."""
     return _get(environ, "OMP_NUM_THREADS"), _get(environ, "OMP_WAIT_POLICY")

@@ -18,8 +18,8 @@ from vexact.ops import SamplingTensors, stock, token_logprobs
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.mismatch import apply_mismatch
 from vexact.training import Actor, ActorConfig
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.passes.forward import token_scores
 from vexact.types import TrainSequence
 from vexact.weights import sync_weights
 

@@ -18,7 +18,7 @@ from vexact.models import ModelConfig, load_model, random_model, save_hf
 from vexact.ops import token_logprobs
 from vexact.rollout import Engine
 from vexact.rollout.sampling import sampler
-from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.batches.batch import TokenSequence, pack_tokens
 
 SHAPE = {
     "vocab_size": 61,

@@ -13,8 +13,8 @@ from vexact.prepare import prepare, random_weights, shapes, smollm2
 from vexact.prepare.addition import addition_rows, doubtful_answers
 from vexact.prepare.tokenizers import byte_tokenizer, character_tokenizer
 from vexact.reward.graders import compute_score
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.passes.forward import token_scores
 
 MINI = shapes._qwen3(64, 96, 2, 4, 2, False) | {"vocab_size": 300, "head_dim": 16, "max_position_embeddings": 128}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -15,6 +16,8 @@ import torch
 
 from vexact.config import Config
 from vexact.distributed import RankInfo, versions
+from vexact.models.opset import set_ops
+from vexact.ops import stock
 from vexact.rollout import Engine
 from vexact.trainer.workers import build
 from vexact.trainer.workers.roles import Roles
@@ -22,7 +25,7 @@ from vexact.trainer.workers.worker import Worker
 
 STAGES = {
     "generation": ("vexact.rollout.engine", "Engine", "step"),
-    "the update": ("vexact.training.optimizer", "Optimizer", "_apply"),  # all gradients are there
+    "the update": ("vexact.training.optim.optimizer", "Optimizer", "_apply"),  # all gradients are there
     "the weight sync": ("vexact.weights.transfer", "Incoming", "put_slots"),
     "a checkpoint": ("vexact.trainer.checkpoint.shard_writer", "ShardWriter", "_go_on"),  # between pieces of a file
 }
@@ -34,8 +37,9 @@ class Fault:
 
     Attributes:
         stage: a key of ``STAGES``.
-        kind: the name of a signal to the own process, ``memory`` for an error of want of it, ``weight`` for an engine
-            of which one weight is another from then on, or ``torch`` for another version of it, whatever the stage.
+        kind: the name of a signal to the own process, ``memory`` for an error of want of it, ``weight`` or ``norm``
+            for an engine of which one weight or the norm is another from then on, or ``torch`` for another version of
+            it, whatever the stage.
         version: of the weights that the rollout has then.
         call: which call of the stage's function since that version came, from 1.
         rank: on which.
@@ -61,6 +65,8 @@ class Fault:
         if self.kind == "weight":
             with torch.no_grad():
                 next(owner.model.parameters()).mul_(1.01)
+        elif self.kind == "norm":
+            set_ops(owner.model, dataclasses.replace(owner.model.ops, rms_norm=stock.rms_norm))
         else:
             os.kill(os.getpid(), signal.Signals[self.kind])
 

@@ -21,7 +21,7 @@ from vexact.trainer.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import build as workers_module
 from vexact.training import Actor, LedgerError
 from vexact.training import actor as actor_module
-from vexact.training.optimizer import Optimizer
+from vexact.training.optim.optimizer import Optimizer
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
 

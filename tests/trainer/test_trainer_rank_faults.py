@@ -108,6 +108,7 @@ def test_other_bits_on_one_rank_stop_all_before_the_step(arguments, undisturbed,
     output = stopped.output()
     assert "rollout and trainer disagree" in output
     assert "First: request step2-" in output
+    assert "first divergence: weights: tensor embed_tokens.weight not synced" in output
     assert "The weights are as they were before this step" in output
     assert re.search(rf"\nsampled by rank 1 \(host .*, pid {stopped.processes[1].pid}\)\n", output), output
     assert re.search(r"\ncompared by rank (0|1|0, 1) of 2\n", output), output

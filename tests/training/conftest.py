@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vexact.training.ranks import close_process_group
+from vexact.training.parallel.ranks import close_process_group
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from training_support import random_sequences, tiny_model
 
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
-from vexact.training.ranks import PeerStopped
+from vexact.training.parallel.ranks import PeerStopped
 
 COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": True}
 # The mini-batches of 7 and 5 sequences have 3 to 6 micro-batches: no two numbers of ranks divide them alike.

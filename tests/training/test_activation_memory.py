@@ -8,8 +8,8 @@ from training_support import kept_bytes, tiny_model
 
 from vexact.config.memory.activations import activation_bytes, layer_bytes_per_token
 from vexact.models import ModelConfig, random_model
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.passes.forward import token_scores
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],

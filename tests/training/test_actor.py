@@ -47,7 +47,7 @@ def test_the_head_is_trained_in_one_pass_where_the_loss_is_elementwise(config, a
     actor = tiny_actor(**config)
     assert actor.one_pass is applies
     metrics, gradients = gradients_of_update(actor, sequences)
-    monkeypatch.setattr("vexact.training.one_pass.MAX_ACCUMULATOR_BYTES", 0)
+    monkeypatch.setattr("vexact.training.passes.one_pass.MAX_ACCUMULATOR_BYTES", 0)
     general = tiny_actor(**config)
     assert not general.one_pass
     general_metrics, general_gradients = gradients_of_update(general, sequences)

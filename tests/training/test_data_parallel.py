@@ -14,7 +14,7 @@ from training_support import tiny_model
 from vexact.models import load_model, save_hf
 from vexact.training import ActorConfig, load_sharded_model
 from vexact.training.actor import Actor
-from vexact.training.ranks import Ranks, first_row, local
+from vexact.training.parallel.ranks import Ranks, first_row, local
 
 WORLDS = (1, 2, 3, 4)
 MOVING = "reference"  # the case whose states move between numbers of ranks

@@ -9,8 +9,8 @@ from training_support import assert_same_bits, random_sequences, tiny_actor, wei
 
 from vexact.training import Ledger, LedgerError
 from vexact.training import actor as actor_module
-from vexact.training.batch import PolicyTargets
-from vexact.training.ledger import checksums
+from vexact.training.batches.batch import PolicyTargets
+from vexact.training.batches.ledger import checksums
 from vexact.types import TrainSequence
 
 

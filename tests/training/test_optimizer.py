@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,15 +10,14 @@ from torch.nn import Parameter
 from training_support import tiny_actor
 
 from vexact.training import OptimConfig
-from vexact.training import norm as norm_module
-from vexact.training import offload as offload_module
-from vexact.training.adamw import adamw_step
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
-from vexact.training.norm import total_norm
-from vexact.training.offload import Parked
-from vexact.training.optimizer import Optimizer
-from vexact.training.ranks import Ranks
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.optim import offload as offload_module
+from vexact.training.optim.adamw import adamw_step
+from vexact.training.optim.norm import total_norm
+from vexact.training.optim.offload import Parked
+from vexact.training.optim.optimizer import Optimizer
+from vexact.training.parallel.ranks import Ranks
+from vexact.training.passes.forward import token_scores
 
 CONFIG = OptimConfig(lr=1e-2, weight_decay=0.05)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -71,16 +71,17 @@ def test_the_step_is_adamw(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_norm_has_the_same_bits_in_blocks_of_any_size_and_on_any_device(device, monkeypatch):
-    gradients = [random(*shape, seed=i) for i, shape in enumerate([(40, 33), (7,), (1, 1), (300, 1), (5, 3, 4)])]
+def test_the_norm_has_the_same_bits_on_any_device(device):
+    shapes = [(40, 33), (7,), (1, 1), (300, 1), (5, 3, 4), (3, 5000), (2, 0)]
+    gradients = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     expected = total_norm(gradients, Ranks(None, torch.device("cpu")))
     exact = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
     assert expected == pytest.approx(exact, rel=1e-6)
     moved = [gradient.to(device) for gradient in gradients]
-    for block in (1, 34, 100, 1 << 20):
-        monkeypatch.setattr(norm_module, "_HOST_BLOCK", block)
-        monkeypatch.setitem(norm_module._BLOCK, "cuda", block)
-        assert total_norm(moved, Ranks(None, torch.device(device))) == expected
+    assert total_norm(moved, Ranks(None, torch.device(device))) == expected
+    assert total_norm(moved[-1:], Ranks(None, torch.device(device))) == total_norm([], Ranks(None, device)) == 0
+    moved[0][3, 4] = 1e30  # its square is infinite
+    assert total_norm(moved, Ranks(None, torch.device(device))) == math.inf
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -125,6 +126,23 @@ def test_parked_tensors_keep_values_views_and_identity_and_give_their_memory_bac
         tensors[0][12, 0] = 5.0
     assert tensors[0].untyped_storage().size() == 0
     assert parked.rows()[3][2, 0] == 5.0
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_device_once():
+    weights = [Parameter(random(*shape, device="cuda")) for shape in [(300, 70), (40,), (9, 5000)]]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = Optimizer(weights, CONFIG)
+    optimizer.step(1.0)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            optimizer.step(1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ["synchronizing CUDA operation" in str(wait.message) for wait in waits] == [True]
 
 
 def test_parked_tensors_that_do_not_fit_stay_on_the_host(monkeypatch):

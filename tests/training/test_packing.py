@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.packing import pack
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.batches.packing import pack
 
 
 @settings(max_examples=60, deadline=None)

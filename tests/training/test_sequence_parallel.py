@@ -13,10 +13,10 @@ from training_support import assert_same_bits, gradients_of_update, kept_bytes, 
 
 from vexact.config.memory.activations import layer_bytes_per_token
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.ranks import unsharded
-from vexact.training.redraw import Redraw
-from vexact.training.sequence_parallel import SequenceRanks, check_size
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.parallel.ranks import unsharded
+from vexact.training.parallel.sequence_parallel import SequenceRanks, check_size
+from vexact.training.passes.redraw import Redraw
 from vexact.types import DrawSettings, Sample, TrainSequence
 
 WORLD = 4

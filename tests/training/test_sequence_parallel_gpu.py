@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from vexact.config.memory.activations import activation_bytes
 from vexact.models import ModelConfig, random_model
 from vexact.training import Actor, ActorConfig, OptimConfig
-from vexact.training.packing import pack
-from vexact.training.ranks import close_process_group
+from vexact.training.batches.packing import pack
+from vexact.training.parallel.ranks import close_process_group
 from vexact.types import Sample, TrainSequence
 
 pytestmark = pytest.mark.multi_gpu

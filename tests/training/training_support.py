@@ -5,7 +5,7 @@ import torch
 
 from vexact.models import ModelConfig, random_model
 from vexact.training import Actor, ActorConfig, OptimConfig
-from vexact.training.forward import token_scores
+from vexact.training.passes.forward import token_scores
 from vexact.types import Sample, TrainSequence
 
 TINY = {

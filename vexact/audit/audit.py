@@ -12,7 +12,7 @@ import numpy as np
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.mismatch_metrics import mismatch_metrics
-from vexact.training.redraw import Redraw, Redrawn
+from vexact.training.passes.redraw import Redraw, Redrawn
 from vexact.types import DrawSettings, Sample
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class Audit:
         self.evidence = _NOTHING  # of the last check
         # over all checks of this process
         self.total_compared = self.total_different = self.total_redrawn = self.total_redrawn_different = 0
+        self.num_checks = 0
 
     def begin(self, samples: Sequence[Sample], settings: Sequence[DrawSettings] | None = None) -> None:
         """The samples that the next update trains on, in its order, and how each of them should have been drawn."""
@@ -102,6 +103,7 @@ class Audit:
         started = perf_counter()
         samples = [self._samples[i] for i in indices]
         comparison = compare(samples, logprobs)
+        self.num_checks += 1
         self.total_compared += comparison.tokens_compared
         self.total_different += comparison.tokens_different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)

@@ -19,8 +19,8 @@ from vexact.audit.environment import tile_table_hash
 from vexact.rollout import SamplingParams
 from vexact.rollout.protocol import RolloutEngine
 from vexact.rollout.requests.request import draw_settings
+from vexact.training.passes.redraw import Redraw
 from vexact.training.protocol import Policy
-from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence
 
 log = logging.getLogger(__name__)

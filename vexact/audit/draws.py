@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vexact.training.redraw import Redrawn
+from vexact.training.passes.redraw import Redrawn
 from vexact.types import Sample
 
 

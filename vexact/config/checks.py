@@ -168,7 +168,7 @@ def _counts(config: Config) -> Iterator[str]:
     for key, value in counts.items():
         if value == 0:
             yield f"{key}=0: use -1 for all rows, or a number of rows"
-    for name in ("save_freq", "test_freq", "audit_every_token_freq"):
+    for name in ("save_freq", "test_freq", "audit_every_token_freq", "async_audit_freq"):
         if getattr(trainer, name) == 0:
             yield f"trainer.{name}=0: use -1 for never, or a number of steps"
 

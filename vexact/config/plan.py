@@ -79,7 +79,8 @@ def _step_row(config: Config) -> str:
 
 def _updates_row(config: Config) -> str:
     total = config.optimizer_steps_per_rollout
-    return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, 1 of {total} exactly on-policy"
+    exact = "on samples one weights version old" if config.trainer.async_steps else f"1 of {total} exactly on-policy"
+    return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, {exact}"
 
 
 def _attention_row(config: Config) -> str:
@@ -93,7 +94,16 @@ def _exactness_row(config: Config) -> str:
     if config.trainer.exactness == "off":
         return "off: nothing is compared"
     action = "stop at the first unequal bit" if config.trainer.exactness == "strict" else "log unequal bits and go on"
-    return f"{config.trainer.exactness}: {action}"
+    return f"{config.trainer.exactness}: {_compared_when(config)}{action}"
+
+
+def _compared_when(config: Config) -> str:
+    every = config.trainer.async_audit_freq
+    if not config.trainer.async_steps:
+        return ""
+    if every < 0:
+        return "in step 1 only, "
+    return f"in {'every step' if every == 1 else f'1 step of {every}'}, under the weights that sampled, "
 
 
 def _changed_row(config: Config) -> str:
@@ -103,7 +113,15 @@ def _changed_row(config: Config) -> str:
 def _advice(config: Config, machine: Machine, shape: ModelShape) -> list[str]:
     advice = memory_notes(config, shape, machine)
     total = config.optimizer_steps_per_rollout
-    if total > 1:
+    if config.trainer.async_steps:
+        advice.append(
+            "trainer.async_steps=1: every step but the first trains on samples of the weights before the last update, "
+            "with importance ratios to the log-probabilities they were sampled with; trainer.async_steps=0 is exactly "
+            "on-policy"
+        )
+        if config.trainer.async_audit_freq < 0 and config.trainer.exactness != "off":
+            advice.append("trainer.async_audit_freq=-1: after the first step nothing compares rollout and trainer")
+    elif total > 1:
         advice.append(
             f"only 1 of {total} updates per rollout is exactly on-policy; for all of them leave "
             "actor_rollout_ref.actor.ppo_mini_batch_size null and ppo_epochs 1"

@@ -153,15 +153,21 @@ class RemoteGroup(WorkerGroup):
         """Takes in what has come, and stops at the first failure and at the first deadline that has passed."""
         if self._failure is not None:
             raise self._failure
+        failures: list[tuple[Failure, str]] = []
+        error = None
         try:
             interrupt.check()
-            failures = self._take(self._channel.receive(wait_s))
+            failures += self._take(self._channel.receive(wait_s))
+            if failures:
+                error = self._explain(failures)
         except KeyboardInterrupt:  # torchrun ends all ranks when one has died
-            failures = [one for one in self._take(self._channel.receive(SETTLE_S)) if one[0].kind == "died"]
+            failures += self._take(self._channel.receive(SETTLE_S))
+            failures = [one for one in failures if one[0].kind == "died"]
             if not failures:
                 raise
-        if failures:
-            self._fail(self._explain(failures))
+            error = self._explain(failures)
+        if error is not None:
+            self._fail(error)
         now = time.monotonic()
         for opened in self._open.values():
             if now > opened.deadline:

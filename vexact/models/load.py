@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -95,6 +95,16 @@ def random_model(
                 parameter.zero_()
             else:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    return model
+
+
+def model_of(config: ModelConfig, named: Mapping[str, Tensor], device: torch.device | str = "cpu") -> CausalLM:
+    """A model on the invariant operators with copies of these parameters: all of them, whole, of one dtype."""
+    dtype = next(iter(named.values())).dtype
+    model = _allocate(_meta_model(config, dtype, "invariant", "triton-invariant"), device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(named[name])
     return model
 
 

@@ -79,6 +79,8 @@ METRICS: dict[str, dict[str, str]] = {
         "rollout/prefix_hit_ratio": "Share of prompt tokens whose keys and values were already there.",
         "rollout/decode_tokens_per_s": "Sampled tokens per second of generation.",
         "rollout/num_tokens": "Sampled tokens.",
+        "rollout/staleness/{mean,max}": "With trainer.async_steps: weights versions between the one that generated a "
+        "sample and the one that trains on it. 0 in the first step, then 1.",
         "rollout/weights_bytes": "Bytes of the weights that the rollout got.",
         "rollout/graph_ratio": "Share of engine steps that replayed a CUDA graph; prefill never does.",
         "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds).",
@@ -86,7 +88,10 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "Time and speed": {
         "timing_s/step": "Wall-clock seconds of the whole step.",
-        "timing_s/gen": "Seconds generating.",
+        "timing_s/gen": "Seconds generating; with trainer.async_steps, seconds waiting for the next step's samples "
+        "after this step has trained.",
+        "timing_s/gen_ahead": "Seconds the engines computed on this step's samples while the step before trained "
+        "(trainer.async_steps).",
         "timing_s/reward": "Seconds grading.",
         "timing_s/old_log_prob": "Seconds recomputing old log-probabilities (algorithm.recompute_old_log_prob).",
         "timing_s/ref": "Seconds computing reference log-probabilities.",
@@ -96,7 +101,8 @@ METRICS: dict[str, dict[str, str]] = {
         "log-probabilities to the host is the audit's too but not in it: one copy, 4 bytes a token, right before the "
         "optimizer waits for the device anyway.",
         "timing_s/audit_forward": "Seconds of the forward over what lies outside the first mini-batch "
-        "(trainer.audit_every_token_freq), part of timing_s/update_actor.",
+        "(trainer.audit_every_token_freq), or with trainer.async_steps over all samples under earlier weights; part of "
+        "timing_s/update_actor.",
         "timing_s/update_weights": "Seconds moving the new weights into the rollout.",
         "timing_s/sync_weights": "The same as timing_s/update_weights.",
         "timing_s/weights_{cast,gather,copy,check}": "Parts of it: casting to the compute dtype, waiting for other "

@@ -23,11 +23,13 @@ Timer = Callable[[str], AbstractContextManager[None]]
 
 
 class Collected(NamedTuple):
-    """The groups to train on, all groups that were sampled, and the cursor after the prompts consumed."""
+    """The groups to train on, all groups that were sampled, the cursor after the prompts consumed, and what engines
+    and graders say of their work."""
 
     groups: list[SampleGroup]
     sampled: list[SampleGroup]
     cursor: int
+    metrics: dict[str, float]
 
 
 class _Batch(NamedTuple):
@@ -55,7 +57,8 @@ class Collector:
         assert isinstance(self.workers.engine, EngineGroup), "one engine does not sample beside the training"
         batch = self._next(step, 0, self.workers.order.take(cursor, self.config.data.train_batch_size))
         prompts = [prompt.token_ids for prompt in batch.prompts]
-        self._begun = batch._replace(pending=self.workers.engine.start_generate(prompts, self.sampling, batch.ids))
+        pending = self.workers.engine.start_generate(prompts, self.sampling, batch.ids, f"generation of step {step}")
+        self._begun = batch._replace(pending=pending)
 
     def collect(self, step: int, cursor: int) -> Collected:
         """Samples until ``train_batch_size`` groups are there.
@@ -80,7 +83,8 @@ class Collector:
             cursor, num_batches = cursor + wanted, num_batches + 1
             everything += groups
             kept += self._informative(groups) if settings.enable else groups
-        return Collected(kept[:wanted], everything, cursor)
+        metrics = self.workers.engine.stats() | self.workers.rewards.take_metrics()
+        return Collected(kept[:wanted], everything, cursor, metrics)
 
     def draw_settings(self, request_id: str) -> DrawSettings:
         """How the request of this id must have been sampled."""

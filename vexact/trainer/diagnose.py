@@ -8,15 +8,19 @@ from pathlib import Path
 
 from vexact.audit import ExactnessError
 from vexact.audit.certificate import CertificateError
+from vexact.audit.compare import TokenDifference
 from vexact.audit.explain import explain
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
-from vexact.trainer.workers import EngineGroup, Workers
+from vexact.trainer.workers import Workers
+from vexact.trainer.workers.explain import TIMEOUT_S, Question
+from vexact.trainer.workers.groups import ActorGroup, EngineGroup
 from vexact.training import Actor
 from vexact.types import Sample
 
 log = logging.getLogger(__name__)
 REPLAY_FILE, TEXT_FILE = "divergence.pt", "divergence.txt"
+STAGE = "the diagnosis"
 
 
 def diagnose(
@@ -29,7 +33,8 @@ def diagnose(
 ) -> None:
     """Adds the first divergence to the error's message and writes it, with a replay file, into ``run_dir``.
 
-    A diagnosis that fails is logged: the error stays what it is.
+    With several processes the one whose engine generated the sample explains it, with the whole weights of the
+    trainer. A diagnosis that fails, or takes longer than ``TIMEOUT_S``, is logged: the error stays what it is.
 
     Args:
         sample: what the first unequal token is in, sampled with ``sampling``.
@@ -37,29 +42,81 @@ def diagnose(
     first = error.comparison.first
     if isinstance(workers.engine, EngineGroup):
         error.add_note(f"sampled by {workers.engine.worker_of(sample)}")
-        error.args = (f"{error}\nto see where the two sides part, repeat it in one process: trainer.n_gpus_per_node=1",)
-        return
-    assert isinstance(workers.engine, Engine)
-    assert isinstance(workers.actor, Actor)
-    if first is not None and not first.is_finite:
-        actor = workers.actor
-        error.args = (f"{error}\n{cause_of_nonfinite(actor.named_weights(), actor.config.torch_dtype)}",)
-        if not math.isfinite(first.rollout) and not math.isfinite(first.trainer):
-            return  # the two sides do not part
-    log.info("looking for the first divergence of request %s", sample.request_id)
+    file = run_dir / REPLAY_FILE
     try:
-        found = explain(
-            workers.engine,
-            workers.actor,
-            sample,
-            run_dir / REPLAY_FILE,
-            sampling_params=sampling,
-            observed=first,
-            model_path=model_path,
-        )
-        text = found.describe()
+        if first is not None and not first.is_finite:
+            error.args = (f"{error}\n{_why_not_finite(workers)}",)
+            if not math.isfinite(first.rollout) and not math.isfinite(first.trainer):
+                return  # the two sides do not part
+        log.info("looking for the first divergence of request %s", sample.request_id)
+        text = _explain(workers, sample, sampling, first, file, model_path)
         (run_dir / TEXT_FILE).write_text(text + "\n", encoding="utf-8")
     except Exception:  # whatever goes wrong in here must not hide the error that is being diagnosed
         log.warning("no diagnosis: it failed itself", exc_info=True)
         return
-    error.args = (f"{error}\n{text}\nrepeat it with: vexact verify --replay {run_dir / REPLAY_FILE}",)
+    error.args = (f"{error}\n{text}\nrepeat it with: vexact verify --replay {file}",)
+
+
+def _why_not_finite(workers: Workers) -> str:
+    actor = workers.actor
+    if isinstance(actor, Actor):
+        return cause_of_nonfinite(actor.named_weights(), actor.config.torch_dtype)
+    assert workers.group is not None
+    return str(workers.group.call("why_not_finite", ranks=actor.ranks, timeout_s=TIMEOUT_S, stage=STAGE)[0])
+
+
+def _explain(
+    workers: Workers,
+    sample: Sample,
+    sampling: SamplingParams,
+    observed: TokenDifference | None,
+    file: Path,
+    model_path: str,
+) -> str:
+    """The divergence as text; the replay file is written."""
+    if workers.group is not None:
+        return _explain_in_group(workers, sample, sampling, observed, file, model_path)
+    assert isinstance(workers.engine, Engine)
+    assert isinstance(workers.actor, Actor)
+    workers.engine.resume_kv_cache()
+    found = explain(
+        workers.engine,
+        workers.actor,
+        sample,
+        file,
+        sampling_params=sampling,
+        observed=observed,
+        model_path=model_path,
+    )
+    return found.describe()
+
+
+def _explain_in_group(
+    workers: Workers,
+    sample: Sample,
+    sampling: SamplingParams,
+    observed: TokenDifference | None,
+    file: Path,
+    model_path: str,
+) -> str:
+    group, engine, actor = workers.group, workers.engine, workers.actor
+    assert group is not None
+    assert isinstance(engine, EngineGroup)
+    assert isinstance(actor, ActorGroup)
+    generated_by, trained_by = engine.rank_of(sample.request_id), actor.rank_of(sample.request_id)
+    is_past = sample.weights_version < engine.weights_version
+    question = Question(
+        sample=sample,
+        sampling=sampling,
+        observed=observed,
+        generated_by=generated_by,
+        trained_by=trained_by,
+        past_version=sample.weights_version if is_past else None,
+        operators=group.call("operators", ranks=[trained_by], timeout_s=TIMEOUT_S, stage=STAGE)[0],
+        replay_file=file.absolute(),
+        model_path=model_path,
+    )
+    ranks = sorted({*actor.ranks, generated_by})
+    answers = group.call("explain", question, ranks=ranks, timeout_s=TIMEOUT_S, stage=STAGE)
+    text = str(answers[ranks.index(generated_by)])
+    return f"{text}\n  note     generated by rank {generated_by} and trained on by rank {trained_by} of {group.size}"

@@ -15,7 +15,7 @@ from vexact.models import ModelConfig
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
 from vexact.trainer.advantages import train_sequences
-from vexact.trainer.ahead import Ahead, staleness_metrics
+from vexact.trainer.ahead import Ahead, PastAudit, staleness_metrics
 from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver
 from vexact.trainer.collect import Collected, Collector
 from vexact.trainer.diagnose import diagnose
@@ -43,8 +43,13 @@ class Driver:
         total_steps: int,
         progress: Progress,
         identity: Mapping[str, Any],
+        ready: Collected | None = None,
     ) -> None:
-        """``identity`` is what the run is; every checkpoint holds it."""
+        """
+        Args:
+            identity: what the run is; every checkpoint holds it.
+            ready: the groups of the step after ``progress``, if the run that it goes on with has generated them.
+        """
         self.config, self.workers, self.reporter, self.store = config, workers, reporter, store
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
         self.identity, self.pending = identity, PendingStep(config.run_dir)
@@ -52,14 +57,14 @@ class Driver:
         self.saver = Saver(store, workers.shards, config.actor.checkpoint.async_save, self._saved)
         self.stage = "gen"  # that began last
         self.timers = Timers(on_enter=self._begin)
-        self.collector = Collector(config, workers, self.timers)
-        beside = Timers()
-        ahead = Ahead(Collector(config, workers, beside), beside)
-        self.ahead = ahead if config.trainer.async_steps else None
+        self.collector, first = Collector(config, workers, self.timers), progress.step + 1
+        stored = None if ready is None else (first, ready)
+        self.ahead = Ahead(self.collector, config.trainer.async_steps, total_steps, stored)
+        self.past = PastAudit(config, workers, audit, self.timers, first if ready is None else first + 1)
 
     def run(self) -> None:
         """All steps from where the run stands to ``total_steps``, with validation and checkpoints when due."""
-        self.workers.sync_weights(self.progress.step)
+        self._sync(self.progress.step)
         trainer = self.config.trainer
         due = trainer.val_only or (trainer.val_before_train and self.progress.step == 0)
         if due and self.workers.val_data is not None:
@@ -103,21 +108,22 @@ class Driver:
             raise
 
     def _summary(self, first: int, rewards: list[float]) -> str:
+        compared, done = self.audit.num_checks, self.total_steps - first + 1
+        scope = f" in {compared} of {done} steps" if 0 < compared < done else ""
         return (
             f"done: steps {first} to {self.total_steps}, reward {rewards[0]:.3f} to {rewards[-1]:.3f}, "
-            f"{self.audit.totals()}; everything is in {self.config.run_dir}"
+            f"{self.audit.totals()}{scope}; everything is in {self.config.run_dir}"
         )
 
     def _step(self, step: int) -> float:
         """One step; returns its mean score."""
         workers = self.workers
         with self.timers("step"):
-            # 1-4: prompts, samples at weights version step-1, scores, groups worth training on
-            groups, sampled, cursor = self._collect(step)
-            rollout_metrics = workers.engine.stats() | workers.rewards.take_metrics()
-            if self.ahead is not None and step < self.total_steps:
-                self.ahead.begin(step + 1, cursor)
+            # 1-4: prompts, samples at weights version step-1 (one step off: step-2), scores, groups worth training on
+            groups, sampled, cursor, rollout_metrics = self.ahead.take(step, self.progress.data_cursor)
+            if self.ahead.depth:
                 rollout_metrics |= staleness_metrics(step - 1, groups)
+            self.ahead.begin(step + 1, cursor)
             workers.release_cache()
             # 5-6: old log-probabilities if asked for, reference log-probabilities if a KL term is on, advantages
             old = recompute_old_log_probs(self.config, groups, workers.actor, self.timers)
@@ -128,12 +134,10 @@ class Driver:
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
             with self.timers("update_actor"):
                 actor_metrics = self._update(step, sequences, ledger)
-            if self.ahead is not None:
-                with self.timers("gen"):
-                    self.ahead.finish(cursor)
+            self.ahead.finish()
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
-                sync_metrics = workers.sync_weights(step)
+                sync_metrics = self._sync(step)
                 workers.resume_cache()
             self.progress = Progress(step, cursor)
             # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
@@ -159,7 +163,8 @@ class Driver:
                 metrics |= self._timed_validation(step)
         # 10: report; a checkpoint without validation comes after, so that a killed run repeats a row and lacks none
         timing = self.timers.take()
-        metrics |= perf_metrics(sum(sample.num_tokens for sample in samples), timing["timing_s/step"]) | timing
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        metrics |= perf_metrics(num_tokens, timing["timing_s/step"], workers.num_processes) | timing
         self.reporter.log(StepStats(step, metrics))
         self.pending.clear()
         if save and not validate:
@@ -167,38 +172,22 @@ class Driver:
         self.store.note_metrics(step, metrics, validated=validate)
         return metrics["critic/score/mean"]
 
-    def _collect(self, step: int) -> Collected:
-        if self.ahead is None:
-            return self.collector.collect(step, self.progress.data_cursor)
-        collected, seconds = self.ahead.take(step, self.progress.data_cursor)
-        self.timers.add(seconds)
-        return collected
-
-    def _compare_past(self, step: int, sequences: Sequence[TrainSequence]) -> bool:
-        """Compares samples of an earlier version with what the trainer gives under that version, when due."""
-        every = self.config.trainer.async_audit_freq
-        if every < 0 or (step - 1) % every:
-            return False
-        version = sequences[0].sample.weights_version
-        with self.timers("audit_forward"):
-            found = self.workers.logprobs_at(version, sequences, self.audit.redraw)
-        self.audit.check(list(range(len(sequences))), found)
-        return True
+    def _sync(self, version: int) -> dict[str, float]:
+        return self.workers.sync_weights(version, keep=self.past.needs(version))
 
     def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
         actor, metrics = self.workers.actor, {"training/global_step": float(step)}
         every = self.config.trainer.audit_every_token_freq
         every_token = every > 0 and step % every == 0
         try:
-            if self.ahead is None:
+            if sequences[0].sample.weights_version < step - 1:
+                self.past.compare(step, sequences)
+                metrics |= actor.update(sequences, ledger=ledger)
+            else:
                 metrics |= actor.update(
                     sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
                 )
                 self.audit.require_compared()
-            else:
-                if self._compare_past(step, sequences):
-                    self.audit.require_compared()
-                metrics |= actor.update(sequences, ledger=ledger)
             self.health.check(metrics, actor.problems)
         except (ExactnessError, DrawError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
@@ -247,8 +236,12 @@ class Driver:
 
     def _save(self) -> None:
         with self.timers("save_checkpoint"):
-            tokenizer, model = self.workers.tokenizer, ModelConfig.from_hf_dir(self.config.model.path)
-            self.saver.save(self.progress, model, tokenizer.save_pretrained, self.identity)
+            model = ModelConfig.from_hf_dir(self.config.model.path)
+            self.saver.save(self.progress, model, self._save_beside, self.identity)
+
+    def _save_beside(self, directory: Path) -> None:
+        self.workers.tokenizer.save_pretrained(directory)
+        self.ahead.save(directory)
 
     def _saved(self, path: Path, step: int) -> None:
         log.info("saved %s", path)

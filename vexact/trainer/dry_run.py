@@ -28,7 +28,7 @@ from vexact.trainer.workers import (
     roles_of,
     start_rewards,
 )
-from vexact.training.sequence_parallel import check_size
+from vexact.training.parallel.sequence_parallel import check_size
 
 ROWS = 64  # of each dataset that a dry run reads
 GRADED_ROWS = 8

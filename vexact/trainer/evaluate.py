@@ -20,6 +20,7 @@ def evaluate(config: Config, workers: Workers) -> tuple[dict[str, float], list[S
     sampling = validation_sampling(config)
     prompts = [workers.val_data[row] for row in range(len(workers.val_data))]
     groups = sample_groups(workers, prompts, sampling, [f"val-row{prompt.row}" for prompt in prompts])
-    workers.engine.stats()  # the next step's rollout metrics are about training
     scored = score_groups(workers, groups)
+    workers.engine.stats()  # the next step's metrics are about training
+    workers.rewards.take_metrics()
     return validation_metrics(scored), scored

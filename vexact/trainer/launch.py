@@ -11,15 +11,19 @@ from vexact.audit import Audit
 from vexact.config import Config
 from vexact.config.memory import ModelShape
 from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
+from vexact.data import PromptDataset
 from vexact.distributed import Layout, WorkerError
 from vexact.models import ModelConfig
 from vexact.report import Reporter
+from vexact.trainer.ahead import read_collected
 from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
+from vexact.trainer.collect import Collected
 from vexact.trainer.driver import Driver, how_to_go_on
 from vexact.trainer.machine import layout_of, machine_of
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
+from vexact.trainer.resume.changes import Identity, breaking_changes
 from vexact.trainer.run_directory import RunDirectoryError, open_run_directory, set_aside
 from vexact.trainer.run_record import write_run_record
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
@@ -67,11 +71,12 @@ def run(config: Config, layout: Layout | None = None) -> int:
         identity["environment"] = workers.environment()
         identity["model"]["weights"] = workers.weights_digest()
         check_before_training(config, workers)
-        progress = Progress(0, 0)
+        progress, ready = Progress(0, 0), None
         if source is not None:
             check_changes(source, identity, _may_change(config))
             note_environment(source, identity)
             progress = source.restore(workers)
+            ready = _ready(config, source, identity, progress.step + 1, inputs.train_data)
         if not config.trainer.val_only:
             _begin_part(config, store, source, progress)
         reporter = Reporter(
@@ -90,7 +95,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         if progress.step:
             log.info("resuming after step %d", progress.step)
         audit = Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio)
-        driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity)
+        driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
         with advising(config, lambda: driver.stage):
             _drive(driver)
         interrupt.check()
@@ -116,6 +121,24 @@ def _check_source(config: Config, store: CheckpointStore, source: Source | None,
             f"trainer.val_only=true with trainer.resume_mode={config.trainer.resume_mode} validates other weights than "
             f"those that {config.run_dir} stands at; set trainer.default_local_dir to another directory"
         )
+
+
+def _ready(config: Config, source: Source, identity: Identity, step: int, rows: PromptDataset) -> Collected | None:
+    """The groups of ``step`` that the run before generated ahead; None, with a notice, where there are none of use."""
+    if not config.trainer.async_steps or config.trainer.val_only:
+        return None
+    if source.identity is not None and breaking_changes(source.identity, identity):
+        log.info("step %d samples anew: what was generated for it ahead is of the run before the changes", step)
+        return None
+    ready = read_collected(source.path, step, rows)
+    if ready is None:
+        log.info(
+            "%s holds no samples of step %d, so this step samples with the weights it trains, which are one version "
+            "newer than in a run without a break",
+            source.path,
+            step,
+        )
+    return ready
 
 
 def _begin_part(config: Config, store: CheckpointStore, source: Source | None, progress: Progress) -> None:

@@ -1,13 +1,13 @@
 """Training: packing, forward with fused linear cross-entropy, policy loss, optimizer, reference policy."""
 
 from vexact.training.actor import Actor
+from vexact.training.batches.ledger import Ledger, LedgerError
 from vexact.training.config import ActorConfig, OptimConfig
-from vexact.training.ledger import Ledger, LedgerError
-from vexact.training.ranks import PeerStopped, Ranks
+from vexact.training.parallel.ranks import PeerStopped, Ranks
+from vexact.training.parallel.sharding import load_sharded_model
 from vexact.training.reference import Reference
 from vexact.training.sft import SupervisedConfig, supervised_steps
-from vexact.training.sharding import load_sharded_model
-from vexact.training.state import ActorState, nonfinite_in
+from vexact.training.state.gathered import ActorState, nonfinite_in
 
 __all__ = [
     "Actor",

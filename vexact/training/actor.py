@@ -17,22 +17,22 @@ from vexact import interrupt
 from vexact.algorithms import Denominators
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
-from vexact.training import one_pass
-from vexact.training.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
+from vexact.training.batches.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
+from vexact.training.batches.ledger import Ledger, checksums
+from vexact.training.batches.packing import pack
 from vexact.training.config import ActorConfig
-from vexact.training.finite import check_numbers, nonfinite_state, why_skipped
-from vexact.training.forward import Scored, by_sequence, fingerprint, group_batch, join, score, token_scores
-from vexact.training.gradient_sum import GradientSum
-from vexact.training.ledger import Ledger, checksums
-from vexact.training.loss import MiniBatchMetrics, micro_batch_loss
-from vexact.training.offload import park
-from vexact.training.optimizer import Optimizer
-from vexact.training.packing import pack
-from vexact.training.ranks import Ranks, unsharded
-from vexact.training.redraw import Redraw
-from vexact.training.sharded_state import blank_state, install_state, sharded_state
-from vexact.training.sharding import prepare
-from vexact.training.state import ActorState, gather_state, restore_state
+from vexact.training.optim.offload import park
+from vexact.training.optim.optimizer import Optimizer
+from vexact.training.parallel.gradient_sum import GradientSum
+from vexact.training.parallel.ranks import Ranks, unsharded
+from vexact.training.parallel.sharding import prepare
+from vexact.training.passes import one_pass
+from vexact.training.passes.forward import Scored, by_sequence, fingerprint, group_batch, join, score, token_scores
+from vexact.training.passes.loss import MiniBatchMetrics, micro_batch_loss
+from vexact.training.passes.redraw import Redraw
+from vexact.training.state.finite import check_numbers, nonfinite_state, why_skipped
+from vexact.training.state.gathered import ActorState, gather_state, restore_state
+from vexact.training.state.sharded import blank_state, install_state, sharded_state
 from vexact.types import TrainSequence
 
 log = logging.getLogger(__name__)

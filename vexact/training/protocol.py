@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from vexact.training.batches.ledger import Ledger
 from vexact.training.config import ActorConfig
-from vexact.training.ledger import Ledger
-from vexact.training.redraw import Redraw
+from vexact.training.passes.redraw import Redraw
 from vexact.types import TrainSequence
 
 Audit = Callable[[list[int], list[np.ndarray]], None]

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from vexact.models import CausalLM
-from vexact.training.batch import token_sequence
+from vexact.training.batches.batch import token_sequence
 from vexact.training.config import ActorConfig
-from vexact.training.forward import Scored, fingerprint, join, score
-from vexact.training.offload import park
-from vexact.training.ranks import Ranks
-from vexact.training.sharding import prepare
+from vexact.training.optim.offload import park
+from vexact.training.parallel.ranks import Ranks
+from vexact.training.parallel.sharding import prepare
+from vexact.training.passes.forward import Scored, fingerprint, join, score
 from vexact.types import TrainSequence
 
 

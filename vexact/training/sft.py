@@ -12,10 +12,10 @@ import torch
 from vexact import interrupt
 from vexact.models import CausalLM, NonFiniteError
 from vexact.models.nonfinite import find_nonfinite
-from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.config import OptimConfig
-from vexact.training.forward import token_scores
-from vexact.training.optimizer import Optimizer
+from vexact.training.optim.optimizer import Optimizer
+from vexact.training.passes.forward import token_scores
 
 TokenPair = tuple[Sequence[int], Sequence[int]]
 """Prompt token ids, answer token ids; only answer tokens are trained."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,6 +24,7 @@ from vexact.ops.kernels import (
     rope,
     sampling,
     sampling_threshold,
+    square_sums,
     swiglu,
 )
 from vexact.ops.kernels.sizes import column_blocks
@@ -46,6 +48,8 @@ def cases() -> Iterator[Case]:
     yield from _sampling()
     for size in (2, 4):
         yield _checksum(size)
+    for dtype, width in (("fp32", 1), ("fp32", 576), ("fp32", 2048), ("bf16", 2048)):
+        yield _square_sums(dtype, width)
 
 
 def _rms_norm(dtype: str, width: int) -> Iterator[Case]:
@@ -123,6 +127,14 @@ def _checksum(size: int) -> Case:
     types = dict.fromkeys(("span_ptr", "owner_ptr", "out_ptr"), "*i64")
     constants = {"BITS": 8 * size, "ALIGNED": True, "STRETCH": checksum._STRETCH, **checksum.CONFIG}
     return f"checksum of {size} bytes", checksum._stretch_kernel, types, constants
+
+
+def _square_sums(dtype: str, width: int) -> Case:
+    types = {"matrix_ptr": "*i64", "owner_ptr": "*i32", "out_ptr": "*fp32"}
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    config = square_sums.tile(width)
+    constants = {"TYPE": square_sums.TYPES[kind], "ALIGNED": width > 1, "WIDE": 16 // kind.itemsize, **config}
+    return f"square_sums {dtype} {width}", square_sums._square_sums_kernel, types, constants
 
 
 def _sampling() -> Iterator[Case]:

@@ -23,7 +23,7 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     )
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) == 28
+    assert len(binaries) == 32
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT[arch], binary
         assert binary["cubin"] > 0
@@ -34,5 +34,6 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     by_name = {binary["name"]: binary for binary in binaries}
     wide = ("rope bf16 16/8x128", "qk_norm_rope bf16 16/8x128", "swiglu backward bf16 6144")
     wide += ("rms_norm forward fused=True bf16 2048", "checksum of 2 bytes", "checksum of 4 bytes")
+    wide += ("square_sums fp32 576", "square_sums fp32 2048", "square_sums bf16 2048")
     for name in wide:
         assert by_name[name]["wide_loads"], name

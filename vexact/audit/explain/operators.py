@@ -12,10 +12,12 @@ from torch import nn
 import vexact.ops as invariant
 from vexact.models.opset import OpSet
 
+Operators = dict[str, dict[str, str]]
 
-def operators_of(model: nn.Module) -> dict[str, dict[str, str]]:
+
+def operators_of(model: nn.Module) -> Operators:
     """Per submodule, the operators that are not the invariant ones, as ``package.module:name``."""
-    found: dict[str, dict[str, str]] = {}
+    found: Operators = {}
     for name, ops in _op_sets(model):
         for field in fields(OpSet):
             function = getattr(ops, field.name)
@@ -38,6 +40,12 @@ def restore_operators(model: nn.Module, recorded: Mapping[str, Mapping[str, str]
         if chosen:
             model.get_submodule(name).__dict__["ops"] = replace(ops, **chosen)
     return list(lost)
+
+
+def copy_operators(source: nn.Module, target: nn.Module) -> None:
+    """Gives ``target`` the very operators of a model of the same modules in this process."""
+    for name, ops in _op_sets(source):
+        target.get_submodule(name).__dict__["ops"] = ops
 
 
 def _op_sets(model: nn.Module) -> list[tuple[str, OpSet]]:

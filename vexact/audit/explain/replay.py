@@ -19,7 +19,8 @@ from vexact.audit.explain.divergence import Divergence, Side
 from vexact.audit.explain.finder import find
 from vexact.audit.explain.operators import operators_of, restore_operators
 from vexact.audit.explain.trainer_side import Trainer, first_unequal_weight
-from vexact.models import CausalLM, ModelConfig, load_model, random_model
+from vexact.models import CausalLM, ModelConfig, load_model
+from vexact.models.load import model_of
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.mismatch import apply_mismatch
 from vexact.training import Actor
@@ -138,17 +139,12 @@ def _record(
 
 def _model(record: Mapping[str, Any], model_path: str | Path | None) -> CausalLM:
     """The trainer's model of the record."""
-    dtype = getattr(torch, record["dtype"])
     if model_path is None and record["weights"] is not None:
-        model = random_model(ModelConfig.from_hf_dict(record["config"]), 0, dtype)
-        with torch.no_grad():
-            for name, tensor in record["weights"].items():
-                model.get_parameter(name).copy_(tensor)
-        return model
+        return model_of(ModelConfig.from_hf_dict(record["config"]), record["weights"])
     path = model_path or record["model_path"]
     if path is None:
         raise ValueError("the replay file holds no weights, only checksums; give the checkpoint with --model_path")
-    model = load_model(path, dtype=dtype)
+    model = load_model(path, dtype=getattr(torch, record["dtype"]))
     held = {name: checksum(p) for name, p in model.named_parameters()}
     wrong = [name for name, expected in record["checksums"].items() if held.get(name) != expected]
     if wrong:

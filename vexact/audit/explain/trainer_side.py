@@ -13,8 +13,8 @@ from vexact.audit.explain.recorder import Call, Recorder, Site, recording
 from vexact.models import CausalLM
 from vexact.ops import linear, token_logprobs
 from vexact.training import Actor
-from vexact.training.batch import TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
+from vexact.training.batches.batch import TokenSequence, pack_tokens
+from vexact.training.passes.forward import token_scores
 from vexact.types import Sample
 
 HEAD = Site("lm_head", "linear")

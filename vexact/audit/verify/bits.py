@@ -20,8 +20,8 @@ from vexact.models import CausalLM
 from vexact.ops import SamplingTensors
 from vexact.rollout import Engine
 from vexact.rollout.requests.request import draw_settings, request_seed
-from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
-from vexact.training.redraw import Redraw, Redrawn
+from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.passes.redraw import Redraw, Redrawn
 from vexact.types import Sample
 
 _MOST_PER_BATCH = 6

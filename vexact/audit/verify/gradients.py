@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vexact.audit.verify.sides import TrainingSide, hf_logits
-from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.types import Sample
 
 GRADIENT_SEQUENCES = 4

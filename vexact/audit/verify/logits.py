@@ -12,7 +12,7 @@ from torch import Tensor
 from vexact import interrupt
 from vexact.audit.verify.argmax import argmax_agreement
 from vexact.audit.verify.sides import TrainingSide, hf_logits
-from vexact.training.batch import TokenSequence, pack_tokens
+from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.types import Sample
 
 TOP_K = 10

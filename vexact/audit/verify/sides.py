@@ -14,8 +14,8 @@ from vexact.models.checkpoint.index import check_one_reading
 from vexact.models.hf_names import to_hf
 from vexact.models.opset import INVARIANT_ATTENTION
 from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
-from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
-from vexact.training.forward import token_scores
+from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.passes.forward import token_scores
 
 BACKENDS = ("vexact", "hf", "veomni")
 ATTENTION = ("triton-invariant", "sdpa")

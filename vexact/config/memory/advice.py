@@ -54,8 +54,11 @@ def memory_problems(config: Config, shape: ModelShape, machine: Machine) -> list
         )
         problems.append(MemoryProblem(what, _fix(config, shape, placement, machine)))
     if machine.host_bytes is not None and plan.host > machine.host_bytes:
-        what = f"offloading keeps {size_text(plan.host)} per GPU in the machine's memory"
+        who = "offloading and earlier weights keep" if config.trainer.async_steps else "offloading keeps"
+        what = f"{who} {size_text(plan.host)} per GPU in the machine's memory"
         fix = f"set {ACTOR}.fsdp_config.param_offload=false or optimizer_offload=false, or use more GPUs"
+        if config.trainer.async_steps:
+            fix = f"{fix}; or compare no past samples: trainer.async_audit_freq=-1"
         problems.append(MemoryProblem(f"{what} and {size_text(machine.host_bytes)} are free for each", fix))
     return problems
 

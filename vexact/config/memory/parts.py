@@ -59,7 +59,16 @@ class Parts:
     @property
     def host(self) -> int:
         """What one trainer keeps in the memory of its machine."""
-        return 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
+        offloaded = 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
+        return offloaded + self._width * self._share * self._num_past_versions
+
+    @property
+    def _num_past_versions(self) -> int:
+        """Copies of earlier weights for the audit; a step's are needed until the one after the next has trained."""
+        trainer = self.config.trainer
+        if self.device != "cuda" or not trainer.async_steps or trainer.exactness == "off":
+            return 0
+        return 2 if trainer.async_audit_freq == 1 else int(trainer.async_audit_freq > 1)
 
     @property
     def offloads_weights(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vexact.config.fields import ConfigError
 from vexact.config.schema import Config
 
 
@@ -17,10 +18,17 @@ class Placement:
 
     @classmethod
     def of(cls, config: Config, visible: int = 1) -> Placement:
-        """As configured, with ``visible`` GPUs per machine where ``trainer.n_gpus_per_node`` is null."""
+        """As configured, with ``visible`` GPUs per machine where ``trainer.n_gpus_per_node`` is null.
+
+        Raises:
+            ConfigError: ``trainer.rollout_gpus`` leaves none to train.
+        """
         total = config.trainer.nnodes * (config.trainer.n_gpus_per_node or visible)
         apart = config.trainer.rollout_gpus
-        return cls(total, total, True) if apart is None else cls(total - apart, apart, False)
+        if apart is None:
+            return cls(total, total, True)
+        require_trainers(apart, total)
+        return cls(total - apart, apart, False)
 
     @property
     def total(self) -> int:
@@ -36,3 +44,13 @@ class Placement:
         if not self.is_colocated:
             return f"{self.trainers} {plural if self.trainers > 1 else noun} train, {self.replicas} sample"
         return f"1 {noun} trains and samples" if self.trainers == 1 else f"{self.trainers} {plural} train and sample"
+
+
+def require_trainers(apart: int, total: int) -> None:
+    """Raises ConfigError when ``apart`` processes that sample leave none of ``total`` to train."""
+    if apart >= total:
+        raise ConfigError(
+            f"trainer.rollout_gpus={apart} of {total} process{'es' if total > 1 else ''} leaves none to train; lower "
+            "it, raise trainer.n_gpus_per_node or trainer.nnodes, or leave it null to train and generate on the same "
+            "GPUs"
+        )

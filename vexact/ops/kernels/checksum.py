@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.tables import on_device
+
 CONFIG = {"BLOCK": 4096, "num_warps": 8}
 _STRETCH = 8 * CONFIG["BLOCK"]  # words per program
 _WIDE = 16  # bytes of the widest load
@@ -84,16 +86,9 @@ def _add(totals: Tensor, table: np.ndarray, chosen: np.ndarray, size: int, align
     owners = np.repeat(np.arange(len(table)), programs)
     firsts = np.cumsum(programs) - programs
     spans = np.concatenate([table, firsts[:, None]], 1)
-    packed = _on_device(np.concatenate([spans.ravel(), owners, chosen[owners]]), totals.device)
+    packed = on_device(np.concatenate([spans.ravel(), owners, chosen[owners]]), totals.device)
     span_table, owner, target = packed.split([spans.size, num_programs, num_programs])
     partial = torch.empty(num_programs, dtype=torch.int64, device=totals.device)
     constants = {"BITS": 8 * size, "ALIGNED": aligned, "STRETCH": _STRETCH}
     _stretch_kernel[(num_programs,)](span_table, owner, partial, **constants, **CONFIG)
     totals.index_add_(0, target, partial)
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for the stream

@@ -68,13 +68,13 @@ class Saver:
         self,
         progress: Progress,
         model: ModelConfig,
-        save_tokenizer: Callable[[Path], Any],
+        save_beside: Callable[[Path], Any],
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves what the state is now; in the background it returns when that is copied to the host."""
         self.finish()
         self._stop.clear()
-        temporary = self.store.begin(progress, save_tokenizer, identity)
+        temporary = self.store.begin(progress, save_beside, identity)
         publish = partial(self.store.publish, temporary, progress, model, go_on=self._go_on)
         self._flight = flight = _Flight(progress, temporary, publish)
         with self._abandoning():

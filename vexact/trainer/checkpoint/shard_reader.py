@@ -16,7 +16,7 @@ from vexact.models.checkpoint.files import listed
 from vexact.trainer.checkpoint.error import CheckpointError
 from vexact.trainer.checkpoint.shard_files import KINDS, Header, file_name, parse_name, read_header, row_range
 from vexact.training import ActorState
-from vexact.training.ranks import local
+from vexact.training.parallel.ranks import local
 
 _MOST_OPEN = 128  # files at a time, whatever the number of ranks that wrote them
 

@@ -20,7 +20,7 @@ from vexact.trainer.checkpoint.error import CheckpointError, write_failure
 from vexact.trainer.checkpoint.host_copy import HostCopy
 from vexact.trainer.checkpoint.shard_files import FOLDER, KINDS, Header, Written, file_name, metadata, row_range
 from vexact.trainer.checkpoint.tensor_file import Spec, write_tensor_file
-from vexact.training.ranks import local
+from vexact.training.parallel.ranks import local
 
 State = Mapping[str, Tensor]  # as ``Actor.sharded_state`` gives it
 Values = Iterable[Sequence[Tensor]]  # of every tensor of a file, its bytes in pieces

@@ -89,11 +89,11 @@ class CheckpointStore:
     def begin(
         self,
         progress: Progress,
-        save_tokenizer: Callable[[Path], Any],
+        save_beside: Callable[[Path], Any],
         identity: Mapping[str, Any] | None = None,
     ) -> Path:
         """Makes the directory that will be the checkpoint, under a name that no earlier life of the run has used, with
-        what is small in it; all ranks write into its ``trainer_state``.
+        what is small in it, that of ``save_beside`` too; all ranks write into its ``trainer_state``.
 
         Raises:
             CheckpointError: the disk is full or not writable.
@@ -102,7 +102,7 @@ class CheckpointStore:
         try:
             (temporary / shard_files.FOLDER).mkdir(parents=True)
             write_progress(temporary, progress)
-            save_tokenizer(temporary)
+            save_beside(temporary)
             if self.certificate_file.is_file():
                 shutil.copy(self.certificate_file, temporary)
             if identity is not None:

@@ -33,7 +33,7 @@ COVERED = {
 """Keys whose effect is compared itself: a file that moved is the same data."""
 
 _FREE = (
-    "trainer",  # but for seed, device and the number of steps, which deciding_settings states
+    "trainer",  # but for seed, device, async_steps and the number of steps, which deciding_settings states
     "data.val_files",
     "data.val_max_samples",
     f"{MODEL}.enable_gradient_checkpointing",
@@ -88,6 +88,7 @@ def deciding_settings(config: Config, device: str, total_steps: int) -> dict[str
     decided |= {
         "trainer.seed": config.trainer.seed,
         "trainer.device": device,
+        "trainer.async_steps": config.trainer.async_steps,
         f"{ROLLOUT}.dtype": config.dtype(device),
         f"{ROLLOUT}.seed": config.rollout_seed,
         "data.seed": config.data_seed,

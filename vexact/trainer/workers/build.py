@@ -26,7 +26,7 @@ from vexact.trainer.workers.parts import build_actor, build_engine, build_refere
 from vexact.trainer.workers.roles import Roles, roles_of
 from vexact.trainer.workers.worker import Worker
 from vexact.training import Actor, Reference
-from vexact.training.redraw import Redraw
+from vexact.training.passes.redraw import Redraw
 from vexact.types import TrainSequence
 from vexact.weights import sync_weights
 
@@ -48,15 +48,21 @@ class Workers:
     group: WorkerGroup | None = None
     frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
 
-    def sync_weights(self, version: int) -> dict[str, float]:
-        """The rollout gets the actor's weights as ``version``, compared bit for bit. Raises WeightSyncError."""
+    def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
+        """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand
+        for ``logprobs_at`` over two more versions. Raises WeightSyncError."""
         if self.group is None:
             assert isinstance(self.engine, Engine)
             assert isinstance(self.actor, Actor)
             return sync_weights(self.actor, self.engine, version)
-        results: list[dict[str, float]] = self.group.call("sync", version, stage="the weight sync")
+        results: list[dict[str, float]] = self.group.call("sync", version, keep, stage="the weight sync")
         self.engine.weights_version = version
         return results[0]
+
+    @property
+    def num_processes(self) -> int:
+        """One per GPU."""
+        return 1 if self.group is None else self.group.size
 
     def release_cache(self) -> None:
         """Lends the memory of the key-value cache to the training, where that is of use."""
@@ -69,7 +75,7 @@ class Workers:
             self.engine.resume_kv_cache()
 
     def logprobs_at(self, version: int, sequences: Sequence[TrainSequence], redraw: Redraw | None) -> list[np.ndarray]:
-        """``actor.logprobs`` under an earlier version of the weights."""
+        """``actor.logprobs`` under an earlier version of the weights, one that was kept."""
         assert isinstance(self.actor, ActorGroup), "one process generates with the version it trains"
         return self.actor.logprobs(sequences, redraw, version)
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from vexact.trainer.workers.roles import Roles
 from vexact.trainer.workers.settings import actor_config, engine_settings
 from vexact.trainer.workers.worker import EngineFacts, Updated
 from vexact.training import ActorConfig, Ledger
-from vexact.training.forward import Scored
+from vexact.training.passes.forward import Scored
+from vexact.training.passes.redraw import Redraw
 from vexact.training.protocol import Audit
-from vexact.training.redraw import Redraw
 from vexact.types import Sample, TrainSequence
 
 log = logging.getLogger(__name__)
@@ -37,18 +36,18 @@ class PendingSamples:
     pending: Pending
     shares: list[list[int]]  # prompts by replica
     n: list[int]  # samples of each prompt
-    on_result: Callable[[Sequence[Sample]], None]
+    on_result: Callable[[Sequence[Sequence[Sample]]], None]
 
     def result(self) -> list[Sample]:
         """Waits; prompt-major, as ``Engine.generate`` gives them."""
         by_prompt: list[list[Sample]] = [[] for _ in self.n]
-        for share, samples in zip(self.shares, self.pending.result(), strict=True):
+        by_replica: list[list[Sample]] = self.pending.result()
+        self.on_result(by_replica)
+        for share, samples in zip(self.shares, by_replica, strict=True):
             at = iter(samples)
             for index in share:
                 by_prompt[index] = [next(at) for _ in range(self.n[index])]
-        joined = [sample for of_prompt in by_prompt for sample in of_prompt]
-        self.on_result(joined)
-        return joined
+        return [sample for of_prompt in by_prompt for sample in of_prompt]
 
 
 class EngineGroup:
@@ -64,7 +63,7 @@ class EngineGroup:
         self.num_cache_tokens = min(fact.num_cache_tokens for fact in facts)
         self._cache_tokens = [fact.num_cache_tokens for fact in facts]
         self._num_samples = self._num_sampled_tokens = 0
-        self._sampled_by: dict[int, dict[str, int]] = {}  # request to rank, of the versions in use
+        self._generated: dict[str, tuple[int, int]] = {}  # request to rank and weights version
 
     def generate(
         self,
@@ -80,8 +79,9 @@ class EngineGroup:
         prompts: Sequence[Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams],
         request_ids: Sequence[str],
+        stage: str = "generation",
     ) -> PendingSamples:
-        """``generate`` without waiting."""
+        """``generate`` without waiting; ``stage`` is how messages call it."""
         params = expand("sampling_params", sampling_params, len(prompts))
         expected = max(each.max_tokens for each in params) / 2
         if self._num_samples:
@@ -92,26 +92,24 @@ class EngineGroup:
             ([prompts[i] for i in share], [params[i] for i in share], [request_ids[i] for i in share])
             for share in shares
         ]
-        self._note_ranks(arguments)
-        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage="generation")
-        return PendingSamples(pending, shares, n, self._note_lengths)
+        pending = self._group.start_each("generate", arguments, ranks=self._ranks, stage=stage)
+        return PendingSamples(pending, shares, n, self._note)
 
     def worker_of(self, sample: Sample) -> RankInfo:
-        """Who generated a sample, of this version of the weights or of the one before."""
-        names = self._sampled_by[sample.weights_version]
-        name = sample.request_id
-        return self._group.infos[names[name] if name in names else names[name.rpartition("/")[0]]]
+        """Who generated a sample of the last two weights versions."""
+        return self._group.infos[self.rank_of(sample.request_id)]
 
-    def _note_ranks(self, arguments: Sequence[tuple[Any, Any, list[str]]]) -> None:
-        version = self.weights_version
-        self._sampled_by = {kept: by for kept, by in self._sampled_by.items() if kept >= version - 1}
-        names = self._sampled_by.setdefault(version, {})
-        for rank, (_, _, request_ids) in zip(self._ranks, arguments, strict=True):
-            names.update(dict.fromkeys(request_ids, rank))
+    def rank_of(self, request_id: str) -> int:
+        """The rank that generated a request of the last two weights versions; the first one for any other."""
+        return self._generated.get(request_id, (self._ranks[0], 0))[0]
 
-    def _note_lengths(self, samples: Sequence[Sample]) -> None:
-        self._num_samples += len(samples)
-        self._num_sampled_tokens += sum(len(sample.token_ids) for sample in samples)
+    def _note(self, by_replica: Sequence[Sequence[Sample]]) -> None:
+        for rank, samples in zip(self._ranks, by_replica, strict=True):
+            self._num_samples += len(samples)
+            self._num_sampled_tokens += sum(len(sample.token_ids) for sample in samples)
+            self._generated |= {sample.request_id: (rank, sample.weights_version) for sample in samples}
+        oldest = max((version for _, version in self._generated.values()), default=0) - 1
+        self._generated = {name: made for name, made in self._generated.items() if made[1] >= oldest}
 
     def stats(self) -> dict[str, float]:
         """``rollout/*`` metrics since the last call, over all replicas."""
@@ -131,7 +129,8 @@ class ActorGroup:
     """The actor's shards. Every rank gets the whole batch and works on its micro-batches."""
 
     def __init__(self, config: Config, group: WorkerGroup, roles: Roles, total_steps: int) -> None:
-        self._group, self._ranks = group, list(roles.trainers)
+        self._group, self.ranks = group, list(roles.trainers)
+        self._trained: dict[str, int] = {}  # request to rank, of the last call
         self.config: ActorConfig = actor_config(config, torch.device(group.infos[0].device), total_steps)
         self.problems: list[str] = []
 
@@ -146,11 +145,11 @@ class ActorGroup:
     ) -> dict[str, float]:
         """As ``Actor.update``. Every rank compares its own share before the optimizer step; ``audit`` then sees all."""
         results: list[Updated] = self._group.call(
-            "update", sequences, ledger, redraw, every_token, audit is not None, ranks=self._ranks, stage="the update"
+            "update", sequences, ledger, redraw, every_token, audit is not None, ranks=self.ranks, stage="the update"
         )
         self.problems = list(dict.fromkeys(problem for result in results for problem in result.problems))
         if audit is not None:
-            self._show(audit, redraw, results)
+            self._show(audit, sequences, redraw, results)
         for result in results:
             if result.stopped is not None:
                 raise result.stopped
@@ -158,8 +157,15 @@ class ActorGroup:
         slowest = {key: max(part[key] for part in parts) for key in parts[0] if key.startswith("timing_s/")}
         return parts[0] | slowest
 
-    def _show(self, audit: Audit, redraw: Redraw | None, results: Sequence[Updated]) -> None:
+    def _show(
+        self,
+        audit: Audit,
+        sequences: Sequence[TrainSequence],
+        redraw: Redraw | None,
+        results: Sequence[Updated],
+    ) -> None:
         """Gives what all ranks saw to the audit, in the order of the batch; it raises as in one process."""
+        self._note(sequences, [result.evidence.indices for result in results])
         seen = [pair for r in results for pair in zip(r.evidence.indices, r.evidence.logprobs, strict=True)]
         for result in results:
             if redraw is not None and result.evidence.redrawn is not None:
@@ -173,41 +179,48 @@ class ActorGroup:
                 raise
 
     def _name_rank(self, error: Exception, results: Sequence[Updated]) -> None:
-        stopped = [rank for rank, result in zip(self._ranks, results) if type(result.stopped) is type(error)]
-        if stopped and len(self._ranks) > 1:
-            error.add_note(f"compared by rank {', '.join(map(str, stopped))} of {len(self._ranks)}")
+        stopped = [rank for rank, result in zip(self.ranks, results) if type(result.stopped) is type(error)]
+        if stopped and len(self.ranks) > 1:
+            error.add_note(f"compared by rank {', '.join(map(str, stopped))} of {len(self.ranks)}")
 
     def logprobs(
         self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None, version: int | None = None
     ) -> list[np.ndarray]:
         """As ``Actor.logprobs``; under an earlier ``version`` of the weights if there is one given."""
-        results = self._group.call("logprobs", sequences, redraw, version, ranks=self._ranks, stage="scoring")
+        results = self._group.call("logprobs", sequences, redraw, version, ranks=self.ranks, stage="scoring")
+        self._note(sequences, [scored.indices for scored, _ in results])
         for _, redrawn in results:
             if redraw is not None and redrawn is not None:
                 redraw.absorb(redrawn)
         return joined([scored for scored, _ in results], len(sequences))
 
+    def rank_of(self, request_id: str) -> int:
+        """The rank that computed a request's log-probabilities in the last update or scoring, the first one if none."""
+        return self._trained.get(request_id, self.ranks[0])
+
+    def _note(self, sequences: Sequence[TrainSequence], by_rank: Sequence[Sequence[int]]) -> None:
+        pairs = [(i, rank) for rank, indices in zip(self.ranks, by_rank, strict=True) for i in indices]
+        self._trained = {sequences[i].sample.request_id: rank for i, rank in pairs}
+
     def weights_digest(self) -> str:
-        digests = self._group.call("weights_digest", ranks=self._ranks, stage="set-up")
+        digests = self._group.call("weights_digest", ranks=self.ranks, stage="set-up")
         return str(digests[0])
 
     def restore(self, path: Path) -> Progress:
         """Loads an already verified checkpoint, each rank its rows. Raises CheckpointError."""
-        restored: list[Progress] = self._group.call("restore", path, ranks=self._ranks, stage="resuming")
+        restored: list[Progress] = self._group.call("restore", path, ranks=self.ranks, stage="resuming")
         return restored[0]
 
     # ShardGroup, for the Saver
 
     def save(self, step: int, directory: Path, background: bool) -> list[Written] | None:
-        return _all(
-            self._group.call("save_shard", step, directory, background, ranks=self._ranks, stage="a checkpoint")
-        )
+        return _all(self._group.call("save_shard", step, directory, background, ranks=self.ranks, stage="a checkpoint"))
 
     def poll(self) -> list[Written] | None:
-        return _all(self._group.call("poll_shard", ranks=self._ranks, stage="a checkpoint"))
+        return _all(self._group.call("poll_shard", ranks=self.ranks, stage="a checkpoint"))
 
     def wait(self) -> list[Written]:
-        written = _all(self._group.call("wait_shard", ranks=self._ranks, stage="a checkpoint"))
+        written = _all(self._group.call("wait_shard", ranks=self.ranks, stage="a checkpoint"))
         assert written is not None
         return written
 

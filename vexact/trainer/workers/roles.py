@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vexact.config import Config, ConfigError
+from vexact.config import Config
+from vexact.config.memory.placement import require_trainers
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,7 @@ def roles_of(config: Config, world_size: int) -> Roles:
     everyone = range(world_size)
     if apart is None:
         return Roles(world_size, everyone, everyone)
-    if apart >= world_size:
-        raise ConfigError(
-            f"trainer.rollout_gpus={apart} of {world_size} rank(s) leaves none to train; lower it, raise "
-            "trainer.n_gpus_per_node or trainer.nnodes, or leave it null to train and generate on the same GPUs"
-        )
+    require_trainers(apart, world_size)
     return Roles(world_size, everyone[:-apart], everyone[-apart:])
 
 

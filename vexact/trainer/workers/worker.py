@@ -14,20 +14,23 @@ import torch.distributed as dist
 
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.environment import environment
+from vexact.audit.explain.operators import Operators, operators_of
 from vexact.config import Config
 from vexact.distributed import RankInfo
+from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.stats import EngineStats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.memory import memory_advice
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
-from vexact.training.forward import Scored
-from vexact.training.past_weights import PastWeights
-from vexact.training.redraw import Redraw, Redrawn
+from vexact.training.passes.forward import Scored
+from vexact.training.passes.redraw import Redraw, Redrawn
+from vexact.training.state.past_weights import PastWeights
 from vexact.types import Sample, TrainSequence
 from vexact.weights import receive_weights, send_weights, sync_weights
 
@@ -79,8 +82,7 @@ class Worker:
             self._engine = build_engine(config, load_tokenizer(config), device)
         if trains:
             self._actor = build_actor(config, device, total_steps, group)
-            depth = config.trainer.async_steps + 1
-            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype, depth)
+            self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype)
             self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
         if trains and config.needs_reference:
             self._reference = build_reference(config, device, group)
@@ -119,14 +121,14 @@ class Worker:
     def resume_kv_cache(self) -> None:
         self.engine.resume_kv_cache()
 
-    def sync(self, version: int) -> dict[str, float]:
-        """Called on all ranks: the weights of the actor become those of every engine. Raises WeightSyncError."""
+    def sync(self, version: int, keep: bool) -> dict[str, float]:
+        """Called on all ranks: the weights of the actor become those of every engine; with ``keep`` ranks that train
+        alone keep a copy. Raises WeightSyncError."""
         if self.roles.colocated:
             return sync_weights(self.actor, self.engine, version)
         if self._actor is not None:
-            if self.config.trainer.async_steps:
-                with self._actor.resident():
-                    self._past.keep(version)
+            with self._actor.resident() if keep else nullcontext():
+                self._past.advance(version, keep)
             return send_weights(self._actor, version)
         return receive_weights(self.engine, version)
 
@@ -164,6 +166,24 @@ class Worker:
         """This rank's share."""
         assert self._reference is not None, "no KL term is on"
         return self._reference.score(sequences)
+
+    def why_not_finite(self) -> str:
+        """A sentence, the same on every rank that trains."""
+        return cause_of_nonfinite(self.actor.named_weights(), self.actor.config.torch_dtype)
+
+    def operators(self) -> Operators:
+        """What the actor runs in place of the invariant operators."""
+        return operators_of(self.actor.model)
+
+    def explain(self, question: Question) -> str | None:
+        """Called on all ranks that train and on the one whose engine explains; the latter gives the text."""
+        if self._actor is None:
+            weights = take_weights(question, self.engine.model)
+        else:
+            weights = give_weights(question, self._actor, self._past, self.info.rank, self.roles.trainers)
+        if self.info.rank != question.generated_by:
+            return None
+        return explain_here(question, weights, self.engine, self._actor)
 
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from vexact import interrupt
 from vexact.models import CausalLM
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
-from vexact.training.batch import PackedBatch, TokenSequence, pack_tokens
-from vexact.training.packing import pack
-from vexact.training.ranks import Ranks
+from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.training.batches.packing import pack
+from vexact.training.parallel.ranks import Ranks
 
 FILLER = TokenSequence(prompt=(0,), response=(0,))
 """What a rank computes while other ranks have more micro-batches, so that their collectives match."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vexact.models.nonfinite import find_nonfinite
-from vexact.training.optimizer import MOMENTS, Moments, Optimizer, like
-from vexact.training.ranks import Ranks, local, unsharded
+from vexact.training.optim.optimizer import MOMENTS, Moments, Optimizer, like
+from vexact.training.parallel.ranks import Ranks, local, unsharded
 
 
 class ParameterState(TypedDict, total=False):

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
-from vexact.training.adamw import adamw_step
 from vexact.training.config import OptimConfig
-from vexact.training.norm import total_norm
-from vexact.training.offload import host_zeros, stream
-from vexact.training.ranks import Ranks, local
+from vexact.training.optim.adamw import adamw_step
+from vexact.training.optim.norm import total_norm
+from vexact.training.optim.offload import host_zeros, stream
+from vexact.training.parallel.ranks import Ranks, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from vexact.models import ModelConfig
-from vexact.training.packing import BUDGET_KEY
-from vexact.training.sequence_parallel import KEY as SHARING_KEY
-from vexact.training.sequence_parallel import SequenceRanks, check_size
+from vexact.training.batches.packing import BUDGET_KEY
+from vexact.training.parallel.sequence_parallel import KEY as SHARING_KEY
+from vexact.training.parallel.sequence_parallel import SequenceRanks, check_size
 
 T = TypeVar("T")
 _REPORT_BYTES = 512

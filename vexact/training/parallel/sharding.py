@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from vexact.models import CausalLM, load_model
 from vexact.models.load import load_parts
-from vexact.training.ranks import Ranks, first_row, local, lone_mesh
+from vexact.training.parallel.ranks import Ranks, first_row, local, lone_mesh
 
 
 def prepare(model: CausalLM, ranks: Ranks, dtype: torch.dtype, fsdp: bool | None) -> None:

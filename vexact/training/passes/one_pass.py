@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vexact.algorithms import PER_TOKEN_LOSSES, Denominators, token_weights
 from vexact.models import ModelConfig
-from vexact.training.batch import PackedBatch, PolicyTargets
+from vexact.training.batches.batch import PackedBatch, PolicyTargets
 from vexact.training.config import ActorConfig
-from vexact.training.loss import policy_terms
+from vexact.training.passes.loss import policy_terms
 
 MAX_ACCUMULATOR_BYTES = 3 << 29
 """The head's gradient is accumulated in fp32. Above 1.5 GiB that memory is worth more than the product it saves."""

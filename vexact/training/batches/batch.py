@@ -12,7 +12,7 @@ from torch import Tensor
 from vexact.models import Targets
 from vexact.models.sequence_parallel import SlicedMetadata
 from vexact.ops import PackedMetadata
-from vexact.training.sequence_parallel import SequencePart, SequenceRanks
+from vexact.training.parallel.sequence_parallel import SequencePart, SequenceRanks
 from vexact.types import TrainSequence
 
 

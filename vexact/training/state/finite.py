@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from vexact.models.nonfinite import all_finite, find_nonfinite
-from vexact.training.optimizer import MOMENTS, Optimizer
-from vexact.training.ranks import local
+from vexact.training.optim.optimizer import MOMENTS, Optimizer
+from vexact.training.parallel.ranks import local
 from vexact.types import TrainSequence
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vexact.models import LogitProbe
 from vexact.ops import SamplingTensors, sample
-from vexact.training.batch import PackedBatch, ramps
+from vexact.training.batches.batch import PackedBatch, ramps
 from vexact.types import DrawSettings, Sample
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vexact.algorithms import Denominators, PolicyLossInputs, PolicyLossOutput, kl_penalty, policy_loss, token_weights
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
-from vexact.training.batch import PackedBatch, PolicyTargets
+from vexact.training.batches.batch import PackedBatch, PolicyTargets
 from vexact.training.config import ActorConfig
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vexact.training.ranks import local
+from vexact.training.parallel.ranks import local
 
-_PIECE = 1 << 24
-"""Elements of each moment that are on their way at a time; two pieces of two moments are 256 MiB on the device."""
+_PIECE, _SLOTS = 1 << 23, 4
+"""Elements of each moment that travel together, and how many such loads are on the device: 256 MiB of both moments."""
 
 Flat = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weights, gradients, first and second moments, (n,) each; the moments on the host."""
@@ -118,44 +118,71 @@ def host_zeros(rows: Tensor) -> Tensor:
 
 
 def stream(group: Sequence[Flat], step: Callable[..., None]) -> list[Tensor]:
-    """``step(weights, gradients, exp_avgs, exp_avg_sqs)``, lists of one, on the device for piece after piece.
+    """``step(weights, gradients, exp_avgs, exp_avg_sqs)``, lists of tensors on the device, for load after load.
 
-    On a GPU the next piece arrives and the last one leaves while one is computed. Returns the smallest and largest
-    second moment of every piece, (2,) on the device; when it returns, the moments on the host are the new ones.
+    On a GPU some loads arrive and some leave while one is computed. Returns the smallest and largest second moment of
+    every load, (2,) on the device; when it returns, the moments on the host are the new ones.
     """
-    pieces = [piece for flat in group for piece in zip(*(part.split(_PIECE) for part in flat), strict=True)]
     device = group[0][0].device
-    if device.type != "cuda":
-        seen = []
-        for weight, gradient, first, second in pieces:
-            step([weight], [gradient], [first], [second])
-            seen.append(torch.stack(second.aminmax()))
-        return seen
-    return _stream_cuda(pieces, step, device)
-
-
-def _stream_cuda(pieces: Sequence[Flat], step: Callable[..., None], device: torch.device) -> list[Tensor]:
-    current, arriving, leaving = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
-    width = max(len(piece[0]) for piece in pieces)
-    buffers = [torch.empty(2, width, dtype=torch.float32, device=device) for _ in range(2)]
-    free: list[torch.cuda.Event | None] = [None, None]
-    arriving.wait_stream(current)  # the buffers may be memory that is still in use there
+    if device.type == "cuda":
+        return _stream_cuda(group, step, device)
     seen = []
-    for number, (weight, gradient, *host) in enumerate(pieces):
-        slot = number % 2
-        staged = [part[: len(weight)] for part in buffers[slot]]
+    for load in _loads(group):
+        step(*load)
+        seen += [torch.stack(second.aminmax()) for second in load[3]]
+    return seen
+
+
+def _loads(group: Sequence[Flat]) -> Iterator[tuple[list[Tensor], ...]]:
+    """The tensors in order, cut so that all loads but the last are of one size.
+
+    Otherwise one way of the bus would wait for the other: one load leaves while another one arrives.
+    """
+    load: list[Flat] = []
+    room = _PIECE
+    for flat in group:
+        start, end = 0, len(flat[0])
+        while start < end:
+            part = slice(start, min(end, start + room))
+            load.append((flat[0][part], flat[1][part], flat[2][part], flat[3][part]))
+            room -= part.stop - start
+            start = part.stop
+            if not room:
+                yield tuple(map(list, zip(*load, strict=True)))
+                load, room = [], _PIECE
+    if load:
+        yield tuple(map(list, zip(*load, strict=True)))
+
+
+def _stream_cuda(group: Sequence[Flat], step: Callable[..., None], device: torch.device) -> list[Tensor]:
+    current, arriving, leaving = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device)
+    width = min(_PIECE, sum(len(flat[0]) for flat in group))
+    slots = [torch.empty(2, width, dtype=torch.float32, device=device) for _ in range(_SLOTS)]
+    free: list[torch.cuda.Event | None] = [None] * _SLOTS
+    arriving.wait_stream(current)  # the slots may be memory that is still in use there
+    seen = []
+    for number, load in enumerate(_loads(group)):
+        slot = number % _SLOTS
+        weights, gradients, *host = load
+        sizes = [len(weight) for weight in weights]
+        filled = slots[slot][:, : sum(sizes)]
+        staged = [list(moment.split(sizes)) for moment in filled]
         with torch.cuda.stream(arriving):
             if (event := free[slot]) is not None:
                 arriving.wait_event(event)
-            for there, here in zip(host, staged, strict=True):
-                here.copy_(there, non_blocking=True)
+            _copy(host, staged)
         current.wait_event(arriving.record_event())
-        step([weight], [gradient], [staged[0]], [staged[1]])
-        seen.append(torch.stack(staged[1].aminmax()))
+        step(weights, gradients, *staged)
+        seen.append(torch.stack(filled[1].aminmax()))
         with torch.cuda.stream(leaving):
             leaving.wait_event(current.record_event())
-            for there, here in zip(host, staged, strict=True):
-                there.copy_(here, non_blocking=True)
+            _copy(staged, host)
         free[slot] = leaving.record_event()
     leaving.synchronize()
     return seen
+
+
+def _copy(sources: Sequence[Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]) -> None:
+    for moment_from, moment_to in zip(sources, targets, strict=True):
+        for source, target in zip(moment_from, moment_to, strict=True):
+            target.copy_(source, non_blocking=True)

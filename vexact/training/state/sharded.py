@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vexact.training.optimizer import MOMENTS, Optimizer
-from vexact.training.ranks import Ranks, local
-from vexact.training.state import check_moments, check_tensor, listed, unstepped
+from vexact.training.optim.optimizer import MOMENTS, Optimizer
+from vexact.training.parallel.ranks import Ranks, local
+from vexact.training.state.gathered import check_moments, check_tensor, listed, unstepped
 
 
 def sharded_state(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vexact.training.batch import PolicyTargets
-from vexact.training.packing import pack
+from vexact.training.batches.batch import PolicyTargets
+from vexact.training.batches.packing import pack
 from vexact.types import TrainSequence
 
 _COLUMNS = ("response tokens", "old log-probabilities", "advantages", "reference log-probabilities")

@@ -1,0 +1,366 @@
+"""One step off: samples are generated beside the training, compared under their own weights, and survive a break."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vexact.audit import Audit
+from vexact.config import ConfigError, load_config
+from vexact.config.plan import build_plan
+from vexact.report import Timers
+from vexact.trainer.ahead import Ahead, PastAudit, StaleSamplesError, read_collected, write_collected
+from vexact.trainer.checkpoint import CheckpointError, load_checkpoint, manifest
+from vexact.trainer.collect import Collected
+from vexact.trainer.launch import run
+from vexact.training.state.past_weights import PastWeights
+from vexact.types import Prompt, Sample, SampleGroup, Score
+
+STEPS = 4
+SCRIPT = Path(__file__).with_name("async_run.py")
+OVERLAP = {f"gen-{t + 1}": f"wait update-{t}" for t in range(1, STEPS)}
+OVERLAP |= {f"update-{t}": f"wait gen-{t + 1}" for t in range(1, STEPS)}
+
+
+def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
+    return [
+        f"actor_rollout_ref.model.path={tiny / 'model'}",
+        f"data.train_files={tiny / 'train.jsonl'}",
+        f"data.val_files={tiny / 'test.jsonl'}",
+        f"reward.custom_reward_function.path={tiny / 'reward.py'}",
+        "data.max_prompt_length=16",
+        "data.max_response_length=12",
+        "data.train_batch_size=4",
+        "actor_rollout_ref.rollout.n=3",
+        "actor_rollout_ref.actor.optim.lr=3e-3",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.metric=odd",
+        "algorithm.filter_groups.max_num_gen_batches=0",
+        "reward.num_workers=1",
+        f"trainer.total_training_steps={STEPS}",
+        "trainer.rollout_gpus=1",
+        "trainer.async_steps=1",
+        "trainer.async_audit_freq=2",
+        "trainer.audit_redraw_ratio=1",
+        "trainer.save_freq=2",
+        "trainer.test_freq=1",
+        "trainer.val_before_train=false",
+        "trainer.samples_per_step=-1",
+        "trainer.logger=[jsonl,console]",
+        f"trainer.default_local_dir={directory}",
+        *more,
+    ]
+
+
+def torchrun(processes: int, folder: Path, plan: dict[str, str], arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of ``async_run.py`` in so many processes."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(folder), json.dumps(plan), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples(run_dir: Path, step: int, stem: str = "step") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "samples" / f"{stem}_{step}.jsonl").read_text().splitlines()]
+
+
+def state(run_dir: Path) -> dict[str, bytes]:
+    """Weights and moments of the last step."""
+    _, saved = load_checkpoint(run_dir / "checkpoints" / f"step_{STEPS}")
+    parts = ("weight", "exp_avg", "exp_avg_sq")
+    return {f"{name} {key}": each[key].numpy().tobytes() for name, each in saved["parameters"].items() for key in parts}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory):
+    """Two ranks train sharded weights that wait on the host, one generates; no update ends before the next generation
+    has begun, and the other way round."""
+    root = tmp_path_factory.mktemp("async")
+    offload = "actor_rollout_ref.actor.fsdp_config.param_offload=true"
+    code, output = torchrun(3, root / "marks", OVERLAP, arguments(tiny, root / "run", offload))
+    assert code == 0, output
+    assert "log-probabilities compared, 0 different" in output
+    assert "in 2 of 4 steps; everything" in output
+    return root / "run"
+
+
+def test_generation_overlaps_the_update_with_weights_one_version_old(unbroken):
+    rows = metrics(unbroken)
+    assert [row["rollout/staleness/max"] for row in rows] == [0, 1, 1, 1]
+    assert [row["rollout/staleness/mean"] for row in rows] == [0, 1, 1, 1]
+    for step in range(1, STEPS + 1):
+        assert {sample["weights_version"] for sample in samples(unbroken, step)} == {max(0, step - 2)}
+        assert {sample["weights_version"] for sample in samples(unbroken, step, "val")} == {step}
+    assert any(len(samples(unbroken, step)) > 12 for step in range(2, STEPS + 1)), "no step needed a second batch"
+    assert rows[0]["actor/ppo_kl"] == 0, "the first step is on-policy"
+    assert all(row["actor/ppo_kl"] != 0 for row in rows[1:]), "the ratio is to what was sampled with"
+    assert not (unbroken / "checkpoints" / f"step_{STEPS}" / "next_step").exists(), "nothing comes after the last step"
+    for row in rows:
+        assert ("timing_s/gen_ahead" in row) == (row["step"] > 1)
+        assert row["perf/throughput"] == pytest.approx(row["perf/total_num_tokens"] / row["timing_s/step"] / 3)
+
+
+def test_due_steps_are_compared_under_the_weights_that_sampled(unbroken):
+    rows = metrics(unbroken)
+    for row in (rows[0], rows[2]):
+        assert row["bitwise/tokens_different"] == row["bitwise/tokens_redrawn_different"] == 0
+        assert row["training/rollout_probs_diff_max"] == row["rollout_corr/kl"] == 0
+        assert row["bitwise/tokens_redrawn"] == row["bitwise/tokens_compared"] > 0
+    for row in (rows[1], rows[3]):
+        assert not [key for key in row if key.startswith(("bitwise/tokens", "rollout_corr/", "training/rollout"))]
+
+
+def test_a_run_that_is_interrupted_goes_on_with_the_samples_it_has(tiny, unbroken, tmp_path, monkeypatch, caplog):
+    """The signal comes while step 3 trains and step 4 is generated; Ray goes on."""
+    directory = tmp_path / "run"
+    plan = {"gen-4": "wait update-3", "update-3": "interrupt"}
+    code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, directory))
+    assert code != 0
+    assert "step 2 is saved" in output, output
+    assert [row["step"] for row in metrics(directory)] == [1, 2]
+    assert (directory / "checkpoints" / "step_2" / "next_step").is_dir()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with caplog.at_level("INFO"):
+        assert run(load_config(arguments(tiny, directory, "trainer.n_gpus_per_node=2"))) == 0
+    assert "holds no samples" not in caplog.text
+    assert state(directory) == state(unbroken)
+    for step in range(1, STEPS + 1):
+        assert samples(directory, step) == samples(unbroken, step)
+        assert samples(directory, step, "val") == samples(unbroken, step, "val")
+    resumed, whole = metrics(directory)[2:], metrics(unbroken)[2:]
+    assert [row["rollout/staleness/max"] for row in resumed] == [1, 1]
+    assert "bitwise/tokens_compared" not in resumed[0], "the weights of that version went with the process"
+    assert resumed[1]["bitwise/tokens_different"] == 0
+    assert resumed[1]["bitwise/tokens_compared"] > 0
+    assert [row["rollout/num_tokens"] for row in resumed] == [row["rollout/num_tokens"] for row in whole]
+
+
+def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(tiny, tmp_path):
+    directory = tmp_path / "run"
+    code, output = torchrun(2, tmp_path / "marks", {"weights-1": "spoil 1e-3"}, arguments(tiny, directory))
+    assert code != 0
+    assert "rollout and trainer disagree" in output
+    assert "compared under weights version 1, which generated the samples of step 3" in output
+    assert "first divergence: generation state: the replay agrees with the trainer" in output
+    assert "the engine had gone on to weights version 2 and was given these again" in output
+    last = metrics(directory)[-1]
+    assert last["step"] == 3
+    assert last["bitwise/tokens_different"] > 0
+    assert not (tmp_path / "marks" / "update-3").exists(), "the update did not begin"
+
+
+def test_a_rank_that_dies_while_it_generates_ahead_ends_the_run_at_once(tiny, tmp_path):
+    plan = {"gen-3": "kill", "update-2": "sleep"}
+    code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, tmp_path / "run", "trainer.save_freq=1"))
+    assert code != 0
+    assert "rank 1" in output
+    assert "in generation of step 3" in output, output
+    died = (tmp_path / "marks" / "gen-3").stat().st_mtime
+    assert time.time() - died < 50, "the update that ran beside it, and takes 60 s, was waited for"
+    assert (tmp_path / "run" / "checkpoints" / "step_1" / "manifest.json").is_file()
+
+
+def prompt(row: int) -> Prompt:
+    return Prompt(row, (5, 6 + row), f"prompt {row}", "sum", "1")
+
+
+def group(row: int, version: int, step: int = 3) -> SampleGroup:
+    drawn = [
+        Sample(
+            request_id=f"step{step}-{row}-row{row}/{i}",
+            prompt_token_ids=prompt(row).token_ids,
+            token_ids=tuple(range(row, row + length)),
+            logprobs=np.linspace(-3, -0.1, length, dtype=np.float32),
+            min_logits=np.full(length, -np.inf, np.float32),
+            temperature=0.7,
+            finish_reason="stop",
+            weights_version=version,
+            stop_reason=stop,
+            text="\udc80 é",
+        )
+        for i, (length, stop) in enumerate([(4, None), (1, 7), (9, "end")])
+    ]
+    scores = (Score(1 / 3, {"odd": 1.0}, seal="x"), Score(0.0, status="error", message="no"), Score(-2.5))
+    return SampleGroup(prompt(row), tuple(drawn), scores)
+
+
+def collected(version: int = 1) -> Collected:
+    groups = [group(row, version) for row in range(3)]
+    return Collected([groups[2], groups[0]], groups, 12, {"rollout/num_tokens": 1 / 3})
+
+
+def stored(path: Path, step: int = 3) -> Path:
+    path.mkdir()
+    write_collected(path, step, collected())
+    with manifest.Digests(path) as digests:
+        manifest.write_manifest(path, step - 1, digests.entries())
+    return path
+
+
+def test_stored_samples_are_the_samples(tmp_path):
+    found, given = read_collected(stored(tmp_path / "c"), 3, [prompt(row) for row in range(3)]), collected()
+    assert found is not None
+    assert (found.cursor, found.metrics) == (given.cursor, given.metrics)
+    assert [one.prompt.row for one in found.groups] == [2, 0]
+    assert found.groups[0] is found.sampled[2]
+    for ours, theirs in zip(found.sampled, given.sampled, strict=True):
+        assert (ours.prompt, ours.scores) == (theirs.prompt, theirs.scores)
+        for one, other in zip(ours.samples, theirs.samples, strict=True):
+            for name in Sample.__slots__:
+                a, b = getattr(one, name), getattr(other, name)
+                same = a.dtype == b.dtype and a.tobytes() == b.tobytes() if isinstance(a, np.ndarray) else a == b
+                assert same, name
+                assert type(a) is type(b), name
+
+
+def test_stored_samples_that_do_not_fit_are_refused(tmp_path):
+    rows = [prompt(row) for row in range(3)]
+    path = stored(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="it is of step 3, expected step 4"):
+        read_collected(path, 4, rows)
+    with pytest.raises(CheckpointError, match=r"row 1 of data\.train_files is another prompt"):
+        read_collected(path, 3, [prompt(row) for row in (1, 1, 2)])
+    text = path / "next_step" / "samples.json"
+    text.write_text(text.read_text().replace('"groups"', '"group"'))
+    with pytest.raises(CheckpointError, match="lacks 'groups'"):
+        read_collected(path, 3, rows)
+    (path / "next_step" / "numbers.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"samples\.json holds no samples"):
+        read_collected(path, 3, rows)
+    without = tmp_path / "without"
+    without.mkdir()
+    assert read_collected(without, 3, rows) is None
+    manifest.write_manifest(without, 2, {})
+    (without / "next_step").mkdir()
+    (without / "next_step" / "samples.json").write_text("{}")
+    assert read_collected(without, 3, rows) is None, "a file that the manifest does not know was put there"
+
+
+class StubCollector:
+    def __init__(self, result):
+        self.result, self.begun = result, []
+
+    def begin(self, step, cursor):
+        self.begun.append((step, cursor))
+
+    def collect(self, step, cursor):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_own_step():
+    collector = StubCollector(ValueError("no such key"))
+    ahead = Ahead(collector, 1, 9, (2, collected(1)))
+    assert len(ahead.take(2, 0).groups) == 2
+    ahead.begin(3, 12)
+    ahead.finish()  # step 2 is reported and saved after this
+    with pytest.raises(ValueError, match="no such key"):
+        ahead.take(3, 12)
+
+
+def test_only_the_version_before_is_trained_on_and_the_last_step_generates_nothing_ahead(tmp_path):
+    metrics = {"rollout/num_tokens": 30.0, "rollout/decode_tokens_per_s": 60.0}
+    collector = StubCollector(collected(1)._replace(metrics=metrics))
+    ahead = Ahead(collector, 1, 3, None)
+    ahead.begin(3, 12)
+    ahead.finish()
+    assert ahead.take(3, 12).metrics == metrics | {"timing_s/gen_ahead": 0.5}
+    ahead.begin(4, 24)
+    assert collector.begun == [(3, 12)]
+    ahead.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for depth, step in ((1, 4), (1, 1), (0, 3)):
+        with pytest.raises(StaleSamplesError, match=f"step {step} trains weights version {step - 1} and got"):
+            Ahead(StubCollector(collected(1)), depth, 9, None).take(step, 0)
+    mixed = collected(1)._replace(groups=[group(0, 1), group(1, 2)])
+    with pytest.raises(StaleSamplesError, match="version 1, 2"):
+        Ahead(StubCollector(mixed), 1, 9, None).take(3, 0)
+
+
+@pytest.mark.parametrize(
+    ("every", "first", "exactness", "due"),
+    [
+        (3, 1, "strict", [1, 4, 7]),
+        (1, 1, "warn", [1, 2, 3, 4, 5, 6, 7, 8]),
+        (3, 4, "strict", [4, 7]),
+        (3, 5, "strict", [5, 7]),
+        (-1, 1, "strict", []),
+        (3, 1, "off", []),
+    ],
+)
+def test_weights_are_kept_for_the_steps_that_are_compared_and_no_others(every, first, exactness, due):
+    settings = SimpleNamespace(async_steps=1, async_audit_freq=every, exactness=exactness)
+    past = PastAudit(SimpleNamespace(trainer=settings), None, Audit("off"), Timers(), first)
+    assert [step for step in range(1, 9) if past.is_due(step)] == due
+    assert [version + 2 for version in range(-1, 7) if past.needs(version)] == due
+
+
+@torch.no_grad()
+def test_past_weights_are_there_bit_for_bit_and_go_again():
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    past = PastWeights(model, torch.bfloat16)
+    seen = []
+    for version in range(4):
+        seen.append([p.bfloat16() for p in model.parameters()])
+        past.advance(version, keep=version != 1)
+        for p in model.parameters():
+            p.mul_(1.25)
+    present = [p.clone() for p in model.parameters()]
+    with suppress(KeyboardInterrupt), past.in_place(2):
+        assert all(torch.equal(p, old.float()) for p, old in zip(model.parameters(), seen[2], strict=True))
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, now) for p, now in zip(model.parameters(), present, strict=True))
+    for gone in (0, 1):
+        with pytest.raises(KeyError), past.in_place(gone):
+            pass
+
+
+def test_settings_that_contradict_each_other_are_refused(tiny, tmp_path):
+    def load(*more):
+        return load_config(arguments(tiny, tmp_path / "run", *more))
+
+    for more, message in (
+        (["trainer.rollout_gpus=null"], "async_steps=1 needs GPUs of its own; set trainer.rollout_gpus"),
+        (["trainer.n_gpus_per_node=1"], "leaves none to train"),
+        (["algorithm.recompute_old_log_prob=true"], "must their old log-probabilities"),
+        (["trainer.async_steps=2"], "async_steps"),
+        (["trainer.async_audit_freq=0"], "use -1 for never"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(*more)
+    plan = build_plan(load("trainer.n_gpus_per_node=2"), "cpu")
+    rows = dict(plan.rows)
+    assert rows["updates"] == "1 optimizer step per rollout, on samples one weights version old"
+    expected = "strict: in 1 step of 2, under the weights that sampled, stop at the first unequal bit"
+    assert rows["exactness"] == expected
+    assert any("trainer.async_steps=1: every step but the first" in note for note in plan.advice)
+    with pytest.raises(ConfigError, match=r"rollout_gpus=1 of 1 process.* leaves none to train"):
+        build_plan(load(), "cpu")
+    never = build_plan(load("trainer.async_audit_freq=-1", "trainer.n_gpus_per_node=2"), "cpu")
+    assert any("nothing compares rollout and trainer" in note for note in never.advice)

@@ -1,0 +1,48 @@
+"""Weights of an earlier version, so that samples older than the trainer can still be compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vexact.training.parallel.ranks import local
+
+DEPTH = 2
+"""Versions for which weights stay: those that generated the samples being trained on, and those of the next step's."""
+
+
+class PastWeights:
+    """Keeps this rank's part of earlier weights on the host, in the dtype that forwards compute in.
+
+    The rollout got these very bits. Casting them to the master copy's dtype and back loses nothing.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._kept: dict[int, list[Tensor]] = {}
+
+    def advance(self, version: int, keep: bool) -> None:
+        """The weights are now ``version``: copies them, if they are to be kept, and forgets what is too old."""
+        self._kept = {old: parts for old, parts in self._kept.items() if version - DEPTH < old < version}
+        if keep:
+            self._kept[version] = [part.to("cpu", self._dtype, copy=True) for part in self._parts()]
+
+    @contextmanager
+    def in_place(self, version: int) -> Iterator[None]:
+        """Within it the model has the weights of ``version``, which must have been kept."""
+        past, present = self._kept[version], [part.to("cpu", copy=True) for part in self._parts()]
+        try:
+            self._put(past)
+            yield
+        finally:
+            self._put(present)
+
+    def _parts(self) -> list[Tensor]:
+        return [local(parameter.detach()) for parameter in self._model.parameters()]
+
+    def _put(self, values: list[Tensor]) -> None:
+        for part, value in zip(self._parts(), values, strict=True):
+            part.copy_(value)
