@@ -55,14 +55,8 @@ class RankRuns(Runs):
         options = [*self.options, *further, f"trainer.default_local_dir={self.directory}"]
         command = [sys.executable, *LAUNCHERS[self.launcher], "train", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with self.log.open("w") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True)
 
     def result(self) -> tuple[str, list[dict[str, object]]]:
         """SHA-256 of the weights and moments at the end, and the steps that were reported."""
@@ -98,9 +92,9 @@ class RankRuns(Runs):
             return None
         family = descendants(process.pid)
         workers = [pid for pid in family if _is_worker(pid)]
-        targets = ["driver", "everything", *(["rank"] if workers else [])]
+        targets = ["driver", "everything", *(["rank"] * 3 if workers else [])]
         if workers and "\n 1/8 " in self.log.read_text():  # the deadline of the start is much longer
-            targets.append("rank, stopped")
+            targets += ["rank, stopped"] * 3
         target = random.choice(targets)
         if target == "everything":
             for pid in [process.pid, *family]:
@@ -156,7 +150,7 @@ def _is_worker(pid: int) -> bool:
     """A rank that torchrun or Ray started."""
     with suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return (b"ray::" in command and b"rank" in command) or b"-u\0-m\0vexact\0train" in command
+        return b"ray::RayWorker" in command or b"-u\0-m\0vexact\0train" in command
     return False
 
 
