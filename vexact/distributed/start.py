@@ -11,6 +11,7 @@ from vexact.distributed.errors import ClusterError
 from vexact.distributed.group import WorkerGroup
 from vexact.distributed.layout import Layout, RankInfo, Transport
 from vexact.distributed.local import LocalGroup
+from vexact.distributed.on_torchrun.agent import watch_agent
 
 
 def resolve_layout(layout: Layout) -> Layout:
@@ -135,10 +136,15 @@ def start_workers(
 def serve_if_follower() -> int | None:
     """Under torchrun, on a rank other than 0: serves rank 0 until it ends, and returns the exit code. Else None.
 
+    From here on no rank outlives the torchrun that started it.
+
     To be called before a command does or prints anything that only one process of a run should.
     """
     launched = env.torchrun_rank()
-    if launched is None or launched.rank == 0:
+    if launched is None:
+        return None
+    watch_agent(launched)
+    if launched.rank == 0:
         return None
     from vexact.distributed.on_torchrun import serve
 

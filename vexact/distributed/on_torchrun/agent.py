@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
 
 from vexact.env import TorchrunRank
 
-POLL_S = 1.0
-PATIENCE_S = 4.0  # of the other ranks: if rank 0 has lost its agent, too, it ends them, and says how to go on
+POLL_S = 0.5
+PATIENCE_S = 2.0  # of the other ranks: if rank 0 has lost its agent, too, it ends them, and says how to go on
 
 
-def watch_agent(launched: TorchrunRank, end: Callable[[], None]) -> None:
-    """Calls ``end`` in another thread once the process that started this one has gone; where torchrun did."""
+def watch_agent(launched: TorchrunRank) -> None:
+    """Ends this process soon after the one that started it has gone, where that was torchrun: rank 0 by SIGTERM."""
     if launched.has_agent:
-        patience = PATIENCE_S if launched.rank else 0.0
-        threading.Thread(target=_watch, args=(os.getppid(), patience, end), name="agent", daemon=True).start()
+        arguments = (os.getppid(), launched.rank)
+        threading.Thread(target=_watch, args=arguments, name="agent", daemon=True).start()
 
 
-def _watch(agent: int, patience_s: float, end: Callable[[], None]) -> None:
+def _watch(agent: int, rank: int) -> None:
     while os.getppid() == agent:
         time.sleep(POLL_S)
-    time.sleep(patience_s)
-    end()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        time.sleep(PATIENCE_S)
+        os._exit(1)
