@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rank_runs
 from run_results import digest, rows, samples
 
 from vexact.config import load_config
@@ -88,3 +89,13 @@ def test_ray_gives_the_weights_of_one_process(tiny, one_process, tmp_path, monke
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert run(load_config(arguments(tiny, tmp_path / "run", "trainer.n_gpus_per_node=2"))) == 0
     assert_same_run(tmp_path / "run", one_process)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [((), "nothing is left to do: step 4 of 4"), (("--dry_run",), "2 processes train and sample")]
+)
+def test_a_command_without_work_for_the_other_ranks_ends_them(more, said, tiny, one_process, tmp_path):
+    done = rank_runs.start(tmp_path, [*arguments(tiny, one_process), *more], ranks=2)
+    assert done.wait(60) == [0, 0], done.output(1)
+    assert done.output().count(said) == 1
+    assert done.output(1) == ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -149,3 +150,15 @@ def serve_if_follower() -> int | None:
     from vexact.distributed.on_torchrun import serve
 
     return serve(launched)
+
+
+@contextmanager
+def dismissing_followers() -> Iterator[None]:
+    """Around what rank 0 of torchrun does after ``serve_if_follower``: other ranks that it did without are let go, for
+    torchrun waits for them. Those of a rank 0 that fails are ended by torchrun."""
+    yield
+    launched = env.torchrun_rank()
+    if launched is not None and launched.world_size > 1:
+        from vexact.distributed.on_torchrun import dismiss_ranks
+
+        dismiss_ranks(launched)
