@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch.distributed as dist
 from vexact.config import load_config
 from vexact.distributed import Layout, RankInfo
 from vexact.distributed.process_group import MARGIN_S
+from vexact.trainer.preflight import check_shared
 from vexact.trainer.workers import Inputs, Roles, build, worker
+from vexact.trainer.workers.groups import ActorGroup
 
 KL = "actor_rollout_ref.actor.use_kl_loss=true"
 INFO = RankInfo(0, 1, 0, 0, "here", 1, "cpu")
@@ -74,3 +78,33 @@ def test_ranks_that_train_apart_wait_as_long_as_all(
     assert groups[0] is groups[1]
     limit = groups[0]._get_backend(torch.device("cpu")).options._timeout
     assert limit == timedelta(seconds=5000 + MARGIN_S)
+
+
+def test_a_rank_with_another_run_directory_is_named_before_the_first_step(
+    built: list[tuple[str, Any]],
+    overrides: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A relative path is another directory where a process has been started elsewhere."""
+    config, roles = load_config(overrides()), Roles(2, range(2), range(2))
+    here = worker.Worker(config, Roles(1, range(1), range(1)), 3, INFO)
+    folders = [tmp_path, tmp_path]
+
+    def call(method: str, *args: Any, ranks: list[int], stage: str) -> list[Any]:
+        answers = []
+        for rank in ranks:
+            monkeypatch.chdir(folders[rank])
+            answers.append(getattr(here, method)(*args))
+        return answers
+
+    group: Any = SimpleNamespace(infos=(INFO, replace(INFO, rank=1, host="there")), call=call)
+    actor = ActorGroup(config, group, roles, 3)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    check_shared(Path("run"), actor)
+    folders[1] = tmp_path / "elsewhere"
+    with pytest.raises(ValueError, match=r"run is not the driver's on rank 1 \(host there, .*default_local_dir"):
+        check_shared(Path("run"), actor)
+    assert list(tmp_path.rglob(".seen-*")) == []

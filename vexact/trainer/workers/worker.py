@@ -190,6 +190,9 @@ class Worker:
         with self.actor.resident():
             return weights_digest(self.actor.model)
 
+    def sees(self, file: Path) -> bool:
+        return file.is_file()
+
     def save_shard(self, step: int, directory: Path, background: bool) -> list[Written] | None:
         return self._shards.save(step, directory, background)
 
