@@ -14,6 +14,7 @@ from typing import Any
 from vexact import interrupt
 from vexact.distributed.host import WorkerHost, hello, prepare_process
 from vexact.distributed.layout import RankInfo
+from vexact.distributed.on_torchrun.agent import watch_agent
 from vexact.distributed.on_torchrun.meeting import find_driver, open_store
 from vexact.env import TorchrunRank
 
@@ -27,6 +28,7 @@ def serve(launched: TorchrunRank) -> int:
         ClusterError: nobody answers where rank 0 should be.
     """
     _leave_signals_to_rank_0(signal.SIG_DFL)
+    watch_agent(launched, lambda: os._exit(1))
     store = open_store(launched)
     connection = find_driver(store, launched)
     if connection is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,6 +15,7 @@ from vexact import env
 from vexact.distributed.errors import ClusterError
 from vexact.distributed.host import Hello, WorkerHost, hello
 from vexact.distributed.layout import Layout, RankInfo
+from vexact.distributed.on_torchrun.agent import watch_agent
 from vexact.distributed.on_torchrun.driver import TorchrunChannel
 from vexact.distributed.on_torchrun.follower import serve
 from vexact.distributed.on_torchrun.meeting import gather_followers, open_store
@@ -29,6 +32,7 @@ def start_ranks(
     assert launched is not None
     if launched.rank > 0:
         raise SystemExit(serve(launched))
+    watch_agent(launched, lambda: os.kill(os.getpid(), signal.SIGTERM))
     deadline = time.monotonic() + start_timeout_s
     store = open_store(launched, start_timeout_s)
     found = gather_followers(store, launched, max(1.0, deadline - time.monotonic()))
