@@ -211,6 +211,11 @@ class ActorGroup:
         restored: list[Progress] = self._group.call("restore", path, ranks=self.ranks, stage="resuming")
         return restored[0]
 
+    def blind_to(self, file: Path) -> list[RankInfo]:
+        """The ranks on whose machines there is no such file."""
+        seen = self._group.call("sees", file, ranks=self.ranks, stage="set-up")
+        return [self._group.infos[rank] for rank, sees in zip(self.ranks, seen, strict=True) if not sees]
+
     # ShardGroup, for the Saver
 
     def save(self, step: int, directory: Path, background: bool) -> list[Written] | None:
