@@ -254,6 +254,16 @@ def test_processes_of_a_machine_share_its_memory() -> None:
     one, four = (machine_of(Layout(1, count, "cpu", transport="local")).device_bytes for count in (1, 4))
     assert one is not None
     assert four == pytest.approx(one / 4, rel=0.2)
+    config, model = configured("trainer.device=cpu"), shape("qwen3-8b")
+    (problem,) = memory_problems(config, model, Machine("cpu", 4, GIB))
+    assert problem.fix.endswith("; or start fewer than 4 processes, which share the machine's memory")
+    (problem,) = memory_problems(config, model, Machine("cpu", 1, GIB))
+    assert "fewer" not in problem.fix
+
+
+def test_the_placement_counts_correctly() -> None:
+    assert Placement(1, 2, False).text("cpu") == "1 process trains, 2 sample"
+    assert Placement(2, 1, False).text("cuda") == "2 GPUs train, 1 samples"
 
 
 def test_ranks_that_share_a_forward_hold_less_of_one_sequence() -> None:

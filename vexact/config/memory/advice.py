@@ -52,7 +52,10 @@ def memory_problems(config: Config, shape: ModelShape, machine: Machine) -> list
             f"{size_text(machine.device_bytes)} are free, {size_text(worst.total - machine.device_bytes)} too little "
             f"({worst.text})"
         )
-        problems.append(MemoryProblem(what, _fix(config, shape, placement, machine)))
+        fix = _fix(config, shape, placement, machine)
+        if machine.device == "cpu" and machine.gpus > 1:
+            fix = f"{fix}; or start fewer than {machine.gpus} processes, which share the machine's memory"
+        problems.append(MemoryProblem(what, fix))
     if machine.host_bytes is not None and plan.host > machine.host_bytes:
         what = f"what is offloaded or copied takes {size_text(plan.host)} per GPU of the machine's memory"
         fix = f"set {' or '.join(_host_remedies(config))}, or use more GPUs"

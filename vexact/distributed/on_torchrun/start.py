@@ -58,7 +58,7 @@ def start_ranks(
     return group
 
 
-def dismiss_ranks(launched: TorchrunRank, timeout_s: float = 300.0) -> None:
+def dismiss_ranks(launched: TorchrunRank, timeout_s: float) -> None:
     """On rank 0, at the end of a command that needed no group: the others, which wait for it, end with code 0.
 
     Raises:
