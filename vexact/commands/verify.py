@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--model_backend",
         default="vexact",
-        help="training side: vexact, hf (stock transformers) or what an installed bridge provides (vexact)",
+        help="training side: vexact, hf (stock transformers) or a bridge's (vexact)",
     )
     add("--attn_impl", default="triton-invariant", help="training attention: triton-invariant or sdpa")
     add("--use_remove_padding", type=_flag, default=True, metavar="BOOL", help="pack sequences end to end (true)")

@@ -83,8 +83,8 @@ def receive_weights(
     """Takes what ``send_weights`` sends into the engine as ``version``, and answers whether every bit arrived.
 
     Names, shapes and dtypes are announced and compared before anything changes. The engine has the version only after
-    the checksums of all engines were found to be the senders'. For a ``WeightTaker`` that holds of a copy on its device,
-    which it is then given.
+    the checksums of all engines were found to be the senders'. For a ``WeightTaker`` that holds of a copy on its
+    device, which it is then given.
 
     Returns:
         ``rollout/weights_bytes``, and ``timing_s/weights_<part>`` for cast, gather (waiting for buckets), copy and

@@ -1,4 +1,4 @@
-"""Weights for a rollout that keeps them in its own way: whole tensors in, and its own proof that it computes with them."""
+"""Weights for a rollout that keeps them in its own way: it gets whole tensors, and proves that it uses them."""
 
 from __future__ import annotations
 

@@ -94,8 +94,14 @@ def sync_weights(
     """
     peers = Peers.sharing(shard_mesh(actor.model))
     if isinstance(engine, WeightTaker):
-        peers.begin(version, lambda: (engine.check_updatable(), None))
-        return hand_over(engine, actor.named_weights(), version)
+        taker = engine
+
+        def check() -> tuple[None, None]:
+            taker.check_updatable()
+            return None, None
+
+        peers.begin(version, check)
+        return hand_over(taker, actor.named_weights(), version)
     device = next(engine.model.parameters()).device
 
     def prepare() -> tuple[tuple[BucketPlan, Incoming, Buffers | None], str]:
