@@ -20,10 +20,8 @@ from vexact.config.verl_compat import MOVED, translate
 from vexact.env import attention_warning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_BASELINE = (
-    "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on; "
-    "set trainer.exactness=strict to stop at the first one"
-)
+_BASELINE = "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on"
+_STRICT = "; set trainer.exactness=strict to stop at the first one"
 _OVERRIDE = re.compile(r"^(\+\+|\+)?([A-Za-z_][\w.@/-]*)=(.*)$", re.DOTALL)
 
 
@@ -68,7 +66,7 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
         )
     if baseline and strict and "trainer.exactness" not in dict(pairs):
         config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, exactness="warn"))
-        warnings = [_BASELINE.format(baseline)]
+        warnings = [_BASELINE.format(baseline) + (_STRICT if config.rollout.is_own else "")]
     notices += warnings
     return dataclasses.replace(config, notices=tuple(notices))
 

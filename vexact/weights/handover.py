@@ -31,7 +31,7 @@ class WeightTaker(Protocol):
         """Computes with these weights from now on, as ``version``, and has proved it. Returns metrics.
 
         The tensors come in the model's order and under its names (``vexact.models.hf_names.to_hf`` gives Hugging
-        Face's), whole, in the compute dtype, and are valid until the next one is asked for.
+        Face's), whole and in the compute dtype. They may share the trainer's memory: copy what outlives the call.
 
         Raises:
             WeightSyncError: it does not hold what was sent; it then refuses to generate until an update succeeds.

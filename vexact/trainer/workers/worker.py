@@ -203,7 +203,9 @@ class Worker:
         return self._shards.wait()
 
     def close(self) -> None:
-        """Ends what this rank writes beside the steps."""
+        """Ends what this rank writes beside the steps, and what a foreign rollout has started."""
+        if self._engine is not None and not isinstance(self._engine, Engine):
+            self._engine.close()
         if self._actor is not None:
             self._shards.abandon()
 
