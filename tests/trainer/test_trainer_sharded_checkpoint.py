@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from checkpoint_support import flat, rewrite
+from saved_runs import flat, rewrite
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
