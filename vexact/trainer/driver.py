@@ -96,7 +96,7 @@ class Driver:
                 workers.engine,
                 workers.actor,
                 config.run_dir,
-                config.trainer.exactness,
+                config.trainer.exactness if config.rollout.is_own else "off",  # no other engine could pass
                 rollout_attention=config.rollout.attn_impl,
                 trainer_attention=config.actor.attn_implementation,
                 environment=dict(self.identity["environment"]),

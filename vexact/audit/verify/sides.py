@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vexact import plugins
 from vexact.models import CausalLM, Targets, load_model
 from vexact.models.checkpoint.index import check_one_reading
 from vexact.models.hf_names import to_hf
@@ -17,7 +18,7 @@ from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
 from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.passes.forward import token_scores
 
-BACKENDS = ("vexact", "hf", "veomni")
+OWN_BACKENDS = ("vexact", "hf")
 ATTENTION = ("triton-invariant", "sdpa")
 
 
@@ -94,9 +95,11 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def load_side(backend: str, path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> TrainingSide:
-    """
+    """A backend that is not ours comes from the package that provides it (``vexact.plugins``), by a function like this
+    one without ``backend``.
+
     Raises:
-        ValueError: an unknown backend or attention, or veomni, whose bridge is not installed.
+        ValueError: an unknown attention, or a backend that no installed package provides.
     """
     if attn_impl not in ATTENTION:
         raise ValueError(f"--attn_impl={attn_impl}: use one of {', '.join(ATTENTION)}")
@@ -104,9 +107,9 @@ def load_side(backend: str, path: Path, dtype: torch.dtype, device: torch.device
         return VexactSide(load_model(path, dtype=dtype, device=device, attn_impl=attn_impl))
     if backend == "hf":
         return HfSide(load_hf(path, dtype, device, attn_impl))
-    if backend == "veomni":
-        raise ValueError("--model_backend=veomni needs the bridge to VeOmni, which is not installed; use vexact or hf")
-    raise ValueError(f"--model_backend={backend}: use one of {', '.join(BACKENDS)}")
+    load_foreign = plugins.load(plugins.VERIFY_BACKENDS, backend, "--model_backend", OWN_BACKENDS)
+    side: TrainingSide = load_foreign(path, dtype, device, attn_impl)
+    return side
 
 
 def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> Any:

@@ -12,13 +12,13 @@ import torch
 
 from vexact.config import Config
 from vexact.distributed import Pending, RankInfo, WorkerGroup
-from vexact.rollout import EngineConfig, SamplingParams
+from vexact.rollout import SamplingParams
 from vexact.rollout.replicas import split_prompts
 from vexact.rollout.requests.intake import expand
 from vexact.rollout.stats import merge_stats
 from vexact.trainer.checkpoint import Progress, Written
 from vexact.trainer.workers.roles import Roles
-from vexact.trainer.workers.settings import actor_config, engine_settings
+from vexact.trainer.workers.settings import actor_config
 from vexact.trainer.workers.worker import EngineFacts, Updated
 from vexact.training import ActorConfig, Ledger
 from vexact.training.passes.forward import Scored
@@ -54,7 +54,7 @@ class EngineGroup:
     """Replicas of the engine, one per rank that generates. A sample does not depend on the replica it comes from."""
 
     def __init__(self, config: Config, group: WorkerGroup, roles: Roles) -> None:
-        self.config = EngineConfig(**engine_settings(config))
+        self.seed = config.rollout_seed
         self._group, self._ranks = group, list(roles.rollouts)
         self.weights_version = 0
         self.num_replicas = len(self._ranks)

@@ -19,7 +19,8 @@ from vexact.config import Config
 from vexact.distributed import RankInfo
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.stats import EngineStats
+from vexact.rollout.protocol import ForeignRollout
+from vexact.rollout.stats import Stats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
@@ -73,7 +74,7 @@ class Worker:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
         self.memory_advice = memory_advice(config)  # the host of this worker asks for it
-        self._engine: Engine | None = None
+        self._engine: Engine | ForeignRollout | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
         trains = info.rank in roles.trainers
@@ -88,7 +89,7 @@ class Worker:
             self._reference = build_reference(config, device, group)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ForeignRollout:
         assert self._engine is not None, f"rank {self.info.rank} does not generate"
         return self._engine
 
@@ -109,7 +110,7 @@ class Worker:
     ) -> list[Sample]:
         return self.engine.generate(prompts, params, request_ids)
 
-    def take_engine_stats(self) -> EngineStats:
+    def take_engine_stats(self) -> Stats:
         return self.engine.take_stats()
 
     def clear_prefix_cache(self) -> None:
@@ -177,13 +178,15 @@ class Worker:
 
     def explain(self, question: Question) -> str | None:
         """Called on all ranks that train and on the one whose engine explains; the latter gives the text."""
+        engine = self.engine
+        assert isinstance(engine, Engine), "only a rollout that should be exact is explained"
         if self._actor is None:
-            weights = take_weights(question, self.engine.model)
+            weights = take_weights(question, engine.model)
         else:
             weights = give_weights(question, self._actor, self._past, self.info.rank, self.roles.trainers)
         if self.info.rank != question.generated_by:
             return None
-        return explain_here(question, weights, self.engine, self._actor)
+        return explain_here(question, weights, engine, self._actor)
 
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""
