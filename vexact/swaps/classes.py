@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any, cast
 
 from torch import nn
@@ -13,24 +12,27 @@ class Swapped:
     """Marks the classes that were put in the place of others."""
 
 
-@cache
 def before(swap: type, original: type) -> type:
     """A class whose ``forward`` is that of ``swap``."""
-    return _make((swap, Swapped, original), original)
+    return _made((swap, Swapped, original), original)
 
 
-@cache
 def below(swap: type, original: type) -> type:
     """A class of ``original`` whose ``super().forward`` is that of ``swap``, a subclass of the same torch class.
 
     For an ``original`` that *is* the torch class, ``forward`` is that of ``swap``.
     """
     bases = (Swapped, swap) if issubclass(swap, original) else (Swapped, original, swap)
-    return _make(bases, original)
+    return _made(bases, original)
 
 
-def _make(bases: tuple[type, ...], original: type) -> type:
-    return type(f"Invariant{original.__name__}", bases, {"__module__": original.__module__})
+_known: dict[tuple[type, ...], type] = {}
+
+
+def _made(bases: tuple[type, ...], original: type) -> type:
+    if bases not in _known:
+        _known[bases] = type(f"Invariant{original.__name__}", bases, {"__module__": original.__module__})
+    return _known[bases]
 
 
 def stand_in(module: nn.Module, parameters: dict[str, nn.Parameter], modules: dict[str, nn.Module]) -> nn.Module:

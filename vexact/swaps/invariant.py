@@ -27,10 +27,10 @@ def make_invariant(model: Model) -> Model:
     """Exchanges the operators of a dense causal language model of transformers for ours, in place.
 
     Afterwards hidden states and logits (now fp32) of a token have the same bits alone, in a batch, packed
-    (``position_ids`` that restart), decoded from a ``DynamicCache``, in training and in evaluation; for Qwen3, Qwen2 and
-    Llama they are those of this package's rollout. Parameters, names and the state dict stay as they are, nothing outside of this instance
-    changes, and a second call does nothing. Convert before FSDP2 wraps the model. A loss that the model computes from
-    ``labels`` is torch's own; take :func:`vexact.ops.linear_cross_entropy`.
+    (``position_ids`` that restart), decoded from a ``DynamicCache``, in training and in evaluation; for Qwen3, Qwen2
+    and Llama they are those of this package's rollout. Parameters, names and the state dict stay as they are, nothing
+    outside of this instance changes, and a second call does nothing. Convert before FSDP2 wraps the model. A loss that
+    the model computes from ``labels`` is torch's own; take :func:`vexact.ops.linear_cross_entropy`.
 
     What is exchanged: linear layers and the LM head, embeddings, RMS norms, gated SiLU layers, other activations, the
     rotary embedding with its table, attention. Each must compute what it computed before, which is tried on small
@@ -42,9 +42,13 @@ def make_invariant(model: Model) -> Model:
     """
     device = next(model.parameters()).device
     if device.type == "meta":
-        raise ValueError("make_invariant runs a few tokens, but the model is on the meta device; load its weights first")
+        raise ValueError(
+            "make_invariant runs a few tokens, but the model is on the meta device; load its weights first"
+        )
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "set_attn_implementation"):
-        raise ValueError(f"{type(model).__name__} is no causal language model of transformers; see AutoModelForCausalLM")
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model of transformers; see AutoModelForCausalLM"
+        )
     undo: list[Callable[[], None]] = []
     try:
         reasons = _convert(model, undo)
@@ -121,9 +125,10 @@ def _class_for(module: nn.Module, kinds: tuple[str, ...], is_head: bool) -> type
 def _put_table(model: nn.Module, name: str, rotary: nn.Module, undo: list[Callable[[], None]]) -> None:
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    tables = tables_of(rotary, int(rotary.config.max_position_embeddings))  # type: ignore[union-attr]
+    config: Any = rotary.config
+    tables = tables_of(rotary, config.max_position_embeddings)
     undo.append(lambda: parent.__setattr__(child, rotary))
-    parent.__setattr__(child, RotaryTable(tables).to(next(rotary.buffers()).device))
+    parent.__setattr__(child, RotaryTable(tables))
 
 
 def _class_back(module: nn.Module) -> Callable[[], None]:

@@ -21,12 +21,19 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 class GatedMLP(nn.Module):
     """``down_proj(silu(gate_proj(x)) * up_proj(x))``."""
 
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class FusedGatedMLP(nn.Module):
     """The same with gate and up side by side in ``gate_up_proj``."""
+
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(_swiglu(self.gate_up_proj(x)))

@@ -50,7 +50,11 @@ def norm_class(module: nn.Module) -> type | None:
     """What to make of an RMS norm; None for a module that computes something else."""
     names = set(module._parameters)
     weight = module._parameters.get("weight")
-    if module._modules or not names <= {"weight"} or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
+    if (
+        module._modules
+        or not names <= {"weight"}
+        or not (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
+    ):
         return None
     if weight is not None and weight.dim() != 1:
         return None

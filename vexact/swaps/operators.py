@@ -17,19 +17,24 @@ from torch.utils._pytree import tree_leaves
 _OURS = "vexact.ops."
 _TORCH = "torch."
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Data that moves and does not change
-_MOVES = frozenset(
-    "_to_copy _unsafe_view arange cat clone constant_pad_nd copy_ embedding empty empty_like empty_strided fill_ "
-    "flip full full_like gather index index_select lift_fresh masked_fill new_empty new_empty_strided new_full "
-    "new_ones new_zeros ones ones_like repeat roll scalar_tensor scatter stack tril triu unsqueeze_copy where "
-    "zero_ zeros zeros_like _reshape_alias _local_scalar_dense".split()
-)
+_MOVES = _names("""
+    _local_scalar_dense _reshape_alias _to_copy _unsafe_view arange cat clone constant_pad_nd copy_ embedding
+    empty empty_like empty_strided fill_ flip full full_like gather index index_select lift_fresh masked_fill
+    new_empty new_empty_strided new_full new_ones new_zeros ones ones_like repeat roll scalar_tensor
+    stack tril triu unsqueeze_copy where zero_ zeros zeros_like
+""")
 # Elementwise and rounded as IEEE 754 says, whatever the loop around it
-_ROUNDED = frozenset(
-    "abs add add_ bitwise_and bitwise_not bitwise_or clamp clamp_ clamp_max clamp_min div div_ eq ge gt isfinite isinf "
-    "isnan le logical_and logical_not logical_or lt maximum minimum mul mul_ ne neg reciprocal relu rsub sign sqrt sub "
-    "sub_ threshold".split()
-)
+_ROUNDED = _names("""
+    abs add add_ bitwise_and bitwise_not bitwise_or clamp clamp_ clamp_max clamp_min div div_ eq ge gt isfinite
+    isinf isnan le logical_and logical_not logical_or lt maximum minimum mul mul_ ne neg reciprocal relu rsub
+    sign sqrt sub sub_ threshold
+""")
 
 
 @dataclass(frozen=True, slots=True)

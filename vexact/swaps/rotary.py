@@ -1,7 +1,7 @@
 """Rotary embedding: positions and one fp32 table reach our operator in the place of cosines and sines.
 
-Models hand ``(cos, sin)`` from their rotary module to every layer, whose ``forward`` gives them to a function of its own
-file. On a converted instance the module returns ``(positions, table)``, and the layer runs the same code with
+Models hand ``(cos, sin)`` from their rotary module to every layer, whose ``forward`` gives them to a function of its
+own file. On a converted instance the module returns ``(positions, table)``, and the layer runs the same code with
 :func:`rotate` under that function's name.
 """
 
@@ -11,7 +11,6 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,29 +26,27 @@ class RotaryTable(nn.Module):
     """Stands for a model's rotary module, with a table (P, D) for each type of layer that the module tells apart.
 
     A table travels as int32 bits: FSDP2's mixed precision casts every floating input of a layer, and these numbers have
-    to stay fp32.
+    to stay fp32. It is no buffer either, so that neither ``model.to(dtype)`` nor ``to_empty`` reaches it.
     """
 
     def __init__(self, tables: Mapping[str | None, Tensor]) -> None:
         super().__init__()
-        for layer_type, table in tables.items():
-            self.register_buffer(_buffer(layer_type), table.contiguous().view(torch.int32), persistent=False)
+        self._bits = {(one, torch.device("cpu")): table.contiguous().view(torch.int32) for one, table in tables.items()}
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """Positions (B * T,) int64 and the table's bits (P, D) int32."""
-        return position_ids.expand(x.shape[0], -1).reshape(-1), self.get_buffer(_buffer(layer_type))
-
-
-def _buffer(layer_type: str | None) -> str:
-    return "bits" if layer_type is None else f"{layer_type}_bits"
+        key = layer_type, x.device
+        if key not in self._bits:
+            self._bits[key] = self._bits[layer_type, torch.device("cpu")].to(x.device)
+        return position_ids.expand(x.shape[0], -1).reshape(-1), self._bits[key]
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """``apply_rotary_pos_emb`` for what :class:`RotaryTable` returns as ``cos`` and ``sin``.
 
     Args:
-        q, k: (B, heads, T, D), or (B, T, heads, D) with ``unsqueeze_dim=2``. A table of fewer than D columns rotates the
-            first ones.
+        q, k: (B, heads, T, D), or (B, T, heads, D) with ``unsqueeze_dim=2``. A table of fewer than D columns rotates
+            the first ones.
 
     Raises:
         ValueError: cosines and sines, because the model's rotary module was not exchanged.
@@ -62,12 +59,18 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
         )
     table = bits.view(torch.float32)
     width = table.shape[1]
-    by_token = [x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k)]
-    flat = [x[..., :width].flatten(0, 1) for x in by_token]
-    turned = [new.view(x.shape[:3] + (width,)) for new, x in zip(rope(*flat, positions, table), by_token, strict=True)]
-    whole = [new if x.shape[-1] == width else torch.cat((new, x[..., width:]), -1) for new, x in zip(turned, by_token)]
-    q_out, k_out = (x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in whole)
-    return q_out, k_out
+    if unsqueeze_dim == 1:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    q_turned, k_turned = rope(q[..., :width].flatten(0, 1), k[..., :width].flatten(0, 1), positions, table)
+    q, k = _with_rest(q_turned, q), _with_rest(k_turned, k)
+    return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
+
+
+def _with_rest(turned: Tensor, x: Tensor) -> Tensor:
+    """The rotated columns (B * T, heads, width) and the columns of ``x`` (B, T, heads, D) that are not."""
+    width = turned.shape[-1]
+    turned = turned.view(*x.shape[:3], width)
+    return turned if x.shape[-1] == width else torch.cat((turned, x[..., width:]), dim=-1)
 
 
 def is_rotary(module: nn.Module) -> bool:
@@ -92,14 +95,16 @@ def tables_of(rotary: Any, num_positions: int) -> dict[str | None, Tensor]:
         raise ValueError(f"rope_type {kind} makes the angles of a token depend on the longest sequence of its batch")
     arguments = list(inspect.signature(rotary.forward).parameters)
     if len(arguments) != 2 and arguments[2:] != ["layer_type"]:
-        raise ValueError(f"its forward takes {', '.join(arguments)}; expected hidden states, positions and a layer type")
+        raise ValueError(
+            f"its forward takes {', '.join(arguments)}; expected hidden states, positions and a layer type"
+        )
     layer_types: list[str | None] = [None] if len(arguments) == 2 else sorted(set(rotary.config.layer_types))
     with torch.device("cpu"), torch.no_grad():
         fresh: Any = type(rotary)(copy.deepcopy(rotary.config))
         angles = {one: _angles(fresh, one, num_positions) for one in layer_types}
     own = _frequencies(rotary)
     for name, expected in _frequencies(fresh).items():
-        if not torch.allclose(expected.float(), own[name].detach().cpu().float(), rtol=1e-2):
+        if not own[name].is_meta and not torch.allclose(expected.float(), own[name].detach().cpu().float(), rtol=1e-2):
             raise ValueError(f"its {name} is not that of the model's configuration")
     return angles
 
@@ -120,12 +125,17 @@ def rotating_class(module: nn.Module) -> type | None:
     Raises:
         ValueError: the function computes something else than :func:`rotate`.
     """
-    return _rotating_class(type(module))
+    original = type(module)
+    if original not in _found:
+        _found[original] = _find(original)
+    return _found[original]
 
 
-@cache
-def _rotating_class(original: type) -> type | None:
-    forward = inspect.unwrap(original.forward)
+_found: dict[type, type | None] = {}
+
+
+def _find(original: Any) -> type | None:
+    forward: Any = inspect.unwrap(original.forward)
     code = getattr(forward, "__code__", None)
     names = [name for name in code.co_names if name.startswith("apply_") and "rotary" in name] if code else []
     if not names:
