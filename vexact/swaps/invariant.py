@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _TRIAL_TOKENS = 12
 _MOST_RELATIVE_CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-KINDS = ("linear", "embedding", "norm", "mlp", "rotary")
+KINDS = ("linear", "embedding", "norm", "mlp", "table", "rotary")  # "rotary" is the layer that reads the "table"
 
 
 def make_invariant(model: Model) -> Model:
@@ -96,7 +96,7 @@ def swap_modules(model: Any, kinds: tuple[str, ...] = KINDS, undo: list[Callable
         if isinstance(module, (Swapped, RotaryTable)):
             continue
         try:
-            if "rotary" in kinds and is_rotary(module):
+            if "table" in kinds and is_rotary(module):
                 _put_table(model, name, module, undo)
                 continue
             swap = _class_for(module, kinds, module is head)

@@ -25,7 +25,7 @@ def _names(text: str) -> frozenset[str]:
 # Data that moves and does not change
 _MOVES = _names("""
     _local_scalar_dense _reshape_alias _to_copy _unsafe_view arange cat clone constant_pad_nd copy_ embedding
-    empty empty_like empty_strided fill_ flip full full_like gather index index_select lift_fresh masked_fill
+    empty empty_like empty_strided fill_ flip full full_like gather index index_copy index_select lift_fresh masked_fill
     new_empty new_empty_strided new_full new_ones new_zeros ones ones_like repeat roll scalar_tensor
     stack tril triu unsqueeze_copy where zero_ zeros zeros_like
 """)
