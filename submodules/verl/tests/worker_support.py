@@ -26,13 +26,13 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
+from vexact_verl.adapter import VexactAdapter
+from vexact_verl.server import VexactServer
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.prepare.files import write_generation_config
 from vexact.prepare.tiny import tiny_config
 from vexact.prepare.tokenizers import character_tokenizer
-from vexact_verl.adapter import VexactAdapter
-from vexact_verl.server import VexactServer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TEMPERATURE = 0.8
