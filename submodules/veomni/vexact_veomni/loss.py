@@ -65,4 +65,10 @@ def causal_lm_loss(
 
 def _of(rows: Tensor, temperature: Tensor, flat: Tensor) -> Tensor:
     """1 / temperature of the rows, fp32; ``temperature`` may be one value or one per label."""
-    return (1.0 / temperature.float()).to(flat.device).broadcast_to(flat.shape if temperature.dim() == 0 else temperature.shape).reshape(-1).index_select(0, rows)
+    return (
+        (1.0 / temperature.float())
+        .to(flat.device)
+        .broadcast_to(flat.shape if temperature.dim() == 0 else temperature.shape)
+        .reshape(-1)
+        .index_select(0, rows)
+    )

@@ -71,7 +71,9 @@ def slots_left(model: nn.Module) -> list[str]:
     """Slots of the model's file, the loss aside, that hold something else than our operator."""
     ours = {op: function for op, _, function in _KERNELS}
     slots = [slot for slot in vars(sys.modules[type(model).__module__]).values() if isinstance(slot, OpSlot)]
-    left = sorted({slot.op_name for slot in slots if slot.op_name in SLOTS and slot.bound_kernel() is not ours[slot.op_name]})
+    left = sorted(
+        {slot.op_name for slot in slots if slot.op_name in SLOTS and slot.bound_kernel() is not ours[slot.op_name]}
+    )
     return [f"its slot {name} is not bound to {NAME}; build it with ops_implementation()" for name in left]
 
 
