@@ -37,8 +37,8 @@ def causal_lm_loss(
             inv_temperature: (R,) fp32, in the place of ``temperature``. min_logit: (R,) fp32, truncation thresholds.
 
     Returns:
-        The mean over labels (or their sum over ``num_items_in_batch``); or, with ``return_log_probs``, log-probabilities
-        and entropies (B, T) fp32, 0 where the label is ``ignore_index``.
+        The mean over labels (or their sum over ``num_items_in_batch``); or, with ``return_log_probs``,
+        log-probabilities and entropies (B, T) fp32, 0 where the label is ``ignore_index``.
 
     Raises:
         ValueError: an argument of VeOmni's that would change the result, or sequence parallelism.

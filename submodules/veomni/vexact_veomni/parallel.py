@@ -15,6 +15,7 @@ def refuse_sequence_parallelism() -> None:
     state = get_parallel_state()
     if state.sp_enabled:
         raise ValueError(
-            f"ulysses_size={state.ulysses_size}, cp_size={state.cp_size}: vexact's attention does not gather the slices of "
-            "a sequence from other ranks; set both to 1 (vexact's own trainer has actor.ulysses_sequence_parallel_size)"
+            f"ulysses_size={state.ulysses_size}, cp_size={state.cp_size}: vexact's attention does not gather the "
+            "slices of a sequence from other ranks; set both to 1 (vexact's own trainer has "
+            "actor.ulysses_sequence_parallel_size)"
         )
