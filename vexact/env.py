@@ -22,6 +22,7 @@ class TorchrunRank:
     master_addr: str
     master_port: int
     attempt: int  # how often torchrun has started the run anew
+    has_agent: bool = False  # torchrun itself, not a launcher that sets its variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,7 @@ def torchrun_rank(environ: Mapping[str, str] = os.environ) -> TorchrunRank | Non
         given["MASTER_ADDR"],
         int(given["MASTER_PORT"]),
         int(attempt) if attempt.isdecimal() else 0,
+        bool(_get(environ, "TORCHELASTIC_RUN_ID")),
     )
 
 

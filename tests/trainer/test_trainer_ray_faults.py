@@ -1,5 +1,4 @@
-"""`vexact train` with workers of a Ray cluster, and as a job of it: what is lost is named, a job's last lines say why it
-failed, and nothing stays in the cluster."""
+"""`vexact train` on a Ray cluster, and as a job of it: who is lost is named, and a job says last why it failed."""
 
 from pathlib import Path
 

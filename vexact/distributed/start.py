@@ -12,6 +12,7 @@ from vexact.distributed.errors import ClusterError
 from vexact.distributed.group import WorkerGroup
 from vexact.distributed.layout import Layout, RankInfo, Transport
 from vexact.distributed.local import LocalGroup
+from vexact.distributed.on_torchrun.agent import watch_agent
 
 START_S = 300.0  # for all processes to be there
 DISMISS_S = 10.0  # of that, when there is an error to tell
@@ -139,10 +140,15 @@ def start_workers(
 def serve_if_follower() -> int | None:
     """Under torchrun, on a rank other than 0: serves rank 0 until it ends, and returns the exit code. Else None.
 
+    From here on no rank outlives the torchrun that started it.
+
     To be called before a command does or prints anything that only one process of a run should.
     """
     launched = env.torchrun_rank()
-    if launched is None or launched.rank == 0:
+    if launched is None:
+        return None
+    watch_agent(launched)
+    if launched.rank == 0:
         return None
     from vexact.distributed.on_torchrun import serve
 
