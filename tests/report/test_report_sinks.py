@@ -127,16 +127,19 @@ def test_plain_plan_stages_and_validation(tmp_path):
     sink.plan([("step", "16 prompts x 8 samples"), ("run directory", "runs/[demo]")], ["raise the page count"])
     sink.stage(1, "step")
     sink.stage(1, "gen")
+    sink.stage(1, "reward")
+    sink.stage(1, "gen")
     sink.step(StepStats(1, ROW))
     sink.stage(2, "gen")
     sink.step(StepStats(2, {"val-core/add/acc/mean@1": 0.8125}))
     sink.step(StepStats(3, ROW | {"val-core/add/acc/mean@1": 0.9}))
     lines = text.getvalue().splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         "step           16 prompts x 8 samples",
         "run directory  runs/[demo]",
         "note: raise the page count",
         "step 1: gen ...",
+        "step 1: reward ...",
     ]
     assert lines[6:] == [
         "step 2: val-core/add/acc/mean@1 = 0.8125",

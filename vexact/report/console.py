@@ -79,6 +79,7 @@ class ConsoleSink(Sink):
         self._started = monotonic()  # of the first stage, once there is one
         self._ends: deque[float] = deque(maxlen=ETA_STEPS + 1)  # of the latest steps
         self._has_stage = False
+        self._told: set[tuple[int, str]] = set()  # step and stage, where no line is overwritten
         self._progress: Progress | None = None
 
     def plan(self, rows: Sequence[tuple[str, str]], advice: Sequence[str]) -> None:
@@ -104,7 +105,8 @@ class ConsoleSink(Sink):
             self._has_stage, self._started = True, monotonic()
         if self._live:
             self._bar().update(self._bar().task_ids[0], description=f"step {step} · {name}")
-        elif self._num_rows == 0:
+        elif self._num_rows == 0 and (step, name) not in self._told:  # dynamic sampling comes back to one
+            self._told.add((step, name))
             self._line(f"step {step}: {name} ...")
 
     def step(self, stats: StepStats) -> None:
