@@ -35,8 +35,9 @@ def head() -> Iterator[Head]:
 
 
 def test_calls_reach_the_ranks_and_what_they_print_reaches_the_console(
-    head: Head, capfd: pytest.CaptureFixture[str]
+    head: Head, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     layout = resolve_layout(_layout(head))
     assert (layout.world_size, layout.transport, layout.device) == (2, "ray", "cpu")
     with start_workers(layout, dummy_worker.make, timeout_s=60) as group:
@@ -45,6 +46,7 @@ def test_calls_reach_the_ranks_and_what_they_print_reaches_the_console(
             (1, 1, 0, HOST),
         ]
         assert group.call("who") == list(group.infos)
+        assert group.call("folder") == [str(tmp_path)] * 2, "relative paths mean the same, wherever Ray was started"
         assert len(head.workers()) == 2
         array = np.zeros(3)
         assert [values.tolist() for values in group.call("add", array, more=0.5)] == [[0.5] * 3, [1.5] * 3]

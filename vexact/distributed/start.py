@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from vexact.distributed.group import WorkerGroup
 from vexact.distributed.layout import Layout, RankInfo, Transport
 from vexact.distributed.local import LocalGroup
 from vexact.distributed.on_torchrun.agent import watch_agent
+
+START_S = 300.0  # for all processes to be there
+DISMISS_S = 10.0  # of that, when there is an error to tell
 
 
 def resolve_layout(layout: Layout) -> Layout:
@@ -103,7 +107,7 @@ def start_workers(
     factory: Callable[[RankInfo], Any],
     *,
     timeout_s: float = 1800.0,
-    start_timeout_s: float = 300.0,
+    start_timeout_s: float = START_S,
 ) -> WorkerGroup:
     """Starts the processes of ``layout``, joins them in the default process group and makes a worker in each.
 
@@ -149,3 +153,24 @@ def serve_if_follower() -> int | None:
     from vexact.distributed.on_torchrun import serve
 
     return serve(launched)
+
+
+@contextmanager
+def dismissing_followers() -> Iterator[None]:
+    """Around what rank 0 does after ``serve_if_follower``: other ranks that it has not called are let go at the end. A
+    launcher waits for them, and need not end them when rank 0 fails."""
+    try:
+        yield
+    except Exception:
+        with suppress(ClusterError):  # what went wrong first is to be told
+            _dismiss_followers(DISMISS_S)
+        raise
+    _dismiss_followers(START_S)
+
+
+def _dismiss_followers(timeout_s: float) -> None:
+    launched = env.torchrun_rank()
+    if launched is not None and launched.world_size > 1:
+        from vexact.distributed.on_torchrun import dismiss_ranks
+
+        dismiss_ranks(launched, timeout_s)

@@ -32,18 +32,18 @@ class Parts:
     device: str
 
     def training(self, stage: Stage) -> dict[str, int]:
-        """Of one trainer. Gradients stay until the next update begins."""
+        """Of one trainer. Gradients are there during an update only."""
         moments = 8 * self._share
         if self.offloads_moments:
             moments = min(moments, OFFLOAD_BYTES) if stage == "update" else 0
         parts = {
             "master weights": 0 if self.offloads_weights and stage != "update" else 4 * self._share,
-            "gradients": 4 * self._share,
             "moments": moments,
             "reference": 0 if self._reference_is_away(stage) else self._width * self._share,
         }
         if stage == "update":
-            parts |= {"gathered layers": self._gathered(), "activations": self._activations()}
+            gradients = {"gradients": 4 * self._share}
+            parts |= gradients | {"gathered layers": self._gathered(), "activations": self._activations()}
         return parts
 
     def rollout(self, stage: Stage, *, trains: bool) -> dict[str, int]:
@@ -60,7 +60,8 @@ class Parts:
     def host(self) -> int:
         """What one trainer keeps in the memory of its machine."""
         offloaded = 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
-        return offloaded + self._width * self._share * self._num_past_versions
+        on_its_way = 12 * self._share * (self.device == "cuda" and self.config.actor.checkpoint.async_save)
+        return offloaded + on_its_way + self._width * self._share * self._num_past_versions
 
     @property
     def _num_past_versions(self) -> int:
