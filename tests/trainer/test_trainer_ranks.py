@@ -104,3 +104,18 @@ def test_a_command_without_work_for_the_other_ranks_lets_them_go(more, code, sai
     assert done.wait(60) == [code, 0], done.output()
     assert done.output().count(said) == 1
     assert done.output(1) == ""
+
+
+def test_what_all_ranks_say_is_said_once(tiny, tmp_path):
+    more = (
+        "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
+        "actor_rollout_ref.rollout.mismatch.mode=noise",
+        "actor_rollout_ref.rollout.mismatch.scale=0.001",
+        "trainer.exactness=warn",
+        "trainer.total_training_steps=2",
+    )
+    done = rank_runs.start(tmp_path / "logs", arguments(tiny, tmp_path / "run", *more), ranks=3)
+    assert done.wait(60) == [0, 0, 0], done.output()
+    assert done.output().count("loss_agg_mode=token-mean is not used") == 1, done.output()
+    assert done.output().count("rollout and trainer disagree") == 1, done.output()
+    assert done.output(1) == done.output(2) == ""

@@ -71,7 +71,7 @@ class Audit:
 
     def __init__(self, exactness: str, redraw_ratio: float = 0.0, *, partial: bool = False) -> None:
         """``redraw_ratio`` is the share of the tokens whose draw is repeated. ``partial``: of one of several
-        ranks, whose share of the samples may be nothing.
+        ranks, whose share of the samples may be nothing; the audit of them all says what it finds.
 
         Raises ValueError for an unknown ``exactness``.
         """
@@ -115,13 +115,13 @@ class Audit:
         if not comparison.exact and (indices or not self.partial):
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
-            if self.total_different == comparison.tokens_different:
+            if self.total_different == comparison.tokens_different and not self.partial:
                 what = f"rollout and trainer disagree: {comparison.describe()}"
                 log.warning("%s (later steps: see the mismatch column and bitwise/*)", what)
         if draws is not None and draws.different:
             if self.exactness == "strict":
                 raise DrawError(draws)
-            if self.total_redrawn_different == draws.different:
+            if self.total_redrawn_different == draws.different and not self.partial:
                 log.warning("%s (later steps: see bitwise/tokens_redrawn_different)", draws.describe())
 
     def require_compared(self, num_samples: int) -> None:

@@ -124,12 +124,12 @@ def hello(device: str) -> Hello:
     return Hello(socket.gethostname(), os.getpid(), num_gpus, versions())
 
 
-def prepare_process(level: int, rank: int, prefix: str = "") -> None:
+def prepare_process(level: int, rank: int) -> None:
     """What a command does first in its process: environment and logging, as in the driver.
 
     Messages below a warning come from rank 0 alone, unless the driver asks for more than usual: the ranks do the same.
     """
     env.set_process_defaults()
-    logging.basicConfig(format=f"{prefix}%(message)s", force=True)
+    logging.basicConfig(format="%(message)s", force=True)
     quiet = rank > 0 and level >= logging.INFO
     logging.getLogger("vexact").setLevel(max(level, logging.WARNING) if quiet else level)

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from typing import Any
 
-REPEAT_S = 10.0  # a line that another rank has said within this time is not said again
+from vexact.distributed.lines import Lines
 
 
 class WorkerLines:
     """Prints batches of lines as Ray delivers them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._said: dict[str, tuple[float, str]] = {}
+        self._lines = Lines()
 
     def __call__(self, batch: dict[str, Any]) -> None:
         name = batch.get("actor_name") or ""
         if not name.startswith("rank "):
             return
         stream = sys.stderr if batch.get("is_err") else sys.stdout
-        with self._lock:
-            lines = [line for line in batch.get("lines", ()) if line.strip() and self._is_new(line, name)]
+        lines = [line for line in batch.get("lines", ()) if line.strip() and self._lines.is_new(line, name)]
         if lines:
             stream.write("".join(f"[{name}] {line}\n" for line in lines))
             stream.flush()
-
-    def _is_new(self, line: str, name: str) -> bool:
-        now = time.monotonic()
-        self._said = {text: said for text, said in self._said.items() if now - said[0] < REPEAT_S}
-        _, first = self._said.setdefault(line, (now, name))
-        return first == name
 
 
 def take_over() -> None:

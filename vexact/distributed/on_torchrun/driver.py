@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from vexact.distributed.failure import Failure
 from vexact.distributed.host import Call, WorkerHost
 from vexact.distributed.layout import RankInfo
+from vexact.distributed.on_torchrun.logs import OfAllRanks
 from vexact.distributed.remote import Arrival, Channel
 
 CLOSE_S = 30.0  # for workers to close, when all is well
@@ -41,6 +42,7 @@ class TorchrunChannel(Channel):
         self._asked = 0
         self._gone = {rank: threading.Event() for rank in range(len(self.infos))}
         self._is_ended = False
+        self._said = OfAllRanks()
         self._worker = threading.Thread(target=self._work, name="worker 0", daemon=True)
         self._worker.start()
         for rank, connection in enumerate(connections, start=1):
@@ -99,6 +101,7 @@ class TorchrunChannel(Channel):
         if self._worker.is_alive():
             self._own.put(None)
             self._worker.join(END_S)
+        self._said.close()
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -118,6 +121,9 @@ class TorchrunChannel(Channel):
         try:
             while True:
                 ticket, news = pickle.loads(connection.recv_bytes())
+                if ticket == "say":
+                    self._said.relay(rank, *news)
+                    continue
                 if ticket == "where":
                     asked, place = news
                     self._places[rank, asked] = place

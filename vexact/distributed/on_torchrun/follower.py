@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import queue
@@ -14,6 +15,7 @@ from typing import Any
 from vexact import interrupt
 from vexact.distributed.host import WorkerHost, hello, prepare_process
 from vexact.distributed.layout import RankInfo
+from vexact.distributed.on_torchrun.logs import ToRank0
 from vexact.distributed.on_torchrun.meeting import find_driver, open_store
 from vexact.env import TorchrunRank
 
@@ -50,7 +52,9 @@ class _Follower:
         if greeting is None:  # there is nothing to do
             return 0
         device, level = greeting
-        prepare_process(level, self._launched.rank, f"[rank {self._launched.rank}] ")
+        prepare_process(level, self._launched.rank)
+        to_rank_0 = ToRank0(lambda line: self._send(pickle.dumps(("say", line))))
+        logging.basicConfig(handlers=[to_rank_0], format="%(message)s", force=True)
         self._send(pickle.dumps(hello(device)))
         info: RankInfo = pickle.loads(self._connection.recv_bytes())
         self._host = WorkerHost(info, self._store)
