@@ -11,7 +11,7 @@ PACKAGE = ROOT / "vexact"
 LINE_CAP = 400
 
 LEAVES = {"types", "env"}
-ENGINE_ROOM = {"ops", "models", "algorithms"}
+ENGINE_ROOM = {"ops", "models", "swaps", "algorithms"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "env": set(),
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": set(),
     "algorithms": set(),
     "models": {"ops"},
+    "swaps": {"ops"},
     "config": LEAVES | {"plugins"},
     "data": {"types", "interrupt"},
     "reward": LEAVES | {"interrupt", "data"},
@@ -30,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"types", "ops", "models"},
     "rollout": {"types", "interrupt", "config", "ops", "models", "weights"},
     "training": {"types", "interrupt", "config", "ops", "models", "algorithms", "weights", "distributed"},
-    "audit": LEAVES | {"interrupt", "plugins", "ops", "models", "rollout", "training", "weights", "reward"},
+    "audit": LEAVES | {"interrupt", "swaps", "plugins", "ops", "models", "rollout", "training", "weights", "reward"},
     "prepare": LEAVES | {"interrupt", "ops", "models", "algorithms", "data", "reward", "rollout", "training"},
 }
 EVERYTHING_BUT = {

@@ -29,10 +29,10 @@ def test_syntax_and_habits(script: Path) -> None:
     assert re.search(r"\b(pkill|killall|rm -rf|sudo|curl|wget)\b", text) is None
 
 
-def test_ci_runs_exactly_the_tests_and_the_bridges() -> None:
+def test_ci_runs_exactly_the_test_script() -> None:
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
-    assert commands[0] == "set -euo pipefail"
-    assert [line.rsplit("/../", 1)[-1] for line in commands[1:]] == ['scripts/test.sh"', 'submodules/ci.sh" all']
+    assert len(commands) == 1
+    assert commands[0].endswith('scripts/test.sh"')
 
 
 def test_the_wheel_carries_the_whole_hydra_tree() -> None:

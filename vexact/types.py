@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 ScoreStatus = Literal["ok", "error", "timeout"]
 
 

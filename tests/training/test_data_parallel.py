@@ -179,8 +179,8 @@ def test_offload_and_checkpointing_change_no_bit(alone):
 def test_another_order_of_additions_is_noticed(ranks):
     actor = actor_of("plain")
     counts = []
-    start = actor._gradients.start
-    actor._gradients.start = lambda count: counts.append(count) or start(count)
+    start = actor.gradients.start
+    actor.gradients.start = lambda count: counts.append(count) or start(count)
     train(actor, "plain", [0])
     assert counts == [4, 4]
     assert ranks[0]["by round"] != digest(actor.state_dict())

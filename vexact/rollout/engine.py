@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.execution.decode_graphs import decode_graphs
 from vexact.rollout.execution.runner import ModelRunner, kv_page_bytes
 from vexact.rollout.loading import Loaded, load
-from vexact.rollout.requests.finish import Finisher
+from vexact.rollout.requests.finish import Ending, Finisher
 from vexact.rollout.requests.intake import Intake, expand
 from vexact.rollout.requests.stop_strings import Tokenizer
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError, StepOutput
@@ -271,12 +271,19 @@ class Engine:
             self.abort_all()  # only an error or an interrupt leaves anything to abort
         return [finished[request_id] for request_id in order]
 
+    def abort(self, request_ids: Collection[str] | None = None) -> list[Sample]:
+        """Ends unfinished requests, these or all, where they are; their samples may have no token."""
+        samples = []
+        for request in self._scheduler.unfinished:
+            if request_ids is None or request.request_id in request_ids:
+                self._scheduler.release(request)
+                self._intake.forget(request)
+                samples.append(self._finisher.sample(request, Ending("abort"), self.weights_version))
+        return samples
+
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""
-        requests = self._scheduler.release_all()
-        for request in requests:
-            self._intake.forget(request)
-        return [request.request_id for request in requests]
+        return [sample.request_id for sample in self.abort()]
 
     def check_idle(self) -> None:
         """With no request left, every page is free or cached and no slot is held. Raises KVIntegrityError."""

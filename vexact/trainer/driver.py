@@ -187,7 +187,8 @@ class Driver:
                 metrics |= actor.update(
                     sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
                 )
-                self.audit.require_compared()
+                audited = len(sequences) if every_token else min(len(sequences), actor.config.ppo_mini_batch_size)
+                self.audit.require_compared(audited)
             self.health.check(metrics, actor.problems)
         except (ExactnessError, DrawError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))

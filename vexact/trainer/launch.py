@@ -89,7 +89,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
             resume_step=_last_reported(config, progress),
         )
         stack.enter_context(reporter)
-        reporter.plan(plan.rows, plan.advice)
+        reporter.plan([row for row in plan.rows if row not in plan.memory], plan.advice)
         write_run_record(config, workers.environment())
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:

@@ -79,7 +79,7 @@ class Actor:
         model.gradient_checkpointing = config.enable_gradient_checkpointing
         prepare(model, self.ranks, config.torch_dtype, config.fsdp)
         self.optimizer = Optimizer(model.parameters(), config.optim, self.ranks, config.optimizer_offload)
-        self._gradients = GradientSum(model, self.ranks.world_size)
+        self.gradients = GradientSum(model, self.ranks.world_size)
         self._parked = park(model, config.param_offload)
         self.num_updates = 0
         self.skipped_in_a_row = 0  # optimizer steps, over all updates of this process
@@ -124,7 +124,7 @@ class Actor:
             try:
                 return self._update(sequences, audit, ledger, redraw, every_token)
             finally:
-                self._gradients.release()
+                self.gradients.release()
 
     def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]:
         """Log-probabilities of every response under the current weights, fp32 (R,) each; the bits of training.
@@ -293,13 +293,13 @@ class Actor:
         groups = pack(lengths, budget, balance=balance, names=names, key=key)
         own = self.ranks.share(groups)
         metrics = MiniBatchMetrics()
-        self._gradients.start(len(groups) * self.ranks.per_batch)
+        self.gradients.start(len(groups) * self.ranks.per_batch)
         values, read = [], []
         for group in own:
             batch = group_batch(tokens, group, self.ranks)
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
-            self._gradients.next_round()
+            self.gradients.next_round()
             logprobs, checksum = self._accumulate(chosen, batch, group, denominators, metrics)
             values.append(logprobs)
             read += checksum

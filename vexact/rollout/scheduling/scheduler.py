@@ -65,6 +65,11 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def unfinished(self) -> list[Request]:
+        """In admission order, then those that wait."""
+        return [*self._running, *self._waiting]
+
     def add(self, request: Request) -> None:
         self._waiting.append(request)
 
@@ -251,13 +256,6 @@ class Scheduler:
                 request.cacheable = False
             else:
                 request.prefix.append(entry)
-
-    def release_all(self) -> list[Request]:
-        """Drop every request, waiting or running; returns them."""
-        requests = [*self._running, *self._waiting]
-        for request in requests:
-            self.release(request)
-        return requests
 
     def reset_counters(self) -> None:
         self.num_preemptions = self.num_prefix_queried = self.num_prefix_hits = 0

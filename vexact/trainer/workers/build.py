@@ -127,11 +127,13 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
     if layout.world_size == 1:
         device = torch.device(layout.device)
         actor = build_actor(config, device, total_steps)
+        reference = build_reference(config, device) if config.needs_reference else None
+        engine = build_engine(config, inputs.tokenizer, device)  # last: its cache takes a share of the memory left
         return Workers(
             **common,
-            engine=build_engine(config, inputs.tokenizer, device),
+            engine=engine,
             actor=actor,
-            reference=build_reference(config, device) if config.needs_reference else None,
+            reference=reference,
             shards=ShardWriter(actor.sharded_state),
             rewards=start_rewards(config),
             frees_cache=frees_cache,

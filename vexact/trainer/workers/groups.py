@@ -20,7 +20,7 @@ from vexact.trainer.checkpoint import Progress, Written
 from vexact.trainer.workers.roles import Roles
 from vexact.trainer.workers.settings import actor_config
 from vexact.trainer.workers.worker import EngineFacts, Updated
-from vexact.training import ActorConfig, Ledger
+from vexact.training import ActorConfig, Ledger, PeerStopped
 from vexact.training.passes.forward import Scored
 from vexact.training.passes.redraw import Redraw
 from vexact.training.protocol import Audit
@@ -150,9 +150,9 @@ class ActorGroup:
         self.problems = list(dict.fromkeys(problem for result in results for problem in result.problems))
         if audit is not None:
             self._show(audit, sequences, redraw, results)
-        for result in results:
-            if result.stopped is not None:
-                raise result.stopped
+        stopped = [result.stopped for result in results if result.stopped is not None]
+        if stopped:
+            raise min(stopped, key=lambda error: isinstance(error, PeerStopped))  # the cause, not what followed from it
         parts = [result.metrics for result in results if result.metrics is not None]
         slowest = {key: max(part[key] for part in parts) for key in parts[0] if key.startswith("timing_s/")}
         return parts[0] | slowest
@@ -210,6 +210,11 @@ class ActorGroup:
         """Loads an already verified checkpoint, each rank its rows. Raises CheckpointError."""
         restored: list[Progress] = self._group.call("restore", path, ranks=self.ranks, stage="resuming")
         return restored[0]
+
+    def blind_to(self, file: Path) -> list[RankInfo]:
+        """The ranks on whose machines there is no such file."""
+        seen = self._group.call("sees", file, ranks=self.ranks, stage="set-up")
+        return [self._group.infos[rank] for rank, sees in zip(self.ranks, seen, strict=True) if not sees]
 
     # ShardGroup, for the Saver
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.environment import environment
 from vexact.audit.explain.operators import Operators, operators_of
 from vexact.config import Config
 from vexact.distributed import RankInfo
+from vexact.distributed.process_group import new_group
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.protocol import ForeignRollout
@@ -78,15 +78,15 @@ class Worker:
         self._actor: Actor | None = None
         self._reference: Reference | None = None
         trains = info.rank in roles.trainers
-        group = None if roles.colocated else dist.new_group(list(roles.trainers))
-        if info.rank in roles.rollouts:
-            self._engine = build_engine(config, load_tokenizer(config), device)
+        group = None if roles.colocated else new_group(roles.trainers, config.trainer.worker_timeout_s)
         if trains:
             self._actor = build_actor(config, device, total_steps, group)
             self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype)
             self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
         if trains and config.needs_reference:
             self._reference = build_reference(config, device, group)
+        if info.rank in roles.rollouts:  # last: its key-value cache takes a share of the memory that is left
+            self._engine = build_engine(config, load_tokenizer(config), device)
 
     @property
     def engine(self) -> Engine | ForeignRollout:
@@ -192,6 +192,9 @@ class Worker:
         """Of the whole model, on every rank that trains."""
         with self.actor.resident():
             return weights_digest(self.actor.model)
+
+    def sees(self, file: Path) -> bool:
+        return file.is_file()
 
     def save_shard(self, step: int, directory: Path, background: bool) -> list[Written] | None:
         return self._shards.save(step, directory, background)

@@ -1,0 +1,166 @@
+"""A Ray actor that generates: one engine behind verl's token-in, token-out interface."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from verl.utils.fs import copy_to_local
+from verl.workers.config import RolloutConfig
+from verl.workers.rollout.replica import RolloutMode, TokenOutput
+
+from vexact.rollout import Engine, EngineConfig
+from vexact.rollout.async_engine import AsyncEngine
+from vexact_verl.arrival import Arrival
+from vexact_verl.draws import KEY, Requests, carried_by
+from vexact_verl.parcels import Parcel
+
+T = TypeVar("T")
+_SHARED = (  # keys that verl's rollout and vexact's engine have in common
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "seed",
+)
+
+
+class VexactServer:
+    """All calls are Ray's; they may overlap. The engine has a thread of its own."""
+
+    def __init__(self, config: RolloutConfig, model: Mapping[str, Any], device: str, mode: RolloutMode) -> None:
+        """Raises ValueError for settings that the engine does not know or cannot honour."""
+        self.config, self._mode = config, mode
+        path = copy_to_local(model["path"], use_shm=bool(model.get("use_shm", False)))
+        engine = Engine(path, dtype=config.dtype, device=device, **engine_settings(config))
+        self._requests = Requests(config, engine.max_model_len, carries=mode == RolloutMode.HYBRID)
+        self._engine = AsyncEngine(engine)
+        self._arrival: Arrival | None = None
+        self._open, self._rejects = asyncio.Event(), False
+        self._open.set()
+
+    async def ready(self) -> None:
+        """Answers once the model is loaded."""
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling_params: Mapping[str, Any],
+        request_id: str,
+        image_data: Any = None,
+        video_data: Any = None,
+        audio_data: Any = None,
+        mm_processor_kwargs: Any = None,
+    ) -> TokenOutput:
+        """One response. After an abort what there is of it, maybe nothing, with ``stop_reason`` "aborted".
+
+        ``extra_fields``: ``global_steps``, the version of the weights; and under "vexact" what the trainer needs to
+        score the same distribution, and the version of every token.
+
+        Raises ValueError for input that is not text, and for sampling parameters that cannot be honoured.
+        """
+        if image_data or video_data or audio_data or mm_processor_kwargs:
+            raise ValueError("rollout.name=vexact generates from text; the request holds images, video or audio")
+        while not self._open.is_set():
+            if self._rejects:
+                return TokenOutput(token_ids=[], stop_reason="aborted")
+            await self._open.wait()
+        params = self._requests.params(sampling_params, len(prompt_ids))
+        sample = (await self._engine.generate(prompt_ids, params, request_id))[0]
+        return TokenOutput(
+            token_ids=list(sample.token_ids),
+            log_probs=sample.logprobs.tolist(),
+            stop_reason="aborted" if sample.finish_reason == "abort" else "completed",
+            extra_fields={"global_steps": sample.weights_version, KEY: carried_by(sample, params)},
+        )
+
+    async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
+        """Ends what runs; what comes waits until ``resume_generation``, or with ``reject_request`` is sent away."""
+        self._open.clear()
+        self._rejects = reject_request
+        ended = await self._engine.abort()
+        return {"aborted_count": len(ended), "request_ids": ended}
+
+    async def abort_request(self, request_id: str) -> dict[str, Any]:
+        return {"aborted": bool(await self._engine.abort({request_id})), "request_id": request_id}
+
+    async def resume_generation(self) -> None:
+        self._rejects = False
+        self._open.set()
+
+    async def begin_update(self, version: int) -> None:
+        """The next ``receive`` calls bring weights of this version. An update that was broken off is forgotten."""
+        self._arrival = None
+        self._arrival = await self._run(lambda engine: Arrival(engine, version))
+
+    async def receive(self, parcels: Sequence[Parcel]) -> None:
+        await self._arriving(lambda arrival: arrival.put(parcels))
+
+    async def finish_update(self) -> None:
+        """The engine has the new version when this returns."""
+        await self._arriving(Arrival.finish)
+        self._arrival = None
+
+    async def _arriving(self, call: Callable[[Arrival], None]) -> None:
+        arrival = self._arrival
+        if arrival is None:
+            raise RuntimeError("no update of the weights has begun, or it failed")
+        try:
+            await self._run(lambda _: call(arrival))
+        except BaseException as error:
+            self._arrival = None
+            arrival.abandon(error)
+            raise
+
+    async def sleep(self) -> None:
+        """Gives the memory of the key-value cache back, once all requests are done. The weights stay."""
+        if self._mode != RolloutMode.STANDALONE:
+            await self.release_kv_cache()
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        if self._mode != RolloutMode.STANDALONE and (tags is None or "kv_cache" in tags):
+            await self.resume_kv_cache()
+
+    async def release_kv_cache(self) -> None:
+        if self.config.free_cache_engine:
+            while await self._run(lambda engine: engine.has_unfinished):
+                await asyncio.sleep(0.01)
+            await self._run(Engine.release_kv_cache)
+
+    async def resume_kv_cache(self) -> None:
+        if self.config.free_cache_engine:
+            await self._run(Engine.resume_kv_cache)
+
+    async def clear_kv_cache(self) -> None:
+        await self._run(Engine.clear_prefix_cache)
+
+    async def start_profile(self, **_: Any) -> None:
+        raise ValueError("rollout.profiler: the engine is not profiled; leave rollout.profiler.enable=False")
+
+    async def stop_profile(self) -> None: ...
+
+    async def _run(self, call: Callable[[Engine], T]) -> T:
+        return await self._engine.run(call)
+
+
+def engine_settings(config: RolloutConfig) -> dict[str, Any]:
+    """verl's keys, and those of ``rollout.engine_kwargs.vexact``, for ``Engine``.
+
+    Raises ValueError for keys that the engine does not have, or that verl has another one for.
+    """
+    own = config.engine_kwargs.get("vexact", None) or {}
+    own = OmegaConf.to_container(own, resolve=True) if OmegaConf.is_config(own) else dict(own)
+    known = {field.name for field in fields(EngineConfig)} - {*_SHARED, "free_cache_engine", "max_model_len"}
+    if unknown := sorted(own.keys() - known):
+        raise ValueError(
+            f"rollout.engine_kwargs.vexact has {', '.join(unknown)}; the engine takes {', '.join(sorted(known))} there"
+        )
+    if (sizes := config.cudagraph_capture_sizes) is not None:
+        own["cudagraph_capture_sizes"] = tuple(sizes)
+    longest = config.max_model_len or config.prompt_length + config.response_length
+    return {key: getattr(config, key) for key in _SHARED} | {"max_model_len": longest} | own
