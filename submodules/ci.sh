@@ -8,9 +8,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 say() { printf 'bridges: %s\n' "$*" >&2; }
 
-find_python() { # a Python that vexact runs on
+find_python() { # a Python that vexact runs on; the constraints are those of 3.11
   local name
-  for name in python3 python3.11 python3.12 python3.13; do
+  for name in python3.11 python3.12 python3 python3.13; do
     if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
       command -v "$name"
       return
@@ -63,6 +63,7 @@ core_tests() { # BRIDGE -> tests of the core that its other versions of packages
 run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
   local bridge="$1" venv="$here/$1/.venv" log start="$SECONDS"; shift
   [[ -d "$here/$bridge/tests" ]] || { say "$bridge: not run: there is no submodules/$bridge"; return 2; }
+  [[ -s "$here/$bridge/constraints.txt" ]] || { say "$bridge: failed: no constraints.txt (submodules/lock.sh)"; return 1; }
   log="$(mktemp)"
   if ! install_bridge "$bridge" "$venv" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
