@@ -8,6 +8,18 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 say() { printf 'bridges: %s\n' "$*" >&2; }
 
+find_python() { # a Python that vexact runs on; the constraints are those of 3.11
+  local name
+  for name in python3.11 python3.12 python3 python3.13; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+      command -v "$name"
+      return
+    fi
+  done
+  say "no Python 3.11, 3.12 or 3.13 found"
+  return 1
+}
+
 installer() { # VENV -> uv if there is one to be had, else nothing
   command -v uv && return
   "$1/bin/python" -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 && printf '%s\n' "$1/bin/uv"
@@ -18,10 +30,10 @@ install_bridge() { # BRIDGE VENV: 0 when the bridge and all it needs is there
   local folder="$here/$bridge"
   stamp="$(cat "$root/pyproject.toml" "$folder/pyproject.toml" "$folder/constraints.txt" | cksum)"
   [[ "$(cat "$venv/.bridge" 2>/dev/null)" != "$stamp" ]] || return 0
-  python="$(bash "$root/scripts/setup.sh")" || return 1
+  python="$(find_python)" || return 1
   [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv" || return 1
   uv="$(installer "$venv" || true)"
-  local packages=(-e "$root" -e "$folder$(extras "$bridge")" pytest pytest-timeout)
+  local packages=(-e "$root" -e "$folder$(extras "$bridge")" pytest pytest-timeout hypothesis)
   say "installing $bridge into $venv with ${uv:-pip}"
   if [[ -n "$uv" ]]; then
     UV_FIND_LINKS="${UV_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}"
@@ -51,10 +63,12 @@ core_tests() { # BRIDGE -> tests of the core that its other versions of packages
 run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
   local bridge="$1" venv="$here/$1/.venv" log start="$SECONDS"; shift
   [[ -d "$here/$bridge/tests" ]] || { say "$bridge: not run: there is no submodules/$bridge"; return 2; }
+  [[ -s "$here/$bridge/constraints.txt" ]] || { say "$bridge: failed: no constraints.txt (submodules/lock.sh)"; return 1; }
   log="$(mktemp)"
   if ! install_bridge "$bridge" "$venv" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
-    rm -rf "$log" "$venv"
+    rm -f "$log"
+    [[ ! -d "$venv" ]] || rm -r "$venv"
     say "$bridge: not run: its packages could not be installed (above)"
     return 2
   fi
@@ -82,6 +96,6 @@ for bridge in "${bridges[@]}"; do
   code=0
   run_bridge "$bridge" "$@" || code=$?
   ((code != 1)) || failed+=("$bridge")
-  [[ "$asked" != all || "${VEXACT_BRIDGES:-}" == keep ]] || rm -rf "$here/$bridge/.venv"
+  [[ "$asked" != all || "${VEXACT_BRIDGES:-}" == keep || ! -d "$here/$bridge/.venv" ]] || rm -r "$here/$bridge/.venv"
 done
 ((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; exit 1; }
