@@ -155,9 +155,10 @@ class VexactEngine(BaseEngine):
         meta = {"loss": loss.detach().item(), "metrics": metrics}
         return meta | {"model_output": detach_tree(output)} if keep else meta
 
-    def get_per_tensor_param(self, **_: Any) -> tuple[Iterator[tuple[str, Tensor]], None]:
+    def get_per_tensor_param(self, **_: Any) -> tuple[Any, None]:
         """Whole tensors by Hugging Face's names, one at a time, in the dtype that the forward computes in."""
-        return to_hf(self.module.config, self.actor.named_weights()), None
+        weights: Iterator[tuple[str, Tensor]] = to_hf(self.module.config, self.actor.named_weights())
+        return weights, None
 
     def save_checkpoint(
         self,
