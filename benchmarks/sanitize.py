@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vexact import ops
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
+from vexact.ops.square_sums import num_stretches, square_sums
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Case = tuple[str, Callable[[], list[Tensor]]]  # name, run: returns what must be finite
@@ -102,6 +103,16 @@ def cross_entropy(tokens: int, size: int, vocabulary: int, dtype: torch.dtype) -
 
 
 @torch.no_grad()
+def norm(dtype: torch.dtype) -> list[Tensor]:
+    """Matrices whose rows end within a tile, a stretch and 16 bytes."""
+    matrices = [draw(*shape, dtype=dtype) for shape in ((1030, 1), (33, 255), (5, 576), (18, 2049), (1, 4097))]
+    ends = torch.tensor([len(m) * num_stretches(m.shape[1]) for m in matrices]).cumsum(0).tolist()
+    sums = torch.zeros(ends[-1], device="cuda")
+    square_sums(matrices, sums, [0, *ends[:-1]])
+    return [sums]
+
+
+@torch.no_grad()
 def sampling(rows: int, vocabulary: int) -> list[Tensor]:
     logits = torch.randn(rows, vocabulary, device="cuda")
     temperature = torch.linspace(0, 1.5, rows, device="cuda")
@@ -118,6 +129,7 @@ def cases() -> Iterator[Case]:
             yield f"linear {rows} {n} {k} {dtype}", lambda r=rows, n=n, k=k, d=dtype: linear(r, n, k, d)
         for heads, dim in (((4, 2), 64), ((3, 1), 40), ((2, 2), 128)):
             yield f"packed {heads} {dim} {dtype}", lambda h=heads, d=dim, t=dtype: packed(h, d, t)
+        yield f"square_sums {dtype}", lambda d=dtype: norm(d)
         yield f"rowwise {dtype}", lambda d=dtype: rowwise(101, 200, d)
         for tokens, vocabulary in ((5, 73), (130, 1009)):
             yield (

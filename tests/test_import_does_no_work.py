@@ -34,7 +34,7 @@ def test_packages_patch_nothing_and_touch_no_device() -> None:
     code = (
         "import torch; "
         "before = {name: getattr(torch, name) for name in ('matmul', 'mm', 'log_softmax', 'softmax', 'sum')}; "
-        "import vexact.ops, vexact.models, vexact.rollout, vexact.training, vexact.algorithms; "
+        "import vexact.ops, vexact.models, vexact.swaps, vexact.rollout, vexact.training, vexact.algorithms; "
         "changed = [name for name, value in before.items() if getattr(torch, name) is not value]; "
         "assert not changed, changed; assert not torch.cuda.is_initialized()"
     )

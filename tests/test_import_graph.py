@@ -11,17 +11,19 @@ PACKAGE = ROOT / "vexact"
 LINE_CAP = 400
 
 LEAVES = {"types", "env"}
-ENGINE_ROOM = {"ops", "models", "algorithms"}
+ENGINE_ROOM = {"ops", "models", "swaps", "algorithms"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "env": set(),
     "interrupt": set(),
     "streams": set(),
     "device": set(),
+    "plugins": set(),
     "ops": set(),
     "algorithms": set(),
     "models": {"ops"},
-    "config": LEAVES,
+    "swaps": {"ops"},
+    "config": LEAVES | {"plugins"},
     "data": {"types", "interrupt"},
     "reward": LEAVES | {"interrupt", "data"},
     "report": LEAVES | {"streams"},
@@ -29,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"types", "ops", "models"},
     "rollout": {"types", "interrupt", "config", "ops", "models", "weights"},
     "training": {"types", "interrupt", "config", "ops", "models", "algorithms", "weights", "distributed"},
-    "audit": LEAVES | {"interrupt", "ops", "models", "rollout", "training", "weights", "reward"},
+    "audit": LEAVES | {"interrupt", "swaps", "plugins", "ops", "models", "rollout", "training", "weights", "reward"},
     "prepare": LEAVES | {"interrupt", "ops", "models", "algorithms", "data", "reward", "rollout", "training"},
 }
 EVERYTHING_BUT = {
@@ -106,6 +108,13 @@ def test_the_engine_room_knows_no_frameworks() -> None:
 def test_ray_stays_in_its_place() -> None:
     users = {top for _, top, tree in sources() for name in imported_modules(tree) if name.split(".")[0] == "ray"}
     assert users <= RAY_USERS
+
+
+def test_no_bridge_is_imported() -> None:
+    """Bridges import this package; it finds them by entry points."""
+    bridged = {"verl", "veomni", "vllm", "vexact_verl", "vexact_veomni", "vexact_vllm", "submodules"}
+    imported = {(path, name.split(".")[0]) for path, _, tree in sources() for name in imported_modules(tree)}
+    assert [str(path) for path, top in imported if top in bridged] == []
 
 
 def test_environment_variables_are_read_in_one_module() -> None:

@@ -22,6 +22,7 @@ class TorchrunRank:
     master_addr: str
     master_port: int
     attempt: int  # how often torchrun has started the run anew
+    has_agent: bool = False  # torchrun itself, not a launcher that sets its variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,13 @@ def torchrun_rank(environ: Mapping[str, str] = os.environ) -> TorchrunRank | Non
         given["MASTER_ADDR"],
         int(given["MASTER_PORT"]),
         int(attempt) if attempt.isdecimal() else 0,
+        bool(_get(environ, "TORCHELASTIC_RUN_ID")),
     )
+
+
+def master_addr(environ: Mapping[str, str] = os.environ) -> str:
+    """MASTER_ADDR, where torchrun's ranks meet, empty when unset."""
+    return _get(environ, "MASTER_ADDR")
 
 
 def omp_settings(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:

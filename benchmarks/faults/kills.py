@@ -229,8 +229,9 @@ def _children() -> Iterator[int]:
     """Children of this process that live; those that have ended are reaped."""
     for task in Path("/proc/self/task").iterdir():
         for pid in map(int, (task / "children").read_text().split()):
-            if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                yield pid
+            with suppress(ChildProcessError):  # the list may name one twice while processes end
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    yield pid
 
 
 def main() -> int:

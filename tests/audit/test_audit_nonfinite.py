@@ -1,6 +1,7 @@
 """NaN and infinity are no log-probabilities: different, counted and named in audit, self-test and verify."""
 
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -84,16 +85,29 @@ def test_an_audit_of_nothing_proves_nothing():
     strict, warn = Audit("strict"), Audit("warn")
     strict.begin([])
     with pytest.raises(ExactnessError, match="nothing was compared"):
-        strict.require_compared()
+        strict.require_compared(1)
     with pytest.raises(ExactnessError, match="nothing was compared"):
         strict.check([], [])
     warn.begin([])
     warn.check([], [])
-    warn.require_compared()
+    warn.require_compared(1)
     strict.begin([_sample("a", [-0.5])])
     strict.check([0], [np.array([-0.5], np.float32)])
-    strict.require_compared()
+    strict.require_compared(1)
     assert not BitTally(tokens=3).exact
+
+
+def test_a_rank_that_compared_nothing_is_missed():
+    samples = [_sample(name, [-0.5]) for name in "abc"]
+    audit = Audit("strict")
+    audit.begin(samples)
+    audit.check([0, 2, 2], [np.array([-0.5], np.float32)] * 3)
+    audit.require_compared(2)
+    with pytest.raises(
+        ExactnessError, match=r"2 of 3 samples were compared, 3 log-probabilities: .* proves nothing"
+    ) as caught:
+        audit.require_compared(3)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

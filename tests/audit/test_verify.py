@@ -35,6 +35,13 @@ SHAPE = {
 FAMILIES = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},
+    "padded": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "vocab_size": 5,
+        "pad_token_id": 3,  # in a vocabulary this small every prompt has it
+    },
 }
 SMALL = ["--num_prompts", "6", "--max_new_tokens", "5", "--device", "cpu"]
 
@@ -126,13 +133,38 @@ def test_a_fault_in_the_fused_head_alone_is_found(checkpoints, monkeypatch):
     assert verify(dataclasses.replace(options, use_fused_lce=False)).passed
 
 
-@pytest.mark.parametrize("attention", ["triton-invariant", "sdpa"])
-def test_stock_transformers_is_close_but_said_to_differ(checkpoints, capsys, attention):
-    arguments = ["--model_backend", "hf", "--attn_impl", attention, *SMALL]
+def test_stock_transformers_is_close_but_said_to_differ(checkpoints, capsys):
+    arguments = ["--model_backend", "hf", "--attn_impl", "sdpa", *SMALL]
     assert cli.main(["verify", "--model_path", str(checkpoints / "llama"), *arguments]) == 1
     table = capsys.readouterr().out
     assert "first different logit" in table
-    assert "only vexact with triton-invariant has every operator in common with the rollout" in table
+    assert "only triton-invariant is the attention of the rollout" in table
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("qwen3", ["--dtype", "bfloat16"]),
+        ("llama", ["--use_remove_padding", "false", "--use_fused_lce", "false"]),
+        ("padded", ["--dtype", "float32"]),
+    ],
+)
+def test_transformers_made_invariant_is_exact(checkpoints, capsys, family, more):
+    arguments = ["--model_backend", "hf", *SMALL, *more]
+    assert cli.main(["verify", "--model_path", str(checkpoints / family), *arguments]) == 0
+    table = capsys.readouterr().out
+    assert "30 / 30 (100.00 %)" in table
+    assert "agrees with transformers: yes" in table or "bfloat16" in more
+
+
+@pytest.mark.parametrize("backend", ["vexact", "hf"])
+def test_the_pad_row_gets_the_gradient_that_transformers_gives_it(checkpoints, capsys, tmp_path, backend):
+    """Every prompt has the pad token, whose row no gradient of the embedding reaches."""
+    out = tmp_path / "verify.json"
+    arguments = ["--model_backend", backend, "--out", str(out), *SMALL]
+    assert cli.main(["verify", "--model_path", str(checkpoints / "padded"), *arguments]) == 0
+    assert "agrees with transformers: yes" in capsys.readouterr().out
+    assert json.loads(out.read_text())["native"]["gradients"]["min_cosine"] > 0.9999
 
 
 def test_padded_and_packed_layouts_of_both_backends_agree(checkpoints):

@@ -17,7 +17,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        (f"{ROLLOUT}.tensor_model_parallel_size=2", "one device; remove it or set"),
+        (f"{ROLLOUT}.tensor_model_parallel_size=2", "replica of the engine; remove it or set"),
         ("critic.model.path=x", "there is no critic"),
         ("algorithm.adv_estimator=gae", "GAE needs a critic"),
         ("algorithm.adv_estimator=remax", "not built in"),

@@ -77,9 +77,10 @@ def test_one_process_on_a_cpu_by_hand() -> None:
     # a token of a layer: 4 bytes x (4 x 8 + 3 x 6 x 4 + 3 x 16 = 152) + 4 x (2 + 2 x 4 + 2) = 656, in passing
     # 4 x (4 x 8 + 2 x 16) = 256, streams of two layers 2 x 2 x 8 x 4 = 128: 1040 a token
     # head: 3 x 32 x 8 x 4 = 3072, its gradient 4 x 10 x 8 = 320, logits 32 x 10 x 8 = 2560
-    trainer = {"master weights": 6624, "gradients": 6624, "moments": 13248}
+    trainer = {"master weights": 6624, "moments": 13248}
     cache = 5 * 4 * 32 * 4
     assert stages["GPU", "update"].parts == trainer | {
+        "gradients": 6624,
         "activations": 32 * 1040 + 3072 + 320 + 2560,
         "rollout weights": 6624,
         "key-value cache": cache,  # on a CPU it stays
@@ -102,10 +103,11 @@ def test_without_recomputation_every_layer_keeps_its_own() -> None:
 def test_two_colocated_gpus_by_hand() -> None:
     config = configured(*SMALL, f"{ACTOR}.use_kl_loss=true")
     stages = stages_of(config, TWO, "cuda")
-    shared = {"master weights": 3312, "gradients": 3312, "moments": 6624, "reference": 1656, "rollout weights": 3312}
+    shared = {"master weights": 3312, "moments": 6624, "reference": 1656, "rollout weights": 3312}
     overhead = CONTEXT_BYTES + NCCL_BYTES
     update = stages["GPU", "update"].parts
     assert {name: update[name] for name in shared} == shared
+    assert update["gradients"] == 3312
     # bf16: root and two layers 2 x (88 + 2 x 784); the gradient of a layer in bf16, and in fp32 sent and received
     assert update["gathered layers"] == 3312 + 10 * 784
     assert "key-value cache" not in update, "released while training"
@@ -123,6 +125,8 @@ def test_offload_moves_weights_and_moments_to_the_machine() -> None:
     assert update["master weights"] == 3312
     assert plan.host == 12 * 828
     assert memory_plan(configured(*SMALL, *offload), TINY, ONE, "cpu").host == 0
+    beside = configured(*SMALL, *offload, f"{ACTOR}.checkpoint.async_save=true")
+    assert memory_plan(beside, TINY, TWO, "cuda").host == 2 * 12 * 828, "a checkpoint on its way is another copy"
 
 
 def test_gpus_apart_hold_one_side_each() -> None:
@@ -185,7 +189,9 @@ def test_a_model_that_no_setting_makes_fit_gets_a_number_of_gpus() -> None:
     two = with_value(changed, "trainer.n_gpus_per_node", 2)
     assert memory_problems(two, shape("qwen3-8b"), Machine("cuda", 2, H100)) == []
     (host,) = memory_problems(two, shape("qwen3-8b"), Machine("cuda", 2, H100, 16 * GIB))
-    assert "offloading keeps 30.5 GiB per GPU in the machine's memory and 16.0 GiB are free" in host.what
+    assert (
+        "what is offloaded or copied takes 30.5 GiB per GPU of the machine's memory and 16.0 GiB are free" in host.what
+    )
 
 
 def test_several_settings_together_where_none_is_enough_alone() -> None:
@@ -248,6 +254,16 @@ def test_processes_of_a_machine_share_its_memory() -> None:
     one, four = (machine_of(Layout(1, count, "cpu", transport="local")).device_bytes for count in (1, 4))
     assert one is not None
     assert four == pytest.approx(one / 4, rel=0.2)
+    config, model = configured("trainer.device=cpu"), shape("qwen3-8b")
+    (problem,) = memory_problems(config, model, Machine("cpu", 4, GIB))
+    assert problem.fix.endswith("; or start fewer than 4 processes, which share the machine's memory")
+    (problem,) = memory_problems(config, model, Machine("cpu", 1, GIB))
+    assert "fewer" not in problem.fix
+
+
+def test_the_placement_counts_correctly() -> None:
+    assert Placement(1, 2, False).text("cpu") == "1 process trains, 2 sample"
+    assert Placement(2, 1, False).text("cuda") == "2 GPUs train, 1 samples"
 
 
 def test_ranks_that_share_a_forward_hold_less_of_one_sequence() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,78 +16,29 @@ import dummy_worker
 import numpy as np
 import processes
 import pytest
+from ray_head import RAY, Head, command_of, ray_head
 
 from vexact.distributed import ClusterError, Layout, WorkerError, resolve_layout, start_workers
 from vexact.distributed.on_ray import start as start_module
 
 HOST = socket.gethostname()
-RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@dataclass(frozen=True)
-class Head:
-    mark: str
-    address: str
-    dashboard: str
-
-    def layout(self, size: int = 2) -> Layout:
-        return Layout(n_gpus_per_node=size, device="cpu", ray_address=self.address)
-
-    def workers(self) -> list[int]:
-        """Processes of actors."""
-        return [pid for pid in processes.marked(self.mark) if b"ray::RayWorker" in _command(pid)]
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+def _layout(head: Head, size: int = 2) -> Layout:
+    return Layout(n_gpus_per_node=size, device="cpu", ray_address=head.address)
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    mark, folder = uuid.uuid4().hex, tempfile.mkdtemp(prefix="vxr-", dir="/tmp")
-    port, dashboard, agent, metrics, client = free_ports(5)
-    command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={folder}"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"]
-    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]
-    with processes.ending(mark), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        running = processes.start(command, mark)
-        try:
-            assert processes.until(lambda: _answers(port) and _answers(dashboard), 60), running.poll()
-            yield Head(mark, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-        finally:
-            running.terminate()
-            running.communicate(timeout=60)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
+    with ray_head() as started:
+        yield started
 
 
 def test_calls_reach_the_ranks_and_what_they_print_reaches_the_console(
-    head: Head, capfd: pytest.CaptureFixture[str]
+    head: Head, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = resolve_layout(head.layout())
+    monkeypatch.chdir(tmp_path)
+    layout = resolve_layout(_layout(head))
     assert (layout.world_size, layout.transport, layout.device) == (2, "ray", "cpu")
     with start_workers(layout, dummy_worker.make, timeout_s=60) as group:
         assert [(info.rank, info.local_rank, info.node, info.host) for info in group.infos] == [
@@ -97,6 +46,7 @@ def test_calls_reach_the_ranks_and_what_they_print_reaches_the_console(
             (1, 1, 0, HOST),
         ]
         assert group.call("who") == list(group.infos)
+        assert group.call("folder") == [str(tmp_path)] * 2, "relative paths mean the same, wherever Ray was started"
         assert len(head.workers()) == 2
         array = np.zeros(3)
         assert [values.tolist() for values in group.call("add", array, more=0.5)] == [[0.5] * 3, [1.5] * 3]
@@ -130,14 +80,14 @@ def _all_said(capfd: pytest.CaptureFixture[str], printed: list[str]) -> bool:
 )
 def test_what_goes_wrong_is_named_and_everything_ends(head: Head, kind: str, error: type, text: str) -> None:
     make = partial(dummy_worker.make, broken=kind == "broken")
-    with pytest.raises(error, match=text), start_workers(head.layout(), make, timeout_s=60) as group:
+    with pytest.raises(error, match=text), start_workers(_layout(head), make, timeout_s=60) as group:
         group.call("fail", 1, kind, timeout_s=3.0, stage="update")
     assert processes.until(lambda: head.workers() == [], 10)
 
 
 def test_more_workers_than_the_cluster_has_room_for(head: Head) -> None:
     with pytest.raises(ClusterError) as caught:
-        start_workers(head.layout(3), dummy_worker.make, start_timeout_s=1.0)
+        start_workers(_layout(head, 3), dummy_worker.make, start_timeout_s=1.0)
     text = str(caught.value)
     assert "1 node(s) with 3 free CPU(s) each (trainer.nnodes, trainer.n_gpus_per_node)" in text
     assert f"the cluster has 1 node(s): {HOST} 2 CPU(s); 2 free in all" in text
@@ -147,7 +97,7 @@ def test_unequal_versions_are_refused(head: Head, monkeypatch: pytest.MonkeyPatc
     own = start_module.versions()
     monkeypatch.setattr(start_module, "versions", lambda: replace(own, vexact="0.0 (source 0)"))
     with pytest.raises(ClusterError, match=r"rank 0 .* has vexact .*, the driver 0.0 \(source 0\); install the same"):
-        start_workers(head.layout(), dummy_worker.make, timeout_s=60)
+        start_workers(_layout(head), dummy_worker.make, timeout_s=60)
     assert processes.until(lambda: head.workers() == [], 10)
 
 
@@ -188,5 +138,5 @@ def test_a_cluster_of_ones_own_ends_with_its_driver() -> None:
         assert driver.returncode == -9, output
         assert "cpu 2 [4.0, 4.0] pids" in output
         assert processes.until(lambda: processes.marked(mark) == [], 20), [
-            _command(pid) for pid in processes.marked(mark)
+            command_of(pid) for pid in processes.marked(mark)
         ]

@@ -161,7 +161,7 @@ def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
     error = error_after([failed(0, LOST), failed(2, LOST)], [], [died(1)])
     assert isinstance(error, WorkerError)
     assert (error.rank, error.stage, error.is_bug) == (1, "update", False)
-    assert str(error).startswith("rank 1 (host a, pid 101) died in update: its process is gone; start the same command")
+    assert str(error).startswith("rank 1 (host a, pid 101) died in update: its process is gone")
     error = error_after([failed(0, LOST)], [failed(2, ValueError("lr=-1"))])
     assert (type(error), str(error)) == (ValueError, "lr=-1")
     assert error.__notes__ == ["raised by rank 2 (host a, pid 102) in update"]

@@ -99,7 +99,7 @@ def test_every_name_of_this_package_is_described():
         | {"timing_s/gen", "reward/time_s/max", "critic/rewards/mean", "training/rollout_probs_diff_std"}
     )
     assert {name for name in names if describe(name) is None} == set()
-    assert describe("timing_s/gen") == "Seconds generating."
+    assert describe("timing_s/reward") == "Seconds grading."
     assert describe("reward/acc/mean") == METRICS["Reward"]["reward/<key>/mean"]
     assert describe("nothing/like/it") is None
 

@@ -4,7 +4,7 @@
 
 In every process generation of step t touches FOLDER/gen-t as it begins, an update FOLDER/update-t. PLAN is JSON, from
 such a name to what is done then: ``wait NAME`` until another process has touched that, ``sleep``, ``kill`` or
-``interrupt`` (this process). ``"weights-v": "spoil"`` changes a weight of the rollout once it has version v.
+``interrupt`` (this process). ``"weights-v": "spoil X"`` adds X to a weight of the rollout once it has version v.
 """
 
 import json
@@ -55,8 +55,8 @@ def update(self, sequences, *arguments):
 
 def receive_weights(engine, version):
     metrics = original_receive(engine, version)
-    if plan.get(f"weights-{version}") == "spoil":
-        next(engine.model.parameters()).data[:, 0] += 1e-3
+    if (action := plan.get(f"weights-{version}")) is not None:
+        next(engine.model.parameters()).data[:, 0] += float(action.removeprefix("spoil "))
     return metrics
 
 

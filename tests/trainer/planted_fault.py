@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 
 from vexact.config import Config
-from vexact.distributed import RankInfo
+from vexact.distributed import RankInfo, versions
+from vexact.models.opset import set_ops
+from vexact.ops import stock
 from vexact.rollout import Engine
 from vexact.trainer.workers import build
 from vexact.trainer.workers.roles import Roles
@@ -34,8 +37,9 @@ class Fault:
 
     Attributes:
         stage: a key of ``STAGES``.
-        kind: the name of a signal to the own process, ``memory`` for an error of want of it, or ``weight`` for an
-            engine of which one weight is another from then on.
+        kind: the name of a signal to the own process, ``memory`` for an error of want of it, ``weight`` or ``norm``
+            for an engine of which one weight or the norm is another from then on, or ``torch`` for another version of
+            it, whatever the stage.
         version: of the weights that the rollout has then.
         call: which call of the stage's function since that version came, from 1.
         rank: on which.
@@ -49,9 +53,11 @@ class Fault:
 
     def plant(self) -> None:
         """Puts the fault into this process."""
+        if self.kind == "torch":
+            versions._installed = {"torch": "2.0.0"}.get
         module, owner_name, name = STAGES[self.stage]
         owner = getattr(importlib.import_module(module), owner_name)
-        strike_in(self, owner, name, _note_versions())
+        strike_in(self, owner, name, _noted_versions())
 
     def strike(self, owner: Any) -> None:
         if self.kind == "memory":
@@ -59,6 +65,8 @@ class Fault:
         if self.kind == "weight":
             with torch.no_grad():
                 next(owner.model.parameters()).mul_(1.01)
+        elif self.kind == "norm":
+            set_ops(owner.model, dataclasses.replace(owner.model.ops, rms_norm=stock.rms_norm))
         else:
             os.kill(os.getpid(), signal.Signals[self.kind])
 
@@ -78,7 +86,7 @@ def strike_in(fault: Fault, owner: Any, name: str, versions: list[int]) -> None:
     setattr(owner, name, faulty)
 
 
-def _note_versions() -> list[int]:
+def _noted_versions() -> list[int]:
     """Versions of the weights that the engine of this process has got, as they come."""
     versions: list[int] = []
     original = Engine.replacing_weights

@@ -29,11 +29,18 @@ class Run:
     logs: list[Path]
     started: float = field(default_factory=time.monotonic)
 
-    def wait(self, timeout_s: float = 120.0) -> list[int]:
-        """The exit codes by rank, negative for a signal; all processes are killed when they take longer."""
-        deadline = time.monotonic() + timeout_s
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+    def wait(self, timeout_s: float = 60.0, as_agent: bool = False) -> list[int]:
+        """The exit codes by rank, negative for a signal; all processes are killed when they take longer.
+
+        ``as_agent``: as torchrun does, a rank that fails has the others end.
+        """
+        deadline, told = time.monotonic() + timeout_s, False
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            if as_agent and not told and any(process.exitcode for process in self.processes):
+                told = True
+                for process in self.processes:
+                    process.terminate()
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         if late:
             self.kill()
@@ -65,14 +72,21 @@ class Run:
         return found
 
 
-def start(folder: Path, arguments: list[str], ranks: int = 2, fault: planted_fault.Fault | None = None) -> Run:
+def start(
+    folder: Path,
+    arguments: list[str],
+    ranks: int = 2,
+    fault: planted_fault.Fault | None = None,
+    master_port: int | None = None,
+) -> Run:
     """A run of ``ranks`` processes whose output goes into ``folder``.
 
     One process is a run without a launcher; a fault on another rank than 0 is then one of the workers that it starts.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        port = probe.getsockname()[1] if master_port is None else master_port
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes, logs = [], []
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_support import flat
+from saved_runs import flat
 
 from vexact import interrupt
 from vexact.config import load_config

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vexact.training.state.past_weights import PastWeights
 
 from vexact.audit import Audit
 from vexact.config import ConfigError, load_config
@@ -24,6 +23,7 @@ from vexact.trainer.ahead import Ahead, PastAudit, StaleSamplesError, read_colle
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint, manifest
 from vexact.trainer.collect import Collected
 from vexact.trainer.launch import run
+from vexact.training.state.past_weights import PastWeights
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
 STEPS = 4
@@ -162,11 +162,12 @@ def test_a_run_that_is_interrupted_goes_on_with_the_samples_it_has(tiny, unbroke
 
 def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(tiny, tmp_path):
     directory = tmp_path / "run"
-    code, output = torchrun(2, tmp_path / "marks", {"weights-1": "spoil"}, arguments(tiny, directory))
+    code, output = torchrun(2, tmp_path / "marks", {"weights-1": "spoil 1e-3"}, arguments(tiny, directory))
     assert code != 0
     assert "rollout and trainer disagree" in output
     assert "compared under weights version 1, which generated the samples of step 3" in output
-    assert "trainer.rollout_gpus=null trainer.async_steps=0" in output, "how to look for it in one process"
+    assert "first divergence: generation state: the replay agrees with the trainer" in output
+    assert "the engine had gone on to weights version 2 and was given these again" in output
     last = metrics(directory)[-1]
     assert last["step"] == 3
     assert last["bitwise/tokens_different"] > 0
@@ -174,13 +175,13 @@ def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(
 
 
 def test_a_rank_that_dies_while_it_generates_ahead_ends_the_run_at_once(tiny, tmp_path):
-    started = time.monotonic()
     plan = {"gen-3": "kill", "update-2": "sleep"}
     code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, tmp_path / "run", "trainer.save_freq=1"))
     assert code != 0
     assert "rank 1" in output
     assert "in generation of step 3" in output, output
-    assert time.monotonic() - started < 50, "the update that ran beside it was waited for"
+    died = (tmp_path / "marks" / "gen-3").stat().st_mtime
+    assert time.time() - died < 50, "the update that ran beside it, and takes 60 s, was waited for"
     assert (tmp_path / "run" / "checkpoints" / "step_1" / "manifest.json").is_file()
 
 

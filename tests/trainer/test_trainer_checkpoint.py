@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_support import flat, rewrite
+from saved_runs import flat, rewrite
 
 from vexact.models import ModelConfig, load_model
 from vexact.trainer.checkpoint import (

@@ -1,19 +1,26 @@
 """A strict run that fails its audit or its self-test leaves a diagnosis."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from vexact.audit import ExactnessError
 from vexact.audit.certificate import CertificateError
+from vexact.audit.compare import compare
 from vexact.audit.explain import replay
 from vexact.config import load_config
+from vexact.distributed import WorkerError
 from vexact.models.opset import set_ops
 from vexact.ops import stock
+from vexact.rollout import SamplingParams
 from vexact.trainer import diagnose as diagnose_module
 from vexact.trainer.collect import Collector
 from vexact.trainer.launch import run
 from vexact.trainer.workers import build as workers_module
+from vexact.trainer.workers.groups import ActorGroup, EngineGroup
+from vexact.types import Sample
 
 
 @pytest.fixture
@@ -72,3 +79,34 @@ def test_a_diagnosis_that_fails_does_not_hide_the_error(overrides, stock_norm, m
     with pytest.raises(ExactnessError, match="rollout and trainer disagree"):
         run(load_config(overrides("data.max_response_length=24")))
     assert "no diagnosis" in caplog.text
+
+
+class HungGroup:
+    """Two workers that know what they run, and never answer when asked to explain."""
+
+    size, infos = 2, ("rank 0", "rank 1")
+
+    def __init__(self):
+        self.deadlines = []
+
+    def call(self, method, *args, timeout_s=None, **where):
+        self.deadlines.append(timeout_s)
+        if method == "explain":
+            raise WorkerError("rank 1 has hung", rank=1, stage="the diagnosis")
+        return [{}]
+
+
+def test_a_group_that_hangs_in_the_diagnosis_does_not_hide_the_error(tmp_path, caplog):
+    engine, actor, group = object.__new__(EngineGroup), object.__new__(ActorGroup), HungGroup()
+    engine._ranks, engine._generated, engine.weights_version = [0, 1], {"a": (1, 0)}, 0
+    engine._group, actor.ranks, actor._trained = group, [0, 1], {}
+    logprobs = np.zeros(2, np.float32)
+    sample = Sample("a", (1,), (2, 3), logprobs, logprobs, 1.0, "length", weights_version=0)
+    error = ExactnessError(compare([sample], [logprobs + 1]))
+    message = str(error)
+    workers = SimpleNamespace(group=group, engine=engine, actor=actor)
+    diagnose_module.diagnose(error, sample, SamplingParams(), workers, tmp_path, "model")
+    assert str(error) == message
+    assert "rank 1 has hung" in caplog.text
+    assert len(group.deadlines) == 2
+    assert None not in group.deadlines

@@ -131,6 +131,7 @@ OF_MODEL_OR_MACHINE = (
     "max_num_seqs",
     "vocabulary",
     "rank",
+    "none to train",
 )
 
 

@@ -4,45 +4,23 @@ was is said, nothing stays behind, and the run that goes on ends with the bits o
 import re
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
+import fault_arguments
 import pytest
 import rank_runs
+from fault_arguments import BACKGROUND, STEPS, assert_readable, assert_whole, goes_on_after
 from planted_fault import Fault
 from run_results import digest, rows
 
 from vexact.config import load_config
 from vexact.trainer.launch import run
 
-STEPS = 3
-BACKGROUND = "actor_rollout_ref.actor.checkpoint.async_save=true"
-AFTER = "step 1 is saved in {}: the same command goes on from there"
-
 
 @pytest.fixture(scope="module")
 def arguments(tiny):
-    """Of a run into a directory; a function that adds more."""
-
-    def make(directory: Path, *more: str) -> list[str]:
-        return [
-            f"actor_rollout_ref.model.path={tiny / 'model'}",
-            f"data.train_files={tiny / 'train.jsonl'}",
-            f"reward.custom_reward_function.path={tiny / 'reward.py'}",
-            "data.max_prompt_length=16",
-            "data.max_response_length=12",
-            "data.train_batch_size=4",
-            "actor_rollout_ref.rollout.n=4",
-            "actor_rollout_ref.actor.optim.lr=1e-3",
-            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
-            "reward.num_workers=1",
-            "trainer.save_freq=1",
-            "trainer.device=cpu",
-            f"trainer.total_training_steps={STEPS}",
-            f"trainer.default_local_dir={directory}",
-            *more,
-        ]
-
-    return make
+    return partial(fault_arguments.arguments, tiny)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +29,6 @@ def undisturbed(arguments, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     assert run(load_config(arguments(directory, "trainer.logger=[jsonl]"))) == 0
     return digest(directory, STEPS)
-
-
-def assert_whole(directory: Path, *steps: int) -> None:
-    """These checkpoints are there, and no part of another."""
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [f"step_{step}" for step in steps]
-
-
-def assert_readable(output: str, *last: str) -> None:
-    """The console ends with these lines, regular expressions, and shows no traceback."""
-    assert "Traceback" not in output, output
-    lines = [line for line in output.splitlines() if line][-len(last) :]
-    assert all(re.fullmatch(pattern, line) for pattern, line in zip(last, lines, strict=True)), output
 
 
 def goes_on(command: list[str], directory: Path, ranks: int, undisturbed: str) -> None:
@@ -92,7 +58,7 @@ def test_a_rank_that_is_lost_is_named_and_the_run_goes_on(fault, more, stage, ra
     assert lost.wait() == [1, -signal.SIGKILL], lost.output()
     who = rf"rank 1 \(host {re.escape(socket.gethostname())}, pid {lost.processes[1].pid}\)"
     how = "hangs" if fault.kind == "SIGSTOP" else "died"
-    what = rf"vexact train: {who} {how} in {stage}: .*; {re.escape(AFTER.format(directory))}"
+    what = rf"vexact train: {who} {how} in {stage}: .*; {goes_on_after(1, directory)}"
     assert_readable(lost.output(), what)
     assert_readable(lost.output(1))
     assert lost.left() == []
@@ -128,7 +94,7 @@ def test_an_interrupt_ends_all_ranks(stage, kind, version, call, more, arguments
     interrupted = rank_runs.start(tmp_path / "interrupted", arguments(directory, *more), fault=fault)
     codes = interrupted.wait()
     assert codes[0] == 130, (codes, interrupted.output())
-    assert_readable(interrupted.output(), "interrupted; " + re.escape(AFTER.format(directory)))
+    assert_readable(interrupted.output(), "interrupted; " + goes_on_after(1, directory))
     assert_readable(interrupted.output(1))
     assert interrupted.left() == []
     assert_whole(directory, 1)
@@ -142,6 +108,7 @@ def test_other_bits_on_one_rank_stop_all_before_the_step(arguments, undisturbed,
     output = stopped.output()
     assert "rollout and trainer disagree" in output
     assert "First: request step2-" in output
+    assert "first divergence: weights: tensor embed_tokens.weight not synced" in output
     assert "The weights are as they were before this step" in output
     assert re.search(rf"\nsampled by rank 1 \(host .*, pid {stopped.processes[1].pid}\)\n", output), output
     assert re.search(r"\ncompared by rank (0|1|0, 1) of 2\n", output), output

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rank_runs
 from run_results import digest, rows, samples
 
 from vexact.config import load_config
@@ -88,3 +89,18 @@ def test_ray_gives_the_weights_of_one_process(tiny, one_process, tmp_path, monke
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert run(load_config(arguments(tiny, tmp_path / "run", "trainer.n_gpus_per_node=2"))) == 0
     assert_same_run(tmp_path / "run", one_process)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        ((), 0, f"nothing is left to do: step {STEPS} of {STEPS}"),
+        (("--dry_run",), 0, "2 processes train and sample"),
+        (("trainer.seed=x",), 2, "trainer.seed='x'"),
+    ],
+)
+def test_a_command_without_work_for_the_other_ranks_lets_them_go(more, code, said, tiny, one_process, tmp_path):
+    done = rank_runs.start(tmp_path, [*arguments(tiny, one_process), *more], ranks=2)
+    assert done.wait(60) == [code, 0], done.output()
+    assert done.output().count(said) == 1
+    assert done.output(1) == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_support import rewrite
+from saved_runs import rewrite
 
 from vexact.config import load_config
 from vexact.report.jsonl import read_metrics

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from checkpoint_support import flat, rewrite
+from saved_runs import flat, rewrite
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -107,7 +108,7 @@ def two_ranks(rank, root):
 
     dist.barrier()
     for step in ("step_7", "step_8"):  # of one process, in this format and the one before
-        verify_checkpoint(root / "checkpoints" / step, rank, 2)
+        verify_checkpoint(root / "checkpoints" / step)
         other = tiny_actor(seed=99, **CONFIG)
         assert restore(root / "checkpoints" / step, other).step == int(step[5:])
         again = other.state_dict()
@@ -195,24 +196,16 @@ def test_torchs_own_reader_reads_it(ranks):
     assert all(torch.equal(into[f"{kind}.{n}"], parts[kind]) for n, parts in whole.items() for kind in KINDS)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
-def test_ranks_share_the_hashing_and_one_of_them_finds_the_damage(ranks, tmp_path, world_size):
+def test_one_changed_bit_in_any_file_is_found(ranks, tmp_path):
     root, _ = ranks
     path = shutil.copytree(root / "checkpoints" / "step_1", tmp_path / "step_1")
-    for rank in range(world_size):
-        assert verify_checkpoint(path, rank, world_size) == 1
+    assert verify_checkpoint(path) == 1
     for name in ("trainer_state/exp_avg_sq-00002-of-00002.safetensors", "config.json", "model.safetensors"):
         file = path / name
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        found = []
-        for rank in range(world_size):
-            try:
-                verify_checkpoint(path, rank, world_size)
-            except CheckpointError as error:
-                found.append(str(error))
-        assert len(found) == 1
-        assert str(file) in found[0]
+        with pytest.raises(CheckpointError, match=re.escape(str(file))):
+            verify_checkpoint(path)
         file.write_bytes(data)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -125,6 +126,23 @@ def test_parked_tensors_keep_values_views_and_identity_and_give_their_memory_bac
         tensors[0][12, 0] = 5.0
     assert tensors[0].untyped_storage().size() == 0
     assert parked.rows()[3][2, 0] == 5.0
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_device_once():
+    weights = [Parameter(random(*shape, device="cuda")) for shape in [(300, 70), (40,), (9, 5000)]]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = Optimizer(weights, CONFIG)
+    optimizer.step(1.0)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            optimizer.step(1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ["synchronizing CUDA operation" in str(wait.message) for wait in waits] == [True]
 
 
 def test_parked_tensors_that_do_not_fit_stay_on_the_host(monkeypatch):

@@ -21,17 +21,18 @@ log = logging.getLogger(__name__)
 class ExactnessError(RuntimeError):
     """Rollout and trainer disagree in at least one bit, or were not compared; ``comparison`` says where."""
 
-    def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
+    def __init__(self, comparison: Comparison, shortfall: str = "") -> None:
+        """``shortfall``: what was not compared, of a comparison in which nothing differs."""
+        self.comparison, self.shortfall = comparison, shortfall
         super().__init__(
             f"rollout and trainer disagree: {comparison.describe()}. The weights are as they were before this step; "
             "trainer.exactness=warn logs such differences and goes on"
             if comparison.first is not None
-            else f"{comparison.describe()}: this update proves nothing about rollout and trainer"
+            else f"{shortfall or comparison.describe()}: this update proves nothing about rollout and trainer"
         )
 
-    def __reduce__(self) -> tuple[type[ExactnessError], tuple[Comparison]]:
-        return ExactnessError, (self.comparison,)
+    def __reduce__(self) -> tuple[type[ExactnessError], tuple[Comparison, str]]:
+        return ExactnessError, (self.comparison, self.shortfall)
 
 
 class DrawError(RuntimeError):
@@ -123,14 +124,21 @@ class Audit:
             if self.total_redrawn_different == draws.different:
                 log.warning("%s (later steps: see bitwise/tokens_redrawn_different)", draws.describe())
 
-    def require_compared(self) -> None:
-        """To be called after an update: one that compared nothing proves nothing.
+    def require_compared(self, num_samples: int) -> None:
+        """To be called after an update: what was not compared is not proved.
+
+        Args:
+            num_samples: how many were to be compared, over all ranks.
 
         Raises:
-            ExactnessError: no log-probability was compared and exactness is strict.
+            ExactnessError: some were not, or no log-probability of theirs was, and exactness is strict.
         """
-        if not self._metrics.get("bitwise/tokens_compared") and self.exactness == "strict":
-            raise ExactnessError(compare((), ()))
+        if self.exactness != "strict":
+            return
+        compared, tokens = len(set(self.evidence.indices)), self._metrics.get("bitwise/tokens_compared", 0.0)
+        if compared < num_samples or not tokens:
+            what = f"{compared} of {num_samples} samples were compared, {tokens:.0f} log-probabilities"
+            raise ExactnessError(compare((), ()), "nothing was compared" if not compared else what)
 
     def _check_draws(self, redrawn: Redrawn | None) -> DrawComparison | None:
         if redrawn is None:

@@ -106,9 +106,7 @@ def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
     prompts, params = _requests(engine, actor.config.max_micro_batch_tokens)
     samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
-    settings = [
-        draw_settings(one, engine.config.seed, sample.request_id) for one, sample in zip(params, samples, strict=True)
-    ]
+    settings = [draw_settings(one, engine.seed, sample.request_id) for one, sample in zip(params, samples, strict=True)]
     redraw = Redraw(samples, settings, 1.0)
     trained = actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
     engine.clear_prefix_cache()

@@ -59,7 +59,8 @@ def _results(arguments: argparse.Namespace) -> Iterator[CheckResult]:
         problem, device = raised, resolve_device("auto")
     run_dir = config.run_dir if config else Path("runs")
     wants_wandb = config is not None and "wandb" in config.trainer.logger
-    yield from machine_checks(run_dir, Path(env.cache_dir()), device, wants_wandb)
+    num_nodes = config.trainer.nnodes if config else 1
+    yield from machine_checks(run_dir, Path(env.cache_dir()), device, wants_wandb, num_nodes)
     yield from probe_checks(device)
     if problem is not None:
         yield error("configuration", " ".join(str(problem).split()), "see the message; docs/configuration.md has keys")

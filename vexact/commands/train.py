@@ -53,11 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.help_config is not None:
         sys.stdout.writelines(_help_lines(arguments.help_config))
         return 0
-    from vexact.distributed import serve_if_follower
+    from vexact.distributed import dismissing_followers, serve_if_follower
 
     code = serve_if_follower()
     if code is not None:
         return code
+    with dismissing_followers():
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
     from vexact.config.plan import build_plan

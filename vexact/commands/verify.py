@@ -24,7 +24,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add = parser.add_argument
     add("--model_path", type=Path, help="directory of a Hugging Face checkpoint; with --replay that of its weights")
-    add("--model_backend", default="vexact", help="training side: vexact, hf (stock transformers) or veomni (vexact)")
+    add(
+        "--model_backend",
+        default="vexact",
+        help="training side: vexact, hf (stock transformers) or a bridge's (vexact)",
+    )
     add("--attn_impl", default="triton-invariant", help="training attention: triton-invariant or sdpa")
     add("--use_remove_padding", type=_flag, default=True, metavar="BOOL", help="pack sequences end to end (true)")
     add("--use_fused_lce", type=_flag, default=True, metavar="BOOL", help="fused head and cross-entropy (true)")

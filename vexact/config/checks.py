@@ -10,6 +10,7 @@ from vexact.config.fields import ConfigError
 from vexact.config.rollout import MIN_TEMPERATURE
 from vexact.config.schema import Config
 from vexact.env import TRITON_INVARIANT, attention_warning, check_attention, wandb_mode
+from vexact.plugins import load_rollout
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -22,7 +23,7 @@ def check(config: Config) -> None:
         ConfigError: keys contradict each other; all contradictions are named at once.
     """
     problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config)]
-    problems += [*_mismatch(config), *_counts(config), *_texts(config), *_run(config)]
+    problems += [*_mismatch(config), *_counts(config), *_texts(config), *_run(config), *_foreign_rollout(config)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -201,6 +202,16 @@ def _mismatch(config: Config) -> Iterator[str]:
             f"{ROLLOUT}.mismatch.mode={dial.mode} must be the only difference between rollout and trainer; leave "
             f"{ROLLOUT}.batch_invariant=true and attn_impl={TRITON_INVARIANT}"
         )
+
+
+def _foreign_rollout(config: Config) -> Iterator[str]:
+    """What the package that provides the rollout refuses, and that it is there."""
+    if config.rollout.is_own:
+        return
+    try:
+        load_rollout(config.rollout.name).check(config)
+    except ValueError as error:
+        yield str(error)
 
 
 def _run(config: Config) -> Iterator[str]:

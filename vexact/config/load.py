@@ -20,10 +20,8 @@ from vexact.config.verl_compat import MOVED, translate
 from vexact.env import attention_warning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_BASELINE = (
-    "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on; "
-    "set trainer.exactness=strict to stop at the first one"
-)
+_BASELINE = "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on"
+_STRICT = "; set trainer.exactness=strict to stop at the first one"
 _OVERRIDE = re.compile(r"^(\+\+|\+)?([A-Za-z_][\w.@/-]*)=(.*)$", re.DOTALL)
 
 
@@ -60,16 +58,23 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
         warnings = attention_notices(config)
     else:
         warnings = []
-    baseline = _baseline(config)
-    if baseline and config.trainer.exactness == "strict" and "trainer.exactness" not in dict(pairs):
+    baseline, strict = _baseline(config), config.trainer.exactness == "strict"
+    if strict and not config.rollout.is_own and "trainer.exactness" in dict(pairs):
+        raise ConfigError(
+            f"trainer.exactness=strict: {baseline} samples with other arithmetic than the trainer's, and would stop at "
+            "the first token; set trainer.exactness=warn, or leave it out"
+        )
+    if baseline and strict and "trainer.exactness" not in dict(pairs):
         config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, exactness="warn"))
-        warnings = [_BASELINE.format(baseline)]
+        warnings = [_BASELINE.format(baseline) + (_STRICT if config.rollout.is_own else "")]
     notices += warnings
     return dataclasses.replace(config, notices=tuple(notices))
 
 
 def _baseline(config: Config) -> str:
     """The setting that rules exactness out by itself; empty for none."""
+    if not config.rollout.is_own:
+        return f"actor_rollout_ref.rollout.name={config.rollout.name}"
     if not config.rollout.batch_invariant:
         return "actor_rollout_ref.rollout.batch_invariant=false"
     if config.rollout.mismatch.mode != "none":

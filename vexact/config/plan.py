@@ -85,7 +85,9 @@ def _updates_row(config: Config) -> str:
 
 def _attention_row(config: Config) -> str:
     rollout = config.rollout.attn_impl
-    if not config.rollout.batch_invariant:
+    if not config.rollout.is_own:
+        rollout = f"that of {config.rollout.name}"
+    elif not config.rollout.batch_invariant:
         rollout = f"{'sdpa' if rollout == TRITON_INVARIANT else rollout}, with all other operators stock too"
     return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
 

@@ -9,6 +9,7 @@ from vexact.config.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
 from vexact.config.engine import EngineSettings
 from vexact.config.fields import LARGEST_64, opt, section
 
+OWN = "vexact"
 MIN_TEMPERATURE, MAX_TEMPERATURE, MAX_SAMPLES = 1e-3, 1e6, 2**16  # the sampler's
 
 
@@ -45,14 +46,14 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class RolloutSection(EngineSettings):
-    name: Literal["vexact"] = opt(
-        "vexact",
-        "The rollout engine.",
+    name: str = opt(
+        OWN,
+        "The rollout engine: vexact, or one that an installed bridge provides (vllm) as a baseline that is not exact.",
         verl="required",
         refused=dict.fromkeys(
-            ("vllm", "sglang", "trtllm", "hf"),
-            "this version samples with its own engine only, because others do not give the trainer's bits; "
-            "for a deliberate baseline set actor_rollout_ref.rollout.batch_invariant=false",
+            ("sglang", "trtllm", "hf"),
+            "there is no bridge to it, and it would not give the trainer's bits; for a deliberate baseline set "
+            "actor_rollout_ref.rollout.batch_invariant=false, or name=vllm with its bridge",
         ),
     )
     dtype: Dtype = opt(
@@ -85,3 +86,8 @@ class RolloutSection(EngineSettings):
     seed: int | None = opt(None, "Seed of the sampler; null takes trainer.seed.", verl=42, ge=0, le=LARGEST_64)
     mismatch: Mismatch = section(Mismatch, "Controlled disagreement with the trainer.")
     val_kwargs: ValidationSampling = section(ValidationSampling, "Sampling during validation.")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this package's engine generates: no other gives the trainer's bits."""
+        return self.name == OWN

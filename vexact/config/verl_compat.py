@@ -15,7 +15,7 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
 _MODEL = "actor_rollout_ref.model"
 _PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens, which log-probabilities do not depend on"
-_ONE_DEVICE = "this version runs the model on one device"
+_ONE_GPU = "every GPU that generates holds a whole replica of the engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ REFUSED = (
     Refused(f"{_MODEL}.override_config", ({},), "change config.json of the checkpoint"),
     Refused(f"{_MODEL}.override_config.*", (), "change config.json of the checkpoint"),
     Refused("algorithm.lam", (1, None), "lam belongs to GAE, which needs a critic"),
-    Refused(f"{_ROLLOUT}.tensor_model_parallel_size", (1,), _ONE_DEVICE),
-    Refused(f"{_ROLLOUT}.pipeline_model_parallel_size", (1,), _ONE_DEVICE),
-    Refused(f"{_ROLLOUT}.data_parallel_size", (1,), _ONE_DEVICE),
-    Refused(f"{_ROLLOUT}.expert_parallel_size", (1,), _ONE_DEVICE),
+    Refused(f"{_ROLLOUT}.tensor_model_parallel_size", (1,), _ONE_GPU),
+    Refused(f"{_ROLLOUT}.pipeline_model_parallel_size", (1,), _ONE_GPU),
+    Refused(f"{_ROLLOUT}.data_parallel_size", (1,), _ONE_GPU),
+    Refused(f"{_ROLLOUT}.expert_parallel_size", (1,), _ONE_GPU),
     Refused(
         f"{_ROLLOUT}.do_sample", (True,), "greedy training rollouts would give every sample of a group the same text"
     ),
@@ -87,7 +87,7 @@ REFUSED = (
         (False,),
         f"it steps on the CPU, whose bits are others; set {_ACTOR}.fsdp_config.param_offload and .optimizer_offload",
     ),
-    Refused(f"{_ACTOR}.fsdp_config.fsdp_size", (-1, 1), _ONE_DEVICE),
+    Refused(f"{_ACTOR}.fsdp_config.fsdp_size", (-1,), "weights are sharded over all GPUs that train"),
     Refused(f"{_ACTOR}.optim.clip_grad", (None,), f"set {_ACTOR}.grad_clip"),
     Refused(f"{_MODEL}.lora_rank", (0,), "LoRA is not supported yet"),
     Refused(f"{_MODEL}.trust_remote_code", (False,), "models are defined here; code from a checkpoint is never run"),
@@ -120,7 +120,7 @@ REFUSED = (
 )
 
 UNUSED = (
-    Unused("trainer.balance_batch", "there is one device, and packing leaves log-probabilities as they are"),
+    Unused("trainer.balance_batch", "micro-batches are cut without looking at GPUs and dealt to them in turn"),
     Unused("trainer.use_v1", "there is one trainer"),
     Unused("trainer.v1.*", "there is one trainer"),
     Unused("trainer.max_critic_ckpt_to_keep", "there is no critic"),
@@ -142,7 +142,10 @@ UNUSED = (
     Unused(f"{_MODEL}.target_modules", "LoRA is off"),
     Unused(f"{_ACTOR}.ppo_micro_batch_size_per_gpu", _PACKED),
     Unused(f"{_ACTOR}.use_dynamic_bsz", _PACKED),
-    Unused(f"{_ACTOR}.fsdp_config.reshard_after_forward", "weights of one device are never gathered"),
+    Unused(
+        f"{_ACTOR}.fsdp_config.reshard_after_forward",
+        "a layer's gathered weights are always given back after its forward",
+    ),
     Unused(f"{_ACTOR}.use_torch_compile", "operators are compiled ahead of use"),
     Unused("actor_rollout_ref.ref.use_torch_compile", "operators are compiled ahead of use"),
     Unused(f"{_ACTOR}.checkpoint.*", "a checkpoint always holds model, optimizer and data position"),
@@ -156,7 +159,9 @@ UNUSED = (
     Unused(f"{_ROLLOUT}.log_prob_*", _PACKED),
     Unused("actor_rollout_ref.ref.log_prob_use_dynamic_bsz", _PACKED),
     Unused(f"{_ROLLOUT}.agent.*", "rollouts are single-turn"),
-    Unused(f"{_ROLLOUT}.checkpoint_engine.*", "weights stay in one process"),
+    Unused(
+        f"{_ROLLOUT}.checkpoint_engine.*", "weights always travel in buckets, compared bit for bit where they arrive"
+    ),
     Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
     Unused("algorithm.rollout_correction.*", "rollout and trainer agree bit for bit: nothing to correct"),

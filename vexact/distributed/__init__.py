@@ -3,7 +3,7 @@
 from vexact.distributed.errors import ClusterError, WorkerError
 from vexact.distributed.group import Pending, WorkerGroup
 from vexact.distributed.layout import Layout, RankInfo
-from vexact.distributed.start import resolve_layout, serve_if_follower, start_workers
+from vexact.distributed.start import dismissing_followers, resolve_layout, serve_if_follower, start_workers
 
 __all__ = [
     "ClusterError",
@@ -12,6 +12,7 @@ __all__ = [
     "RankInfo",
     "WorkerError",
     "WorkerGroup",
+    "dismissing_followers",
     "resolve_layout",
     "serve_if_follower",
     "start_workers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -43,11 +44,23 @@ def join_process_group(info: RankInfo, store: Any, timeout_s: float) -> None:
     if info.device != "cpu":
         torch.cuda.set_device(info.device)
         backend = "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=timeout_s + MARGIN_S)
-    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
+    limit = _limit(timeout_s)
+    dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=limit)
     one = torch.ones(1, device=info.device)
     dist.all_reduce(one)
     assert one.item() == info.world_size
+
+
+def new_group(ranks: Sequence[int], timeout_s: float) -> Any:
+    """A group of some ranks of the default group, all of which call this together.
+
+    Args:
+        timeout_s: as for ``join_process_group``. A group of its own would wait as long as PyTorch thinks fit: a rank
+            that waits for one that hangs would end itself before the driver has looked for the one to blame.
+    """
+    import torch.distributed as dist
+
+    return dist.new_group(list(ranks), timeout=_limit(timeout_s))
 
 
 def leave_process_group() -> None:
@@ -56,3 +69,7 @@ def leave_process_group() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _limit(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s + MARGIN_S)

@@ -136,7 +136,7 @@ class RemoteGroup(WorkerGroup):
             port = on_host("serve_store", stage, start_timeout_s, (0,), address, start_timeout_s)[0]
         stage = "joining the process group"
         on_host("join", stage, start_timeout_s, everyone, address, port, start_timeout_s, self._timeout_s)
-        on_host("make", "set-up", self._timeout_s, everyone, factory)
+        on_host("make", "set-up", max(self._timeout_s, start_timeout_s), everyone, factory)
 
     def _send(self, ranks: tuple[int, ...], calls: Sequence[Call], timeout_s: float | None) -> Pending:
         self._look()

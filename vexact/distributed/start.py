@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,6 +12,10 @@ from vexact.distributed.errors import ClusterError
 from vexact.distributed.group import WorkerGroup
 from vexact.distributed.layout import Layout, RankInfo, Transport
 from vexact.distributed.local import LocalGroup
+from vexact.distributed.on_torchrun.agent import watch_agent
+
+START_S = 300.0  # for all processes to be there
+DISMISS_S = 10.0  # of that, when there is an error to tell
 
 
 def resolve_layout(layout: Layout) -> Layout:
@@ -102,7 +107,7 @@ def start_workers(
     factory: Callable[[RankInfo], Any],
     *,
     timeout_s: float = 1800.0,
-    start_timeout_s: float = 300.0,
+    start_timeout_s: float = START_S,
 ) -> WorkerGroup:
     """Starts the processes of ``layout``, joins them in the default process group and makes a worker in each.
 
@@ -111,7 +116,7 @@ def start_workers(
     Args:
         layout: resolved or not.
         factory: makes the worker of one process; picklable. All ranks run it together, so it may communicate.
-        timeout_s: deadline of a call that names none, and of the factory, in seconds.
+        timeout_s: deadline of a call that names none, in seconds; the factory has the longer of both.
         start_timeout_s: deadline of all that comes before the factory: places in the cluster, processes, group.
 
     Raises:
@@ -135,11 +140,37 @@ def start_workers(
 def serve_if_follower() -> int | None:
     """Under torchrun, on a rank other than 0: serves rank 0 until it ends, and returns the exit code. Else None.
 
+    From here on no rank outlives the torchrun that started it.
+
     To be called before a command does or prints anything that only one process of a run should.
     """
     launched = env.torchrun_rank()
-    if launched is None or launched.rank == 0:
+    if launched is None:
+        return None
+    watch_agent(launched)
+    if launched.rank == 0:
         return None
     from vexact.distributed.on_torchrun import serve
 
     return serve(launched)
+
+
+@contextmanager
+def dismissing_followers() -> Iterator[None]:
+    """Around what rank 0 does after ``serve_if_follower``: other ranks that it has not called are let go at the end. A
+    launcher waits for them, and need not end them when rank 0 fails."""
+    try:
+        yield
+    except Exception:
+        with suppress(ClusterError):  # what went wrong first is to be told
+            _dismiss_followers(DISMISS_S)
+        raise
+    _dismiss_followers(START_S)
+
+
+def _dismiss_followers(timeout_s: float) -> None:
+    launched = env.torchrun_rank()
+    if launched is not None and launched.world_size > 1:
+        from vexact.distributed.on_torchrun import dismiss_ranks
+
+        dismiss_ranks(launched, timeout_s)

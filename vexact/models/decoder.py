@@ -184,7 +184,7 @@ class CausalLM(nn.Module):
             (T, H), or :class:`LinearCrossEntropy` with fields (R,) fp32, or with ``targets.dloss``
             :class:`TrainedCrossEntropy`.
         """
-        x: Tensor = self.ops.embedding(input_ids, self.embed_tokens.weight)
+        x: Tensor = self.ops.embedding(input_ids, self.embed_tokens.weight, self.config.padding_idx)
         residual: Tensor | None = None
         caches = kv_caches if kv_caches is not None else [None] * len(self.layers)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()

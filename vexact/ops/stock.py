@@ -50,9 +50,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
     """torch's embedding."""
-    return F.embedding(ids, weight)
+    return F.embedding(ids, weight, padding_idx)
 
 
 def attention(

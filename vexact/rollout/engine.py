@@ -124,6 +124,10 @@ class Engine:
         self._stats = EngineStats()
 
     @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
 

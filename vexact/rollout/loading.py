@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vexact.models import load_model
+from vexact.models import ModelConfig, load_model
 from vexact.models.decoder import CausalLM
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout.engine_config import EngineConfig
@@ -67,7 +67,7 @@ def load(
         apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
         if tokenizer is None and has_tokenizer(model_path):  # without one: token ids in, token ids out
             tokenizer = read_tokenizer(model_path)
-    eos = _own_eos(model, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
+    eos = end_of_sequence_ids(model.config, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
     return Loaded(model, model.lm_head_weight.device, tokenizer, eos)
 
 
@@ -83,25 +83,27 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _own_eos(model: CausalLM, tokenizer: Any) -> tuple[int, ...]:
+def end_of_sequence_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
     """The configurations' end-of-sequence tokens and the tokenizer's: a chat template ends its turns with the latter,
     which the configuration of a base model does not name. One that the model cannot sample is named and left out.
+
+    Raises ValueError for one that is no token id.
     """
     own = getattr(tokenizer, "eos_token_id", None)
-    raw = model.config.raw.get("eos_token_id")  # config.json's, where generation_config.json names others
+    raw = config.raw.get("eos_token_id")  # config.json's, where generation_config.json names others
     also = [*(raw if isinstance(raw, list) else [raw]), own]
-    found = list(dict.fromkeys([*model.config.eos_token_ids, *(index for index in also if index is not None)]))
+    found = list(dict.fromkeys([*config.eos_token_ids, *(index for index in also if index is not None)]))
     for index in found:
         if not _is_id(index):
             raise ValueError(
                 f"eos_token_id={index!r} of the model or its tokenizer must be a token id, or a list of them"
             )
-    outside = [index for index in found if not 0 <= index < model.config.vocab_size]
+    outside = [index for index in found if not 0 <= index < config.vocab_size]
     if outside:
         log.warning(
             "end-of-sequence tokens %s are outside the model's vocabulary of %d and never end a response%s",
             outside,
-            model.config.vocab_size,
+            config.vocab_size,
             "; is the tokenizer this model's?" if own in outside else "",
         )
     return tuple(index for index in found if index not in outside)

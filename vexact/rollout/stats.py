@@ -4,6 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
+
+
+class Stats(Protocol):
+    """What an engine of any kind counts."""
+
+    def metrics(self) -> dict[str, float]:
+        """``rollout/*`` names to values."""
+        ...
+
+    def merge(self, others: Sequence[Self]) -> Self:
+        """These counters and those of engines that worked at the same time, as if they were one engine's."""
+        ...
+
+
+S = TypeVar("S", bound=Stats)
+
+
+def merge_stats(replicas: Sequence[S]) -> S:
+    """The counters of engines that worked at the same time, as if they were one; one engine's are its own.
+
+    Raises:
+        ValueError: no replicas.
+    """
+    if not replicas:
+        raise ValueError("merge_stats() of no replicas")
+    return replicas[0].merge(replicas[1:])
 
 
 @dataclass(slots=True)
@@ -42,29 +69,42 @@ class EngineStats:
             "rollout/num_tokens": float(self.num_tokens),
         }
 
+    def merge(self, others: Sequence[EngineStats]) -> EngineStats:
+        """Counters add up, so ratios are those of all steps and prompts together. Pages are those of the engine that
+        used the largest share of its own. Tokens per second are all tokens over the time of the engine that took
+        longest."""
+        replicas = [self, *others]
+        fullest = max(replicas, key=lambda one: one.max_used_pages / max(1, one.num_pages))
+        return EngineStats(
+            num_steps=sum(one.num_steps for one in replicas),
+            num_tokens=sum(one.num_tokens for one in replicas),
+            step_seconds=sum(one.step_seconds for one in replicas),
+            execute_seconds=sum(one.execute_seconds for one in replicas),
+            max_used_pages=fullest.max_used_pages,
+            num_pages=fullest.num_pages,
+            num_preemptions=sum(one.num_preemptions for one in replicas),
+            num_prefix_queried=sum(one.num_prefix_queried for one in replicas),
+            num_prefix_hits=sum(one.num_prefix_hits for one in replicas),
+            num_replays=sum(one.num_replays for one in replicas),
+            wall_seconds=max(one.step_seconds if one.wall_seconds is None else one.wall_seconds for one in replicas),
+        )
 
-def merge_stats(replicas: Sequence[EngineStats]) -> EngineStats:
-    """The counters of engines that worked at the same time, as if they were one; one engine's are its own.
 
-    Counts add up, so ratios are those of all steps and prompts together. Pages are those of the engine that used the
-    largest share of its own. Tokens per second are all tokens over the time of the engine that took longest.
+@dataclass(slots=True)
+class GenerationStats:
+    """What any rollout can count."""
 
-    Raises:
-        ValueError: no replicas.
-    """
-    if not replicas:
-        raise ValueError("merge_stats() of no replicas")
-    fullest = max(replicas, key=lambda one: one.max_used_pages / max(1, one.num_pages))
-    return EngineStats(
-        num_steps=sum(one.num_steps for one in replicas),
-        num_tokens=sum(one.num_tokens for one in replicas),
-        step_seconds=sum(one.step_seconds for one in replicas),
-        execute_seconds=sum(one.execute_seconds for one in replicas),
-        max_used_pages=fullest.max_used_pages,
-        num_pages=fullest.num_pages,
-        num_preemptions=sum(one.num_preemptions for one in replicas),
-        num_prefix_queried=sum(one.num_prefix_queried for one in replicas),
-        num_prefix_hits=sum(one.num_prefix_hits for one in replicas),
-        num_replays=sum(one.num_replays for one in replicas),
-        wall_seconds=max(one.step_seconds if one.wall_seconds is None else one.wall_seconds for one in replicas),
-    )
+    num_tokens: int = 0  # sampled
+    seconds: float = 0.0  # of generation
+
+    def metrics(self) -> dict[str, float]:
+        """Metric names to values; a rate over nothing is 0."""
+        return {
+            "rollout/decode_tokens_per_s": self.num_tokens / self.seconds if self.seconds else 0.0,
+            "rollout/num_tokens": float(self.num_tokens),
+        }
+
+    def merge(self, others: Sequence[GenerationStats]) -> GenerationStats:
+        """All tokens, and the time of the engine that took longest."""
+        replicas = [self, *others]
+        return GenerationStats(sum(one.num_tokens for one in replicas), max(one.seconds for one in replicas))

@@ -96,7 +96,7 @@ class Driver:
                 workers.engine,
                 workers.actor,
                 config.run_dir,
-                config.trainer.exactness,
+                config.trainer.exactness if config.rollout.is_own else "off",  # no other engine could pass
                 rollout_attention=config.rollout.attn_impl,
                 trainer_attention=config.actor.attn_implementation,
                 environment=dict(self.identity["environment"]),
@@ -187,7 +187,8 @@ class Driver:
                 metrics |= actor.update(
                     sequences, self.audit.check, ledger=ledger, redraw=self.audit.redraw, every_token=every_token
                 )
-                self.audit.require_compared()
+                audited = len(sequences) if every_token else min(len(sequences), actor.config.ppo_mini_batch_size)
+                self.audit.require_compared(audited)
             self.health.check(metrics, actor.problems)
         except (ExactnessError, DrawError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))

@@ -89,12 +89,13 @@ def run(config: Config, layout: Layout | None = None) -> int:
             resume_step=_last_reported(config, progress),
         )
         stack.enter_context(reporter)
-        reporter.plan(plan.rows, plan.advice)
+        reporter.plan([row for row in plan.rows if row not in plan.memory], plan.advice)
         write_run_record(config, workers.environment())
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)
-        audit = Audit(config.trainer.exactness, config.trainer.audit_redraw_ratio)
+        redraw_ratio = config.trainer.audit_redraw_ratio if config.rollout.is_own else 0.0  # it knows our draws only
+        audit = Audit(config.trainer.exactness, redraw_ratio)
         driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
         with advising(config, lambda: driver.stage):
             _drive(driver)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from vexact.config import Config
 from vexact.data import PromptDataset
@@ -14,6 +16,7 @@ from vexact.rollout.protocol import RolloutEngine
 from vexact.trainer.collect import filter_metric, training_sampling
 from vexact.trainer.evaluate import validation_sampling
 from vexact.trainer.workers import Workers
+from vexact.trainer.workers.groups import ActorGroup
 from vexact.types import Prompt, Score
 
 log = logging.getLogger(__name__)
@@ -21,12 +24,14 @@ _DRY_RUN_ROWS = 8
 
 
 def check_before_training(config: Config, workers: Workers) -> None:
-    """Sampling settings, every prompt, and the graders of all kinds of rows.
+    """Where checkpoints go, sampling settings, every prompt, and the graders of all kinds of rows.
 
     Raises:
-        ValueError: the engine would refuse the settings or a prompt.
+        ValueError: a rank could not write checkpoints, or the engine would refuse the settings or a prompt.
         RewardError: a grader fails on every row tried of one ``data_source``.
     """
+    if isinstance(workers.actor, ActorGroup) and not config.trainer.val_only:
+        check_shared(config.run_dir, workers.actor)
     check_sampling("actor_rollout_ref.rollout", lambda: training_sampling(config))
     check_sampling("actor_rollout_ref.rollout.val_kwargs", lambda: validation_sampling(config))
     for key, data in _datasets(workers):
@@ -34,6 +39,17 @@ def check_before_training(config: Config, workers: Workers) -> None:
         scores = check_graders(key, data, workers.rewards)
         if data is workers.train_data:
             require_metric(config, scores)
+
+
+def check_shared(run_dir: Path, actor: ActorGroup) -> None:
+    """Raises ValueError naming a rank that has another run directory, and would write its checkpoints there."""
+    with NamedTemporaryFile(dir=run_dir, prefix=".seen-") as file:
+        blind = actor.blind_to(run_dir / Path(file.name).name)  # relative, if the directory was given so
+    if blind:
+        raise ValueError(
+            f"the run directory {run_dir} is not the driver's on {blind[0]}, so checkpoints could not be whole; point "
+            "trainer.default_local_dir to a disk that all nodes share, by an absolute path"
+        )
 
 
 def check_sampling(section: str, build: Callable[[], SamplingParams]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vexact.weights.buckets import BUCKET_BYTES, BucketPlan
 from vexact.weights.errors import WeightSyncError
+from vexact.weights.handover import Landing, WeightTaker
 from vexact.weights.manifest import Manifest, manifest, shard_mesh
 from vexact.weights.part_times import PartTimes
 from vexact.weights.peers import Peers
@@ -74,11 +77,14 @@ def send_weights(
 
 
 @torch.no_grad()
-def receive_weights(engine: WeightTarget, version: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+def receive_weights(
+    engine: WeightTarget | WeightTaker, version: int, group: dist.ProcessGroup | None = None
+) -> dict[str, float]:
     """Takes what ``send_weights`` sends into the engine as ``version``, and answers whether every bit arrived.
 
     Names, shapes and dtypes are announced and compared before anything changes. The engine has the version only after
-    the checksums of all engines were found to be the senders'.
+    the checksums of all engines were found to be the senders'. For a ``WeightTaker`` that holds of a copy on its
+    device, which it is then given.
 
     Returns:
         ``rollout/weights_bytes``, and ``timing_s/weights_<part>`` for cast, gather (waiting for buckets), copy and
@@ -90,10 +96,11 @@ def receive_weights(engine: WeightTarget, version: int, group: dist.ProcessGroup
         WeightSyncError: bits arrived differently in some engine, which is named, and no engine of the group generates
             until weights arrive; or another rank could not begin, and nothing has changed.
     """
-    peers, device = Peers.spanning(group), next(engine.model.parameters()).device
+    place = Landing(engine) if isinstance(engine, WeightTaker) else _InPlace(engine)
+    peers, device = Peers.spanning(group), place.device
 
     def announce() -> tuple[None, None]:
-        engine.check_updatable()
+        place.check_updatable()
         return None, None
 
     _, announced = peers.begin(version, announce)
@@ -101,20 +108,34 @@ def receive_weights(engine: WeightTarget, version: int, group: dist.ProcessGroup
     first = next(one for one in announced if one is not None)
 
     def prepare() -> tuple[tuple[BucketPlan, Incoming, Buffers], None]:
-        parameters = dict(engine.model.named_parameters())
+        parameters = place.parameters(first.manifest)
         plan = planned(first.manifest, first.num_shards, parameters, first.bucket_bytes)
         return (plan, Incoming(plan, parameters), Buffers(plan, device)), None
 
     (plan, incoming, buffers), _ = peers.begin(version, prepare)
     exchange, times = broadcasts(senders, peers), PartTimes(device)
-    with engine.replacing_weights(version):
+    with place.replacing_weights(version):
         stream(plan, buffers, exchange, times, incoming=incoming)
         sent = torch.zeros((plan.num_ranks, plan.num_pieces), dtype=torch.int64, device=device)
         finish(exchange(sent))
         with times.part("check"):
             verdicts = peers.gathered(verdict(sent, incoming.checksums()))
         raise_first_difference(verdicts, version, plan, peers, senders)
-    return {"rollout/weights_bytes": float(plan.num_bytes), **times.metrics()}
+    return {"rollout/weights_bytes": float(plan.num_bytes), **times.metrics(), **place.metrics}
+
+
+class _InPlace:
+    """The parameters of our own engine."""
+
+    def __init__(self, engine: WeightTarget) -> None:
+        self._engine = engine
+        self.device = next(engine.model.parameters()).device
+        self.check_updatable = engine.check_updatable
+        self.replacing_weights = engine.replacing_weights
+        self.metrics: dict[str, float] = {}
+
+    def parameters(self, specs: Manifest) -> Mapping[str, Tensor]:
+        return dict(self._engine.model.named_parameters())
 
 
 def _senders(version: int, peers: Peers, announced: list[Announcement | None]) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vexact.weights.buckets import BUCKET_BYTES, BucketPlan
+from vexact.weights.handover import WeightTaker, hand_over
 from vexact.weights.manifest import Fit, Manifest, manifest, shard_mesh
 from vexact.weights.part_times import PartTimes
 from vexact.weights.peers import Peers
@@ -51,6 +52,9 @@ class WeightSource(Protocol):
     def named_shards(self) -> Iterable[tuple[str, Tensor, tuple[int, ...]]]:
         """(name, this rank's rows in any dtype on any device, full shape) in the order of the model's parameters."""
 
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """(name, whole tensor in the compute dtype) in the same order; ranks that share them iterate together."""
+
 
 class WeightTarget(Protocol):
     """The rollout's side: ``vexact.rollout.Engine``."""
@@ -65,7 +69,7 @@ class WeightTarget(Protocol):
 
 @torch.no_grad()
 def sync_weights(
-    actor: WeightSource, engine: WeightTarget, version: int, *, bucket_bytes: int = BUCKET_BYTES
+    actor: WeightSource, engine: WeightTarget | WeightTaker, version: int, *, bucket_bytes: int = BUCKET_BYTES
 ) -> dict[str, float]:
     """Brings the actor's weights, in its compute dtype, into the engine as ``version`` and checks every bit of them.
 
@@ -75,6 +79,7 @@ def sync_weights(
     two were found equal on all ranks.
 
     Args:
+        engine: a ``WeightTaker`` gets whole tensors, one at a time, and proves itself that it computes with them.
         bucket_bytes: memory of one of the two buckets; of a lone process, most of what is cast at a time.
 
     Returns:
@@ -88,6 +93,15 @@ def sync_weights(
             first every engine refuses to generate until weights arrive.
     """
     peers = Peers.sharing(shard_mesh(actor.model))
+    if isinstance(engine, WeightTaker):
+        taker = engine
+
+        def check() -> tuple[None, None]:
+            taker.check_updatable()
+            return None, None
+
+        peers.begin(version, check)
+        return hand_over(taker, actor.named_weights(), version)
     device = next(engine.model.parameters()).device
 
     def prepare() -> tuple[tuple[BucketPlan, Incoming, Buffers | None], str]:

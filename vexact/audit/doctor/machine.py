@@ -132,9 +132,19 @@ def check_port() -> CheckResult:
     return ok("port", "a free loopback port can be bound")
 
 
-def check_ray() -> CheckResult:
-    """RAY_AUTH_MODE, which Ray reads and this package only where Ray is installed."""
+def check_ray(several: bool = False) -> CheckResult:
+    """Whether Ray is there, and RAY_AUTH_MODE, which it reads.
+
+    Args:
+        several: a run may use several GPUs or machines.
+    """
     mode, version = env.ray_auth_mode(), installed_version("ray")
+    if version is None and several:
+        return warning(
+            "ray",
+            "not installed: a run uses one GPU, unless torchrun starts it",
+            "pip install 'vexact[ray]', or start runs with torchrun",
+        )
     if version is None:
         return ok("ray", "not installed: runs use one process, or torchrun; RAY_AUTH_MODE does not matter")
     if mode not in ("", *env.RAY_AUTH_MODES):

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from vexact.audit.doctor import graders, machine, model, packages, probes
+import torch
+
+from vexact.audit.doctor import graders, machine, model, packages, probes, several_gpus
 from vexact.audit.doctor.result import CheckResult, error, ok
 
 
-def machine_checks(run_dir: Path, cache_dir: Path, device: str, wants_wandb: bool) -> Iterator[CheckResult]:
+def machine_checks(
+    run_dir: Path, cache_dir: Path, device: str, wants_wandb: bool, num_nodes: int = 1
+) -> Iterator[CheckResult]:
     """Software and hardware, before anything is computed."""
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
     yield packages.check_python()
     yield from packages.check_packages(device == "cuda")
     yield from machine.check_gpus()
@@ -21,7 +26,8 @@ def machine_checks(run_dir: Path, cache_dir: Path, device: str, wants_wandb: boo
     yield machine.check_port()
     yield machine.check_threads()
     yield attempt("graders", graders.check_sandbox)
-    yield machine.check_ray()
+    yield machine.check_ray(several=num_gpus > 1 or num_nodes > 1)
+    yield from several_gpus.check_several(num_gpus, num_nodes)
     yield machine.check_wandb(wants_wandb)
 
 

@@ -127,8 +127,8 @@ class VerifyReport:
             return f"EXACT: all {self.bits.tokens} tokens have the same bits on both sides"
         if not self.bits.exact:
             hint = ""
-            if self.options.model_backend == "hf" or self.options.attn_impl != "triton-invariant":
-                hint = " (expected: only vexact with triton-invariant has every operator in common with the rollout)"
+            if self.options.attn_impl != "triton-invariant":
+                hint = " (expected: only triton-invariant is the attention of the rollout)"
             return f"NOT EXACT: {len(self.bits.unmatched)} of {self.bits.tokens} tokens differ{hint}"
         return f"EXACT, but the gradients are unusable: {problems(self.native.same.gradients)}"
 

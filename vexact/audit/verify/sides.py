@@ -9,15 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vexact import plugins
 from vexact.models import CausalLM, Targets, load_model
 from vexact.models.checkpoint.index import check_one_reading
 from vexact.models.hf_names import to_hf
 from vexact.models.opset import INVARIANT_ATTENTION
 from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
+from vexact.swaps import make_invariant
 from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.passes.forward import token_scores
 
-BACKENDS = ("vexact", "hf", "veomni")
+OWN_BACKENDS = ("vexact", "hf")
 ATTENTION = ("triton-invariant", "sdpa")
 
 
@@ -61,25 +63,22 @@ class VexactSide:
 
 
 class HfSide:
-    """A stock transformers model; with ``triton-invariant`` its attention is ours, the rest is torch's own."""
+    """A transformers model, stock or made invariant; packed sequences are told apart by positions that restart."""
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
-        """(R, H): one row of packed sequences, told apart by positions that restart."""
-        out = self.hf.model(
-            input_ids=batch.input_ids[None], position_ids=batch.positions[None], use_cache=False
-        ).last_hidden_state
-        return out[0].index_select(0, batch.targets.rows)
-
     def logits(self, batch: PackedBatch) -> Tensor:
-        return self.hf.lm_head(self._hidden(batch)).float()
+        rows = batch.targets.rows
+        return self.hf(**_packed_row(batch), logits_to_keep=rows).logits[0].float()
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
+        """The fused head; it takes the place of the model's head, not of what a model does with logits afterwards."""
         targets = batch.targets
+        hidden = self.hf.base_model(**_packed_row(batch)).last_hidden_state[0].index_select(0, targets.rows)
+        weight = self.hf.get_output_embeddings().weight
         return linear_cross_entropy(
-            self._hidden(batch), self.hf.lm_head.weight, targets.token_ids, targets.inv_temperature, targets.min_logit
+            hidden, weight, targets.token_ids, targets.inv_temperature, targets.min_logit
         ).logprobs
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -89,24 +88,31 @@ class HfSide:
         self.hf.zero_grad(set_to_none=True)
 
 
+def _packed_row(batch: PackedBatch) -> dict[str, Any]:
+    return {"input_ids": batch.input_ids[None], "position_ids": batch.positions[None], "use_cache": False}
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def load_side(backend: str, path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> TrainingSide:
-    """
+    """A backend that is not ours comes from the package that provides it (``vexact.plugins``), by a function like this
+    one without ``backend``.
+
     Raises:
-        ValueError: an unknown backend or attention, or veomni, whose bridge is not installed.
+        ValueError: an unknown attention, or a backend that no installed package provides.
     """
     if attn_impl not in ATTENTION:
         raise ValueError(f"--attn_impl={attn_impl}: use one of {', '.join(ATTENTION)}")
     if backend == "vexact":
         return VexactSide(load_model(path, dtype=dtype, device=device, attn_impl=attn_impl))
     if backend == "hf":
-        return HfSide(load_hf(path, dtype, device, attn_impl))
-    if backend == "veomni":
-        raise ValueError("--model_backend=veomni needs the bridge to VeOmni, which is not installed; use vexact or hf")
-    raise ValueError(f"--model_backend={backend}: use one of {', '.join(BACKENDS)}")
+        stock = load_hf(path, dtype, device, "sdpa")
+        return HfSide(make_invariant(stock) if attn_impl in INVARIANT_ATTENTION else stock)
+    load_foreign = plugins.load(plugins.VERIFY_BACKENDS, backend, "--model_backend", OWN_BACKENDS)
+    side: TrainingSide = load_foreign(path, dtype, device, attn_impl)
+    return side
 
 
 def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str) -> Any:
@@ -117,10 +123,6 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
     """
     from transformers import AutoModelForCausalLM
 
-    if attn_impl in INVARIANT_ATTENTION:
-        from vexact.ops import hf
-
-        hf.register()
     check_one_reading(path)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(

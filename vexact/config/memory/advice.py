@@ -52,10 +52,13 @@ def memory_problems(config: Config, shape: ModelShape, machine: Machine) -> list
             f"{size_text(machine.device_bytes)} are free, {size_text(worst.total - machine.device_bytes)} too little "
             f"({worst.text})"
         )
-        problems.append(MemoryProblem(what, _fix(config, shape, placement, machine)))
+        fix = _fix(config, shape, placement, machine)
+        if machine.device == "cpu" and machine.gpus > 1:
+            fix = f"{fix}; or start fewer than {machine.gpus} processes, which share the machine's memory"
+        problems.append(MemoryProblem(what, fix))
     if machine.host_bytes is not None and plan.host > machine.host_bytes:
-        what = f"offloading keeps {size_text(plan.host)} per GPU in the machine's memory"
-        fix = f"set {ACTOR}.fsdp_config.param_offload=false or optimizer_offload=false, or use more GPUs"
+        what = f"what is offloaded or copied takes {size_text(plan.host)} per GPU of the machine's memory"
+        fix = f"set {' or '.join(_host_remedies(config))}, or use more GPUs"
         problems.append(MemoryProblem(f"{what} and {size_text(machine.host_bytes)} are free for each", fix))
     return problems
 
@@ -214,6 +217,17 @@ def _batch_knobs(config: Config) -> Iterator[str]:
     yield f"a lower {ROLLOUT}.max_num_batched_tokens (now {config.rollout.max_num_batched_tokens})"
     if not config.rollout.enforce_eager:
         yield f"{ROLLOUT}.enforce_eager=true"
+
+
+def _host_remedies(config: Config) -> Iterator[str]:
+    actor, trainer = config.actor, config.trainer
+    if actor.checkpoint.async_save:
+        yield f"{ACTOR}.checkpoint.async_save=false"
+    for name in ("param_offload", "optimizer_offload"):
+        if getattr(actor.fsdp_config, name):
+            yield f"{ACTOR}.fsdp_config.{name}=false"
+    if trainer.async_steps and trainer.async_audit_freq > 0:
+        yield "trainer.async_audit_freq=-1 (past samples are not compared then)"
 
 
 def _token_knobs(config: Config) -> Iterator[str]:

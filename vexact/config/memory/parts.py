@@ -32,18 +32,18 @@ class Parts:
     device: str
 
     def training(self, stage: Stage) -> dict[str, int]:
-        """Of one trainer. Gradients stay until the next update begins."""
+        """Of one trainer. Gradients are there during an update only."""
         moments = 8 * self._share
         if self.offloads_moments:
             moments = min(moments, OFFLOAD_BYTES) if stage == "update" else 0
         parts = {
             "master weights": 0 if self.offloads_weights and stage != "update" else 4 * self._share,
-            "gradients": 4 * self._share,
             "moments": moments,
             "reference": 0 if self._reference_is_away(stage) else self._width * self._share,
         }
         if stage == "update":
-            parts |= {"gathered layers": self._gathered(), "activations": self._activations()}
+            gradients = {"gradients": 4 * self._share}
+            parts |= gradients | {"gathered layers": self._gathered(), "activations": self._activations()}
         return parts
 
     def rollout(self, stage: Stage, *, trains: bool) -> dict[str, int]:
@@ -59,7 +59,17 @@ class Parts:
     @property
     def host(self) -> int:
         """What one trainer keeps in the memory of its machine."""
-        return 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
+        offloaded = 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
+        on_its_way = 12 * self._share * (self.device == "cuda" and self.config.actor.checkpoint.async_save)
+        return offloaded + on_its_way + self._width * self._share * self._num_past_versions
+
+    @property
+    def _num_past_versions(self) -> int:
+        """Copies of earlier weights for the audit; a step's are needed until the one after the next has trained."""
+        trainer = self.config.trainer
+        if self.device != "cuda" or not trainer.async_steps or trainer.exactness == "off":
+            return 0
+        return 2 if trainer.async_audit_freq == 1 else int(trainer.async_audit_freq > 1)
 
     @property
     def offloads_weights(self) -> bool:

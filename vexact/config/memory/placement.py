@@ -38,11 +38,14 @@ class Placement:
         """
         >>> Placement(6, 2, False).text("cuda")
         '6 GPUs train, 2 sample'
+        >>> Placement(1, 1, False).text("cpu")
+        '1 process trains, 1 samples'
         """
         noun = "GPU" if device == "cuda" else "process"
         plural = noun + ("es" if noun == "process" else "s")
         if not self.is_colocated:
-            return f"{self.trainers} {plural if self.trainers > 1 else noun} train, {self.replicas} sample"
+            train = f"{self.trainers} {plural} train" if self.trainers > 1 else f"1 {noun} trains"
+            return f"{train}, {self.replicas} sample{'' if self.replicas > 1 else 's'}"
         return f"1 {noun} trains and samples" if self.trainers == 1 else f"{self.trainers} {plural} train and sample"
 
 

@@ -108,7 +108,7 @@ def memory_rows(plan: MemoryPlan, device_bytes: int | None) -> list[tuple[str, s
         where = "" if stage.role == "GPU" else f" on a {stage.role}"
         rows.append(("memory", f"{stage.stage} {size_text(stage.total)}{free}{where}: {stage.text}{cache}"))
     if plan.host:
-        rows.append(("memory", f"offloaded {size_text(plan.host)} per GPU to the machine's"))
+        rows.append(("memory", f"{size_text(plan.host)} per GPU in the machine's own"))
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import Any
 
 from vexact.distributed.failure import Failure
@@ -12,8 +14,11 @@ from vexact.distributed.layout import RankInfo
 class RayWorker:
     """All methods but ``where`` run one after another in one thread; what a worker raises comes back as a record."""
 
-    def __init__(self, rank: int, level: int) -> None:
+    def __init__(self, rank: int, level: int, folder: str) -> None:
+        """``folder``: the driver's, from which relative paths start; a node without it keeps the one Ray gave it."""
         self._name = f"rank {rank}"
+        with suppress(OSError):
+            os.chdir(folder)
         prepare_process(level, rank)
         self._host: WorkerHost | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def _actors(cluster: Cluster, layout: Layout, places: list[Any]) -> list[Any]:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     assert layout.n_gpus_per_node is not None
-    run, level = secrets.token_hex(4), logging.getLogger("vexact").getEffectiveLevel()
+    run, level, folder = secrets.token_hex(4), logging.getLogger("vexact").getEffectiveLevel(), os.getcwd()
     kind = cluster.ray.remote(concurrency_groups={INSPECT: 1})(RayWorker)
     actors = []
     for rank in range(layout.world_size):
@@ -71,7 +72,7 @@ def _actors(cluster: Cluster, layout: Layout, places: list[Any]) -> list[Any]:
         }
         if not cluster.is_own:  # one of our own has inherited the environment
             options["runtime_env"] = {"env_vars": env.worker_environment()}
-        actors.append(kind.options(**options).remote(rank, level))
+        actors.append(kind.options(**options).remote(rank, level, folder))
     return actors
 
 

@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 
 PATIENCE_S = 10.0
+CLEAR = 6  # looks in a row that find nobody: a process that is just being started shows no mark for a moment
 
 
 def marked(mark: bytes) -> list[int]:
@@ -32,7 +33,10 @@ def main(mark: str, folder: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
     deadline = time.monotonic() + PATIENCE_S
-    while (left := marked(mark.encode())) and time.monotonic() < deadline:
+    clear = 0
+    while clear < CLEAR and time.monotonic() < deadline:
+        left = marked(mark.encode())
+        clear = 0 if left else clear + 1
         for pid in left:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

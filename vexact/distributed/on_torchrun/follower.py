@@ -46,7 +46,10 @@ class _Follower:
         self._host: WorkerHost | None = None
 
     def run(self) -> int:
-        device, level = pickle.loads(self._connection.recv_bytes())
+        greeting = pickle.loads(self._connection.recv_bytes())
+        if greeting is None:  # there is nothing to do
+            return 0
+        device, level = greeting
         prepare_process(level, self._launched.rank, f"[rank {self._launched.rank}] ")
         self._send(pickle.dumps(hello(device)))
         info: RankInfo = pickle.loads(self._connection.recv_bytes())

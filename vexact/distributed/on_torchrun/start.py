@@ -18,6 +18,9 @@ from vexact.distributed.on_torchrun.follower import serve
 from vexact.distributed.on_torchrun.meeting import gather_followers, open_store
 from vexact.distributed.remote import RemoteGroup
 from vexact.distributed.versions import check_versions
+from vexact.env import TorchrunRank
+
+_has_called = False  # the other ranks, for a group
 
 
 def start_ranks(
@@ -25,10 +28,12 @@ def start_ranks(
 ) -> RemoteGroup:
     """The group of all ranks, on rank 0; any other rank serves it and then leaves by SystemExit. See
     ``start_workers``."""
+    global _has_called
     launched = env.torchrun_rank()
     assert launched is not None
     if launched.rank > 0:
         raise SystemExit(serve(launched))
+    _has_called = True
     deadline = time.monotonic() + start_timeout_s
     store = open_store(launched, start_timeout_s)
     found = gather_followers(store, launched, max(1.0, deadline - time.monotonic()))
@@ -51,6 +56,17 @@ def start_ranks(
         channel.end(politely=False)
         raise
     return group
+
+
+def dismiss_ranks(launched: TorchrunRank, timeout_s: float) -> None:
+    """On rank 0, at the end of a command that needed no group: the others, which wait for it, end with code 0.
+
+    Raises:
+        ClusterError: some have not come within ``timeout_s``; they are named.
+    """
+    if not _has_called:
+        for connection, _ in gather_followers(open_store(launched, timeout_s), launched, timeout_s).values():
+            connection.send_bytes(pickle.dumps(None))
 
 
 def _answer(rank: int, connection: Connection, deadline: float) -> Hello:

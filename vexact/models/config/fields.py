@@ -53,6 +53,15 @@ class Fields:
             self.refuse(key, "must be an object {…}")
         return Fields(value or {}, self.file, f"{self.prefix}{key}.")
 
+    def row(self, key: str, num_rows: int) -> int | None:
+        """An index into rows, negative ones counted from the end as Python does; None where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or not -num_rows <= value < num_rows:
+            self.refuse(key, f"must be a token id from 0 to {num_rows - 1} (vocab_size - 1), or null")
+        return value % num_rows
+
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """An id, a list of ids, or null for none."""
         value = self.values.get(key)

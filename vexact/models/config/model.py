@@ -41,6 +41,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
+    padding_idx: int | None  # the row of the embedding that no token trains
     raw: dict[str, Any]
 
     @property
@@ -106,6 +107,7 @@ def _interpret(raw: dict[str, Any], file: str, stop: Fields | None) -> ModelConf
         mlp_bias=mlp_bias,
         qk_norm=architecture == "Qwen3ForCausalLM",
         eos_token_ids=eos,
+        padding_idx=config.row("pad_token_id", vocab_size),
         raw=raw,
     )
 

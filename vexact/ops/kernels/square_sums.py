@@ -51,8 +51,8 @@ def _square_sums_kernel(
     stretch = own % stretches
     first_row = own // stretches * (TILE_ROWS * ROWS)
     columns = stretch * (STEPS * LANES) + tl.arange(0, LANES)
-    for tile in tl.static_range(TILE_ROWS):
-        rows = first_row + tile * ROWS + tl.arange(0, ROWS)
+    for below in tl.static_range(TILE_ROWS):
+        rows = first_row + below * ROWS + tl.arange(0, ROWS)
         start = values + rows[:, None] * width
         total = tl.zeros((ROWS, LANES), dtype=tl.float32)
         for step in tl.static_range(STEPS):

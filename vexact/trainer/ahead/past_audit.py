@@ -42,7 +42,7 @@ class PastAudit:
             found = self._workers.logprobs_at(version, sequences, audit.redraw)
         try:
             audit.check(list(range(len(sequences))), found)
-            audit.require_compared()
+            audit.require_compared(len(sequences))
         except (ExactnessError, DrawError) as error:
             error.add_note(f"compared under weights version {version}, which generated the samples of step {step}")
             raise

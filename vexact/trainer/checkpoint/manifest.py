@@ -116,10 +116,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return dict(manifest)
 
 
-def verify(directory: Path, rank: int = 0, world_size: int = 1) -> int | None:
+def verify(directory: Path) -> int | None:
     """Compares every file with the manifest and returns the step it is of; None where there is no manifest.
-
-    Several ranks share the work: each file is read by one of them.
 
     Raises:
         CheckpointError: naming each file that is missing or differs, the manifest included.
@@ -128,9 +126,7 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1) -> int | None:
     if manifest is None:
         return None
     files: dict[str, Entry] = manifest["files"]
-    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    mine = set(by_size[rank::world_size])
-    with Digests(directory, only=mine) as digests:
+    with Digests(directory, only=files) as digests:
         try:
             found = digests.entries()
         except OSError as error:
@@ -138,7 +134,7 @@ def verify(directory: Path, rank: int = 0, world_size: int = 1) -> int | None:
     wrong = [
         f"{directory / name} {_difference(directory / name, found.get(name), files[name])}"
         for name in files
-        if name in mine and found.get(name) != files[name]
+        if found.get(name) != files[name]
     ]
     if wrong:
         raise CheckpointError("; ".join(wrong))

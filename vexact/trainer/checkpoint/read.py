@@ -21,16 +21,14 @@ log = logging.getLogger(__name__)
 IDENTITY_FILE = "identity.json"
 
 
-def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> int | None:
+def verify_checkpoint(path: Path) -> int | None:
     """Compares every file of a checkpoint with its manifest; returns its step, None in format 1, which has no manifest.
-
-    With several ranks each compares its share, and all of them together every file.
 
     Raises:
         CheckpointError: as ``load_checkpoint``.
     """
     with _advised(path):
-        step = manifest.verify(path, rank, world_size)
+        step = manifest.verify(path)
         _format(path)
         return step
 

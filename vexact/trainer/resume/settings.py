@@ -40,7 +40,6 @@ _FREE = (
     f"{ACTOR}.strategy",
     f"{ACTOR}.fsdp_config",
     f"{ACTOR}.checkpoint",
-    f"{ROLLOUT}.name",
     f"{ROLLOUT}.dtype",
     f"{ROLLOUT}.page_size",
     f"{ROLLOUT}.num_pages",

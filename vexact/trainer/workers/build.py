@@ -17,6 +17,7 @@ from vexact.data import DataOrder, PromptDataset
 from vexact.distributed import Layout, RankInfo, WorkerGroup, start_workers
 from vexact.reward.pool import RewardPool
 from vexact.rollout import Engine
+from vexact.rollout.protocol import ForeignRollout
 from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup
@@ -40,7 +41,7 @@ class Workers:
     train_data: PromptDataset
     val_data: PromptDataset | None
     order: DataOrder
-    engine: Engine | EngineGroup
+    engine: Engine | ForeignRollout | EngineGroup
     actor: Actor | ActorGroup
     reference: Reference | ReferenceGroup | None
     rewards: RewardPool
@@ -52,9 +53,10 @@ class Workers:
         """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand
         for ``logprobs_at`` over two more versions. Raises WeightSyncError."""
         if self.group is None:
-            assert isinstance(self.engine, Engine)
+            assert not isinstance(self.engine, EngineGroup)
             assert isinstance(self.actor, Actor)
             return sync_weights(self.actor, self.engine, version)
+        assert isinstance(self.engine, EngineGroup)
         results: list[dict[str, float]] = self.group.call("sync", version, keep, stage="the weight sync")
         self.engine.weights_version = version
         return results[0]
@@ -98,8 +100,10 @@ class Workers:
         return self.actor.restore(path) if isinstance(self.actor, ActorGroup) else restore(path, self.actor)
 
     def close(self) -> None:
-        """Ends the reward processes and the worker processes."""
+        """Ends the reward processes, the worker processes and what a foreign rollout has started."""
         self.rewards.close()
+        if not isinstance(self.engine, Engine | EngineGroup):
+            self.engine.close()
         if self.group is not None:
             self.group.close()
 
@@ -123,11 +127,13 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
     if layout.world_size == 1:
         device = torch.device(layout.device)
         actor = build_actor(config, device, total_steps)
+        reference = build_reference(config, device) if config.needs_reference else None
+        engine = build_engine(config, inputs.tokenizer, device)  # last: its cache takes a share of the memory left
         return Workers(
             **common,
-            engine=build_engine(config, inputs.tokenizer, device),
+            engine=engine,
             actor=actor,
-            reference=build_reference(config, device) if config.needs_reference else None,
+            reference=reference,
             shards=ShardWriter(actor.sharded_state),
             rewards=start_rewards(config),
             frees_cache=frees_cache,

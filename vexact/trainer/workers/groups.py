@@ -12,15 +12,15 @@ import torch
 
 from vexact.config import Config
 from vexact.distributed import Pending, RankInfo, WorkerGroup
-from vexact.rollout import EngineConfig, SamplingParams
+from vexact.rollout import SamplingParams
 from vexact.rollout.replicas import split_prompts
 from vexact.rollout.requests.intake import expand
 from vexact.rollout.stats import merge_stats
 from vexact.trainer.checkpoint import Progress, Written
 from vexact.trainer.workers.roles import Roles
-from vexact.trainer.workers.settings import actor_config, engine_settings
+from vexact.trainer.workers.settings import actor_config
 from vexact.trainer.workers.worker import EngineFacts, Updated
-from vexact.training import ActorConfig, Ledger
+from vexact.training import ActorConfig, Ledger, PeerStopped
 from vexact.training.passes.forward import Scored
 from vexact.training.passes.redraw import Redraw
 from vexact.training.protocol import Audit
@@ -54,7 +54,7 @@ class EngineGroup:
     """Replicas of the engine, one per rank that generates. A sample does not depend on the replica it comes from."""
 
     def __init__(self, config: Config, group: WorkerGroup, roles: Roles) -> None:
-        self.config = EngineConfig(**engine_settings(config))
+        self.seed = config.rollout_seed
         self._group, self._ranks = group, list(roles.rollouts)
         self.weights_version = 0
         self.num_replicas = len(self._ranks)
@@ -150,9 +150,9 @@ class ActorGroup:
         self.problems = list(dict.fromkeys(problem for result in results for problem in result.problems))
         if audit is not None:
             self._show(audit, sequences, redraw, results)
-        for result in results:
-            if result.stopped is not None:
-                raise result.stopped
+        stopped = [result.stopped for result in results if result.stopped is not None]
+        if stopped:
+            raise min(stopped, key=lambda error: isinstance(error, PeerStopped))  # the cause, not what followed from it
         parts = [result.metrics for result in results if result.metrics is not None]
         slowest = {key: max(part[key] for part in parts) for key in parts[0] if key.startswith("timing_s/")}
         return parts[0] | slowest
@@ -210,6 +210,11 @@ class ActorGroup:
         """Loads an already verified checkpoint, each rank its rows. Raises CheckpointError."""
         restored: list[Progress] = self._group.call("restore", path, ranks=self.ranks, stage="resuming")
         return restored[0]
+
+    def blind_to(self, file: Path) -> list[RankInfo]:
+        """The ranks on whose machines there is no such file."""
+        seen = self._group.call("sees", file, ranks=self.ranks, stage="set-up")
+        return [self._group.infos[rank] for rank, sees in zip(self.ranks, seen, strict=True) if not sees]
 
     # ShardGroup, for the Saver
 

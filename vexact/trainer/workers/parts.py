@@ -9,16 +9,21 @@ import torch
 import torch.distributed as dist
 
 from vexact.config import Config
+from vexact.plugins import load_rollout
 from vexact.rollout import Engine
+from vexact.rollout.protocol import ForeignRollout, RolloutPlugin
 from vexact.trainer.workers.settings import actor_config, engine_settings
 from vexact.training import Actor, ActorConfig, Ranks, Reference, load_sharded_model
 
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Engine:
+def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Engine | ForeignRollout:
     """Raises ValueError, FileNotFoundError: what the user has to fix, named."""
     rollout = config.rollout
+    if not rollout.is_own:
+        plugin: RolloutPlugin = load_rollout(rollout.name)
+        return plugin.build(config, tokenizer, device)
     engine = Engine(
         config.model.path,
         tokenizer=tokenizer,

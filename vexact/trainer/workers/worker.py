@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.environment import environment
 from vexact.audit.explain.operators import Operators, operators_of
 from vexact.config import Config
 from vexact.distributed import RankInfo
+from vexact.distributed.process_group import new_group
 from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.stats import EngineStats
+from vexact.rollout.protocol import ForeignRollout
+from vexact.rollout.stats import Stats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
@@ -73,22 +74,22 @@ class Worker:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
         self.memory_advice = memory_advice(config)  # the host of this worker asks for it
-        self._engine: Engine | None = None
+        self._engine: Engine | ForeignRollout | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
         trains = info.rank in roles.trainers
-        group = None if roles.colocated else dist.new_group(list(roles.trainers))
-        if info.rank in roles.rollouts:
-            self._engine = build_engine(config, load_tokenizer(config), device)
+        group = None if roles.colocated else new_group(roles.trainers, config.trainer.worker_timeout_s)
         if trains:
             self._actor = build_actor(config, device, total_steps, group)
             self._past = PastWeights(self._actor.model, self._actor.config.torch_dtype)
             self._shards = ShardWriter(self._actor.sharded_state, info.rank, len(roles.trainers))
         if trains and config.needs_reference:
             self._reference = build_reference(config, device, group)
+        if info.rank in roles.rollouts:  # last: its key-value cache takes a share of the memory that is left
+            self._engine = build_engine(config, load_tokenizer(config), device)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ForeignRollout:
         assert self._engine is not None, f"rank {self.info.rank} does not generate"
         return self._engine
 
@@ -109,7 +110,7 @@ class Worker:
     ) -> list[Sample]:
         return self.engine.generate(prompts, params, request_ids)
 
-    def take_engine_stats(self) -> EngineStats:
+    def take_engine_stats(self) -> Stats:
         return self.engine.take_stats()
 
     def clear_prefix_cache(self) -> None:
@@ -177,18 +178,23 @@ class Worker:
 
     def explain(self, question: Question) -> str | None:
         """Called on all ranks that train and on the one whose engine explains; the latter gives the text."""
+        engine = self.engine
+        assert isinstance(engine, Engine), "only a rollout that should be exact is explained"
         if self._actor is None:
-            weights = take_weights(question, self.engine.model)
+            weights = take_weights(question, engine.model)
         else:
             weights = give_weights(question, self._actor, self._past, self.info.rank, self.roles.trainers)
         if self.info.rank != question.generated_by:
             return None
-        return explain_here(question, weights, self.engine, self._actor)
+        return explain_here(question, weights, engine, self._actor)
 
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""
         with self.actor.resident():
             return weights_digest(self.actor.model)
+
+    def sees(self, file: Path) -> bool:
+        return file.is_file()
 
     def save_shard(self, step: int, directory: Path, background: bool) -> list[Written] | None:
         return self._shards.save(step, directory, background)
@@ -200,7 +206,9 @@ class Worker:
         return self._shards.wait()
 
     def close(self) -> None:
-        """Ends what this rank writes beside the steps."""
+        """Ends what this rank writes beside the steps, and what a foreign rollout has started."""
+        if self._engine is not None and not isinstance(self._engine, Engine):
+            self._engine.close()
         if self._actor is not None:
             self._shards.abandon()
 

@@ -1,7 +1,7 @@
 """What the loss must read for every sequence: checksums taken where advantages are made, compared where they are used.
 
-Between the two lie packing, shuffles, mini-batches and, one day, other processes. A checksum adds up, modulo 2^64, a
-hash of (column, position in the response, 32 bits of the value). Integer sums have no order, so host and device agree.
+Between the two lie packing, shuffles, mini-batches and other processes. A checksum adds up, modulo 2^64, a hash of
+(column, position in the response, 32 bits of the value). Integer sums have no order, so host and device agree.
 """
 
 from __future__ import annotations

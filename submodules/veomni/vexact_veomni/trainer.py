@@ -1,0 +1,22 @@
+"""VeOmni's text trainer with an exact model."""
+
+from __future__ import annotations
+
+from veomni.arguments import VeOmniArguments
+from veomni.trainer.text_trainer import TextTrainer
+
+from vexact_veomni.convert import convert
+from vexact_veomni.slots import ops_implementation
+
+
+class ExactTextTrainer(TextTrainer):
+    """``TextTrainer(args)``, whatever ``model.ops_implementation`` says but for its attention, on our operators."""
+
+    def __init__(self, args: VeOmniArguments) -> None:
+        args.model.ops_implementation = ops_implementation()
+        super().__init__(args)
+
+    def _build_model_assets(self) -> None:
+        """The step between the model (and its adapters) and its sharding."""
+        convert(self.base.model)
+        super()._build_model_assets()

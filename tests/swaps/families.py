@@ -1,0 +1,39 @@
+"""Small random models of transformers."""
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+SHAPE = {  # odd where a model allows it: no width is a multiple of a vector
+    "vocab_size": 97,
+    "hidden_size": 60,
+    "intermediate_size": 75,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def build(kind, dtype=torch.float32, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[kind](**SHAPE | changes)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 1.0, std=0.2)
+    return model
+
+
+def bits(x):
+    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
