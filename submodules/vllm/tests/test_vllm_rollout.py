@@ -9,7 +9,7 @@ from conftest import write_model
 from vexact_vllm import weights
 
 from vexact.config import ConfigError, load_config
-from vexact.models import load_model
+from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import read_tokenizer
 from vexact.plugins import installed
 from vexact.rollout import Engine, SamplingParams
@@ -161,7 +161,7 @@ def test_an_untied_head_and_biases(tmp_path, start):
     engine.close()
 
 
-def test_a_layer_of_another_shape_is_named():
+def test_a_layer_of_another_shape_is_named(tiny):
     """vLLM's Qwen2 derives the size of a head, whatever config.json says."""
     layer = torch.nn.Linear(4, 6, bias=False)
     layer.quant_method = SimpleNamespace(apply=lambda layer, x, bias: layer(x))
@@ -170,7 +170,7 @@ def test_a_layer_of_another_shape_is_named():
         torch.no_grad(),
         pytest.raises(WeightSyncError, match=r"norm has weights of shape \(4, 6\), .*\(4, 8\)"),
     ):
-        weights.prove(model, SimpleNamespace(tie_word_embeddings=False), [("norm.weight", torch.ones(8, 4))], {})
+        weights.prove(model, ModelConfig.from_hf_dir(tiny / "model"), [("norm.weight", torch.ones(8, 4))], {})
 
 
 def test_what_vllm_does_not_have_is_refused_by_name(settings, tmp_path, start):
