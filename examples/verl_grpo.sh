@@ -9,7 +9,10 @@
 # PYTHON names an interpreter that has vexact-verl; by default one is made in submodules/verl/.venv.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-$(bash "$root/submodules/ci.sh" --setup verl)}"
+python="${PYTHON:-$root/submodules/verl/.venv/bin/python}"
+if [[ ! -x "$python" ]]; then # made by the tests' script, which collects the tests and runs none
+  VEXACT_BRIDGES=keep bash "$root/submodules/ci.sh" verl --collect-only -q >/dev/null
+fi
 unset RAY_ADDRESS # the cluster is this run's own
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"
 

@@ -8,38 +8,42 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 say() { printf 'bridges: %s\n' "$*" >&2; }
 
+find_python() { # a Python that vexact runs on; the constraints are those of 3.11
+  local name
+  for name in python3.11 python3.12 python3 python3.13; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+      command -v "$name"
+      return
+    fi
+  done
+  say "no Python 3.11, 3.12 or 3.13 found"
+  return 1
+}
+
 installer() { # VENV -> uv if there is one to be had, else nothing
   command -v uv && return
   "$1/bin/python" -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 && printf '%s\n' "$1/bin/uv"
 }
 
-install_bridge() { # BRIDGE VENV: 0 when the bridge and all it needs is there
-  local bridge="$1" venv="$2" uv stamp python
-  local folder="$here/$bridge"
+install_bridge() { # BRIDGE VENV: 0 when it is there with all it needs, 2 when its packages cannot be had
+  local bridge="$1" venv="$2" uv="" stamp python folder="$here/$1" options=()
   stamp="$(cat "$root/pyproject.toml" "$folder/pyproject.toml" "$folder/constraints.txt" | cksum)"
   [[ "$(cat "$venv/.bridge" 2>/dev/null)" != "$stamp" ]] || return 0
-  python="$(bash "$root/scripts/setup.sh")" || return 1
+  python="$(find_python)" || return 1
   [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv" || return 1
+  local install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
   uv="$(installer "$venv" || true)"
-  local packages=(-e "$root" -e "$folder$(extras "$bridge")" pytest pytest-timeout)
-  say "installing $bridge into $venv with ${uv:-pip}"
   if [[ -n "$uv" ]]; then
     UV_FIND_LINKS="${UV_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}"
     export UV_FIND_LINKS
     # torchvision and the like come as CUDA builds, which break imports beside a CPU torch; nothing here needs them
-    "$uv" pip install -q --python "$venv/bin/python" --override "$here/overrides.txt" -c "$folder/constraints.txt" \
-      "${packages[@]}" || return 1
-  else
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$folder/constraints.txt" "${packages[@]}" ||
-      return 1
-    "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec || return 1
+    install=("$uv" pip install -q --python "$venv/bin/python")
+    options=(--override "$here/overrides.txt")
   fi
+  "${install[@]}" ${options[@]+"${options[@]}"} -r "$folder/constraints.txt" || return 2
+  [[ -n "$uv" ]] || "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec || return 1
+  "${install[@]}" --no-deps -e "$root" -e "$folder" || return 1
   printf '%s\n' "$stamp" >"$venv/.bridge"
-}
-
-extras() { # BRIDGE -> the extras that this machine wants
-  [[ "$1" == vllm ]] && printf '[cpu]'
-  return 0
 }
 
 core_tests() { # BRIDGE -> tests of the core that its other versions of packages could break
@@ -49,16 +53,18 @@ core_tests() { # BRIDGE -> tests of the core that its other versions of packages
 }
 
 run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
-  local bridge="$1" venv="$here/$1/.venv" log start="$SECONDS"; shift
+  local bridge="$1" venv="$here/$1/.venv" log code=0 start="$SECONDS"; shift
   [[ -d "$here/$bridge/tests" ]] || { say "$bridge: not run: there is no submodules/$bridge"; return 2; }
+  [[ -s "$here/$bridge/constraints.txt" ]] || { say "$bridge: failed: no constraints.txt (submodules/lock.sh)"; return 1; }
   log="$(mktemp)"
-  if ! install_bridge "$bridge" "$venv" >"$log" 2>&1; then
-    tail -n 15 "$log" >&2
-    rm -rf "$log" "$venv"
-    say "$bridge: not run: its packages could not be installed (above)"
-    return 2
-  fi
+  install_bridge "$bridge" "$venv" >"$log" 2>&1 || code=$?
+  ((code == 0)) || tail -n 15 "$log" >&2
   rm -f "$log"
+  case "$code" in
+    0) ;;
+    2) say "$bridge: not run: its packages cannot be had (above)"; return 2 ;;
+    *) say "$bridge: failed: it could not be installed (above)"; return 1 ;;
+  esac
   say "$bridge: installed after $((SECONDS - start)) s"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   (cd "$here/$bridge" && .venv/bin/python -m pytest -q tests "$@") || { say "$bridge: failed"; return 1; }
@@ -82,6 +88,6 @@ for bridge in "${bridges[@]}"; do
   code=0
   run_bridge "$bridge" "$@" || code=$?
   ((code != 1)) || failed+=("$bridge")
-  [[ "$asked" != all || "${VEXACT_BRIDGES:-}" == keep ]] || rm -rf "$here/$bridge/.venv"
+  [[ "$asked" != all || "${VEXACT_BRIDGES:-}" == keep || ! -d "$here/$bridge/.venv" ]] || rm -r "$here/$bridge/.venv"
 done
 ((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; exit 1; }

@@ -106,6 +106,7 @@ class RankRuns(Runs):
         with suppress(OSError):
             os.kill(victim, signal.SIGSTOP if target == "rank, stopped" else signal.SIGKILL)
         outcome.counts["struck"] += 1
+        print(f"{outcome.counts['struck']}: {self.launcher}, {target}", flush=True)
         outcome.counts[f"{self.launcher}: {target}"] += 1
         return target, victim
 

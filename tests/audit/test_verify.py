@@ -282,8 +282,11 @@ def test_nothing_compared_is_not_exact():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model_backend", "veomni"], "needs the bridge to VeOmni, which is not installed"),
-        (["--model_backend", "mlx"], "--model_backend=mlx: use one of vexact, hf, veomni"),
+        (
+            ["--model_backend", "veomni"],
+            "--model_backend=veomni: no installed package provides it",
+        ),
+        (["--model_backend", "mlx"], "--model_backend=mlx: no installed package provides it; there is vexact, hf"),
         (["--attn_impl", "flash"], "--attn_impl=flash: use one of triton-invariant, sdpa"),
         (["--dtype", "float8"], "--dtype=float8: use one of float32, bfloat16, float16"),
         (["--num_prompts", "0"], "--num_prompts=0 must be at least 1"),

@@ -26,7 +26,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
         ("actor_rollout_ref.model.lora_rank=8", "LoRA"),
         (f"{ROLLOUT}.calculate_log_probs=False", "are the old log-probabilities"),
         ("trainer.nnodes=0", "must be >= 1"),
-        (f"{ROLLOUT}.name=vllm", "its own engine only"),
+        (f"{ROLLOUT}.name=sglang", "there is no bridge to it"),
         (f"{ROLLOUT}.engine_kwargs.vexact.max_cache_blocks=9", f"set {ROLLOUT}.num_pages"),
         (f"{ROLLOUT}.response_length=9", "set data.max_response_length"),
         ("algorithm.rollout_correction.rollout_is=token", "nothing to correct"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from veomni.utils.model_outputs import FusedLinearAuxOutput
 
@@ -33,15 +34,17 @@ def causal_lm_loss(
 
     Args:
         labels: (B, T) int64; token t + 1 is what t predicts. shift_labels: the same, already moved.
-        temperature: one number, or one per label (B, T). Per kept label and bit by bit, as a rollout reports them:
-            inv_temperature: (R,) fp32, in the place of ``temperature``. min_logit: (R,) fp32, truncation thresholds.
+        temperature: one number, or fp32, one per label (B, T).
+        inv_temperature, min_logit: as a rollout reports them, (R,) fp32 for the kept labels: a factor in the place of
+            ``temperature``, and truncation thresholds. FSDP2's mixed precision casts every floating input of the model;
+            hand them over as int32 bits (``x.view(torch.int32)``).
 
     Returns:
         The mean over labels (or their sum over ``num_items_in_batch``); or, with ``return_log_probs``,
         log-probabilities and entropies (B, T) fp32, 0 where the label is ``ignore_index``.
 
     Raises:
-        ValueError: an argument of VeOmni's that would change the result, or sequence parallelism.
+        ValueError: an argument of VeOmni's that would change the result, one that lost bits, or sequence parallelism.
     """
     refuse_sequence_parallelism()
     given = [name for name in _UNSUPPORTED if more.get(name) is not None]
@@ -52,10 +55,15 @@ def causal_lm_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     flat = shift_labels.reshape(-1).to(hidden_states.device)
     rows = (flat != ignore_index).nonzero().squeeze(1)
-    if inv_temperature is None:
-        inv_temperature = 1.0 / temperature if isinstance(temperature, float | int) else _of(rows, temperature, flat)
+    if inv_temperature is not None:
+        inverse: Tensor | float = _fp32("inv_temperature", inv_temperature)
+    elif isinstance(temperature, Tensor):
+        inverse = (1.0 / _fp32("temperature", temperature)).expand_as(shift_labels).reshape(-1).index_select(0, rows)
+    else:
+        inverse = 1.0 / temperature
+    min_logit = None if min_logit is None else _fp32("min_logit", min_logit)
     hidden = hidden_states.flatten(0, -2).index_select(0, rows)
-    out = linear_cross_entropy(hidden, weights, flat.index_select(0, rows), inv_temperature, min_logit)
+    out = linear_cross_entropy(hidden, weights, flat.index_select(0, rows), inverse, min_logit)
     if return_log_probs:
         empty = out.logprobs.new_zeros(flat.shape)
         log_probs, entropy = (empty.index_copy(0, rows, values).view(shift_labels.shape) for values in out)
@@ -63,12 +71,13 @@ def causal_lm_loss(
     return -out.logprobs.sum() / (len(rows) if num_items_in_batch is None else num_items_in_batch), None, None
 
 
-def _of(rows: Tensor, temperature: Tensor, flat: Tensor) -> Tensor:
-    """1 / temperature of the rows, fp32; ``temperature`` may be one value or one per label."""
-    return (
-        (1.0 / temperature.float())
-        .to(flat.device)
-        .broadcast_to(flat.shape if temperature.dim() == 0 else temperature.shape)
-        .reshape(-1)
-        .index_select(0, rows)
-    )
+def _fp32(name: str, values: Tensor) -> Tensor:
+    """fp32 from fp32 or its bits."""
+    if values.dtype == torch.int32:
+        return values.view(torch.float32)
+    if values.dtype != torch.float32:
+        raise ValueError(
+            f"{name} arrived as {values.dtype}, which is not what was sent: FSDP2 casts every floating input; "
+            f"pass {name}.view(torch.int32), fp32 as bits"
+        )
+    return values

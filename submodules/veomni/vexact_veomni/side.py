@@ -48,8 +48,8 @@ class VeomniSide:
             labels=labels,
             shift_labels=labels,
             return_log_probs=True,
-            inv_temperature=targets.inv_temperature,
-            min_logit=targets.min_logit,
+            inv_temperature=targets.inv_temperature.view(torch.int32),  # bits: FSDP2 may cast what is a float
+            min_logit=targets.min_logit.view(torch.int32),
         )
         return out.fused_linear_aux.log_probs[0].index_select(0, targets.rows)
 

@@ -1,4 +1,4 @@
-"""``python -m verl.trainer.main_ppo`` as a user runs it: Ray, TransferQueue, agent loop, hybrid worker, checkpoint."""
+"""``python -m verl.trainer.main_ppo`` as a user runs it: Ray, agent loop, hybrid worker, reference, checkpoint."""
 
 import os
 import re
@@ -27,8 +27,9 @@ def test_two_steps_end_to_end(tmp_path):
         "data.dataloader_num_workers=0",
         "actor_rollout_ref.rollout.n=4",
         "actor_rollout_ref.rollout.top_k=12",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
         "actor_rollout_ref.actor.optim.lr=1e-3",
+        "actor_rollout_ref.actor.use_kl_loss=True",
         f"reward.custom_reward_function.path={Path(__file__).with_name('reward.py')}",
         "trainer.total_training_steps=2",
         "trainer.val_before_train=False",
@@ -46,6 +47,9 @@ def test_two_steps_end_to_end(tmp_path):
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     assert logged(log, "training/rollout_probs_diff_max") == [0.0, 0.0]
+    distances = logged(log, "actor/kl_loss")
+    assert distances[0] == 0.0, "the reference policy begins as the actor"
+    assert distances[1] > 0
     norms = logged(log, "actor/grad_norm")
     assert len(norms) == 2
     assert min(norms) > 0, "weights that do not move would be synchronised by anything"

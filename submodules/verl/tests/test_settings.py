@@ -3,12 +3,15 @@
 import math
 
 import pytest
+import torch
 from verl.trainer.config import CheckpointConfig
 from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.config.engine import QATEngineConfig
 from vexact_verl.checkpoint import Checkpoints
 from vexact_verl.settings import actor_config, learning_rate
 from worker_support import engine_config, make_worker
+
+from vexact.weights.model_checksums import named_checksums
 
 
 def refusal(model_path, model=None, engine=None, optim=None):
@@ -56,6 +59,16 @@ def test_the_learning_rate_is_verls(model_path):
     assert rate(10) == pytest.approx(0.2)
     constant = learning_rate(FSDPOptimizerConfig(lr=3.0, total_training_steps=10, lr_warmup_steps_ratio=0.2))
     assert [constant(step) for step in (0, 1, 2, 9)] == [0.0, 1.5, 3.0, 3.0]
+
+
+def test_a_step_whose_gradient_is_no_number_changes_nothing(model_path, caplog):
+    worker = make_worker(model_path, "fp32")
+    engine, before = worker.engine, named_checksums(worker.engine.module)
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    assert math.isnan(engine.optimizer_step())
+    assert "the optimizer step was skipped" in caplog.text
+    assert named_checksums(engine.module) == before
 
 
 def test_checkpoints_without_the_model_are_refused(model_path):

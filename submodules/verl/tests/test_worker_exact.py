@@ -1,5 +1,7 @@
 """verl's TrainingWorker, loss and mismatch metric with vexact's engines: what is sampled is what is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from worker_support import Rollout, Step, make_prompts, make_worker
@@ -44,6 +46,9 @@ def test_truncated_samples_carry_their_thresholds(model_path, top_p, top_k):
     outputs = rollout.generate(prompts, 0)
     batch = Step(prompts, outputs)
     assert batch.num_different(batch.logprobs(worker)) == 0
+    filler = SimpleNamespace(token_ids=[1], log_probs=[0.0], extra_fields=outputs[0].extra_fields)
+    filled = Step([*prompts, [1] * 127], [*outputs, filler], num_fillers=1)
+    assert filled.num_different(filled.logprobs(worker), rows=len(prompts)) == 0
     for output in outputs:
         output.extra_fields.pop("vexact")  # as clients for partial rollouts do
     lost = Step(prompts, outputs)

@@ -71,7 +71,7 @@ def engine_config(precision: str, strategy: str = "vexact", **changes: Any) -> F
         mixed_precision={"param_dtype": precision},
         use_torch_compile=False,
         max_token_len_per_gpu=256,
-        infer_max_token_len_per_gpu=100,
+        infer_max_token_len_per_gpu=130,
         **changes,
     )
     object.__setattr__(config, "strategy", strategy)  # as verl's FSDPActorConfig does it
@@ -165,21 +165,24 @@ def jagged(rows: list[Any]) -> torch.Tensor:
 class Step:
     """One batch of samples as verl's trainer hands it to a worker."""
 
-    def __init__(self, prompts: list[list[int]], outputs: list[Any], temperature: float = TEMPERATURE) -> None:
+    def __init__(self, prompts: list[list[int]], outputs: list[Any], num_fillers: int = 0) -> None:
+        """The last ``num_fillers`` are what verl makes a batch divisible with: their tokens do not count."""
         responses = [output.token_ids for output in outputs]
         self.rollout_logprobs = jagged([torch.tensor(output.log_probs) for output in outputs])
-        ones = [torch.ones(len(response), dtype=torch.long) for response in responses]
+        masks = [torch.ones(len(response), dtype=torch.long) for response in responses]
+        for mask in masks[len(masks) - num_fillers :]:
+            mask.zero_()
         self.data = {
             "prompts": jagged(prompts),
             "responses": jagged(responses),
             "input_ids": jagged([[*p, *r] for p, r in zip(prompts, responses, strict=True)]),
             "position_ids": jagged([torch.arange(len(p) + len(r)) for p, r in zip(prompts, responses, strict=True)]),
-            "response_mask": jagged(ones),
-            "loss_mask": jagged(ones),
+            "response_mask": jagged(masks),
+            "loss_mask": jagged(masks),
             "extra_fields": [output.extra_fields for output in outputs],
         }
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        self.plain = {"temperature": temperature, "global_token_num": lengths}
+        self.plain = {"temperature": TEMPERATURE, "global_token_num": lengths}
 
     def logprobs(self, worker: TrainingWorker) -> torch.Tensor:
         """verl's pass for old log-probabilities: jagged (B, R)."""
@@ -187,8 +190,9 @@ class Step:
         output = worker.infer_batch(tu.get_tensordict(dict(self.data), options))
         return response_from_nested(output["log_probs"], self.data["response_mask"])
 
-    def num_different(self, old: torch.Tensor) -> int:
-        ours, theirs = (x.values().view(torch.int32) for x in (old, self.rollout_logprobs))
+    def num_different(self, old: torch.Tensor, rows: int | None = None) -> int:
+        """Tokens whose log-probability has other bits than the rollout's, of the first ``rows`` sequences."""
+        ours, theirs = (torch.cat(x.unbind()[:rows]).view(torch.int32) for x in (old, self.rollout_logprobs))
         return int((ours != theirs).sum())
 
     def diff_max(self, old: torch.Tensor) -> float:

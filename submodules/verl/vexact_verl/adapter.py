@@ -9,7 +9,6 @@ from typing import Any
 import ray
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.utils import ensure_async_iterator
@@ -29,7 +28,7 @@ class VexactAdapter(BaseRollout):
         self,
         config: RolloutConfig,
         model_config: HFModelConfig,
-        device_mesh: DeviceMesh | None,
+        device_mesh: Any,
         replica_rank: int = -1,
         **_: Any,
     ) -> None:
@@ -56,7 +55,7 @@ class VexactAdapter(BaseRollout):
         await self.server.sleep.remote()
 
     @torch.no_grad()
-    async def update_weights(
+    async def update_weights(  # type: ignore[override]
         self, weights: Any, global_steps: int | None = None, wire_format: str = "named_tensors", **kwargs: Any
     ) -> None:
         """Sends whole tensors by Hugging Face's names, in ``rollout.dtype``.

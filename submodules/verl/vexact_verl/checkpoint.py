@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -27,7 +28,7 @@ class Checkpoints:
     def __init__(self, actor: Actor, model: HFModelConfig, config: CheckpointConfig) -> None:
         """Raises ValueError for contents that would leave out the model."""
         self._actor, self._model = actor, model
-        self._kept = BaseCheckpointManager(None, None, checkpoint_config=config)
+        self._kept = BaseCheckpointManager(None, None, checkpoint_config=config)  # type: ignore[arg-type]
         if not (self._kept.should_save_model and self._kept.should_load_model):
             raise ValueError("actor.checkpoint.save_contents and load_contents must name `model`")
         if config.async_save:
@@ -35,7 +36,7 @@ class Checkpoints:
         ranks = actor.ranks
         self._writer = ShardWriter(self._state, ranks.rank, ranks.world_size)
 
-    def save(self, local_path: str, hdfs_path: str | None, step: int, max_to_keep: int | None) -> None:
+    def save(self, local_path: str, hdfs_path: str | None, step: int, max_to_keep: Any) -> None:
         """Raises ValueError for a path on HDFS; CheckpointError when the disk is full or the state not finite."""
         _require_local(hdfs_path)
         directory, ranks = Path(local_path), self._actor.ranks

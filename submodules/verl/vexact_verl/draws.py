@@ -123,12 +123,17 @@ def expect_thresholds(config: RolloutConfig) -> None:
 def read_draws(data: TensorDict, response_lengths: Sequence[int]) -> list[Draw]:
     """How each sequence of a batch was drawn: as it carries, else at the batch's temperature.
 
+    What verl fills a batch up with, a sequence without a token that counts, carries what belongs to another one.
+
     Raises ValueError for thresholds that are lost, or are not one per response token.
     """
     temperatures = _temperatures(data, len(response_lengths))
     fields = _rows(data, "extra_fields") or _rows(data, KEY) or [None] * len(response_lengths)
     draws = []
-    for temperature, field, length in zip(temperatures, fields, response_lengths, strict=True):
+    for temperature, field, length, counts in zip(temperatures, fields, response_lengths, _count(data), strict=True):
+        if not counts:
+            draws.append(Draw(temperature, None))
+            continue
         carried = field.get(KEY, field) if isinstance(field, Mapping) else {}
         thresholds = carried.get("min_logits")
         if thresholds is not None and len(thresholds) != length:
@@ -150,6 +155,11 @@ def _temperatures(data: TensorDict, count: int) -> list[float]:
     value = tu.get(data, "temperature", 1.0)
     value = value.tolist() if isinstance(value, Tensor) else value
     return [float(each) for each in value] if isinstance(value, list) else [float(value)] * count
+
+
+def _count(data: TensorDict) -> list[bool]:
+    """Which sequences have a token that counts."""
+    return [bool(mask.any()) for mask in data["loss_mask"].unbind()]
 
 
 def _rows(data: TensorDict, key: str) -> list[Any] | None:

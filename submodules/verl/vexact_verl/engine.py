@@ -49,9 +49,12 @@ class VexactEngine(BaseEngine):
         """Raises ValueError for settings that could not be honoured."""
         super().__init__()
         self.model_config, self.engine_config, self.checkpoint_config = model_config, engine_config, checkpoint_config
+        if engine_config.forward_only:
+            optimizer_config = None  # verl gives a reference policy one without a meaning
         self.config = actor_config(model_config, engine_config, optimizer_config, dist.get_world_size())
         self.learning_rate = learning_rate(optimizer_config or FSDPOptimizerConfig())
         self.mode: str | None = None
+        self._last_loss = 0.0
 
     def initialize(self) -> None:
         ranks = Ranks.of_process(torch.device(get_device_id()))
@@ -103,7 +106,7 @@ class VexactEngine(BaseEngine):
         self.actor.optimizer.set_lr(self.learning_rate(self.actor.num_updates))
         norm = self.actor.optimizer.step(self.config.grad_clip)
         if not norm < float("inf"):
-            log.warning("the optimizer step was skipped: %s", why_skipped(norm, self.module))
+            log.warning("the optimizer step was skipped: %s", why_skipped(self._last_loss, self.module))
         return norm
 
     def lr_scheduler_step(self) -> float:
@@ -129,6 +132,7 @@ class VexactEngine(BaseEngine):
         finally:
             if forward_only and isinstance(self.module, FSDPModule):
                 self.module.reshard()  # else gathered copies stay in the place of the root's weights
+        self._last_loss = sum(output["loss"] for output in outputs)
         return postprocess_batch_func(output_lst=outputs, indices=indices, data=data)
 
     def forward_step(
@@ -155,9 +159,10 @@ class VexactEngine(BaseEngine):
         meta = {"loss": loss.detach().item(), "metrics": metrics}
         return meta | {"model_output": detach_tree(output)} if keep else meta
 
-    def get_per_tensor_param(self, **_: Any) -> tuple[Iterator[tuple[str, Tensor]], None]:
+    def get_per_tensor_param(self, **_: Any) -> tuple[Any, None]:
         """Whole tensors by Hugging Face's names, one at a time, in the dtype that the forward computes in."""
-        return to_hf(self.module.config, self.actor.named_weights()), None
+        weights: Iterator[tuple[str, Tensor]] = to_hf(self.module.config, self.actor.named_weights())
+        return weights, None
 
     def save_checkpoint(
         self,

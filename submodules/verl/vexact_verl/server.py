@@ -153,8 +153,8 @@ def engine_settings(config: RolloutConfig) -> dict[str, Any]:
 
     Raises ValueError for keys that the engine does not have, or that verl has another one for.
     """
-    own = config.engine_kwargs.get("vexact", None) or {}
-    own = OmegaConf.to_container(own, resolve=True) if OmegaConf.is_config(own) else dict(own)
+    given: Any = config.engine_kwargs.get("vexact", None) or {}
+    own: dict[str, Any] = dict(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)  # type: ignore[arg-type]
     known = {field.name for field in fields(EngineConfig)} - {*_SHARED, "free_cache_engine", "max_model_len"}
     if unknown := sorted(own.keys() - known):
         raise ValueError(

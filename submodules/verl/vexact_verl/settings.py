@@ -46,7 +46,7 @@ def learning_rate(config: FSDPOptimizerConfig) -> Callable[[int], float]:
             optimizer=optimizer,
             num_warmup_steps=num_warmup,
             num_training_steps=config.total_training_steps,
-            min_lr_ratio=config.min_lr_ratio,
+            min_lr_ratio=config.min_lr_ratio or 0.0,
             num_cycles=config.num_cycles,
             zero_indexed_step=config.zero_indexed_step,
         )

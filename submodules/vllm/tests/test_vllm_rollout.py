@@ -1,5 +1,7 @@
 """What comes out of vLLM is what our engine would have made, but for the last bits."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import write_model
 from vexact_vllm import weights
 
 from vexact.config import ConfigError, load_config
-from vexact.models import load_model
+from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import read_tokenizer
 from vexact.plugins import installed
 from vexact.rollout import Engine, SamplingParams
@@ -145,7 +147,11 @@ def test_one_tensor_that_stays_behind_is_caught(rollout, monkeypatch, part):
 
 def test_an_untied_head_and_biases(tmp_path, start):
     path = write_model(
-        tmp_path / "untied", architectures=["Qwen2ForCausalLM"], model_type="qwen2", tie_word_embeddings=False
+        tmp_path / "untied",
+        architectures=["Qwen2ForCausalLM"],
+        model_type="qwen2",
+        hidden_size=128,
+        tie_word_embeddings=False,
     )
     engine = start(path, "float32")
     model = load_model(path, dtype=torch.float32, device="cpu")
@@ -153,6 +159,18 @@ def test_an_untied_head_and_biases(tmp_path, start):
     engine.take_weights(named(model), 1)
     assert gap(model, engine.generate(PROMPTS, SamplingParams(n=2, max_tokens=12), ["a", "b"])) < BAND["float32"]
     engine.close()
+
+
+def test_a_layer_of_another_shape_is_named(tiny):
+    """vLLM's Qwen2 derives the size of a head, whatever config.json says."""
+    layer = torch.nn.Linear(4, 6, bias=False)
+    layer.quant_method = SimpleNamespace(apply=lambda layer, x, bias: layer(x))
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"norm": layer})})
+    with (
+        torch.no_grad(),
+        pytest.raises(WeightSyncError, match=r"norm has weights of shape \(4, 6\), .*\(4, 8\)"),
+    ):
+        weights.prove(model, ModelConfig.from_hf_dir(tiny / "model"), [("norm.weight", torch.ones(8, 4))], {})
 
 
 def test_what_vllm_does_not_have_is_refused_by_name(settings, tmp_path, start):

@@ -82,10 +82,15 @@ def _held(module: nn.Module, module_name: str, kind: str, sent: Tensor) -> Itera
 
 
 def _require_equal(module_name: str, held: Tensor, sent: Tensor) -> None:
+    if held.shape != sent.shape:
+        raise WeightSyncError(
+            f"vLLM's {module_name} has weights of shape {tuple(held.shape)}, and was sent {tuple(sent.shape)}: it "
+            "reads config.json in another way, so its samples would be another model's"
+        )
     expected = sent.to(held.device, held.dtype)
     tiny = torch.finfo(sent.dtype).tiny
     different = (held != expected) & ~((held.abs() < tiny) & (expected.abs() < tiny))  # denormals may count as 0
-    if held.shape != expected.shape or different.any():
+    if different.any():
         count, gap = int(different.sum()), float((held - expected).abs().max())
         raise WeightSyncError(
             f"vLLM's {module_name} still computes with other weights than it was sent ({count} of {expected.numel()} "
