@@ -141,12 +141,12 @@ def test_plain_plan_stages_and_validation(tmp_path):
         "step 1: gen ...",
         "step 1: reward ...",
     ]
-    assert lines[6:] == [
+    assert lines[7:] == [
         "step 2: val-core/add/acc/mean@1 = 0.8125",
-        lines[7],
+        lines[8],
         "step 3: val-core/add/acc/mean@1 = 0.9000",
     ]
-    assert lines[7].split()[0] == "3/3"
+    assert lines[8].split()[0] == "3/3"
 
 
 def test_terminal_shows_live_stage_and_progress(tmp_path):
