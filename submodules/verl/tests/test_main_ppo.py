@@ -42,7 +42,13 @@ def test_two_steps_end_to_end(tmp_path):
         "train_path": str(tmp_path / "train.parquet"),
     }
     done = subprocess.run(
-        ["bash", SCRIPT, *overrides], env=environment, text=True, capture_output=True, timeout=840, check=False
+        ["bash", SCRIPT, *overrides],
+        cwd=tmp_path,  # Hydra writes where it is run
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=840,
+        check=False,
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
