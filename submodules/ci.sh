@@ -11,7 +11,8 @@ say() { printf 'bridges: %s\n' "$*" >&2; }
 find_python() { # a Python that vexact runs on; the constraints are those of 3.11
   local name
   for name in python3.11 python3.12 python3 python3.13; do
-    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+    if command -v "$name" >/dev/null &&
+      "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
       command -v "$name"
       return
     fi
@@ -55,7 +56,7 @@ core_tests() { # BRIDGE -> tests of the core that its other versions of packages
 run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
   local bridge="$1" venv="$here/$1/.venv" log code=0 start="$SECONDS"; shift
   [[ -d "$here/$bridge/tests" ]] || { say "$bridge: not run: there is no submodules/$bridge"; return 2; }
-  [[ -s "$here/$bridge/constraints.txt" ]] || { say "$bridge: failed: no constraints.txt (submodules/lock.sh)"; return 1; }
+  [[ -s "$here/$bridge/constraints.txt" ]] || { say "$bridge: failed: it has no constraints.txt (lock.sh)"; return 1; }
   log="$(mktemp)"
   install_bridge "$bridge" "$venv" >"$log" 2>&1 || code=$?
   ((code == 0)) || tail -n 15 "$log" >&2

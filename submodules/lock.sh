@@ -14,7 +14,8 @@ for bridge in ${1:-verl veomni vllm}; do
   "$uv" pip compile -q --upgrade --python-platform linux --python-version 3.11 --no-header --no-annotate \
     --no-emit-index-url --no-emit-find-links --override submodules/overrides.txt ${extras[@]+"${extras[@]}"} \
     --override <(printf 'vexact @ file://%s\n' "$PWD") pyproject.toml "$folder/pyproject.toml" "$folder/wanted.in" |
-    sed 's,+cpu$,,' | grep -Ev '^(vexact|setuptools|torchvision|torchaudio|torchcodec|cuda-[a-z-]+|nvidia-[a-z0-9-]+)( @|==)' \
+    sed 's,+cpu$,,' | # a CUDA torch brings its own libraries
+    grep -Ev '^(vexact|setuptools|torchvision|torchaudio|torchcodec|cuda-[a-z-]+|nvidia-[a-z0-9-]+)( @|==)' \
       >"$folder/constraints.txt"
   rm "$folder/wanted.in"
   printf 'lock: %s: %s packages\n' "$folder/constraints.txt" "$(wc -l <"$folder/constraints.txt")" >&2
