@@ -56,7 +56,9 @@ class Watched(ExactTextTrainer):
             say(f"loss {loss:.6f} gradient norm {float(grad_norm):.6f}")
 
     def on_epoch_end(self):
-        """Nor its checkpoint, which empties a GPU's cache."""
+        """Nor its checkpoints, which empty a GPU's cache."""
+
+    on_train_end = on_epoch_end
 
 
 def sequences(vocabulary):
