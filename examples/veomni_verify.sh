@@ -11,7 +11,8 @@ if [[ ! -x "$python" ]]; then # made by the tests' script, which collects the te
   VEXACT_BRIDGES=keep bash "$root/submodules/ci.sh" veomni --collect-only -q >/dev/null
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if [[ " $*" != *" --model_path"* ]]; then
+given="$*"
+if [[ " $given" != *" --model_path"* ]]; then
   tiny="${VEXACT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vexact}/tiny"
   "$python" -m vexact prepare tiny --out "$tiny" >&2
   set -- --model_path "$tiny/model" "$@"
