@@ -178,15 +178,18 @@ class Worker:
 
     def explain(self, question: Question) -> str | None:
         """Called on all ranks that train and on the one whose engine explains; the latter gives the text."""
-        engine = self.engine
-        assert isinstance(engine, Engine), "only a rollout that should be exact is explained"
         if self._actor is None:
-            weights = take_weights(question, engine.model)
+            weights = take_weights(question, self._exact_engine.model)
         else:
             weights = give_weights(question, self._actor, self._past, self.info.rank, self.roles.trainers)
         if self.info.rank != question.generated_by:
             return None
-        return explain_here(question, weights, engine, self._actor)
+        return explain_here(question, weights, self._exact_engine, self._actor)
+
+    @property
+    def _exact_engine(self) -> Engine:
+        assert isinstance(self.engine, Engine), "only a rollout that should be exact is explained"
+        return self.engine
 
     def weights_digest(self) -> str:
         """Of the whole model, on every rank that trains."""
