@@ -222,3 +222,15 @@ def test_any_value_under_any_key(raw, key, value):
         right &= config.num_heads % config.num_kv_heads == 0 == config.head_dim % 2
         right &= all(type(token) is int and 0 <= token < config.vocab_size for token in config.eos_token_ids)
     assert right
+
+
+def test_the_pad_row_is_a_row_of_the_embedding():
+    """Counted from the end where it is negative, as torch.nn.Embedding takes what old Llama files say."""
+    plain = {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
+    plain |= {"num_hidden_layers": 1, "num_attention_heads": 1}
+    rows = [ModelConfig.from_hf_dict(plain | {"pad_token_id": value}).padding_idx for value in (None, 0, 8, -1)]
+    assert rows == [None, 0, 8, 8]
+    assert ModelConfig.from_hf_dict(plain).padding_idx is None
+    for value in (9, -10, True, "2", 1.0):
+        with pytest.raises(ValueError, match=r"config\.json: pad_token_id=.* must be a token id from 0 to 8"):
+            ModelConfig.from_hf_dict(plain | {"pad_token_id": value})

@@ -94,7 +94,6 @@ def main():
     )
     arguments.train.optimizer.lr = 1e-3
     Watched(arguments).train()
-    dist.barrier()
 
 
 main()
