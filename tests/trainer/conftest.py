@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from small_run import small_run
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.prepare.tokenizers import character_tokenizer
@@ -67,18 +68,9 @@ def overrides(tiny, tmp_path):
 
     def make(*more: str) -> list[str]:
         return [
-            f"actor_rollout_ref.model.path={tiny / 'model'}",
-            f"data.train_files={tiny / 'train.jsonl'}",
-            f"reward.custom_reward_function.path={tiny / 'reward.py'}",
-            "data.max_prompt_length=16",
-            "data.max_response_length=12",
-            "data.train_batch_size=4",
-            "actor_rollout_ref.rollout.n=4",
-            "actor_rollout_ref.actor.optim.lr=1e-3",
-            "reward.num_workers=1",
+            *small_run(tiny, tmp_path / "run"),
             "trainer.total_training_steps=3",
             "trainer.logger=[jsonl]",
-            f"trainer.default_local_dir={tmp_path / 'run'}",
             *more,
         ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from small_run import small_run
+
 STEPS = 3
 BACKGROUND = "actor_rollout_ref.actor.checkpoint.async_save=true"
 
@@ -12,20 +14,11 @@ BACKGROUND = "actor_rollout_ref.actor.checkpoint.async_save=true"
 def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
     """Of `vexact train`: a checkpoint at every step."""
     return [
-        f"actor_rollout_ref.model.path={tiny / 'model'}",
-        f"data.train_files={tiny / 'train.jsonl'}",
-        f"reward.custom_reward_function.path={tiny / 'reward.py'}",
-        "data.max_prompt_length=16",
-        "data.max_response_length=12",
-        "data.train_batch_size=4",
-        "actor_rollout_ref.rollout.n=4",
-        "actor_rollout_ref.actor.optim.lr=1e-3",
+        *small_run(tiny, directory),
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
-        "reward.num_workers=1",
         "trainer.save_freq=1",
         "trainer.device=cpu",
         f"trainer.total_training_steps={STEPS}",
-        f"trainer.default_local_dir={directory}",
         *more,
     ]
 

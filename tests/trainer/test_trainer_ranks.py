@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import rank_runs
 from run_results import digest, rows, samples
+from small_run import small_run
 
 from vexact.config import load_config
 from vexact.trainer.launch import run
@@ -52,17 +53,8 @@ def one_process(tiny, tmp_path_factory):
 
 def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
     return [
-        f"actor_rollout_ref.model.path={tiny / 'model'}",
-        f"data.train_files={tiny / 'train.jsonl'}",
-        f"reward.custom_reward_function.path={tiny / 'reward.py'}",
-        "data.max_prompt_length=16",
-        "data.max_response_length=12",
-        "data.train_batch_size=4",
-        "actor_rollout_ref.rollout.n=4",
-        "actor_rollout_ref.actor.optim.lr=1e-3",
-        "reward.num_workers=1",
+        *small_run(tiny, directory),
         "trainer.logger=[jsonl]",
-        f"trainer.default_local_dir={directory}",
         *COMMON,
         *more,
     ]
