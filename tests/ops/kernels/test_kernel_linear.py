@@ -7,9 +7,10 @@ import torch
 from linear_support import DEVICE, at_once, integers, randn, tensor_core  # noqa: F401
 
 from vexact.ops.kernels import linear
-from vexact.ops.kernels.linear_select import fit_float32_output, select_tile
-from vexact.ops.kernels.linear_tile_table import TUNED
-from vexact.ops.kernels.linear_tiles import FLOAT32_TILES, POINTER_TILES, Tile
+from vexact.ops.kernels.linear.launch import use_descriptors
+from vexact.ops.kernels.linear.select import fit_float32_output, select_tile
+from vexact.ops.kernels.linear.tile_table import TUNED
+from vexact.ops.kernels.linear.tiles import FLOAT32_TILES, POINTER_TILES, Tile
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -121,9 +122,9 @@ def test_fp32_results_that_do_not_fit_beside_tensor_memory_take_another_tile():
 def test_descriptors_need_sixteen_byte_strides():
     even, odd = randn(8, 64, seed=1, dtype=torch.bfloat16), randn(8, 61, seed=1, dtype=torch.bfloat16)
     has_descriptors = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-    assert linear.use_descriptors(even, even.t()) == has_descriptors
-    assert not linear.use_descriptors(even, odd)
-    assert not linear.use_descriptors(even[:, 1:57])
+    assert use_descriptors(even, even.t()) == has_descriptors
+    assert not use_descriptors(even, odd)
+    assert not use_descriptors(even[:, 1:57])
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.kernels import linear_cross_entropy_launch as launch
-from vexact.ops.kernels.linear import matmul
+from vexact.ops.kernels.linear.launch import matmul
 from vexact.ops.kernels.linear_cross_entropy_chunks import ROW_MULTIPLE, balanced_size, cut, padded
 from vexact.ops.kernels.linear_cross_entropy_one_pass import one_pass
 from vexact.ops.kernels.logprob import BLOCK, token_logprobs

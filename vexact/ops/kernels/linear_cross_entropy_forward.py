@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.linear_pointer import tile_coordinates
-from vexact.ops.kernels.linear_tma import halves, joined, multiply_tile
+from vexact.ops.kernels.linear.pointer import tile_coordinates
+from vexact.ops.kernels.linear.tma import halves, joined, multiply_tile
 from vexact.ops.kernels.logprob import block_state, block_top, exponential_terms, scaled
 
 

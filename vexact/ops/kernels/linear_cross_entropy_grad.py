@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.linear_pointer import tile_coordinates
-from vexact.ops.kernels.linear_tma import halves, multiply_tile
+from vexact.ops.kernels.linear.pointer import tile_coordinates
+from vexact.ops.kernels.linear.tma import halves, multiply_tile
 
 
 @triton.jit

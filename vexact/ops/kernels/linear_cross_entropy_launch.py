@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vexact.ops.kernels.linear import (
+from vexact.ops.kernels.linear.launch import (
     capability,
     matmul,
     multiprocessors,

@@ -1,7 +1,7 @@
 """Matrix product through pointers: every GPU, every stride, every dtype.
 
 The reduction walks K from 0 to K - 1 in one fp32 accumulator, so the tile shape, the number of warps and the number of
-stages decide speed only. See ``linear_tma`` for the variant that fetches tiles with the tensor memory accelerator.
+stages decide speed only. See ``tma`` for the variant that fetches tiles with the tensor memory accelerator.
 """
 
 from __future__ import annotations

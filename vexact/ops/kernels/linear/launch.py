@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vexact.ops.kernels.linear_pointer import matmul_pointer_kernel
-from vexact.ops.kernels.linear_select import fit_float32_output, select_tile
-from vexact.ops.kernels.linear_tiles import Layout, Tile
-from vexact.ops.kernels.linear_tma import matmul_tma_kernel
+from vexact.ops.kernels.linear.pointer import matmul_pointer_kernel
+from vexact.ops.kernels.linear.select import fit_float32_output, select_tile
+from vexact.ops.kernels.linear.tiles import Layout, Tile
+from vexact.ops.kernels.linear.tma import matmul_tma_kernel
 from vexact.ops.kernels.sizes import cdiv
 
 

@@ -7,8 +7,8 @@ from math import log2
 
 import torch
 
-from vexact.ops.kernels.linear_tile_table import TUNED
-from vexact.ops.kernels.linear_tiles import (
+from vexact.ops.kernels.linear.tile_table import TUNED
+from vexact.ops.kernels.linear.tiles import (
     FLOAT32_TILES,
     POINTER_TILES,
     TENSOR_MEMORY_STAGING,

@@ -1,6 +1,6 @@
 """Persistent matrix product whose tiles travel through tensor descriptors (sm_90 and newer).
 
-Same reduction as ``linear_pointer``: K from 0 to K - 1 in one fp32 accumulator. Descriptors fill what lies outside a
+Same reduction as ``pointer``: K from 0 to K - 1 in one fp32 accumulator. Descriptors fill what lies outside a
 matrix with zeros, so ragged edges need no masks.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.linear_pointer import tile_coordinates
+from vexact.ops.kernels.linear.pointer import tile_coordinates
 
 
 @triton.jit
