@@ -21,10 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vexact.ops.kernels import linear, linear_cross_entropy, linear_cross_entropy_launch, logprob
+from vexact.ops.kernels import linear, linear_cross_entropy, logprob
 from vexact.ops.kernels.linear import launch as linear_launch
 from vexact.ops.kernels.linear.tile_table import TUNED
 from vexact.ops.kernels.linear.tiles import FLOAT32_TILES, POINTER_TILES, Layout, Tile
+from vexact.ops.kernels.linear_cross_entropy import launch as cross_entropy_launch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SAMPLE_EVERY = 11
@@ -59,7 +60,7 @@ def compile_launches(arch: int, launch: Callable[[], object]) -> list[tuple[str,
 
     driver.set_active(CompileOnlyDriver(arch))
     JITFunction.__getitem__ = instead_of_launching
-    for module in (linear_launch, linear_cross_entropy_launch):
+    for module in (linear_launch, cross_entropy_launch):
         module.capability = lambda device: (arch // 10, arch % 10)
     launch()
     return binaries

@@ -8,16 +8,15 @@ from cross_entropy_support import BF16, FP32, TOLERANCE, Case, assert_close, fp6
 from linear_support import DEVICE, randn, tensor_core  # noqa: F401
 
 from vexact.ops.kernels import linear, linear_cross_entropy, logprob
-from vexact.ops.kernels import linear_cross_entropy_chunks as chunks
-from vexact.ops.kernels import linear_cross_entropy_launch as launch
+from vexact.ops.kernels.linear_cross_entropy import chunks, launch, two_pass
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Limits at which a few dozen tokens take several chunks and vocabulary slices."""
-    monkeypatch.setattr(linear_cross_entropy, "ROW_MULTIPLE", 16)
-    monkeypatch.setattr(linear_cross_entropy, "COLUMN_MULTIPLE", 64)
-    monkeypatch.setattr(linear_cross_entropy, "WORKSPACE_BYTES", 64 * 4 * 36)
+    monkeypatch.setattr(two_pass, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(two_pass, "COLUMN_MULTIPLE", 64)
+    monkeypatch.setattr(two_pass, "WORKSPACE_BYTES", 64 * 4 * 36)
 
 
 @pytest.mark.parametrize(("dtype", "vocabulary"), [(BF16, 73), (BF16, 272), (FP32, 73)])

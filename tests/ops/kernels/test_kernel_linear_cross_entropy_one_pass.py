@@ -8,9 +8,9 @@ from cross_entropy_support import BF16, FP16, FP32, TOLERANCE, Case, assert_clos
 from linear_support import DEVICE, randn, tensor_core  # noqa: F401
 from torch import Tensor
 
-from vexact.ops.kernels import linear, linear_cross_entropy, linear_cross_entropy_one_pass
-from vexact.ops.kernels import linear_cross_entropy_launch as launch
-from vexact.ops.kernels.linear_cross_entropy_chunks import padded
+from vexact.ops.kernels import linear, linear_cross_entropy
+from vexact.ops.kernels.linear_cross_entropy import launch, single_pass
+from vexact.ops.kernels.linear_cross_entropy.chunks import padded
 
 UNIT_ROUNDOFF = {BF16: 2.0**-8, FP16: 2.0**-11}
 
@@ -22,11 +22,11 @@ def store_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_groups(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """Limits at which 36 tokens take two groups, and the first of them two chunks."""
-    monkeypatch.setattr(linear_cross_entropy_one_pass, "ROW_MULTIPLE", 16)
+    monkeypatch.setattr(single_pass, "ROW_MULTIPLE", 16)
     part = 21 if launch.fuses_epilogue(case.hidden, case.weight) else 2
     gradients = 32 * padded(case.weight.shape[0]) * case.hidden.element_size()
-    monkeypatch.setattr(linear_cross_entropy_one_pass, "WORKSPACE_BYTES", gradients * part // (part - 1) + part)
-    assert linear_cross_entropy_one_pass.group_and_chunk(case.hidden, case.weight) == (32, 16)
+    monkeypatch.setattr(single_pass, "WORKSPACE_BYTES", gradients * part // (part - 1) + part)
+    assert single_pass.group_and_chunk(case.hidden, case.weight) == (32, 16)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -58,7 +58,7 @@ def chunk_gradients(case: Case, slope: Tensor) -> Tensor:
     """Gradients of all logits (T, V), fp32, for a loss whose derivative by the log-probs is ``slope``."""
     out = torch.empty(len(slope), padded(case.weight.shape[0]), dtype=case.hidden.dtype, device=DEVICE)
     out = out[:, : case.weight.shape[0]]
-    linear_cross_entropy_one_pass.chunk_gradients(*case, lambda values, at: slope[at], slice(None), out)
+    single_pass.chunk_gradients(*case, lambda values, at: slope[at], slice(None), out)
     return out.float()
 
 
@@ -143,10 +143,10 @@ def test_the_workspace_is_bounded(monkeypatch):
         return returned + group * 151936 * 2 + chunk * chunk_bytes_per_token
 
     states = 12 * 151936 // 64  # three fp32 values per block
-    assert linear_cross_entropy_one_pass.group_and_chunk(hidden, weight) == (4096, 2048)
+    assert single_pass.group_and_chunk(hidden, weight) == (4096, 2048)
     assert peak(4096, 2048, states) <= 2.45 * 2**30
     store_logits(monkeypatch)
-    assert linear_cross_entropy_one_pass.group_and_chunk(hidden, weight) == (2048, 1024)
+    assert single_pass.group_and_chunk(hidden, weight) == (2048, 1024)
     assert peak(2048, 1024, states + 4 * 151936) <= 2.45 * 2**30
 
 
@@ -158,9 +158,7 @@ def test_bits_and_gradients_on_the_gpu(vocabulary, monkeypatch):
     logprobs = linear_cross_entropy.forward(*case)[0]
     exact = fp64_gradients(case, slope, None)
     for groups in (1, 3):
-        monkeypatch.setattr(
-            linear_cross_entropy_one_pass, "WORKSPACE_BYTES", 2 * padded(vocabulary) * 1536 // groups * 21 // 20 + 21
-        )
+        monkeypatch.setattr(single_pass, "WORKSPACE_BYTES", 2 * padded(vocabulary) * 1536 // groups * 21 // 20 + 21)
         result = linear_cross_entropy.one_pass(*case, lambda values, tokens: slope[tokens])
         again = linear_cross_entropy.one_pass(*case, lambda values, tokens: slope[tokens])
         assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vexact.ops.kernels import linear_cross_entropy_launch as launch
 from vexact.ops.kernels.linear.launch import matmul
-from vexact.ops.kernels.linear_cross_entropy_chunks import ROW_MULTIPLE, balanced_size, cut, padded
+from vexact.ops.kernels.linear_cross_entropy import launch
+from vexact.ops.kernels.linear_cross_entropy.chunks import ROW_MULTIPLE, balanced_size, cut, padded
 from vexact.ops.kernels.logprob import BLOCK, token_logprobs
 from vexact.ops.kernels.sizes import cdiv
 

@@ -11,14 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vexact.ops.kernels import linear_cross_entropy_launch as launch
 from vexact.ops.kernels.linear.launch import matmul
-from vexact.ops.kernels.linear_cross_entropy_chunks import ROW_MULTIPLE, balanced_size, cut, padded
-from vexact.ops.kernels.linear_cross_entropy_one_pass import one_pass
+from vexact.ops.kernels.linear_cross_entropy import launch
+from vexact.ops.kernels.linear_cross_entropy.chunks import ROW_MULTIPLE, balanced_size, cut, padded
 from vexact.ops.kernels.logprob import BLOCK, token_logprobs
 from vexact.ops.kernels.sizes import cdiv
-
-__all__ = ["backward", "forward", "one_pass"]
 
 WORKSPACE_BYTES = 1280 << 20  # a chunk of stored logits, or the gradients of a slice of the vocabulary
 BACKWARD_BYTES = 2480 << 20  # that slice together with the gradients that are returned, as far as these leave room

@@ -15,10 +15,10 @@ from vexact.ops.kernels.linear.launch import (
     strip_descriptor,
     use_descriptors,
 )
-from vexact.ops.kernels.linear_cross_entropy_chunks import padded
-from vexact.ops.kernels.linear_cross_entropy_exponentials import exponentials_to_dlogits_kernel
-from vexact.ops.kernels.linear_cross_entropy_forward import matmul_states_kernel
-from vexact.ops.kernels.linear_cross_entropy_grad import dlogits_kernel, matmul_dlogits_kernel
+from vexact.ops.kernels.linear_cross_entropy.chunks import padded
+from vexact.ops.kernels.linear_cross_entropy.dlogits import dlogits_kernel, matmul_dlogits_kernel
+from vexact.ops.kernels.linear_cross_entropy.exponentials import exponentials_to_dlogits_kernel
+from vexact.ops.kernels.linear_cross_entropy.states import matmul_states_kernel
 from vexact.ops.kernels.logprob import BLOCK, QUARTER_LEVELS, empty_states, merge_states
 from vexact.ops.kernels.sizes import cdiv
 
