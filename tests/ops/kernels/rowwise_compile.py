@@ -17,8 +17,6 @@ from triton.compiler import ASTSource
 
 from vexact.ops.kernels import (
     checksum,
-    embedding,
-    embedding_grad,
     qk_norm_rope,
     rms_norm,
     rope,
@@ -27,6 +25,7 @@ from vexact.ops.kernels import (
     square_sums,
     swiglu,
 )
+from vexact.ops.kernels.embedding import gather, grad
 from vexact.ops.kernels.sizes import column_blocks
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
@@ -102,25 +101,25 @@ def _swiglu(dtype: str, width: int) -> Iterator[Case]:
 def _embedding(dtype: str, width: int) -> Iterator[Case]:
     tensor, constants = f"*{dtype}", {"H": width, **column_blocks(width)}
     types = {"ids_ptr": "*i64", "weight_ptr": tensor, "out_ptr": tensor, "num_rows": "i32"}
-    yield f"embedding forward {dtype} {width}", embedding._forward_kernel, types, constants
+    yield f"embedding forward {dtype} {width}", gather._forward_kernel, types, constants
     yield from _embedding_grad(dtype, width)
 
 
 def _embedding_grad(dtype: str, width: int) -> Iterator[Case]:
     tensor = f"*{dtype}"
     types = {"ids_ptr": "*i64", "keys_ptr": "*i32", "named_ptr": "*i8", "num_tokens": "i32", "num_rows": "i32"}
-    constants = {"BLOCK": embedding_grad._MARK_BLOCK, "num_warps": 4}
-    yield "embedding mark", embedding_grad._mark_kernel, types, constants
+    constants = {"BLOCK": grad._MARK_BLOCK, "num_warps": 4}
+    yield "embedding mark", grad._mark_kernel, types, constants
     types = {"named_ptr": "*i8", "out_ptr": tensor, "num_rows": "i32"}
-    constants = {"H": width, **embedding_grad.zero_config(width)}
-    yield f"embedding zeros {dtype} {width}", embedding_grad._zero_kernel, types, constants
+    constants = {"H": width, **grad.zero_config(width)}
+    yield f"embedding zeros {dtype} {width}", grad._zero_kernel, types, constants
     runs = {**dict.fromkeys(("keys_ptr", "starts_ptr", "ends_ptr"), "*i32"), "partials_ptr": "*fp32", "out_ptr": tensor}
     types = {**runs, "dy_ptr": tensor, "order_ptr": "*i64"}
-    constants = {"H": width, **embedding_grad.segment_config(width)}
-    yield f"embedding segments {dtype} {width}", embedding_grad._segment_kernel, types, constants
+    constants = {"H": width, **grad.segment_config(width)}
+    yield f"embedding segments {dtype} {width}", grad._segment_kernel, types, constants
     types = {**runs, "num_tokens": "i32"}
-    constants = {"H": width, **embedding_grad.long_run_config(width)}
-    yield f"embedding long runs {dtype} {width}", embedding_grad._long_run_kernel, types, constants
+    constants = {"H": width, **grad.long_run_config(width)}
+    yield f"embedding long runs {dtype} {width}", grad._long_run_kernel, types, constants
 
 
 def _checksum(size: int) -> Case:

@@ -1,4 +1,4 @@
-"""Token embedding in Triton: a gather. Its gradient is in embedding_grad.py."""
+"""Token embedding in Triton: a gather. Its gradient is in grad.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.embedding_grad import backward
 from vexact.ops.kernels.sizes import cdiv, column_blocks
-
-__all__ = ["backward", "forward"]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
