@@ -20,12 +20,11 @@ from vexact.ops.kernels import (
     qk_norm_rope,
     rms_norm,
     rope,
-    sampling,
-    sampling_threshold,
     square_sums,
     swiglu,
 )
 from vexact.ops.kernels.embedding import gather, grad
+from vexact.ops.kernels.sampling import draw, threshold
 from vexact.ops.kernels.sizes import column_blocks
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
@@ -146,7 +145,7 @@ def _sampling() -> Iterator[Case]:
         "vocab_size": "i32",
         "scratch_ptr": "*fp32",
     }
-    yield "sampling threshold", sampling_threshold._threshold_kernel, types, dict(sampling_threshold.THRESHOLD_CONFIG)
+    yield "sampling threshold", threshold._threshold_kernel, types, dict(threshold.THRESHOLD_CONFIG)
     types = {
         **floats,
         "seed_ptr": "*i64",
@@ -156,9 +155,9 @@ def _sampling() -> Iterator[Case]:
         "vocab_size": "i32",
         "num_chunks": "i32",
     }
-    yield "sampling draw", sampling._draw_kernel, types, dict(sampling.DRAW_CONFIG)
+    yield "sampling draw", draw._draw_kernel, types, dict(draw.DRAW_CONFIG)
     types = {"best_score_ptr": "*fp32", "best_token_ptr": "*i32", "token_ptr": "*i64", "num_chunks": "i32"}
-    yield "sampling choose", sampling._choose_kernel, types, {"BLOCK_S": 32, "num_warps": 1}
+    yield "sampling choose", draw._choose_kernel, types, {"BLOCK_S": 32, "num_warps": 1}
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.philox import philox_4x32_10
-from vexact.ops.kernels.sampling import gumbel_from_bits
+from vexact.ops.kernels.sampling.draw import gumbel_from_bits
+from vexact.ops.kernels.sampling.philox import philox_4x32_10
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from sampling_probe import gumbel, philox
 from torch import Tensor
 
 from vexact.ops.cpu import sampling as twin
-from vexact.ops.kernels import sampling as kernel
-from vexact.ops.kernels.sampling_threshold import THRESHOLD_CONFIG
+from vexact.ops.kernels.sampling import draw as kernel
+from vexact.ops.kernels.sampling.threshold import THRESHOLD_CONFIG
 
 INF = float("inf")
 
@@ -277,7 +277,7 @@ def test_draws_and_kept_sets_have_the_twin_s_bits(vocab_size: int, scale: float)
 
 @pytest.mark.gpu
 def test_all_noise_has_the_twin_s_bits() -> None:
-    from vexact.ops.cpu.gumbel import gumbel as twin_gumbel
+    from vexact.ops.cpu.sampling.gumbel import gumbel as twin_gumbel
 
     for first in range(0, 1 << 23, 1 << 20):
         words = torch.arange(first, first + (1 << 20))

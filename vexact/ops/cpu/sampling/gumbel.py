@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from vexact.ops.cpu.portable_math import log_of_normal
+from vexact.ops.cpu.sampling.portable_math import log_of_normal
 
 RANDOM_BITS = 23
 _TABLE_FROM = 4096  # entries per row from which looking noise up beats computing it

@@ -1,6 +1,6 @@
 """Logarithm and exponential from single additions, products and fused multiply-adds, which a CPU can repeat bit by bit.
 
-Kernels that use them are launched with ``enable_fp_fusion=False``; ``ops/cpu/portable_math.py`` is the twin.
+Kernels that use them are launched with ``enable_fp_fusion=False``; ``ops/cpu/sampling/portable_math.py`` is the twin.
 """
 
 from __future__ import annotations

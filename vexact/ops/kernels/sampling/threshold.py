@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vexact.ops.kernels.portable_math import exp_of_negative, log_of_normal
+from vexact.ops.kernels.sampling.portable_math import exp_of_negative, log_of_normal
 
 THRESHOLD_CONFIG = {"BLOCK": 4096, "ROUNDS": 8, "num_warps": 16}
 _MAX_BLOCKS = 511  # a lane counts its tokens in ten bits, and a row in 21

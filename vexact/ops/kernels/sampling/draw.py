@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vexact.ops.kernels.logprob import token_logprobs
-from vexact.ops.kernels.philox import philox_4x32_10
-from vexact.ops.kernels.portable_math import log_of_normal
-from vexact.ops.kernels.sampling_threshold import thresholds
+from vexact.ops.kernels.sampling.philox import philox_4x32_10
+from vexact.ops.kernels.sampling.portable_math import log_of_normal
+from vexact.ops.kernels.sampling.threshold import thresholds
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 1024, "num_warps": 4}

@@ -1,4 +1,4 @@
-"""Logarithm and exponential with the bits of the Triton kernels (``ops/kernels/portable_math.py``)."""
+"""Logarithm and exponential with the bits of the Triton kernels (``ops/kernels/sampling/portable_math.py``)."""
 
 from __future__ import annotations
 

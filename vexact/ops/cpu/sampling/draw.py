@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vexact.ops.cpu.gumbel import gumbel
 from vexact.ops.cpu.logprob import token_logprobs
-from vexact.ops.cpu.philox import random_bits
-from vexact.ops.cpu.portable_math import exp_of_negative, log_of_normal
+from vexact.ops.cpu.sampling.gumbel import gumbel
+from vexact.ops.cpu.sampling.philox import random_bits
+from vexact.ops.cpu.sampling.portable_math import exp_of_negative, log_of_normal
 
 _MASS_BITS = 40  # probabilities relative to the largest are summed as multiples of 2^-40
 _SMALLEST_NORMAL = np.float32(2.0**-126)
