@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from vexact.ops.attention.checks import check_heads, check_scale
-from vexact.ops.checks import out_of_range
-from vexact.ops.cpu.attention_backward import packed_backward
 from vexact.ops.cpu.product import batched, even_rows
 from vexact.ops.cpu.reduce import tree_sum
-
-__all__ = ["packed_backward", "packed_forward", "paged_forward", "write_kv"]
 
 KEY_BLOCK = 64  # a constant of the numerics
 # (sequence of each tile (N,), key positions (KEY_BLOCK,)) -> keys and values (N, KEY_BLOCK, Hkv, D)
@@ -101,17 +97,6 @@ def paged_forward(
 
     tiles = _Tiles.build(cu_seqlens_q, num_keys, _tile_size(q.shape[1], k_cache.shape[2]), causal)
     return _forward(q, v_cache.shape[-1], tiles, fetch, k_cache.shape[2], scale)
-
-
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Writes (T, Hkv, D) to slots page*page_size + offset; negative slots are skipped."""
-    keep = slot_mapping >= 0
-    slots = slot_mapping[keep]
-    try:
-        k_cache.flatten(0, 1)[slots] = k[keep]
-        v_cache.flatten(0, 1)[slots] = v[keep]
-    except IndexError:
-        raise out_of_range("write_kv", "slot_mapping", slots, k_cache.shape[0] * k_cache.shape[1]) from None
 
 
 def _tile_size(num_heads: int, num_kv_heads: int) -> int:
