@@ -19,7 +19,7 @@ _EVERYWHERE = {"block_states_kernel", "merge_states_kernel"}
 @pytest.mark.parametrize("arch", sorted(_SHARED_LIMIT))
 def test_tiles_compile_within_shared_memory_and_serve_every_batch(arch: int, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[3])}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[4])}
     run = subprocess.run(
         [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=500
     )

@@ -1,7 +1,7 @@
 """Compiles the linear, log-prob and cross-entropy kernels exactly as their launchers would, without a GPU.
 
-    python tests/ops/kernels/linear_compile.py 80 90 100          # a fixed sample of the tiles: what CI runs
-    python tests/ops/kernels/linear_compile.py --all 80 90 100    # every tile of the table
+    python tests/ops/kernels/linear/linear_compile.py 80 90 100          # a fixed sample of the tiles: what CI runs
+    python tests/ops/kernels/linear/linear_compile.py --all 80 90 100    # every tile of the table
 
 Prints one JSON line per binary. Needs a process without TRITON_INTERPRET: a stand-in for the driver reports the wanted
 architecture, tensors live on the meta device, and every launch stops after compilation.

@@ -21,7 +21,7 @@ _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one b
 @pytest.mark.parametrize("arch", sorted(_SHARED_LIMIT))
 def test_kernels_compile_within_shared_memory(arch: int, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[3])}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[4])}
     thorough = ["--every-shape"] if environment.get("VEXACT_COMPILE_EVERY_SHAPE") else []
     command = [sys.executable, str(_SCRIPT), str(arch), *thorough]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
