@@ -7,9 +7,9 @@ ranks that share the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ class HeadExchange:
     size: int  # S
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token slices q (n, Hq, D), k, v (n, Hkv, D) -> head slices (S*n, Hq/S, D), twice (S*n, lcm(S, Hkv)/S, D)."""
+        """Token slices q (n, Hq, D), k (n, Hkv, D), v (n, Hkv, Dv) -> head slices (S*n, Hq/S, D), (S*n, h, D) and
+        (S*n, h, Dv) with h = lcm(S, Hkv)/S."""
         q, k, v = _ToHeads.apply(self, q, k, v)
         return q, k, v
 
     def to_tokens(self, out: Tensor) -> Tensor:
-        """Head slice (S*n, Hq/S, D) -> token slice (n, Hq, D)."""
+        """Head slice (S*n, Hq/S, Dv) -> token slice (n, Hq, Dv)."""
         result: Tensor = _ToTokens.apply(self, out)
         return result
 
@@ -56,7 +57,8 @@ class SlicedMetadata:
     exchange: HeadExchange
 
     def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """``attention`` over whole sequences, for this rank's tokens: q (n, Hq, D), k, v (n, Hkv, D) -> (n, Hq, D)."""
+        """``attention`` over whole sequences, for this rank's tokens: q (n, Hq, D), k (n, Hkv, D), v (n, Hkv, Dv) ->
+        (n, Hq, Dv)."""
         out = attention(*self.exchange.to_heads(q, k, v), self.packed, softmax_scale)
         return self.exchange.to_tokens(out)
 
@@ -66,23 +68,22 @@ class _ToHeads(torch.autograd.Function):
     def forward(ctx: Any, exchange: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size, (num_tokens, num_kv_heads, width) = exchange.size, k.shape
         ctx.exchange, ctx.copies = exchange, lcm(size, num_kv_heads) // num_kv_heads
-        per_rank = q.shape[1] // size, num_kv_heads * ctx.copies // size
-        parts = q.new_empty(size, num_tokens, per_rank[0] + 2 * per_rank[1], width)
-        for part, heads in zip(_split(parts, per_rank), (q, _repeated(k, ctx.copies), _repeated(v, ctx.copies))):
+        kv_heads = num_kv_heads * ctx.copies // size
+        ctx.shapes = (q.shape[1] // size, width), (kv_heads, width), (kv_heads, v.shape[2])
+        parts = q.new_empty(size, num_tokens, sum(map(prod, ctx.shapes)))
+        for part, heads in zip(_split(parts, ctx.shapes), (q, _repeated(k, ctx.copies), _repeated(v, ctx.copies))):
             part.copy_(heads.unflatten(1, (size, -1)).transpose(0, 1))
-        received = exchange.trade(parts).flatten(0, 1)
-        ctx.per_rank = per_rank
-        q, k, v = _split(received, per_rank)
+        q, k, v = _split(exchange.trade(parts).flatten(0, 1), ctx.shapes)
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         size = ctx.exchange.size
-        parts = dq.new_empty(size, dq.shape[0] // size, dq.shape[1] + 2 * dk.shape[1], dq.shape[2])
-        for part, heads in zip(_split(parts, ctx.per_rank), (dq, dk, dv)):
+        parts = dq.new_empty(size, dq.shape[0] // size, sum(map(prod, ctx.shapes)))
+        for part, heads in zip(_split(parts, ctx.shapes), (dq, dk, dv)):
             part.copy_(heads.unflatten(0, (size, -1)))
-        dq, dk, dv = (heads.transpose(0, 1).flatten(1, 2) for heads in _split(ctx.exchange.trade(parts), ctx.per_rank))
+        dq, dk, dv = (heads.transpose(0, 1).flatten(1, 2) for heads in _split(ctx.exchange.trade(parts), ctx.shapes))
         return None, dq, _summed(dk, ctx.copies), _summed(dv, ctx.copies)
 
 
@@ -100,9 +101,10 @@ class _ToTokens(torch.autograd.Function):
         return None, ctx.exchange.trade(parts).flatten(0, 1)
 
 
-def _split(heads: Tensor, per_rank: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Views of the queries, keys and values that lie side by side in (..., heads, D)."""
-    return heads.split((per_rank[0], per_rank[1], per_rank[1]), dim=-2)
+def _split(rows: Tensor, shapes: tuple[tuple[int, int], ...]) -> Iterator[Tensor]:
+    """Views (..., heads, width) of the queries, keys and values that lie side by side in a token's row."""
+    for part, shape in zip(rows.split([prod(shape) for shape in shapes], dim=-1), shapes, strict=True):
+        yield part.unflatten(-1, shape)
 
 
 def _repeated(heads: Tensor, copies: int) -> Tensor:
