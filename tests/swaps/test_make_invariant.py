@@ -29,12 +29,8 @@ EXACT = {
     "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
     "smollm3": {},  # layers without rotary embedding
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": True},
-    "mixtral": {
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "hidden_size": 64,
-        "intermediate_size": 72,
-    },  # weights that stay fp32
+    # weights of experts that stay fp32; an expert's width that torch's grouped product takes
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 72},
     "glm4_moe": {  # sigmoid, groups, correction bias, shared experts
         **EXPERTS,
         "n_routed_experts": 8,
