@@ -15,7 +15,7 @@ def load_places(ptr, stride, place, end, row_of_place, col, columns, BLOCK: tl.c
     return tl.load(ptrs, mask=here[:, None] & (cols < columns)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@triton.jit
 def grouped_grad_weight_kernel(
     dy_desc,  # (P, N) when DESCRIPTORS
     x_desc,  # (P, K) when DESCRIPTORS and not GATHER

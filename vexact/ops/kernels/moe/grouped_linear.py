@@ -22,20 +22,17 @@ from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 def forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
     """x (T, K) gathered by ``rows`` (P,), or (P, K); weight (E, N, K) -> (P, N) in the dtype of ``x``."""
-    out = x.new_empty(_places(x, rows), weight.shape[1])
-    return product(x, weight, out, rows, offsets, top_k)
+    return product(x, weight, rows, offsets, top_k)
 
 
 def swiglu_forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
     """SwiGLU of :func:`forward` with weight (E, 2I, K) -> (P, I), the same bits without storing (P, 2I)."""
-    out = x.new_empty(_places(x, rows), weight.shape[1] // 2)
-    return product(x, weight, out, rows, offsets, top_k, gated=True)
+    return product(x, weight, rows, offsets, top_k, gated=True)
 
 
 def grad_input(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """dy (P, N), weight (E, N, K) -> (P, K), place by place."""
-    out = dy.new_empty(dy.shape[0], weight.shape[2])
-    return product(dy, weight.transpose(1, 2), out, None, offsets, 1)
+    return product(dy, weight.transpose(1, 2), None, offsets, 1)
 
 
 def grad_weight(
@@ -46,6 +43,8 @@ def grad_weight(
     ``tile`` overrides the table (for tuning and for tests); the bits do not depend on it.
     """
     num_experts, (n, k) = offsets.shape[0] - 1, (dy.shape[1], x.shape[1])
+    if dy.shape[0] == 0:
+        return x.new_zeros(num_experts, n, k)
     out = x.new_empty(num_experts, n, k)
     if tile is None:
         tile = grad_weight_tile(x.dtype, _has_descriptors(dy, x))
@@ -80,7 +79,6 @@ def grad_weight(
 def product(
     x: Tensor,
     weight: Tensor,
-    out: Tensor,
     rows: Tensor | None,
     offsets: Tensor,
     top_k: int,
@@ -88,22 +86,29 @@ def product(
     gated: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Write the rows of ``x`` times the matrices (N, K) of ``weight`` into ``out`` (P, N), or SwiGLU of them.
+    """The rows of ``x`` times the matrices (N, K) of ``weight``, of any strides -> (P, N), or SwiGLU of that.
 
-    ``weight`` may have any strides. ``tile`` overrides the table; the bits do not depend on it.
+    ``tile`` overrides the table; the bits do not depend on it.
     """
-    if out.numel() == 0:
-        return out
+    num_places = (x if rows is None else rows).shape[0]
+    n = weight.shape[1] // 2 if gated else weight.shape[1]
+    if num_places == 0 or n == 0:
+        return x.new_empty(num_places, n)
     if tile is None:
-        descriptors = x.shape[1] > 0 and _has_descriptors(x, out) and _whole_matrices(weight)
-        tile = product_tile(out.shape[0], weight.shape[0], x.dtype, descriptors, gated)
+        descriptors = x.shape[1] > 0 and n % 8 == 0 and _has_descriptors(x) and _whole_matrices(weight)
+        tile = product_tile(num_places, weight.shape[0], x.dtype, descriptors, gated)
     launch = _launch_tma if tile.kernel == "tma" else _launch_pointer
-    launch(x, weight, out, rows, offsets, top_k, gated, tile)
-    return out
+    return launch(x, weight, rows, offsets, top_k, num_places, n, gated, tile)
 
 
-def _places(x: Tensor, rows: Tensor | None) -> int:
-    return x.shape[0] if rows is None else rows.shape[0]
+def own_rows(out: Tensor, block_m: int, width: int) -> TensorDescriptor:
+    """A descriptor of (P, N), given with ``block_m`` rows in front, that stores the first ``own`` rows of a tile alone.
+
+    Row x + y is addressed by its two coordinates, of which y ends at ``block_m``: a tile that starts at x = first + own,
+    y = block_m - own reaches that end after ``own`` rows, and the accelerator drops the others.
+    """
+    rows, n = out.shape
+    return TensorDescriptor(out, [rows - block_m + 1, block_m, n], [n, n, 1], [1, block_m, width])
 
 
 def _has_descriptors(*matrices: Tensor) -> bool:
@@ -123,10 +128,18 @@ def _whole_matrices(weight: Tensor) -> bool:
 
 
 def _launch_tma(
-    x: Tensor, weight: Tensor, out: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, gated: bool, tile: Tile
-) -> None:
-    (num_places, n), num_experts, k = out.shape, weight.shape[0], x.shape[1]
-    k_major, gather, whole = weight.stride(2) == 1, rows is not None, tile.waves > 0
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    top_k: int,
+    num_places: int,
+    n: int,
+    gated: bool,
+    tile: Tile,
+) -> Tensor:
+    num_experts, k, k_major, gather = weight.shape[0], x.shape[1], weight.stride(2) == 1, rows is not None
+    out = x.new_empty(tile.block_m + num_places, n)
     stored = weight if k_major else weight.transpose(1, 2)
     block = [1, tile.block_n, tile.block_k] if k_major else [1, tile.block_k, tile.block_n]
     tiles = most_tiles(num_places, num_experts, tile.block_m) * cdiv(n, tile.block_n)
@@ -134,12 +147,11 @@ def _launch_tma(
     grouped_tma_kernel[(grid,)](
         x if gather else strip_descriptor(x, tile.block_m, tile.block_k),
         TensorDescriptor(stored, list(stored.shape), list(stored.stride()), block),
-        strip_descriptor(out, tile.block_m, tile.block_n // tile.splits) if whole else out,
-        out,
+        own_rows(out, tile.block_m, tile.block_n // tile.splits),
         rows if gather else offsets,
         offsets,
         num_experts,
-        n // 8,
+        n,
         k,
         x.stride(0),
         TOP_K=top_k,
@@ -154,18 +166,26 @@ def _launch_tma(
         EVEN_K=k % tile.block_k == 0,
         GATHER=gather,
         GATED=gated,
-        WHOLE=whole,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # as the launches of linear
     )
+    return out[tile.block_m :]
 
 
 def _launch_pointer(
-    x: Tensor, weight: Tensor, out: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, gated: bool, tile: Tile
-) -> None:
-    (num_places, n), num_experts, k = out.shape, weight.shape[0], x.shape[1]
-    k_unit = 1 if k % 16 else 16
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    top_k: int,
+    num_places: int,
+    n: int,
+    gated: bool,
+    tile: Tile,
+) -> Tensor:
+    num_experts, k = weight.shape[0], x.shape[1]
+    out = x.new_empty(num_places, n)
     tiles = most_tiles(num_places, num_experts, tile.block_m) * cdiv(n, tile.block_n)
     grouped_pointer_kernel[(tiles,)](
         x,
@@ -175,11 +195,9 @@ def _launch_pointer(
         offsets,
         num_experts,
         n,
-        k // k_unit,
+        k,
         *x.stride(),
         *weight.stride(),
-        K_UNIT=k_unit,
-        N_UNIT=1 if n % 16 else 16,
         TOP_K=top_k,
         EXPERTS=next_power_of_2(num_experts),
         BLOCK_M=tile.block_m,
@@ -194,3 +212,4 @@ def _launch_pointer(
         num_stages=tile.stages,
         enable_fp_fusion=True,  # as the launches of linear
     )
+    return out

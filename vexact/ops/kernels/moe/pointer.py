@@ -12,7 +12,7 @@ from vexact.ops.kernels.moe.epilogue import gated, store_rows
 from vexact.ops.kernels.moe.places import find_tile, tiles_of_experts
 
 
-@triton.jit(do_not_specialize=["num_experts", "N", "K_UNITS"])
+@triton.jit
 def grouped_pointer_kernel(
     x_ptr,  # (P, K), or (T, K) when GATHER
     weight_ptr,  # (E, N, K), or (E, 2 * N, K) when GATED
@@ -21,14 +21,12 @@ def grouped_pointer_kernel(
     offsets_ptr,  # (E + 1,)
     num_experts,
     N,
-    K_UNITS,  # K / K_UNIT
+    K,
     stride_xm,
     stride_xk,
     stride_we,
     stride_wn,
     stride_wk,
-    K_UNIT: tl.constexpr,
-    N_UNIT: tl.constexpr,
     TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -40,10 +38,8 @@ def grouped_pointer_kernel(
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the places of one expert times its matrix. Units and SWAP are those of ``matmul_pointer_kernel``."""
-    K = K_UNITS * K_UNIT
-    columns = (N // N_UNIT) * N_UNIT
-    tiles_n = tl.cdiv(columns, BLOCK_N)
+    """A tile of the places of one expert times its matrix. SWAP is that of ``matmul_pointer_kernel``."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
     col = tl.program_id(0) % tiles_n * BLOCK_N
     tiles, past = tiles_of_experts(offsets_ptr, num_experts, BLOCK_M, EXPERTS)
@@ -57,7 +53,7 @@ def grouped_pointer_kernel(
     else:
         x_rows = places
     cols = col + tl.arange(0, BLOCK_N)
-    in_cols = (cols < columns)[:, None]
+    in_cols = (cols < N)[:, None]
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + depth[None, :] * stride_xk
     w_ptrs = weight_ptr + expert.to(tl.int64) * stride_we
@@ -80,7 +76,7 @@ def grouped_pointer_kernel(
         else:
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         if GATED:
-            up = tl.load(w_ptrs + columns.to(tl.int64) * stride_wn, mask=in_w, other=0.0)
+            up = tl.load(w_ptrs + N * stride_wn, mask=in_w, other=0.0)
             if SWAP:
                 acc_up = tl.dot(up, tl.trans(x), acc_up, input_precision=PRECISION)
             else:
@@ -91,4 +87,4 @@ def grouped_pointer_kernel(
         acc = gated(acc, acc_up, out_ptr.dtype.element_ty)
     if SWAP:
         acc = tl.trans(acc)
-    store_rows(out_ptr, columns, acc, first, end, col, columns, BLOCK_N, BLOCK_M)
+    store_rows(out_ptr, N, acc, first, end, col, N, BLOCK_N, BLOCK_M)

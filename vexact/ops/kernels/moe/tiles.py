@@ -26,6 +26,11 @@ GATED: Entries = (
     (64, Tile("tma", 64, 64, 64, 4, 4)),
     (LARGE, Tile("tma", 128, 128, 64, 8, 3)),
 )
+GRAD_INPUT: Entries = (
+    (16, Tile("tma", 16, 64, 128, 4, 4)),
+    (64, Tile("tma", 64, 128, 64, 4, 4)),
+    (LARGE, Tile("tma", 128, 256, 64, 8, 4, splits=4, waves=1)),
+)
 GRAD_WEIGHT = Tile("tma", 128, 128, 64, 4, 3)
 # Before sm_90, and for strides or addresses that are not multiples of 16 bytes. They fit the shared memory of sm_80.
 POINTER: Entries = (

@@ -1,8 +1,8 @@
 """Persistent grouped product whose weights travel through tensor descriptors (sm_90 and newer).
 
 Rows come through a descriptor where they stand in the order of places, and through pointers where they are gathered.
-Same reduction as ``linear.tma``. A descriptor's block may reach into the next expert's rows: they are computed and not
-stored. It never reaches into the next expert's matrix, which is a dimension of its own.
+Same reduction as ``linear.tma``. A block may reach into the next expert's rows: they are computed and not stored. It
+never reaches into the next expert's matrix, which is a dimension of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vexact.ops.kernels.linear.tma import halves
-from vexact.ops.kernels.moe.epilogue import gated, store_rows
+from vexact.ops.kernels.moe.epilogue import gated
 from vexact.ops.kernels.moe.places import find_tile, tiles_of_experts
 
 
@@ -34,29 +34,21 @@ def add_product(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def store_strip(
-    out_desc, out_ptr, values, first, end, col, N, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Whole tiles through the descriptor when WHOLE; ragged ones, whose last rows are not theirs, through pointers."""
-    if WHOLE:
-        if first + BLOCK_M <= end:
-            out_desc.store([first, col], values.to(out_desc.dtype))
-        else:
-            store_rows(out_ptr, N, values, first, end, col, N, WIDTH, BLOCK_M)
-    else:
-        store_rows(out_ptr, N, values, first, end, col, N, WIDTH, BLOCK_M)
+def store_own(desc, values, first, end, col, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Round and store the rows of a tile whose places are before ``end``; see ``own_rows``."""
+    own = tl.minimum(end - first, BLOCK_M)
+    desc.store([first + own, BLOCK_M - own, col], tl.reshape(values.to(desc.dtype), (1, BLOCK_M, WIDTH)))
 
 
-@triton.jit(do_not_specialize=["num_experts", "N_UNITS", "K"])
+@triton.jit
 def grouped_tma_kernel(
     x_desc,  # (P, K), or a pointer to (T, K) when GATHER
     weight_desc,  # (E, N, K) when K_MAJOR, else (E, K, N); twice N when GATED
-    out_desc,  # (P, N), blocks of BLOCK_M x BLOCK_N / SPLITS, when WHOLE
-    out_ptr,  # (P, N) contiguous
+    out_desc,  # own_rows of (P, N), blocks of BLOCK_M x BLOCK_N / SPLITS
     rows_ptr,  # (P,) pair of a place, or any pointer unless GATHER
     offsets_ptr,  # (E + 1,)
     num_experts,
-    N_UNITS,  # N / 8: rows are 16-byte aligned
+    N,
     K,
     stride_x,
     TOP_K: tl.constexpr,
@@ -71,11 +63,9 @@ def grouped_tma_kernel(
     EVEN_K: tl.constexpr,
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """Tiles of places of one expert times its matrix; SPLITS and FLATTEN are those of ``matmul_tma_kernel``."""
     WIDTH: tl.constexpr = BLOCK_N // SPLITS
-    N = N_UNITS * 8
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles, past = tiles_of_experts(offsets_ptr, num_experts, BLOCK_M, EXPERTS)
     depth = tl.arange(0, BLOCK_K)
@@ -91,7 +81,8 @@ def grouped_tma_kernel(
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         else:
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc_up = acc
+        if GATED:
+            acc_up = acc
         for step in range(tl.cdiv(K, BLOCK_K)):
             k = step * BLOCK_K
             if not GATHER:
@@ -109,20 +100,20 @@ def grouped_tma_kernel(
             col = stored % tiles_n * BLOCK_N
             stored += tl.num_programs(0)
         if GATED:
-            acc = gated(acc, acc_up, out_ptr.dtype.element_ty)
+            acc = gated(acc, acc_up, out_desc.dtype)
         if SWAP:
             acc = tl.trans(acc)
         if SPLITS == 1:
-            store_strip(out_desc, out_ptr, acc, first, end, col, N, WIDTH, BLOCK_M, WHOLE)
+            store_own(out_desc, acc, first, end, col, WIDTH, BLOCK_M)
         else:
             left, right = halves(acc)
             if SPLITS == 2:
-                store_strip(out_desc, out_ptr, left, first, end, col, N, WIDTH, BLOCK_M, WHOLE)
-                store_strip(out_desc, out_ptr, right, first, end, col + WIDTH, N, WIDTH, BLOCK_M, WHOLE)
+                store_own(out_desc, left, first, end, col, WIDTH, BLOCK_M)
+                store_own(out_desc, right, first, end, col + WIDTH, WIDTH, BLOCK_M)
             else:
                 one, two = halves(left)
-                store_strip(out_desc, out_ptr, one, first, end, col, N, WIDTH, BLOCK_M, WHOLE)
-                store_strip(out_desc, out_ptr, two, first, end, col + WIDTH, N, WIDTH, BLOCK_M, WHOLE)
+                store_own(out_desc, one, first, end, col, WIDTH, BLOCK_M)
+                store_own(out_desc, two, first, end, col + WIDTH, WIDTH, BLOCK_M)
                 three, four = halves(right)
-                store_strip(out_desc, out_ptr, three, first, end, col + 2 * WIDTH, N, WIDTH, BLOCK_M, WHOLE)
-                store_strip(out_desc, out_ptr, four, first, end, col + 3 * WIDTH, N, WIDTH, BLOCK_M, WHOLE)
+                store_own(out_desc, three, first, end, col + 2 * WIDTH, WIDTH, BLOCK_M)
+                store_own(out_desc, four, first, end, col + 3 * WIDTH, WIDTH, BLOCK_M)
