@@ -47,9 +47,9 @@ def _backward_kernel(
     gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + offsets + I, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * I + columns, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = sigmoid(gate)
-    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    dup = dy * gate * sigmoid
+    share = sigmoid(gate)
+    dgate = dy * up * share * (1.0 + gate * (1.0 - share))
+    dup = dy * gate * share
     dtype = grad_ptr.dtype.element_ty
     tl.store(grad_ptr + offsets, dgate.to(dtype), mask=mask)
     tl.store(grad_ptr + offsets + I, dup.to(dtype), mask=mask)

@@ -117,7 +117,12 @@ def test_weight_gradients_have_the_bits_of_linear_for_every_tile(gather):
     x, dy = randn(40, 80, seed=1, dtype=BF16), randn(120, 72, seed=2, dtype=BF16)
     rows, offsets = group("skewed", 40)
     gathered = x[rows.long() // TOP_K]
-    shapes = (tiles.GRAD_WEIGHT, tiles.POINTER_GRAD_WEIGHT, Tile("tma", 64, 32, 32, 4, 3), Tile("tma", 64, 64, 16, 4, 3))
+    shapes = (
+        tiles.GRAD_WEIGHT,
+        tiles.POINTER_GRAD_WEIGHT,
+        Tile("tma", 64, 32, 32, 4, 3),
+        Tile("tma", 64, 64, 16, 4, 3),
+    )
     for tile in shapes:
         given = (x, rows) if gather else (gathered, None)
         found = grouped_linear.grad_weight(dy, *given, offsets, TOP_K, tile=tile)

@@ -192,7 +192,7 @@ def grouped_forward(
     round_to: torch.dtype,
     salt: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`forward` and the groups of its experts: experts, weights, rows, slots, offsets. One launch for FEW_TOKENS."""
+    """:func:`forward`, then rows, slots and offsets of its experts: one launch for FEW_TOKENS, else several."""
     choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
     if 0 < logits.shape[0] <= FEW_TOKENS:
         return _launch(logits, bias, digest, *choice, group=True)

@@ -41,9 +41,7 @@ def softmax_terms(logits_ptr, rows, num_tokens, E: tl.constexpr, LEVELS: tl.cons
 
 
 @triton.jit
-def scores_of(
-    logits_ptr, rows, num_tokens, index, known, E: tl.constexpr, LEVELS: tl.constexpr, SIGMOID: tl.constexpr
-):
+def scores_of(logits_ptr, rows, num_tokens, index, known, E: tl.constexpr, LEVELS: tl.constexpr, SIGMOID: tl.constexpr):
     """(R, C) fp32 scores of the experts ``index``: softmax over the row, or sigmoid."""
     logits = load_logits(logits_ptr, rows, num_tokens, index, known, E)
     if SIGMOID:
