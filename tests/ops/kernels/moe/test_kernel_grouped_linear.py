@@ -46,7 +46,7 @@ def each(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor) -> lis
 
 
 def variants(entries: tiles.Entries) -> list[Tile]:
-    """The tiles of a table that differ in something the interpreter can see, and each of them persistent, with strips."""
+    """Tiles that differ in something the interpreter can see, and each of them persistent, with strips."""
     seen: dict[tuple, Tile] = {}
     for _, tile in entries:
         for waves in (0, 1) if tile.kernel == "tma" else (0,):

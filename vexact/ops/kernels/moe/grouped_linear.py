@@ -6,7 +6,6 @@ Grids depend on shapes alone, and programs find their work in ``offsets``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
