@@ -157,7 +157,7 @@ def stock_calls(shape: MoeShape, kind: str, tokens: int) -> list[Callable[[], ob
     x = torch.randn(pairs, weight.shape[1 if kind.startswith("grad") else 2], device="cuda", dtype=torch.bfloat16)
     ends = [draw_groups(shape, tokens, seed=s)[2][1:] for s in range(max(1, min(16, 256 // tokens)))]
     matrix = weight if kind.startswith("grad") else weight.transpose(1, 2)
-    return [lambda end=end: torch._grouped_mm(x, matrix, offs=end) for end in ends]
+    return [lambda end=end: torch.nn.functional.grouped_mm(x, matrix, offs=end) for end in ends]
 
 
 def rows_unlike_linear(shape: MoeShape, tokens: int) -> int:
