@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +133,13 @@ class CausalLM(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
-            x, residual = _recomputable(layer, args, route_digest) if recompute else layer(*args, route_digest)
+            if not recompute:
+                x, residual = layer(*args, route_digest)
+                continue
+            own = None if route_digest is None else torch.zeros_like(route_digest)
+            x, residual = checkpoint(layer, *args, own, use_reentrant=False)
+            if route_digest is not None:
+                route_digest += own  # a layer that runs again in the backward adds to its own alone
         assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]
         if targets is None:
@@ -156,15 +161,3 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V) fp32, never rounded to the model's dtype."""
         return self.ops.linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
-
-
-def _recomputable(layer: nn.Module, args: tuple[Any, ...], route_digest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs a layer that will run again in the backward; only the first run adds to the digest."""
-    once = [route_digest]
-
-    def run(*args: Any) -> tuple[Tensor, Tensor]:
-        x, residual = layer(*args, once.pop() if once else None)
-        return x, residual
-
-    x, residual = checkpoint(run, *args, use_reentrant=False)
-    return x, residual
