@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vexact.ops.kernels.linear import capability
+from vexact.ops.kernels.linear.launch import capability
 
 Descriptors = tuple[TensorDescriptor, TensorDescriptor]
 
