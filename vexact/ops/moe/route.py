@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +71,7 @@ def route(
         _check_device("digest", digest, logits)
         if not digest.is_contiguous():
             raise ValueError(f"route: digest has strides {digest.stride()}; it must be contiguous, as torch.zeros is")
-    if not math.isfinite(scale):
+    if not abs(scale) < float("inf"):
         raise ValueError(f"route: scale is {scale}; it must be finite")
     if round_to not in FLOATS:
         raise ValueError(f"route: round_to is {round_to}; use fp32, bf16 or fp16")
