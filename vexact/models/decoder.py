@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,11 +136,11 @@ class CausalLM(nn.Module):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
             if not recompute:
                 x, residual = layer(*args, route_digest)
-                continue
-            own = None if route_digest is None else torch.zeros_like(route_digest)
-            x, residual = checkpoint(layer, *args, own, use_reentrant=False)
-            if route_digest is not None:
-                route_digest += own  # a layer that runs again in the backward adds to its own alone
+            elif route_digest is None:
+                x, residual = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x, residual, own = checkpoint(_with_digest, layer, *args, use_reentrant=False)
+                route_digest += own
         assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]
         if targets is None:
@@ -161,3 +162,10 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V) fp32, never rounded to the model's dtype."""
         return self.ops.linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
+
+
+def _with_digest(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's outputs and its own digest: when it runs again in the backward, nobody reads that one."""
+    digest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    x, residual = layer(x, *args, digest)
+    return x, residual, digest
