@@ -52,7 +52,10 @@ SPELLINGS = {
         "rope_scaling": {"type": "linear", "rope_theta": 1e6, "factor": 2.0},
     },
     "new yarn": {"rope_parameters": YARN | {"rope_theta": 1e6}},
-    "old yarn": {"rope_theta": 5e4, "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}},
+    "old yarn": {
+        "rope_theta": 5e4,
+        "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16},
+    },
     "yarn with bands": {"rope_parameters": YARN | {"rope_theta": 100.0, "beta_fast": 4, "beta_slow": 0.5}},
     "yarn between frequencies": {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": 2, "truncate": False}},
     "yarn with a factor of its own": {"rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.25}},

@@ -128,6 +128,9 @@ def _reason(surplus: list[str], config: ModelConfig) -> str:
         return "they are of a LoRA adapter; merge it into the model first"
     if layer is not None and int(layer[1]) >= config.num_layers:
         return f"num_hidden_layers={config.num_layers} is too small, or the files are another model's"
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    if expert is not None and config.moe is not None and int(expert[1]) >= config.moe.num_experts:
+        return f"config.json says {config.moe.num_experts} experts; it is another model's, or that number is wrong"
     if name.endswith(".bias"):
         return "set attention_bias or mlp_bias if the architecture has them, or use the right architecture"
     return "config.json is another model's, or the tensors are not this model's; leaving them out would change it"

@@ -134,7 +134,13 @@ class CausalLM(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
-            x, residual = _recomputable(layer, args, route_digest) if recompute else layer(*args, route_digest)
+            if not recompute:
+                x, residual = layer(*args, route_digest)
+            elif route_digest is None:
+                x, residual = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x, residual, own = checkpoint(_with_digest, layer, *args, use_reentrant=False)
+                route_digest += own
         assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]
         if targets is None:
@@ -158,13 +164,8 @@ class CausalLM(nn.Module):
         return self.ops.linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
 
 
-def _recomputable(layer: nn.Module, args: tuple[Any, ...], route_digest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs a layer that will run again in the backward; only the first run adds to the digest."""
-    once = [route_digest]
-
-    def run(*args: Any) -> tuple[Tensor, Tensor]:
-        x, residual = layer(*args, once.pop() if once else None)
-        return x, residual
-
-    x, residual = checkpoint(run, *args, use_reentrant=False)
-    return x, residual
+def _with_digest(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's outputs and its own digest: when it runs again in the backward, nobody reads that one."""
+    digest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    x, residual = layer(x, *args, digest)
+    return x, residual, digest

@@ -152,8 +152,8 @@ def _read(reader: CheckpointReader, sources: list[str], rows: Tensor, first: int
         stop = start + _num_rows(reader.shape(source))
         low, high = max(start, first), min(stop, end)
         if low < high:
-            stored, part = matrix(reader.tensor(source)), rows[low - first : high - first]
-            values = stored[low - start : high - start]
+            stored, part = reader.tensor(source), rows[low - first : high - first]
+            values = matrix(stored)[low - start : high - start]
             part.copy_(values)
             if not all_finite(values.to(part.dtype) if part.is_meta else part):
                 refuse_values(stored, part.dtype, source, reader.file(source))

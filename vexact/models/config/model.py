@@ -141,8 +141,8 @@ def _interpret(raw: dict[str, Any], file: str, stop: Fields | None) -> ModelConf
     attention_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     if mlp_bias and not llama:
         config.refuse("mlp_bias", f"is not what {architecture} computes; only LlamaForCausalLM has these biases")
-    if attention_bias and architecture == "MixtralForCausalLM":
-        config.refuse("attention_bias", f"is not what {architecture} computes; it must be false or absent")
+    if attention_bias and (latent or architecture == "MixtralForCausalLM"):
+        config.refuse("attention_bias", f"is not supported for {architecture}; it must be false or absent")
     config.number("initializer_range", 0.0, 1e3, 0.02)
     eos = config.token_ids("eos_token_id", vocab_size)
     if stop is not None and stop.values.get("eos_token_id") is not None:
@@ -180,7 +180,7 @@ def _honoured(architecture: str) -> frozenset[str]:
 
 
 def _extra_layers(config: Fields) -> int:
-    counts = [config.size(key, _MOST_LAYERS) for key in _NEXT_TOKENS if config.values.get(key) not in (None, 0)]
+    counts = [config.count(key, _MOST_LAYERS) for key in _NEXT_TOKENS if config.values.get(key) is not None]
     return max(counts, default=0)
 
 

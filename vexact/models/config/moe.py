@@ -18,6 +18,7 @@ _DEEPSEEK = frozenset((
     "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "norm_topk_prob", "n_group",
     "topk_group", "topk_method", "scoring_func", "routed_scaling_factor", "first_k_dense_replace", "moe_layer_freq",
 ))  # fmt: skip
+_METHODS = {True: ("noaux_tc",), False: ("greedy", "group_limited_greedy")}  # of version 3, and of 2
 MOE_KEYS = {
     "Qwen3MoeForCausalLM": _QWEN,
     "MixtralForCausalLM": _MIXTRAL,
@@ -86,10 +87,8 @@ def _deepseek(config: Fields, num_layers: int, v3: bool) -> MoeConfig:
         )
     num_groups, top_groups = (1, 1) if method == "greedy" else _groups(config, num_experts, top_k, pairs=v3)
     width = config.size("moe_intermediate_size", _MOST_WIDTH)
-    shared = (
-        0 if config.values.get("n_shared_experts", 1) in (None, 0) else config.size("n_shared_experts", _MOST_SHARED)
-    )
-    first, every = _whole(config, "first_k_dense_replace", num_layers), config.size("moe_layer_freq", 1 << 12, 1)
+    shared = 0 if config.values.get("n_shared_experts", ...) is None else config.count("n_shared_experts", _MOST_SHARED)
+    first, every = config.count("first_k_dense_replace", num_layers), config.size("moe_layer_freq", 1 << 12, 1)
     return MoeConfig(
         num_experts,
         top_k,
@@ -103,9 +102,6 @@ def _deepseek(config: Fields, num_layers: int, v3: bool) -> MoeConfig:
         correction_bias=v3,
         shared_intermediate_size=shared * width,
     )
-
-
-_METHODS = {True: ("noaux_tc",), False: ("greedy", "group_limited_greedy")}
 
 
 def _experts(config: Fields) -> tuple[int, int]:
@@ -124,8 +120,8 @@ def _groups(config: Fields, num_experts: int, top_k: int, pairs: bool) -> tuple[
     Args:
         pairs: a group's score is the sum of its two best.
     """
-    num_groups = config.size("n_group", num_experts) if config.values.get("n_group") is not None else 1
-    top_groups = config.size("topk_group", num_groups) if config.values.get("topk_group") is not None else 1
+    num_groups = 1 if config.values.get("n_group") is None else config.size("n_group", num_experts)
+    top_groups = 1 if config.values.get("topk_group") is None else config.size("topk_group", num_groups)
     if num_experts % num_groups or (pairs and num_groups > 1 and num_experts // num_groups < 2):
         least = " of two or more" if pairs else ""
         config.refuse("n_group", f"must divide the {num_experts} experts into equal groups{least}")
@@ -135,11 +131,6 @@ def _groups(config: Fields, num_experts: int, top_k: int, pairs: bool) -> tuple[
             f"is more than the experts of topk_group={top_groups} groups, {top_groups * (num_experts // num_groups)}",
         )
     return num_groups, top_groups
-
-
-def _whole(config: Fields, key: str, most: int) -> int:
-    """A whole number from 0 to ``most``."""
-    return 0 if _is_zero(config.values.get(key)) else config.size(key, most)
 
 
 def _layer_list(config: Fields, key: str, num_layers: int) -> frozenset[int]:
@@ -152,7 +143,3 @@ def _layer_list(config: Fields, key: str, num_layers: int) -> frozenset[int]:
 
 def _is_layer(value: Any, num_layers: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < num_layers
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vexact.models.config import MoeConfig
 from vexact.models.layers.mlp import MLP
 from vexact.models.opset import OpSet
+from vexact.ops.moe import ExpertGroups, Routes
 
 
 class MoE(nn.Module):
@@ -41,14 +42,14 @@ class Router(nn.Module):
         super().__init__()
         self.moe, self.layer, self.ops = moe, layer, ops
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
-        # Balances the load; no gradient reaches it. A parameter, so that it travels with the weights
+        # It balances the load, and no gradient reaches it: a parameter, so that it travels with the weights
         bias = torch.zeros(moe.num_experts) if moe.correction_bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor, route_digest: Tensor | None = None) -> Any:
-        """(T, H) -> routes: experts (T, k) int32 ascending, and their weights (T, k) fp32."""
+    def forward(self, x: Tensor, route_digest: Tensor | None = None) -> Routes:
+        """Routes of x (T, H), k a token."""
         moe = self.moe
-        return self.ops.route(
+        routes: Routes = self.ops.route(
             self.ops.linear(x, self.weight, out_dtype=torch.float32),
             self.bias,
             top_k=moe.top_k,
@@ -61,10 +62,11 @@ class Router(nn.Module):
             digest=route_digest,
             salt=self.layer,
         )
+        return routes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A cast of the whole model leaves the bias in fp32: rounded, it would choose other experts than the model that
-        was trained with it."""
+        """A cast of the whole model leaves the bias in fp32: rounded, it would choose other experts than the ones that
+        the model was trained with."""
         bias = self.bias
 
         def keep(tensor: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.intermediate_size))
 
-    def forward(self, x: Tensor, groups: Any) -> Tensor:
+    def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """(T, H) -> (P, H), a row for every pair of token and expert, in the order of ``groups``."""
         gate_up = self.ops.grouped_linear(x, self.gate_up_proj, groups, gather=True)
         out: Tensor = self.ops.grouped_linear(self.ops.swiglu(gate_up), self.down_proj, groups, gather=False)
