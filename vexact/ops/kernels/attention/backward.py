@@ -14,7 +14,7 @@ on every run.
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.attention.keys import dot_columns, load_columns, load_tile, rest_width
+from vexact.ops.kernels.attention.keys import Columns, dot_columns, load_columns, load_tile, rest_width
 from vexact.ops.kernels.attention.rows import find_sequence, unowned_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -22,32 +22,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def zero_columns(ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Accumulators of the first columns of a gradient and of the rest, the latter None where there is none."""
+    """Accumulators of a gradient of this many rows."""
     REST: tl.constexpr = rest_width(D, D_PAD)
     rest = None
     if REST > 0:
         rest = tl.zeros((ROWS, REST), tl.float32)
-    return tl.zeros((ROWS, D_PAD), tl.float32), rest
+    return Columns(tl.zeros((ROWS, D_PAD), tl.float32), rest)
 
 
 @triton.jit
-def add_product(weights, columns, first, rest):
-    """first and rest, plus weights times these columns."""
-    first = tl.dot(weights, columns.first, first, input_precision="ieee")
-    if columns.rest is not None:
-        rest = tl.dot(weights, columns.rest, rest, input_precision="ieee")
-    return first, rest
-
-
-@triton.jit
-def store_columns(target, rows, inside, first, rest, scale, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Write both accumulators, times scale, to the rows of target that start at the offsets `rows` (rows, 1)."""
+def store_columns(target, rows, inside, gradient, scale, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Write accumulators, times scale, to the rows of target that start at the offsets `rows` (rows, 1)."""
     offs_d = tl.arange(0, D_PAD)
-    value = (first * scale).to(target.dtype.element_ty)
+    value = (gradient.first * scale).to(target.dtype.element_ty)
     tl.store(target + rows + offs_d[None, :], value, mask=inside[:, None] & (offs_d < D)[None, :])
-    if rest is not None:
+    if gradient.rest is not None:
         offs_rest = D_PAD + tl.arange(0, rest_width(D, D_PAD))
-        value = (rest * scale).to(target.dtype.element_ty)
+        value = (gradient.rest * scale).to(target.dtype.element_ty)
         tl.store(target + rows + offs_rest[None, :], value, mask=inside[:, None] & (offs_rest < D)[None, :])
 
 
@@ -79,13 +70,15 @@ def prepare_kernel(
 
 @triton.jit
 def walk_queries(
-    dk, dk_rest, dv, k, v, q_base, do_base, delta, lse2, begin, end, q_len, keys, shift, c, stride_qt, stride_dot,
+    dk, dv, k, v, q_base, do_base, delta, lse2, begin, end, q_len, keys, shift, c, stride_qt, stride_dot,
     BLOCK_M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the query rows in [begin, end) to dK and dV; scores are transposed, (BLOCK_N, BLOCK_M)."""
     offs_dv = tl.arange(0, DV_PAD)
     offs_m = tl.arange(0, BLOCK_M)
+    dk_first = dk.first
+    dk_rest = dk.rest
     for start in tl.range(begin, end, BLOCK_M):
         row = start + offs_m
         inside = row < q_len
@@ -102,8 +95,11 @@ def walk_queries(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         row_delta = tl.load(delta + row, mask=inside, other=0.0)
         ds = p * (dp - row_delta[None, :])
-        dk, dk_rest = add_product(ds.to(do.dtype), q, dk, dk_rest)
-    return dk, dk_rest, dv
+        ds = ds.to(do.dtype)
+        dk_first = tl.dot(ds, q.first, dk_first, input_precision="ieee")
+        if q.rest is not None:
+            dk_rest = tl.dot(ds, q.rest, dk_rest, input_precision="ieee")
+    return Columns(dk_first, dk_rest), dv
 
 
 @triton.jit
@@ -165,7 +161,7 @@ def keys_kernel(
         begin = 0
         middle = 0
     middle = tl.minimum(middle, q_len)
-    dk_acc, dk_rest = zero_columns(BLOCK_N, D, D_PAD)
+    dk_acc = zero_columns(BLOCK_N, D, D_PAD)
     dv_acc = tl.zeros((BLOCK_N, DV_PAD), tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
@@ -173,30 +169,32 @@ def keys_kernel(
         do_base = dout + (q_start * NUM_HEADS + head) * DV
         row_base = head * num_rows + q_start
         if CAUSAL:
-            dk_acc, dk_rest, dv_acc = walk_queries(
-                dk_acc, dk_rest, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base,
+            dk_acc, dv_acc = walk_queries(
+                dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base,
                 begin, middle, q_len, keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, True,
             )  # fmt: skip
-        dk_acc, dk_rest, dv_acc = walk_queries(
-            dk_acc, dk_rest, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base, middle, q_len, q_len,
+        dk_acc, dv_acc = walk_queries(
+            dk_acc, dv_acc, k_tile, v_tile, q_base, do_base, delta + row_base, lse2 + row_base, middle, q_len, q_len,
             keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, False,
         )  # fmt: skip
     flat = (key_rows * KV_HEADS + kv_head)[:, None]
     inside = keys < kv_len
-    store_columns(dk, flat * D, inside, dk_acc, dk_rest, scale, D, D_PAD)
+    store_columns(dk, flat * D, inside, dk_acc, scale, D, D_PAD)
     mask = inside[:, None] & (offs_dv < DV)[None, :]
     tl.store(dv + flat * DV + offs_dv[None, :], dv_acc.to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def walk_keys(
-    dq, dq_rest, q, do, row_lse, row_delta, limit, k_base, v_base, begin, end, kv_len, c, stride_kt, stride_vt,
+    dq, q, do, row_lse, row_delta, limit, k_base, v_base, begin, end, kv_len, c, stride_kt, stride_vt,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys in [begin, end) to dQ; row r sees the keys below limit[r]."""
     offs_dv = tl.arange(0, DV_PAD)
     offs_n = tl.arange(0, BLOCK_N)
+    dq_first = dq.first
+    dq_rest = dq.rest
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + offs_n
         inside = keys < kv_len
@@ -211,8 +209,11 @@ def walk_keys(
         if MASKED:
             p = tl.where(keys[None, :] < limit[:, None], p, 0.0)
         ds = p * (dp - row_delta[:, None])
-        dq, dq_rest = add_product(ds.to(do.dtype), k, dq, dq_rest)
-    return dq, dq_rest
+        ds = ds.to(do.dtype)
+        dq_first = tl.dot(ds, k.first, dq_first, input_precision="ieee")
+        if k.rest is not None:
+            dq_rest = tl.dot(ds, k.rest, dq_rest, input_precision="ieee")
+    return Columns(dq_first, dq_rest)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_rows"])
@@ -259,13 +260,13 @@ def queries_kernel(
     kv_head = head // GROUP
     k_base = k + k_start * stride_kt + kv_head * stride_kh
     v_base = v + k_start * stride_vt + kv_head * stride_vh
-    acc, acc_rest = zero_columns(BLOCK_M, D, D_PAD)
-    acc, acc_rest = walk_keys(
-        acc, acc_rest, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, 0, full_end, kv_len, c,
-        stride_kt, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, False,
+    acc = zero_columns(BLOCK_M, D, D_PAD)
+    acc = walk_keys(
+        acc, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, 0, full_end, kv_len, c, stride_kt, stride_vt,
+        BLOCK_N, D, DV, D_PAD, DV_PAD, False,
     )  # fmt: skip
-    acc, acc_rest = walk_keys(
-        acc, acc_rest, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, full_end, end, kv_len, c,
-        stride_kt, stride_vt, BLOCK_N, D, DV, D_PAD, DV_PAD, True,
+    acc = walk_keys(
+        acc, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, full_end, end, kv_len, c, stride_kt, stride_vt,
+        BLOCK_N, D, DV, D_PAD, DV_PAD, True,
     )  # fmt: skip
-    store_columns(dq, ((q_rows * NUM_HEADS + head) * D)[:, None], inside, acc, acc_rest, scale, D, D_PAD)
+    store_columns(dq, ((q_rows * NUM_HEADS + head) * D)[:, None], inside, acc, scale, D, D_PAD)

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.sizes import next_power_of_2
-
 
 class Columns(NamedTuple):
     """Rows of queries or keys, or descriptors of them."""
@@ -55,7 +53,7 @@ def load_tile(pointers, row_mask, offs_d, D: tl.constexpr, D_PAD: tl.constexpr, 
 @triton.constexpr_function
 def rest_width(D, D_PAD):
     """Width of the second tile, 0 if the first holds all columns."""
-    return max(16, next_power_of_2(D - D_PAD)) if D > D_PAD else 0
+    return max(16, 1 << (D - D_PAD - 1).bit_length()) if D > D_PAD else 0
 
 
 @triton.jit
