@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from vexact.ops.kernels.linear import matmul
-from vexact.ops.kernels.linear_tiles import Layout, Tile
+from vexact.ops.kernels.linear.tiles import Layout, Tile
 
 # name: weight (N, K). The attention and MLP projections are fused, as the models have them.
 LAYER_SHAPES: dict[str, tuple[int, int]] = {

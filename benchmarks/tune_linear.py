@@ -1,7 +1,7 @@
 """Search the tiles of the linear kernels on this GPU and check that every one of them gives the same bits.
 
 python benchmarks/tune_linear.py --out tune.json             # time every candidate
-python benchmarks/tune_linear.py --write-table tune.json     # turn the timings into vexact/.../linear_tile_table.py
+python benchmarks/tune_linear.py --write-table tune.json     # turn the timings into vexact/.../linear/tile_table.py
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from linear_timing import LAYER_SHAPES, Problem, environment, make_problem, medi
 from triton.runtime.errors import OutOfResources
 
 from vexact.ops.kernels.linear import matmul
-from vexact.ops.kernels.linear_select import select_tile
-from vexact.ops.kernels.linear_tiles import LARGE, Tile
+from vexact.ops.kernels.linear.select import select_tile
+from vexact.ops.kernels.linear.tiles import LARGE, Tile
 
-TABLE = Path(__file__).parents[1] / "vexact/ops/kernels/linear_tile_table.py"
+TABLE = Path(__file__).parents[1] / "vexact/ops/kernels/linear/tile_table.py"
 TOLERANCE = 1.01  # tiles this close to the fastest count as equal, and the more widely useful one is taken
 # The batch that was timed: the largest batch its tile is used for.
 BOUNDS = {1: 16, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 1024: 2048, 4096: 8192, 16384: LARGE}
 TABLE_HEAD = '''"""Tuned tiles, written by ``benchmarks/tune_linear.py --write-table`` from timings on {device}.
 
 Layout and the two sizes that are not the batch -> (largest batch, tile). ``forward`` and ``grad_input`` name n and k
-and are bounded by m; ``grad_weight`` names m and n and is bounded by k, the tokens. See ``linear_select``.
+and are bounded by m; ``grad_weight`` names m and n and is bounded by k, the tokens. See ``select``.
 """
 
-from vexact.ops.kernels.linear_tiles import LARGE, ShapeKey, Tile
+from vexact.ops.kernels.linear.tiles import LARGE, ShapeKey, Tile
 
 TUNED: dict[ShapeKey, tuple[tuple[int, Tile], ...]] = {{'''
 DECODE_ROWS = (1, 16, 32, 64, 128, 256)

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from vexact.ops import SamplingTensors, sample, token_logprobs
-from vexact.ops.cpu.gumbel import gumbel
-from vexact.ops.cpu.philox import philox4x32, random_bits
-from vexact.ops.cpu.portable_math import exp_of_negative, log_of_normal
+from vexact.ops.cpu.sampling.gumbel import gumbel
+from vexact.ops.cpu.sampling.philox import philox4x32, random_bits
+from vexact.ops.cpu.sampling.portable_math import exp_of_negative, log_of_normal
 
 
 def _params(num, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, seed=None, position=None):
@@ -51,7 +51,7 @@ def rounded_once(a, b, c):
 
 def test_noise_has_the_bits_of_fused_multiply_adds(monkeypatch):
     """All 2^23 values there are, against sums that are rounded once; and the table against computing them."""
-    from vexact.ops.cpu import portable_math
+    from vexact.ops.cpu.sampling import portable_math
 
     words = np.arange(1 << 23)
     table = gumbel(words)

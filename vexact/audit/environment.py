@@ -13,7 +13,7 @@ import torch
 import vexact.ops
 
 _PACKAGES = ("vexact", "torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
-_CONSTANTS = ("kernels/linear_tile*.py", "kernels/attention/launch.py")
+_CONSTANTS = ("kernels/linear/tile*.py", "kernels/attention/launch.py")
 """Files that decide which tile shapes and key blocks run, relative to the operators."""
 
 

@@ -17,16 +17,14 @@ from triton.compiler import ASTSource
 
 from vexact.ops.kernels import (
     checksum,
-    embedding,
-    embedding_grad,
     qk_norm_rope,
     rms_norm,
     rope,
-    sampling,
-    sampling_threshold,
     square_sums,
     swiglu,
 )
+from vexact.ops.kernels.embedding import gather, grad
+from vexact.ops.kernels.sampling import draw, threshold
 from vexact.ops.kernels.sizes import column_blocks
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
@@ -102,25 +100,25 @@ def _swiglu(dtype: str, width: int) -> Iterator[Case]:
 def _embedding(dtype: str, width: int) -> Iterator[Case]:
     tensor, constants = f"*{dtype}", {"H": width, **column_blocks(width)}
     types = {"ids_ptr": "*i64", "weight_ptr": tensor, "out_ptr": tensor, "num_rows": "i32"}
-    yield f"embedding forward {dtype} {width}", embedding._forward_kernel, types, constants
+    yield f"embedding forward {dtype} {width}", gather._forward_kernel, types, constants
     yield from _embedding_grad(dtype, width)
 
 
 def _embedding_grad(dtype: str, width: int) -> Iterator[Case]:
     tensor = f"*{dtype}"
     types = {"ids_ptr": "*i64", "keys_ptr": "*i32", "named_ptr": "*i8", "num_tokens": "i32", "num_rows": "i32"}
-    constants = {"BLOCK": embedding_grad._MARK_BLOCK, "num_warps": 4}
-    yield "embedding mark", embedding_grad._mark_kernel, types, constants
+    constants = {"BLOCK": grad._MARK_BLOCK, "num_warps": 4}
+    yield "embedding mark", grad._mark_kernel, types, constants
     types = {"named_ptr": "*i8", "out_ptr": tensor, "num_rows": "i32"}
-    constants = {"H": width, **embedding_grad.zero_config(width)}
-    yield f"embedding zeros {dtype} {width}", embedding_grad._zero_kernel, types, constants
+    constants = {"H": width, **grad.zero_config(width)}
+    yield f"embedding zeros {dtype} {width}", grad._zero_kernel, types, constants
     runs = {**dict.fromkeys(("keys_ptr", "starts_ptr", "ends_ptr"), "*i32"), "partials_ptr": "*fp32", "out_ptr": tensor}
     types = {**runs, "dy_ptr": tensor, "order_ptr": "*i64"}
-    constants = {"H": width, **embedding_grad.segment_config(width)}
-    yield f"embedding segments {dtype} {width}", embedding_grad._segment_kernel, types, constants
+    constants = {"H": width, **grad.segment_config(width)}
+    yield f"embedding segments {dtype} {width}", grad._segment_kernel, types, constants
     types = {**runs, "num_tokens": "i32"}
-    constants = {"H": width, **embedding_grad.long_run_config(width)}
-    yield f"embedding long runs {dtype} {width}", embedding_grad._long_run_kernel, types, constants
+    constants = {"H": width, **grad.long_run_config(width)}
+    yield f"embedding long runs {dtype} {width}", grad._long_run_kernel, types, constants
 
 
 def _checksum(size: int) -> Case:
@@ -147,7 +145,7 @@ def _sampling() -> Iterator[Case]:
         "vocab_size": "i32",
         "scratch_ptr": "*fp32",
     }
-    yield "sampling threshold", sampling_threshold._threshold_kernel, types, dict(sampling_threshold.THRESHOLD_CONFIG)
+    yield "sampling threshold", threshold._threshold_kernel, types, dict(threshold.THRESHOLD_CONFIG)
     types = {
         **floats,
         "seed_ptr": "*i64",
@@ -157,9 +155,9 @@ def _sampling() -> Iterator[Case]:
         "vocab_size": "i32",
         "num_chunks": "i32",
     }
-    yield "sampling draw", sampling._draw_kernel, types, dict(sampling.DRAW_CONFIG)
+    yield "sampling draw", draw._draw_kernel, types, dict(draw.DRAW_CONFIG)
     types = {"best_score_ptr": "*fp32", "best_token_ptr": "*i32", "token_ptr": "*i64", "num_chunks": "i32"}
-    yield "sampling choose", sampling._choose_kernel, types, {"BLOCK_S": 32, "num_warps": 1}
+    yield "sampling choose", draw._choose_kernel, types, {"BLOCK_S": 32, "num_warps": 1}
 
 
 def compile_case(case: Case, arch: int) -> dict[str, Any]:

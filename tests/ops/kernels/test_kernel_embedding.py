@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vexact.ops.cpu import embedding as twin
 from vexact.ops.kernels import embedding as kernel
-from vexact.ops.kernels.embedding_grad import _SEGMENT as SEGMENT
+from vexact.ops.kernels.embedding.grad import _SEGMENT as SEGMENT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -63,8 +63,8 @@ def check_tiles(device: str, dtype: torch.dtype, tiles: Iterable[object] | None 
 
 def all_tiles(dtype: torch.dtype) -> list[object]:
     """Every distinct tile that a product of this type may be launched with."""
-    from vexact.ops.kernels.linear_tile_table import TUNED
-    from vexact.ops.kernels.linear_tiles import FLOAT32_TILES, POINTER_TILES
+    from vexact.ops.kernels.linear.tile_table import TUNED
+    from vexact.ops.kernels.linear.tiles import FLOAT32_TILES, POINTER_TILES
 
     if dtype == torch.float32:
         return [tile for _, tile in FLOAT32_TILES]

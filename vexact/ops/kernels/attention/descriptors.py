@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vexact.ops.kernels.attention.launch import key_columns, padded
-from vexact.ops.kernels.linear import capability
+from vexact.ops.kernels.linear.launch import capability
 
 Descriptors = tuple[TensorDescriptor, TensorDescriptor | None, TensorDescriptor]
 

@@ -28,7 +28,7 @@ from vexact.ops.kernels.attention.launch import (
     padded,
 )
 from vexact.ops.kernels.attention.split import chunk_kernel, merge_kernel
-from vexact.ops.kernels.linear import capability
+from vexact.ops.kernels.linear.launch import capability
 from vexact.ops.kernels.sizes import cdiv
 
 

@@ -1,0 +1,38 @@
+"""Token embedding in Triton: a gather. Its gradient is in grad.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vexact.ops.kernels.sizes import cdiv, column_blocks
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    ids_ptr,  # (T,)
+    weight_ptr,  # (V, H)
+    out_ptr,  # (T, H)
+    num_rows,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(ids_ptr + token).to(tl.int64)
+    # An id outside the vocabulary gives NaN, which every later check sees, instead of memory that is not the table's.
+    valid = (row >= 0) & (row < num_rows)
+    value = tl.load(weight_ptr + row * H + columns, mask=(columns < H) & valid, other=float("nan"))
+    tl.store(out_ptr + token * H + columns, value, mask=columns < H)
+
+
+def forward(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of ``weight`` (V, H) at ``ids`` (T,) -> (T, H); an id outside [0, V) gives a row of NaN."""
+    width = weight.shape[1]
+    out = torch.empty((ids.shape[0], width), dtype=weight.dtype, device=weight.device)
+    config = column_blocks(width)
+    grid = (ids.shape[0], cdiv(width, config["BLOCK"]))
+    _forward_kernel[grid](ids.contiguous(), weight.contiguous(), out, weight.shape[0], H=width, **config)
+    return out
