@@ -32,12 +32,12 @@ class HeadExchange:
     size: int  # S
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token slices q (n, Hq, D), k, v (n, Hkv, D) -> head slices (S*n, Hq/S, D), twice (S*n, lcm(S, Hkv)/S, D)."""
+        """Token slices q (n, Hq, D), k (n, Hkv, D), v (n, Hkv, Dv) -> head slices: S*n rows of Hq/S, lcm(S, Hkv)/S heads."""
         q, k, v = _ToHeads.apply(self, q, k, v)
         return q, k, v
 
     def to_tokens(self, out: Tensor) -> Tensor:
-        """Head slice (S*n, Hq/S, D) -> token slice (n, Hq, D)."""
+        """Head slice (S*n, Hq/S, Dv) -> token slice (n, Hq, Dv)."""
         result: Tensor = _ToTokens.apply(self, out)
         return result
 
@@ -56,7 +56,7 @@ class SlicedMetadata:
     exchange: HeadExchange
 
     def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """``attention`` over whole sequences, for this rank's tokens: q (n, Hq, D), k, v (n, Hkv, D) -> (n, Hq, D)."""
+        """``attention`` over whole sequences, for this rank's tokens: q (n, Hq, D), k, v (n, Hkv, ...) -> (n, Hq, Dv)."""
         out = attention(*self.exchange.to_heads(q, k, v), self.packed, softmax_scale)
         return self.exchange.to_tokens(out)
 
@@ -64,22 +64,21 @@ class SlicedMetadata:
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size, (num_tokens, num_kv_heads, width) = exchange.size, k.shape
+        size, num_kv_heads = exchange.size, k.shape[1]
         ctx.exchange, ctx.copies = exchange, lcm(size, num_kv_heads) // num_kv_heads
-        per_rank = q.shape[1] // size, num_kv_heads * ctx.copies // size
-        parts = q.new_empty(size, num_tokens, per_rank[0] + 2 * per_rank[1], width)
-        for part, heads in zip(_split(parts, per_rank), (q, _repeated(k, ctx.copies), _repeated(v, ctx.copies))):
+        whole = q, _repeated(k, ctx.copies), _repeated(v, ctx.copies)
+        ctx.per_rank = [(heads.shape[1] // size, heads.shape[2]) for heads in whole]
+        parts = q.new_empty(size, q.shape[0], _row_width(ctx.per_rank))
+        for part, heads in zip(_split(parts, ctx.per_rank), whole):
             part.copy_(heads.unflatten(1, (size, -1)).transpose(0, 1))
-        received = exchange.trade(parts).flatten(0, 1)
-        ctx.per_rank = per_rank
-        q, k, v = _split(received, per_rank)
+        q, k, v = _split(exchange.trade(parts).flatten(0, 1), ctx.per_rank)
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         size = ctx.exchange.size
-        parts = dq.new_empty(size, dq.shape[0] // size, dq.shape[1] + 2 * dk.shape[1], dq.shape[2])
+        parts = dq.new_empty(size, dq.shape[0] // size, _row_width(ctx.per_rank))
         for part, heads in zip(_split(parts, ctx.per_rank), (dq, dk, dv)):
             part.copy_(heads.unflatten(0, (size, -1)))
         dq, dk, dv = (heads.transpose(0, 1).flatten(1, 2) for heads in _split(ctx.exchange.trade(parts), ctx.per_rank))
@@ -90,7 +89,7 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, out: Tensor) -> Tensor:
         ctx.exchange = exchange
-        received = exchange.trade(out.unflatten(0, (exchange.size, -1)).contiguous())  # (S, n, Hq/S, D)
+        received = exchange.trade(out.unflatten(0, (exchange.size, -1)).contiguous())  # (S, n, Hq/S, Dv)
         return received.transpose(0, 1).flatten(1, 2)
 
     @staticmethod
@@ -100,9 +99,15 @@ class _ToTokens(torch.autograd.Function):
         return None, ctx.exchange.trade(parts).flatten(0, 1)
 
 
-def _split(heads: Tensor, per_rank: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Views of the queries, keys and values that lie side by side in (..., heads, D)."""
-    return heads.split((per_rank[0], per_rank[1], per_rank[1]), dim=-2)
+def _row_width(per_rank: list[tuple[int, int]]) -> int:
+    """Numbers of a token: of its queries, keys and values, each (heads, width)."""
+    return sum(heads * width for heads, width in per_rank)
+
+
+def _split(rows: Tensor, per_rank: list[tuple[int, int]]) -> list[Tensor]:
+    """Views (..., heads, width) of the queries, keys and values that lie side by side in rows (..., numbers)."""
+    parts = rows.split([heads * width for heads, width in per_rank], dim=-1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, per_rank)]
 
 
 def _repeated(heads: Tensor, copies: int) -> Tensor:

@@ -49,6 +49,16 @@ class ModelConfig:
         """Widths of the query, key and value parts of the fused projection."""
         return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
 
+    @property
+    def key_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.head_dim
+
     @classmethod
     def from_hf_dir(cls, path: str | Path) -> ModelConfig:
         """Reads ``config.json`` (and ``generation_config.json`` for stop tokens).

@@ -24,10 +24,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def zero_columns(ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Accumulators of a gradient of this many rows."""
     REST: tl.constexpr = rest_width(D, D_PAD)
-    rest = None
+    first = tl.zeros((ROWS, D_PAD), tl.float32)
+    rest = first
     if REST > 0:
         rest = tl.zeros((ROWS, REST), tl.float32)
-    return Columns(tl.zeros((ROWS, D_PAD), tl.float32), rest)
+    return Columns(first, rest)
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def store_columns(target, rows, inside, gradient, scale, D: tl.constexpr, D_PAD:
     offs_d = tl.arange(0, D_PAD)
     value = (gradient.first * scale).to(target.dtype.element_ty)
     tl.store(target + rows + offs_d[None, :], value, mask=inside[:, None] & (offs_d < D)[None, :])
-    if gradient.rest is not None:
+    if D > D_PAD:
         offs_rest = D_PAD + tl.arange(0, rest_width(D, D_PAD))
         value = (gradient.rest * scale).to(target.dtype.element_ty)
         tl.store(target + rows + offs_rest[None, :], value, mask=inside[:, None] & (offs_rest < D)[None, :])
@@ -85,7 +86,7 @@ def walk_queries(
         first = tl.cast(start, tl.int64)
         q = load_columns(q_base + first * stride_qt + offs_m[:, None] * stride_qt, inside, D, D_PAD, True)
         row_lse = tl.load(lse2 + row, mask=inside, other=float("inf"))
-        s = dot_columns(k, q)
+        s = dot_columns(k, q, D, D_PAD)
         p = tl.math.exp2(s * c - row_lse[None, :])
         if MASKED:
             p = tl.where(keys[:, None] <= row[None, :] + shift, p, 0.0)
@@ -97,7 +98,7 @@ def walk_queries(
         ds = p * (dp - row_delta[None, :])
         ds = ds.to(do.dtype)
         dk_first = tl.dot(ds, q.first, dk_first, input_precision="ieee")
-        if q.rest is not None:
+        if D > D_PAD:
             dk_rest = tl.dot(ds, q.rest, dk_rest, input_precision="ieee")
     return Columns(dk_first, dk_rest), dv
 
@@ -203,7 +204,7 @@ def walk_keys(
         v_rows = v_base + first * stride_vt + offs_n[:, None] * stride_vt + offs_dv[None, :]
         k = load_columns(k_rows, inside, D, D_PAD, MASKED)
         v = load_tile(v_rows, inside, offs_dv, DV, DV_PAD, MASKED)
-        s = dot_columns(q, k)
+        s = dot_columns(q, k, D, D_PAD)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         p = tl.math.exp2(s * c - row_lse[:, None])
         if MASKED:
@@ -211,7 +212,7 @@ def walk_keys(
         ds = p * (dp - row_delta[:, None])
         ds = ds.to(do.dtype)
         dq_first = tl.dot(ds, k.first, dq_first, input_precision="ieee")
-        if k.rest is not None:
+        if D > D_PAD:
             dq_rest = tl.dot(ds, k.rest, dq_rest, input_precision="ieee")
     return Columns(dq_first, dq_rest)
 

@@ -99,7 +99,7 @@ def forward_kernel(
     head = first_head + tile_head
     q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
     keys = Keys(
-        k_base, v_base, Columns(k_desc, k_rest_desc), v_desc, k_start, first_head // GROUP, table, kv_len,
+        k_base, v_base, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc, k_start, first_head // GROUP, table, kv_len,
         stride_kp, stride_kt, stride_vp, stride_vt,
     )  # fmt: skip
     m, total, acc = walk_keys(

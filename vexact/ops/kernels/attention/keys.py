@@ -11,10 +11,10 @@ import triton.language as tl
 
 
 class Columns(NamedTuple):
-    """Rows of queries or keys, or descriptors of them."""
+    """Rows of queries or keys, their gradients, or descriptors of them."""
 
     first: tl.tensor  # D_PAD columns
-    rest: tl.tensor  # those from D_PAD on, or None
+    rest: tl.tensor  # those from D_PAD on; where there are none the same as `first`, and never read
 
 
 class Keys(NamedTuple):
@@ -63,7 +63,7 @@ def load_columns(rows, row_mask, D: tl.constexpr, D_PAD: tl.constexpr, MASK_ROWS
     FIRST: tl.constexpr = D if REST == 0 else D_PAD
     offs_d = tl.arange(0, D_PAD)
     first = load_tile(rows + offs_d[None, :], row_mask, offs_d, FIRST, D_PAD, MASK_ROWS)
-    rest = None
+    rest = first
     if REST > 0:
         offs_rest = tl.arange(0, REST)
         rest = load_tile(rows + D_PAD + offs_rest[None, :], row_mask, offs_rest, D - D_PAD, REST, MASK_ROWS)
@@ -71,10 +71,10 @@ def load_columns(rows, row_mask, D: tl.constexpr, D_PAD: tl.constexpr, MASK_ROWS
 
 
 @triton.jit
-def dot_columns(a, b):
+def dot_columns(a, b, D: tl.constexpr, D_PAD: tl.constexpr):
     """a b^T in fp32: one sum over all columns, in order."""
     product = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
-    if a.rest is not None:
+    if D > D_PAD:
         product = tl.dot(a.rest, tl.trans(b.rest), product, input_precision="ieee")
     return product
 
@@ -140,7 +140,7 @@ def load_by_descriptors(
     else:
         row = page * PAGE_SIZE + start % PAGE_SIZE
     first = keys.k_desc.first.load([row, keys.head * D])
-    rest = None
-    if keys.k_desc.rest is not None:
+    rest = first
+    if D > D_PAD:
         rest = keys.k_desc.rest.load([row, keys.head * D + D_PAD])
     return Columns(first, rest), keys.v_desc.load([row, keys.head * DV])

@@ -57,7 +57,7 @@ def chunk_kernel(
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
     keys = Keys(
-        k + kv_head * stride_kh, v + kv_head * stride_vh, Columns(k_desc, k_rest_desc), v_desc, 0, first_head // GROUP,
+        k + kv_head * stride_kh, v + kv_head * stride_vh, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc, 0, first_head // GROUP,
         table + sequence.to(tl.int64) * stride_table, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
     )  # fmt: skip
     m, total, acc = walk_keys(

@@ -42,13 +42,15 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED: tl.constexpr):
+def softmax_step(
+    q, k, v, ones, visible, m, total, acc, c, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     """Fold one block of keys into a state.
 
     q, k: Columns of BLOCK_M and of BLOCK_N rows; v (BLOCK_N, DV_PAD), ones (BLOCK_N, ONES) in the input dtype; visible
     (BLOCK_M, BLOCK_N) bool, read only if MASKED; c scalar fp32.
     """
-    s = dot_columns(q, k)
+    s = dot_columns(q, k, D, D_PAD)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))

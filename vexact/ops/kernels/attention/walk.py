@@ -27,7 +27,7 @@ def fold_block(
         k, v = load_by_pointers(keys, page, start, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED)
     page = page_numbers(keys, start + BLOCK_N, BLOCK_N, PAGE_SIZE)
     visible = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
-    m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED)
+    m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, D, D_PAD, MASKED)
     return m, total, acc, page
 
 
