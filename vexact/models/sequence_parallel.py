@@ -32,7 +32,8 @@ class HeadExchange:
     size: int  # S
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token slices q (n, Hq, D), k (n, Hkv, D), v (n, Hkv, Dv) -> head slices: S*n rows of Hq/S, lcm(S, Hkv)/S heads."""
+        """Token slices q (n, Hq, D), k (n, Hkv, D) and v (n, Hkv, Dv) -> head slices (S*n, Hq/S, D) and, with
+        H = lcm(S, Hkv), (S*n, H/S, D) and (S*n, H/S, Dv)."""
         q, k, v = _ToHeads.apply(self, q, k, v)
         return q, k, v
 
@@ -56,7 +57,8 @@ class SlicedMetadata:
     exchange: HeadExchange
 
     def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """``attention`` over whole sequences, for this rank's tokens: q (n, Hq, D), k, v (n, Hkv, ...) -> (n, Hq, Dv)."""
+        """``attention`` over whole sequences, for this rank's tokens: q (n, Hq, D), k (n, Hkv, D), v (n, Hkv, Dv) ->
+        (n, Hq, Dv)."""
         out = attention(*self.exchange.to_heads(q, k, v), self.packed, softmax_scale)
         return self.exchange.to_tokens(out)
 

@@ -67,7 +67,8 @@ def _forward(
     """Forward and decode, keys by pointers or through descriptors."""
     blocks, decode = KEY_BLOCKS[shape.key], DECODE[shape.key]
     tile = (FORWARD_DESCRIBED if described else FORWARD)[shape.key]
-    both = {**both, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
+    steps = {"STEP_K": shape.dim, "STEP_V": shape.value_dim}
+    both = {**both, **steps, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
     name = f"{name} {'described' if described else 'pointers'}"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     page_sizes = (256,) if described else (16, 256)
