@@ -7,9 +7,9 @@ ranks that share the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ class HeadExchange:
     size: int  # S
 
     def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token slices q (n, Hq, D), k (n, Hkv, D) and v (n, Hkv, Dv) -> head slices (S*n, Hq/S, D) and, with
-        H = lcm(S, Hkv), (S*n, H/S, D) and (S*n, H/S, Dv)."""
+        """Token slices q (n, Hq, D), k (n, Hkv, D), v (n, Hkv, Dv) -> head slices (S*n, Hq/S, D), (S*n, h, D) and
+        (S*n, h, Dv) with h = lcm(S, Hkv)/S."""
         q, k, v = _ToHeads.apply(self, q, k, v)
         return q, k, v
 
@@ -66,24 +66,24 @@ class SlicedMetadata:
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size, num_kv_heads = exchange.size, k.shape[1]
+        size, (num_tokens, num_kv_heads, width) = exchange.size, k.shape
         ctx.exchange, ctx.copies = exchange, lcm(size, num_kv_heads) // num_kv_heads
-        whole = q, _repeated(k, ctx.copies), _repeated(v, ctx.copies)
-        ctx.per_rank = [(heads.shape[1] // size, heads.shape[2]) for heads in whole]
-        parts = q.new_empty(size, q.shape[0], _row_width(ctx.per_rank))
-        for part, heads in zip(_split(parts, ctx.per_rank), whole):
+        kv_heads = num_kv_heads * ctx.copies // size
+        ctx.shapes = (q.shape[1] // size, width), (kv_heads, width), (kv_heads, v.shape[2])
+        parts = q.new_empty(size, num_tokens, sum(map(prod, ctx.shapes)))
+        for part, heads in zip(_split(parts, ctx.shapes), (q, _repeated(k, ctx.copies), _repeated(v, ctx.copies))):
             part.copy_(heads.unflatten(1, (size, -1)).transpose(0, 1))
-        q, k, v = _split(exchange.trade(parts).flatten(0, 1), ctx.per_rank)
+        q, k, v = _split(exchange.trade(parts).flatten(0, 1), ctx.shapes)
         return q, k, v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         size = ctx.exchange.size
-        parts = dq.new_empty(size, dq.shape[0] // size, _row_width(ctx.per_rank))
-        for part, heads in zip(_split(parts, ctx.per_rank), (dq, dk, dv)):
+        parts = dq.new_empty(size, dq.shape[0] // size, sum(map(prod, ctx.shapes)))
+        for part, heads in zip(_split(parts, ctx.shapes), (dq, dk, dv)):
             part.copy_(heads.unflatten(0, (size, -1)))
-        dq, dk, dv = (heads.transpose(0, 1).flatten(1, 2) for heads in _split(ctx.exchange.trade(parts), ctx.per_rank))
+        dq, dk, dv = (heads.transpose(0, 1).flatten(1, 2) for heads in _split(ctx.exchange.trade(parts), ctx.shapes))
         return None, dq, _summed(dk, ctx.copies), _summed(dv, ctx.copies)
 
 
@@ -91,7 +91,7 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, out: Tensor) -> Tensor:
         ctx.exchange = exchange
-        received = exchange.trade(out.unflatten(0, (exchange.size, -1)).contiguous())  # (S, n, Hq/S, Dv)
+        received = exchange.trade(out.unflatten(0, (exchange.size, -1)).contiguous())  # (S, n, Hq/S, D)
         return received.transpose(0, 1).flatten(1, 2)
 
     @staticmethod
@@ -101,15 +101,10 @@ class _ToTokens(torch.autograd.Function):
         return None, ctx.exchange.trade(parts).flatten(0, 1)
 
 
-def _row_width(per_rank: list[tuple[int, int]]) -> int:
-    """Numbers of a token: of its queries, keys and values, each (heads, width)."""
-    return sum(heads * width for heads, width in per_rank)
-
-
-def _split(rows: Tensor, per_rank: list[tuple[int, int]]) -> list[Tensor]:
-    """Views (..., heads, width) of the queries, keys and values that lie side by side in rows (..., numbers)."""
-    parts = rows.split([heads * width for heads, width in per_rank], dim=-1)
-    return [part.unflatten(-1, shape) for part, shape in zip(parts, per_rank)]
+def _split(rows: Tensor, shapes: tuple[tuple[int, int], ...]) -> Iterator[Tensor]:
+    """Views (..., heads, width) of the queries, keys and values that lie side by side in a token's row."""
+    for part, shape in zip(rows.split([prod(shape) for shape in shapes], dim=-1), shapes, strict=True):
+        yield part.unflatten(-1, shape)
 
 
 def _repeated(heads: Tensor, copies: int) -> Tensor:
