@@ -95,7 +95,7 @@ def product(
         return x.new_empty(num_places, n)
     if tile is None:
         descriptors = x.shape[1] > 0 and n % 8 == 0 and _has_descriptors(x) and _whole_matrices(weight)
-        tile = product_tile(num_places, weight.shape[0], x.dtype, descriptors, gated)
+        tile = product_tile(num_places, weight.shape[0], x.dtype, descriptors, rows is not None, gated)
     launch = _launch_tma if tile.kernel == "tma" else _launch_pointer
     return launch(x, weight, rows, offsets, top_k, num_places, n, gated, tile)
 
