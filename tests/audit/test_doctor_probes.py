@@ -139,7 +139,7 @@ def test_large_sizes_are_cut_where_they_repeat(checkpoint):
     assert shapes.products["gate and up"] == (1024 + 6000 % 1024, 32)
     assert shapes.products["down"] == (32, 3000)  # what is summed is never cut
     assert shapes.vocab_size == 1024 + 151_937 % 1024
-    assert shapes.heads == (8, 2, 16)
+    assert shapes.heads == (8, 2, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vexact.config.memory import (
+    BYTES,
     Machine,
     ModelShape,
     Placement,
@@ -65,6 +66,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("attention", _attention_row(config)),
         ("exactness", _exactness_row(config)),
         ("placement", placement.text(device)),
+        ("key-value cache", _cache_row(config, device, shape)),
         *memory_rows(memory, machine.device_bytes),
         ("changed keys", _changed_row(config)),
     )
@@ -90,6 +92,16 @@ def _attention_row(config: Config) -> str:
     elif not config.rollout.batch_invariant:
         rollout = f"{'sdpa' if rollout == TRITON_INVARIANT else rollout}, with all other operators stock too"
     return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
+
+
+def _cache_row(config: Config, device: str, shape: ModelShape) -> str:
+    """What a cached token takes, and of what."""
+    dtype = config.dtype(device)
+    widths = f"keys of {shape.key_dim} and values of {shape.value_dim} numbers"
+    return (
+        f"{shape.kv_values_per_token * BYTES[dtype]} bytes a token: {shape.num_layers} layers of {shape.num_kv_heads} "
+        f"{widths}, {dtype}"
+    )
 
 
 def _exactness_row(config: Config) -> str:

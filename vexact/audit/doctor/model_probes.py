@@ -35,7 +35,7 @@ class Shapes:
     @classmethod
     def of(cls, config: ModelConfig) -> Shapes:
         """The shapes of a model, cut where they repeat."""
-        hidden, inner = config.hidden_size, config.num_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.num_heads * config.value_dim
         products = {
             "qkv": (_cut(sum(config.qkv_sizes)), hidden),
             "attention output": (_cut(hidden), inner),
@@ -44,7 +44,8 @@ class Shapes:
             "head": (_cut(config.vocab_size), hidden),
         }
         kv_heads = min(config.num_kv_heads, 2)
-        heads = probes.Heads(config.num_heads // config.num_kv_heads * kv_heads, kv_heads, config.head_dim)
+        queries = config.num_heads // config.num_kv_heads * kv_heads
+        heads = probes.Heads(queries, kv_heads, config.key_dim, config.value_dim)
         return cls(products, heads, hidden, _cut(config.vocab_size))
 
 

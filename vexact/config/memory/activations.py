@@ -20,7 +20,9 @@ class DecoderSizes(Protocol):
     @property
     def num_kv_heads(self) -> int: ...
     @property
-    def head_dim(self) -> int: ...
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
 
 
 def activation_bytes(
@@ -53,8 +55,10 @@ def layer_bytes_per_token(sizes: DecoderSizes, width: int, sharing: int = 1) -> 
     and values that were repeated to be shared.
     """
     heads, kv_heads = sizes.num_heads, sizes.num_kv_heads
-    head_vectors = (heads + 2 * kv_heads) + (heads + kv_heads) + heads
+    keys = 2 * (heads + kv_heads)  # and queries, both as wide as keys
+    values = kv_heads + heads  # and outputs, both as wide as values
     if sharing > 1:
-        head_vectors = (heads + 2 * kv_heads) + (heads + 2 * lcm(sharing, kv_heads)) + 2 * heads
-    numbers = 4 * sizes.hidden_size + 3 * sizes.intermediate_size + head_vectors * sizes.head_dim
+        shared = lcm(sharing, kv_heads)
+        keys, values = 2 * heads + kv_heads + shared, kv_heads + shared + 2 * heads
+    numbers = 4 * sizes.hidden_size + 3 * sizes.intermediate_size + keys * sizes.key_dim + values * sizes.value_dim
     return width * numbers + 4 * (2 + heads + kv_heads + heads)

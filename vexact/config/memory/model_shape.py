@@ -11,6 +11,35 @@ from vexact.config.fields import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
+class LatentShape:
+    """Multi-head latent attention: queries (if at all), keys and values are expanded from vectors of a low rank."""
+
+    query_rank: int | None
+    key_value_rank: int
+    nope_dim: int  # columns of a key that are expanded per head
+    rope_dim: int  # columns that are rotated, and shared by all heads
+    value_dim: int
+
+    @classmethod
+    def of(cls, sizes: dict[str, Any]) -> LatentShape:
+        """From the keys of config.json. Raises KeyError for one that is missing."""
+        widths = (sizes["qk_nope_head_dim"], sizes["qk_rope_head_dim"], sizes["v_head_dim"])
+        return cls(sizes.get("q_lora_rank"), sizes["kv_lora_rank"], *widths)
+
+    @property
+    def key_dim(self) -> int:
+        """Columns of a query or key."""
+        return self.nope_dim + self.rope_dim
+
+    def parameters(self, hidden_size: int, num_heads: int) -> int:
+        """Of the weight matrices of one layer's attention."""
+        queries, expanded = num_heads * self.key_dim, num_heads * (self.nope_dim + self.value_dim)
+        reduced = hidden_size * (self.key_value_rank + self.rope_dim) + self.key_value_rank * expanded
+        asked = hidden_size * queries if self.query_rank is None else self.query_rank * (hidden_size + queries)
+        return asked + reduced + num_heads * self.value_dim * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """Weight matrices and norms of a dense decoder; biases and per-head norms are too small to matter."""
 
@@ -22,6 +51,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     is_tied: bool  # the head is the embedding
+    latent: LatentShape | None = None  # where attention is of this kind; then ``head_dim`` is not used
 
     @classmethod
     def read(cls, directory: str) -> ModelShape:
@@ -51,13 +81,30 @@ class ModelShape:
             head_dim=sizes.get("head_dim") or hidden // heads,
             vocab_size=sizes["vocab_size"],
             is_tied=bool(sizes.get("tie_word_embeddings")),
+            latent=LatentShape.of(sizes) if sizes.get("kv_lora_rank") else None,
         )
+
+    @property
+    def key_dim(self) -> int:
+        """Columns of a query or key head, as they are cached."""
+        return self.latent.key_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Columns of a value head."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer's attention."""
+        if self.latent:
+            return self.latent.parameters(self.hidden_size, self.num_heads)
+        return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
 
     @property
     def layer_parameters(self) -> int:
         """Of one layer."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     @property
     def root_parameters(self) -> int:
@@ -71,4 +118,4 @@ class ModelShape:
     @property
     def kv_values_per_token(self) -> int:
         """Keys and values of all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return self.num_layers * self.num_kv_heads * (self.key_dim + self.value_dim)

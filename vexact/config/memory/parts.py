@@ -149,7 +149,7 @@ class Parts:
     def _workspace(self) -> int:
         """One forward of the engine, its logits, the state of its requests and its CUDA graphs."""
         rollout, shape = self.config.rollout, self.shape
-        qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        qkv = (shape.num_heads + shape.num_kv_heads) * shape.key_dim + shape.num_kv_heads * shape.value_dim
         forward = self._width * (4 * shape.hidden_size + 2 * qkv + 3 * shape.intermediate_size)
         logits = 3 * 4 * shape.vocab_size  # as they are, scaled, and their noise
         state = self.config.max_model_len * SLOT_BYTES_PER_TOKEN

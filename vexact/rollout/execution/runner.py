@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class ModelRunner:
 
     @property
     def kv_caches(self) -> list[KVCache]:
-        """Per layer, keys and values (num_pages, page_size, Hkv, D). Raises RuntimeError while they are released."""
+        """Per layer, keys (num_pages, page_size, Hkv, D) and values (..., Dv). Raises RuntimeError while released."""
         if self._kv_memory.released:
             raise RuntimeError("the KV cache is released; resume_kv_cache() first")
         return self._kv_caches
@@ -139,23 +140,26 @@ class ModelRunner:
 def kv_page_bytes(model: CausalLM, page_size: int) -> int:
     """Bytes of keys and values of one page over all layers."""
     config = model.config
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    per_token = config.num_layers * config.num_kv_heads * (config.key_dim + config.value_dim)
     return per_token * page_size * model.lm_head_weight.element_size()
 
 
 def allocate_kv_caches(
     model: CausalLM, *, num_pages: int, page_size: int, device: torch.device
 ) -> tuple[KVMemory, list[KVCache]]:
-    """Per layer, zeroed keys and values (num_pages, page_size, Hkv, D) in the model's dtype; and the memory of all.
+    """Per layer, zeroed keys (num_pages, page_size, Hkv, D) and values (num_pages, page_size, Hkv, Dv) in the model's
+    dtype; and the memory of all.
 
     Zeroed because attention may multiply a masked position's value by a weight of 0, and 0 * NaN is NaN.
     """
     config = model.config
-    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
     dtype = model.lm_head_weight.dtype
-    num_bytes = math.prod(shape) * dtype.itemsize
-    stride = -(-num_bytes // _KV_ALIGNMENT) * _KV_ALIGNMENT
-    memory = KVMemory(2 * config.num_layers * stride, device)
-    starts = range(0, 2 * config.num_layers * stride, stride)
-    tensors = [memory.bytes[start : start + num_bytes].view(dtype).view(shape) for start in starts]
+    shapes = [(num_pages, page_size, config.num_kv_heads, width) for width in (config.key_dim, config.value_dim)]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes] * config.num_layers
+    ends = list(accumulate(-(-size // _KV_ALIGNMENT) * _KV_ALIGNMENT for size in sizes))
+    memory = KVMemory(ends[-1], device)
+    tensors = [
+        memory.bytes[start : start + size].view(dtype).view(shape)
+        for start, size, shape in zip([0, *ends], sizes, cycle(shapes))
+    ]
     return memory, list(zip(tensors[::2], tensors[1::2], strict=True))

@@ -25,6 +25,8 @@ from vexact.ops.kernels.attention.launch import (
     KEY_BLOCKS,
     MAX_DECODE_ROWS,
     HeadShape,
+    key_columns,
+    padded,
 )
 
 Case = tuple[str, Any, str, dict[str, Any], dict[str, int]]  # name, kernel, dtype, constants, launch options
@@ -52,10 +54,10 @@ def cases(shapes: list[tuple[str, int, int, int, int]], thorough: bool, arch: in
         sizes = {"D": dim, "DV": value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad}
         both = {"NUM_HEADS": heads, "GROUP": shape.group, **sizes}
         yield from _forward(name, dtype, shape, both, thorough, described=False)
-        if arch >= 90 and (dim, value_dim) == (shape.dim_pad, shape.value_dim_pad):
+        if arch >= 90 and (dim, value_dim) == (sum(key_columns(dim, value_dim)), shape.value_dim_pad):
             yield from _forward(name, dtype, shape, both, thorough, described=True)
         yield from _backward(name, dtype, shape, both, thorough)
-        write = {"PAGE_SIZE": 16, "KV_HEADS": kv_heads, "ROWS": 16, **sizes}
+        write = {"PAGE_SIZE": 16, "KV_HEADS": kv_heads, "ROWS": 16, **sizes, "D_PAD": padded(dim)}
         yield f"write {name}", kv_write.write_kernel, dtype, write, {"num_warps": 4}
 
 
@@ -99,8 +101,9 @@ def _backward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], tho
 
 
 def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
-    if name in ("k_desc", "v_desc"):
-        dim = constants["D" if name == "k_desc" else "DV"]
+    if name in ("k_desc", "k_rest_desc", "v_desc"):
+        first, rest = key_columns(constants["D"], constants["DV"])
+        dim = {"k_desc": first, "k_rest_desc": rest, "v_desc": constants["DV"]}[name]
         return f"tensordesc<{dtype}[{constants['BLOCK_N']}, {dim}]>" if constants["DESCRIBED"] else f"*{dtype}"
     if name in _TENSORS:
         return f"*{dtype}"
@@ -114,9 +117,11 @@ def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     """Compile one binary and describe it."""
     name, kernel, dtype, constants, options = case
+    if "DESCRIBED" in constants and not (constants["DESCRIBED"] and constants["D"] > constants["D_PAD"]):
+        constants = {**constants, "k_rest_desc": None}
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or parameter.name in constants:
             signature[parameter.name] = "constexpr"
             continue
         signature[parameter.name] = _argument_type(parameter.name, dtype, constants)

@@ -68,7 +68,7 @@ def packed_forward(
     if q.shape[0] == 0 or num_sequences == 0:
         return out.zero_(), lse.fill_(-math.inf)
     forward_kernel[(num_tiles * shape.num_heads,)](
-        q, k, v, *(descriptors or (k, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
+        q, k, v, *(descriptors or (k, None, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
         q.shape[0], num_sequences, num_tiles, 0, 0,
         q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
         NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
