@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vexact.ops.cpu.sampling.portable_math import exp_of_negative
 from vexact.ops.cpu.reduce import tree_sum
+from vexact.ops.cpu.sampling.portable_math import exp_of_negative
 from vexact.ops.moe.digest import digest_of
 from vexact.ops.moe.route import SIGMOID_EPS
 
