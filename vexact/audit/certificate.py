@@ -87,8 +87,10 @@ class Certificate:
         c, draws = self.comparison, self.draws
         pair = f"{self.rollout_attention} (rollout) and {self.trainer_attention} (trainer)"
         if self.exact:
+            experts = "" if c.routes is None else f", experts equal for {c.routes.compared} tokens"
             return (
-                f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, {draws.redrawn} draws repeated, "
+                f"self-test: {c.tokens_compared} log-probabilities equal bit for bit{experts}, {draws.redrawn} draws "
+                "repeated, "
                 f"attention {pair}"
             )
         return (

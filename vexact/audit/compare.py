@@ -77,8 +77,9 @@ class Comparison:
     def describe(self) -> str:
         """What differs, how much, and the first such token; for a comparison that is not exact."""
         if self.first is None:
-            unequal = self.routes is not None and self.tokens_compared > 0
-            return self.routes.describe() if unequal else "nothing was compared, 0 log-probabilities"
+            if self.routes is not None and self.tokens_compared:
+                return self.routes.describe()
+            return "nothing was compared, 0 log-probabilities"
         experts = "" if self.routes is None or self.routes.exact else f". And {self.routes.describe()}"
         what = "have other bits"
         if self.tokens_nonfinite:

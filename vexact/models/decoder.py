@@ -149,7 +149,7 @@ class CausalLM(nn.Module):
             own = None if route_digest is None else torch.zeros_like(route_digest)
             # bound, since an argument must still have its value when it is needed again
             x, residual = checkpoint(partial(layer, route_digest=own, routing=routing), *args, use_reentrant=False)
-            if route_digest is not None:
+            if route_digest is not None and own is not None:
                 route_digest += own  # a layer that runs again in the backward adds to its own alone
         assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]

@@ -27,7 +27,8 @@ class StepOutput(NamedTuple):
 
     def rows(self, chosen: np.ndarray) -> StepOutput:
         """Some rows, by mask (S,) bool."""
-        return StepOutput(*(None if array is None else array[chosen] for array in self))
+        digests = None if self.route_digests is None else self.route_digests[chosen]
+        return StepOutput(self.token_ids[chosen], self.logprobs[chosen], self.min_logits[chosen], digests)
 
 
 class NonFiniteLogprobError(NonFiniteError):

@@ -121,5 +121,6 @@ class SlotState:
         self.logprobs[slots, positions] = logprobs
         self.min_logits[slots, positions] = min_logits
         if self.route_digests is not None:
+            assert route_digests is not None, "every row of a model with experts says which ones it chose"
             self.route_digests[slots, positions] = route_digests
         self.num_tokens[slots] = positions + 1

@@ -15,7 +15,8 @@ from vexact.training.batches.batch import PackedBatch
 from vexact.training.config import ActorConfig
 from vexact.training.parallel.ranks import Ranks, first_row, local
 
-AUX_KEY, RATE_KEY = "actor.router_aux_loss_coef", "actor.router_bias_update_rate"
+AUX_KEY = "actor_rollout_ref.actor.router_aux_loss_coef"
+RATE_KEY = "actor_rollout_ref.actor.router_bias_update_rate"
 
 
 def check_experts(config: ActorConfig, model: ModelConfig) -> float:
