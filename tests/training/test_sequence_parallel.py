@@ -75,7 +75,7 @@ def outcome(case, size, group=None, **more):
     actor, audited, redraw = actor_of(case, size, group, **more), {}, redraw_of(chosen)
     logprobs = actor.logprobs(chosen)
     metrics, gradients = gradients_of_update(
-        actor, chosen, audit=lambda indices, values: audited.update(zip(indices, values, strict=True)), redraw=redraw
+        actor, chosen, audit=lambda indices, values, _: audited.update(zip(indices, values, strict=True)), redraw=redraw
     )
     return {
         "logprobs": logprobs,

@@ -53,7 +53,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
     memory = memory_plan(config, shape, placement, device, machine.device_bytes)
     rows = (
         ("run directory", str(config.run_dir)),
-        ("model", f"{config.model.path} ({_count(shape.num_parameters)} parameters, {config.dtype(device)}, {device})"),
+        ("model", f"{config.model.path} ({_parameters(shape)}, {config.dtype(device)}, {device})"),
         ("data", ", ".join(config.data.train_files) or "none"),
         ("step", _step_row(config)),
         ("updates", _updates_row(config)),
@@ -71,6 +71,13 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("changed keys", _changed_row(config)),
     )
     return Plan(rows, (*config.notices, *_advice(config, machine, shape)))
+
+
+def _parameters(shape: ModelShape) -> str:
+    total = f"{_count(shape.num_parameters)} parameters"
+    if shape.experts is None:
+        return total
+    return f"{total}, {_count(shape.num_active_parameters)} of them for one token"
 
 
 def _step_row(config: Config) -> str:

@@ -40,8 +40,38 @@ class LatentShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """Layers whose feed-forward is a mixture of experts; the others are dense."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int  # of one expert
+    shared_intermediate_size: int  # of the feed-forward that every token goes through; 0 for none
+    num_layers: int
+
+    @classmethod
+    def of(cls, sizes: dict[str, Any]) -> ExpertShape | None:
+        """From the keys of config.json, under the names of any family; None without experts. Raises KeyError."""
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        num_experts = next((sizes[name] for name in names if sizes.get(name)), None)
+        if num_experts is None:
+            return None
+        width, layers = sizes.get("moe_intermediate_size") or sizes["intermediate_size"], sizes["num_hidden_layers"]
+        step, first = sizes.get("decoder_sparse_step") or 1, sizes.get("first_k_dense_replace") or 0
+        every, dense = sizes.get("moe_layer_freq") or 1, sizes.get("mlp_only_layers") or ()
+        routed = (i for i in range(first, layers) if (i + 1) % step == 0 and i % every == 0 and i not in dense)
+        shared = (sizes.get("n_shared_experts") or 0) * width
+        return cls(num_experts, sizes["num_experts_per_tok"], width, shared, sum(1 for _ in routed))
+
+    def parameters(self, hidden_size: int, num_experts: int) -> int:
+        """Of one layer's feed-forward with so many of the experts, its router and what all tokens share."""
+        widths = num_experts * self.intermediate_size + self.shared_intermediate_size
+        return 3 * hidden_size * widths + self.num_experts * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Weight matrices and norms of a dense decoder; biases and per-head norms are too small to matter."""
+    """Weight matrices and norms of a decoder; biases and per-head norms are too small to matter."""
 
     hidden_size: int
     intermediate_size: int
@@ -52,6 +82,7 @@ class ModelShape:
     vocab_size: int
     is_tied: bool  # the head is the embedding
     latent: LatentShape | None = None  # where attention is of this kind; then ``head_dim`` is not used
+    experts: ExpertShape | None = None
 
     @classmethod
     def read(cls, directory: str) -> ModelShape:
@@ -82,6 +113,7 @@ class ModelShape:
             vocab_size=sizes["vocab_size"],
             is_tied=bool(sizes.get("tie_word_embeddings")),
             latent=LatentShape.of(sizes) if sizes.get("kv_lora_rank") else None,
+            experts=ExpertShape.of(sizes),
         )
 
     @property
@@ -102,9 +134,26 @@ class ModelShape:
         return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
 
     @property
-    def layer_parameters(self) -> int:
-        """Of one layer."""
+    def num_expert_layers(self) -> int:
+        return 0 if self.experts is None else self.experts.num_layers
+
+    @property
+    def dense_layer_parameters(self) -> int:
+        """Of one layer without experts."""
         return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    def expert_layer_parameters(self, num_experts: int) -> int:
+        """Of one layer with so many of its experts."""
+        if self.experts is None:
+            return 0
+        return self.attention_parameters + self.experts.parameters(self.hidden_size, num_experts) + 2 * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the largest layer."""
+        every = 0 if self.experts is None else self.experts.num_experts
+        dense = self.dense_layer_parameters if self.num_layers > self.num_expert_layers else 0
+        return max(dense, self.expert_layer_parameters(every) if self.num_expert_layers else 0)
 
     @property
     def root_parameters(self) -> int:
@@ -113,7 +162,16 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        return self.num_layers * self.layer_parameters + self.root_parameters
+        return self._parameters(0 if self.experts is None else self.experts.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that one token meets."""
+        return self._parameters(0 if self.experts is None else self.experts.top_k)
+
+    def _parameters(self, num_experts: int) -> int:
+        dense = (self.num_layers - self.num_expert_layers) * self.dense_layer_parameters
+        return dense + self.num_expert_layers * self.expert_layer_parameters(num_experts) + self.root_parameters
 
     @property
     def kv_values_per_token(self) -> int:

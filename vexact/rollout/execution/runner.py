@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vexact.models.decoder import CausalLM, KVCache
+from vexact.models.layers import Routing
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.execution.decode_graphs import DecodeGraphs
 from vexact.rollout.execution.kv_memory import KVMemory
@@ -48,7 +49,7 @@ class ModelRunner:
         device: torch.device,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._chooses_experts = model, model.chooses_experts
         self._device = device
         self.graphs = graphs  # None: every step runs eagerly
         self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
@@ -102,10 +103,10 @@ class ModelRunner:
         """Forward pass, then sampling of the complete sequences; None if the step only filled the cache."""
         if inputs.graph is not None:
             assert self.graphs is not None
-            sampled = self.graphs.run(inputs.graph, lambda: self._sampled(inputs, self._hidden(inputs)))
+            sampled = self.graphs.run(inputs.graph, lambda: self._sampled(inputs, *self._forward(inputs)))
             return to_host(sampled, inputs.num_sampled)
-        hidden = self._hidden(inputs)
-        return to_host(self._sampled(inputs, hidden)) if inputs.num_sampled else None
+        hidden, digest = self._forward(inputs)
+        return to_host(self._sampled(inputs, hidden, digest)) if inputs.num_sampled else None
 
     def refresh(self) -> None:
         """Notice a model whose weights moved to other memory while nothing ran."""
@@ -119,19 +120,25 @@ class ModelRunner:
         taken, self.graphs.num_replays = self.graphs.num_replays, 0
         return taken
 
-    def _hidden(self, inputs: RunnerInputs) -> Tensor:
-        """(T, H)."""
-        hidden: Tensor = self._model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
-        return hidden
+    def _forward(self, inputs: RunnerInputs) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (T, H), and what experts each token chose, (T,) int64, if there are any."""
+        args = inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches
+        if not self._chooses_experts:
+            return self._model(*args), None
+        digest = torch.zeros_like(inputs.input_ids)
+        padded = inputs.graph is not None and inputs.graph.batch_size > 1
+        routing = Routing(padding=inputs.attention.seqused_k == 0) if padded else None
+        return self._model(*args, route_digest=digest, routing=routing), digest
 
-    def _sampled(self, inputs: RunnerInputs, hidden: Tensor) -> Tensor:
-        """(3, S) int32, see ``sample_tokens``."""
+    def _sampled(self, inputs: RunnerInputs, hidden: Tensor, digest: Tensor | None) -> Tensor:
+        """(3, S) or with a digest (5, S) int32, see ``sample_tokens``."""
         if inputs.sample_rows is not None:
             hidden = hidden[inputs.sample_rows]  # (S, H)
+            digest = None if digest is None else digest[inputs.sample_rows]
         logits = self._model.logits(hidden)  # (S, V)
         if self.on_logits is not None:
             self.on_logits(logits, inputs.sampling)
-        sampled = sample_tokens(logits, inputs.sampling)
+        sampled = sample_tokens(logits, inputs.sampling, digest)
         if self.on_sampled is not None:
             sampled = self.on_sampled(logits, inputs.sampling, sampled)
         return sampled
