@@ -18,7 +18,6 @@ from vexact.ops.kernels.moe.tiles import grad_weight_tile, product_tile
 from vexact.ops.kernels.moe.tma import grouped_tma_kernel
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
-
 SWIZZLED_SPAN = 128  # bytes of a row that stay together in shared memory
 
 
