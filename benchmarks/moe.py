@@ -15,18 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import torch
 from linear_timing import environment, median_ms
-from moe_bits import count_rows
+from moe_bits import bit_cases, count_rows
 from moe_cases import MOONLIGHT, QWEN3, MoeShape, make_weights
 from moe_layer import Layer, copy_bandwidth, floor_us
 
 DECODE = (1, 8, 16, 64, 128, 256)
 MANY = (1024, 4096, 16384, 32768)
 QUICK = (1, 16, 128, 4096, 16384)
+SHAPES = (QWEN3, MOONLIGHT)
+PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "down", "combine")
 TRAIN = (4096, 16384, 32768)
 
 
@@ -39,8 +44,7 @@ def many_times(layer: Layer, tokens: int, what: str) -> float:
 
 def time_forward(layer: Layer, tokens: int, bandwidth: float) -> dict[str, float]:
     """The whole layer, its parts, and the others'."""
-    parts = ("layer", "route_and_group", "gate_up", "gate_up_alone", "down", "combine")
-    case = {part: many_times(layer, tokens, part) for part in parts}
+    case = {part: many_times(layer, tokens, part) for part in PARTS}
     case |= {name: many_times(layer, tokens, name) for name in ("stock_gate_up", "stock_down", "stock_layer")}
     case["floor"] = floor_us(layer, tokens, bandwidth)
     case["tflops"] = layer.shape.flops(tokens) / case["layer"] / 1e6
@@ -69,6 +73,38 @@ def time_training(layer: Layer, tokens: int) -> dict[str, float]:
     return record | parts
 
 
+def prepare(shape: MoeShape, tokens: int, training: bool) -> None:
+    """Run everything once, so that it is compiled and in the cache on disk."""
+    layer = Layer(shape, make_weights(shape))
+    for part in (*PARTS, *(layer.BACKWARD if training else ())):
+        getattr(layer, part)(tokens, 0)()
+    if training:
+        layer.train(tokens, 0)()
+    torch.cuda.synchronize()
+    del layer
+    torch.cuda.empty_cache()
+
+
+def compare_and_compile(quick: bool, forward: tuple[int, ...], train: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """Compares all rows, in several processes, which also compile what will be timed."""
+    record = {}
+    with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
+        prepared = [
+            pool.submit(prepare, shape, tokens, tokens in train)
+            for shape in SHAPES
+            for tokens in sorted({*forward, *train})
+            if tokens <= 16384
+        ]
+        counts = {shape: [pool.submit(count_rows, shape, *case) for case in bit_cases(quick)] for shape in SHAPES}
+        for shape, futures in counts.items():
+            rows, different = (sum(column) for column in zip(*(future.result() for future in futures), strict=True))
+            record[shape.name] = {"rows": rows, "different": different}
+            print(f"{shape.name}: {rows:,} rows compared, {different} different", flush=True)
+        for future in prepared:
+            future.result()
+    return record
+
+
 def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], bandwidth: float) -> dict:
     layer = Layer(shape, make_weights(shape))
     record: dict = {"forward": {}, "training": {}}
@@ -95,21 +131,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
+    began = time.monotonic()
     record: dict = {**environment(), "copy_bytes_per_s": copy_bandwidth(), "bits": {}, "shapes": {}}
     print(f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}")
     print(f"copy {record['copy_bytes_per_s'] / 1e12:.2f} TB/s")
-    different = 0
-    for shape in (QWEN3, MOONLIGHT):
-        bits = record["bits"][shape.name] = count_rows(shape, args.quick)
-        different += bits["different"]
-        print(f"{shape.name}: {bits['rows']:,} rows compared, {bits['different']} different", flush=True)
-    for shape in (QWEN3, MOONLIGHT):
-        forward, train = (QUICK, QUICK[-1:]) if args.quick else ((*DECODE, *MANY), TRAIN)
+    forward, train = (QUICK, QUICK[-1:]) if args.quick else ((*DECODE, *MANY), TRAIN)
+    record["bits"] = compare_and_compile(args.quick, forward, train)
+    print(f"compared and compiled after {time.monotonic() - began:.0f} s", flush=True)
+    for shape in SHAPES:
         record["shapes"][shape.name] = run(shape, forward, train, record["copy_bytes_per_s"])
         torch.cuda.empty_cache()
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(different > 0)
+    sys.exit(any(bits["different"] for bits in record["bits"].values()))
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
         yield f"combining {dtype}", lambda tokens, dtype=dtype: combining(dtype, tokens)
     usable = [tile for _, tile in (*tiles.POINTER, *tiles.FLOAT32)]
     if arch >= 90:
-        usable += [tile for _, tile in (*tiles.FORWARD, *tiles.GRAD_INPUT)]
+        usable += [tile for _, tile in (*tiles.FORWARD, *tiles.GATHERED)]
     for tile in dict.fromkeys(usable):
         gather = tile.waves == 0
         yield f"product {tile}", lambda tokens, one=(tile, False, gather, False): product(*one, tokens)
     for tile in dict.fromkeys(tile for _, tile in (tiles.GATED if arch >= 90 else tiles.POINTER)):
         yield f"gated product {tile}", lambda tokens, one=(tile, True, True, False): product(*one, tokens)
     if arch >= 90:
-        tile = tiles.GRAD_INPUT[-1][1]
+        tile = tiles.GATHERED[-1][1]
         yield f"grad_input {tile}", lambda tokens, one=(tile, False, False, True): product(*one, tokens)
     sums = (tiles.GRAD_WEIGHT,) if arch >= 90 else ()
     for tile in (*sums, tiles.POINTER_GRAD_WEIGHT, tiles.FLOAT32_GRAD_WEIGHT):
