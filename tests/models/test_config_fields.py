@@ -88,7 +88,7 @@ def test_flags(key, value):
         ({"architectures": ["LlamaModel"]}, 'architectures=["LlamaModel"]'),
         ({"architectures": [["LlamaForCausalLM"]]}, "architectures=[["),
         ({"architectures": [None]}, "architectures=[null]"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "supported: LlamaForCausalLM"),
+        ({"architectures": ["OlmoeForCausalLM"]}, "supported: LlamaForCausalLM"),
         ({"model_type": "mistral"}, 'model_type="mistral" is not supported; supported: llama'),
         ({"model_type": "qwen3"}, 'model_type="qwen3" is not supported; supported: llama'),
         ({"model_type": None}, "model_type=null"),

@@ -32,6 +32,7 @@ def refusal(**changes):
     return str(raised.value)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 SPELLINGS = {
     "nothing": {},
     "theta": {"rope_theta": 5e5},
@@ -50,6 +51,18 @@ SPELLINGS = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
         "rope_scaling": {"type": "linear", "rope_theta": 1e6, "factor": 2.0},
     },
+    "new yarn": {"rope_parameters": YARN | {"rope_theta": 1e6}},
+    "old yarn": {
+        "rope_theta": 5e4,
+        "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16},
+    },
+    "yarn with bands": {"rope_parameters": YARN | {"rope_theta": 100.0, "beta_fast": 4, "beta_slow": 0.5}},
+    "yarn between frequencies": {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": 2, "truncate": False}},
+    "yarn with a factor of its own": {"rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.25}},
+    "yarn of DeepSeek": {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    "yarn of two factors": {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 0.5}},
+    "yarn with one factor alone": {"rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 2.0, "mscale_all_dim": 0}},
+    "yarn without bands": {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": None, "beta_slow": None}},
     "rotated whole": {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
 
@@ -102,7 +115,28 @@ def test_llama3_bands(low, high):
     assert "must be less than high_freq_factor" in message
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su", "mrope", "proportional", None, 3, ["linear"]])
+@pytest.mark.parametrize("key", ["beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"])
+@pytest.mark.parametrize("value", [-1, "1", [1.0], float("nan")], ids=repr)
+def test_yarn(key, value):
+    assert f"rope_parameters.{key}=" in refusal(rope_parameters=YARN | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"beta_slow": 33}, "rope_parameters.beta_slow=33 must be at most beta_fast, which is 32"),
+        ({"rope_theta": 1.0}, "rope_parameters.rope_theta=1.0 must be more than 1"),
+        ({"original_max_position_embeddings": ...}, "original_max_position_embeddings is missing"),
+        ({"factor": None}, "rope_parameters.factor=null must be a number"),
+        ({"low_freq_factor": 1.0}, "low_freq_factor=1.0 does not belong to rope_type yarn"),
+    ],
+)
+def test_yarn_as_a_whole(changes, part):
+    changed = {name: item for name, item in (YARN | changes).items() if item is not ...}
+    assert part in refusal(rope_parameters=changed)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope", "proportional", None, 3, ["linear"]])
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_types(kind, key):
     assert f"rope_scaling.{key}=" in refusal(rope_scaling={key: kind, "factor": 2.0})

@@ -110,8 +110,8 @@ def _edit_config(path, **changes):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r'architectures=\["GPT2LMHeadModel"\] .* supported: Llama'),
         (
-            {"rope_parameters": {"rope_type": "yarn"}},
-            'rope_type="yarn" is not supported; supported: default',
+            {"rope_parameters": {"rope_type": "longrope"}},
+            'rope_type="longrope" is not supported; supported: default',
         ),
         ({"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported; supported: silu'),
         ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),

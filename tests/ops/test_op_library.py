@@ -157,6 +157,11 @@ def _arguments() -> dict[str, tuple]:
     head = (x, weight, ids, torch.ones(6), torch.full((6,), -9.0))
     logprobs, lse_of_head, entropy = library.linear_cross_entropy_forward(*head)
     pages = torch.zeros(4, 4, 2, 16)
+    logits, digest = torch.randn(6, 8), torch.zeros(6, dtype=torch.int64)
+    routing = 2, "sigmoid", 4, 2, True, 2.5, torch.float32, 7
+    experts, expert_weights = library.moe_router_forward(logits, None, None, *routing)
+    places, slots, offsets = library.moe_groups_forward(experts, 8)
+    matrices, pairs = torch.randn(8, 4, 8), torch.randn(12, 8)
     used, blocks = torch.tensor([2, 4], dtype=torch.int32), torch.tensor([[0], [1]], dtype=torch.int32)
     return {
         "linear_forward": (x, weight, bias, torch.float32),
@@ -178,6 +183,15 @@ def _arguments() -> dict[str, tuple]:
         "attention_write_kv": (k, k + 1, pages, pages + 1, torch.tensor([0, 1, 4, 5, -1, 7])),
         "linear_cross_entropy_forward": head,
         "linear_cross_entropy_backward": (logprobs, None, *head, lse_of_head, entropy),
+        "moe_router_forward": (logits, torch.randn(8), digest, *routing),
+        "moe_router_backward": (expert_weights, logits, experts, 2, "sigmoid", True, 2.5),
+        "moe_groups_forward": (experts, 8),
+        "moe_grouped_linear_forward": (x, matrices, places, offsets, 2),
+        "moe_grouped_linear_grad_input": (torch.randn(12, 4), matrices, offsets),
+        "moe_grouped_linear_grad_weight": (torch.randn(12, 4), x, places, offsets, 2),
+        "moe_combine_forward": (pairs, expert_weights, slots, x),
+        "moe_combine_total": (pairs, slots),
+        "moe_combine_backward": (x, pairs, expert_weights, slots),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from vexact.models.checkpoint import CheckpointReader, Shape
-from vexact.models.checkpoint.files import listed
+from vexact.models.checkpoint.files import listed, mention
 from vexact.models.config import ModelConfig, RopeConfig
 from vexact.models.rotary import frequencies
 
@@ -29,7 +29,13 @@ def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mappin
     Raises:
         ValueError: a tensor is missing, left over, or of another shape or format; the message names it and its file.
     """
-    held = [name for name in reader if not _is_leftover(name, config)]
+    extra = {name for name in reader if _is_extra(name, config)}
+    if extra:
+        mention(
+            f"{reader.directory}: {len(extra)} tensors of {config.extra_layers} more layers are not read: they predict "
+            "later tokens, which neither training nor rollout does"
+        )
+    held = [name for name in reader if name not in extra and not _is_leftover(name, config)]
     _check_formats(reader, held)
     surplus = [name for name in held if name not in wanted]
     if missing := [name for name in wanted if name not in reader]:
@@ -51,13 +57,19 @@ def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mappin
                 f"{reader.file(name)}: {name} is {reader.shape(name)}, but config.json implies {shape}; "
                 "config.json and weights are of different models"
             )
-    for name in set(reader).difference(held):
+    for name in set(reader).difference(held, extra):
         _check_frequencies(reader, config, name)
 
 
 def _is_leftover(name: str, config: ModelConfig) -> bool:
     found = _LEFTOVER.fullmatch(name)
     return found is not None and (found["layer"] is None or int(found["layer"]) < config.num_layers)
+
+
+def _is_extra(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is of the layers behind the last one that config.json speaks of."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and 0 <= int(layer[1]) - config.num_layers < config.extra_layers
 
 
 def _check_formats(reader: CheckpointReader, names: Iterable[str]) -> None:
@@ -87,12 +99,13 @@ def _check_frequencies(reader: CheckpointReader, config: ModelConfig, name: str)
     stored = reader.tensor(name).double()
     plain = RopeConfig(theta=config.rope.theta)  # of old, linear scaling divided the positions
     for rope in (plain, config.rope):
-        wanted = frequencies(rope, config.head_dim).double()
+        wanted = frequencies(rope, config.rope_dim).double()
         if stored.shape == wanted.shape and torch.allclose(stored, wanted, rtol=_ROUNDED, atol=_TINY):
             return
+    width = "head_dim" if config.mla is None else "qk_rope_head_dim"
     raise ValueError(
         f"{reader.file(name)}: {name} holds other frequencies than config.json implies (rope_theta="
-        f"{config.rope.theta:g}, head_dim={config.head_dim}, rope_type {config.rope.type}); correct config.json, or "
+        f"{config.rope.theta:g}, {width}={config.rope_dim}, rope_type {config.rope.type}); correct config.json, or "
         "remove the tensor if config.json is right"
     )
 
@@ -115,6 +128,9 @@ def _reason(surplus: list[str], config: ModelConfig) -> str:
         return "they are of a LoRA adapter; merge it into the model first"
     if layer is not None and int(layer[1]) >= config.num_layers:
         return f"num_hidden_layers={config.num_layers} is too small, or the files are another model's"
+    expert = re.search(r"\.experts\.(\d+)\.", name)
+    if expert is not None and config.moe is not None and int(expert[1]) >= config.moe.num_experts:
+        return f"config.json says {config.moe.num_experts} experts; it is another model's, or that number is wrong"
     if name.endswith(".bias"):
         return "set attention_bias or mlp_bias if the architecture has them, or use the right architecture"
     return "config.json is another model's, or the tensors are not this model's; leaving them out would change it"

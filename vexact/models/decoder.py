@@ -1,24 +1,21 @@
-"""The dense decoder that rollout and training share: Qwen3, Qwen2 and Llama by configuration."""
+"""The decoder that rollout and training share: of every family, by configuration, from the parts in ``layers``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vexact.models.config import ModelConfig
+from vexact.models.layers import MLP, Attention, KVCache, LatentAttention, Metadata, MoE, RMSNorm, Tokens
 from vexact.models.opset import OpSet, op_set
 from vexact.models.rotary import cos_sin_table
-from vexact.models.sequence_parallel import SlicedMetadata
-from vexact.ops import PackedMetadata, PagedMetadata, linear_cross_entropy, linear_cross_entropy_trained
+from vexact.ops import linear_cross_entropy, linear_cross_entropy_trained
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
-
-Metadata = PackedMetadata | SlicedMetadata | PagedMetadata
-KVCache = tuple[Tensor, Tensor]
-
 
 PROBE_ROWS = 256  # rows of logits shown at a time: 150 MB at a vocabulary of 152 k
 
@@ -45,76 +42,20 @@ class Targets:
     probe: LogitProbe | None = None
 
 
-class Attention(nn.Module):
-    """Self-attention with fused qkv projection, optional per-head q/k norm, rotary embedding."""
-
-    def __init__(self, config: ModelConfig, ops: OpSet) -> None:
-        super().__init__()
-        self.config, self.ops = config, ops
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.qkv_sizes[0], config.hidden_size, bias=config.output_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
-
-    def forward(
-        self, x: Tensor, positions: Tensor, cos_sin: Tensor, metadata: Metadata, kv_cache: KVCache | None
-    ) -> Tensor:
-        head_dim = self.config.head_dim
-        qkv = self.ops.linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
-        q, k, v = (
-            part.unflatten(1, (-1, head_dim)) for part in qkv.split(self.config.qkv_sizes, dim=1)
-        )  # (T, heads, D)
-        if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.weight, self.k_norm.weight
-            q, k = self.ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, positions, cos_sin)
-        else:
-            q, k = self.ops.rope(q, k, positions, cos_sin)
-        if isinstance(metadata, SlicedMetadata):
-            out = metadata.attend(self.ops.attention, q, k, v, head_dim**-0.5)
-        else:
-            out = self.ops.attention(q, k, v, metadata, head_dim**-0.5, kv_cache)
-        return self.ops.linear(out.flatten(1), self.o_proj.weight, self.o_proj.bias)
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward with fused gate and up projections."""
-
-    def __init__(self, config: ModelConfig, ops: OpSet) -> None:
-        super().__init__()
-        self.ops = ops
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.ops.linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias)
-        return self.ops.linear(self.ops.swiglu(gate_up), self.down_proj.weight, self.down_proj.bias)
-
-
-class RMSNorm(nn.Module):
-    """Holds the weight of a norm; adds a residual first when given one."""
-
-    def __init__(self, width: int, eps: float, ops: OpSet) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.ops = eps, ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
-
-
 class DecoderLayer(nn.Module):
     """One pre-norm transformer layer; takes and returns (branch output, residual stream)."""
 
-    def __init__(self, config: ModelConfig, ops: OpSet) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: OpSet) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.attention = Attention(config, ops)
-        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.mlp = MLP(config, ops)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(hidden, eps, ops)
+        self.attention = Attention(config, ops) if config.mla is None else LatentAttention(config, config.mla, ops)
+        self.post_norm = RMSNorm(hidden, eps, ops)
+        self.mlp = (
+            MoE(hidden, config.moe, layer, ops)
+            if config.moe is not None and config.has_experts(layer)
+            else MLP(hidden, config.intermediate_size, config.mlp_bias, ops)
+        )
 
     def forward(
         self,
@@ -124,14 +65,15 @@ class DecoderLayer(nn.Module):
         cos_sin: Tensor,
         metadata: Metadata,
         kv_cache: KVCache | None,
+        route_digest: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if residual is None:
             x, residual = self.input_norm(x), x
         else:
             x, residual = self.input_norm.add(x, residual)
-        x = self.attention(x, positions, cos_sin, metadata, kv_cache)
+        x = self.attention(x, Tokens(positions, cos_sin, metadata), kv_cache)
         x, residual = self.post_norm.add(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, route_digest) if isinstance(self.mlp, MoE) else self.mlp(x), residual
 
 
 class CausalLM(nn.Module):
@@ -143,7 +85,7 @@ class CausalLM(nn.Module):
         self.ops = op_set(ops, attn_impl)
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, self.ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, self.ops) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.ops)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -151,7 +93,7 @@ class CausalLM(nn.Module):
 
     def init_rope(self, device: torch.device | str) -> None:
         """Fills the rotary table, which no checkpoint holds."""
-        table = cos_sin_table(self.config.rope, self.config.head_dim, self.config.max_position_embeddings)
+        table = cos_sin_table(self.config.rope, self.config.rope_dim, self.config.max_position_embeddings)
         self.cos_sin = table.to(device)
 
     @property
@@ -171,6 +113,7 @@ class CausalLM(nn.Module):
         metadata: Metadata,
         kv_caches: list[KVCache] | None = None,
         targets: Targets | None = None,
+        route_digest: Tensor | None = None,
     ) -> Tensor | LinearCrossEntropy | TrainedCrossEntropy:
         """Hidden states after the final norm, or with ``targets`` their log-probabilities and entropies.
 
@@ -179,6 +122,7 @@ class CausalLM(nn.Module):
         Args:
             input_ids, positions: (T,) int64.
             kv_caches: one (k_cache, v_cache) per layer for paged metadata.
+            route_digest: (T,) int64; a hash of the experts that each token chose, in all layers, is added to it.
 
         Returns:
             (T, H), or :class:`LinearCrossEntropy` with fields (R,) fp32, or with ``targets.dloss``
@@ -190,7 +134,13 @@ class CausalLM(nn.Module):
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
-            x, residual = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+            if not recompute:
+                x, residual = layer(*args, route_digest)
+            elif route_digest is None:
+                x, residual = checkpoint(layer, *args, use_reentrant=False)
+            else:
+                x, residual, own = checkpoint(_with_digest, layer, *args, use_reentrant=False)
+                route_digest += own
         assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]
         if targets is None:
@@ -212,3 +162,10 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V) fp32, never rounded to the model's dtype."""
         return self.ops.linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
+
+
+def _with_digest(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's outputs and its own digest: when it runs again in the backward, nobody reads that one."""
+    digest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    x, residual = layer(x, *args, digest)
+    return x, residual, digest

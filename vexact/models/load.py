@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vexact.models.checkpoint import CheckpointReader, write_checkpoint
+from vexact.models.checkpoint import CheckpointReader, Shape, write_checkpoint
 from vexact.models.checkpoint.values import all_finite, refuse_values
 from vexact.models.config import ModelConfig
 from vexact.models.contents import check_contents
 from vexact.models.decoder import CausalLM
-from vexact.models.hf_names import hf_sources, to_hf
+from vexact.models.hf_names import matrix, stored_sources, to_hf
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -67,11 +67,12 @@ def load_parts(
     config = ModelConfig.from_hf_dir(path)
     model = _meta_model(config, dtype, ops, attn_impl)
     with CheckpointReader(path) as reader, torch.no_grad():
-        check_contents(reader, config, {name: tuple(t.shape) for name, t in to_hf(config, model.named_parameters())})
+        sources = {name: stored_sources(config, name, reader) for name, _ in model.named_parameters()}
+        check_contents(reader, config, _shapes(config, model, sources))
         shard(model)
         _allocate(model, device)
         for name, parameter in model.named_parameters():
-            _read(reader, config, name, *own(parameter))
+            _read(reader, sources[name], *own(parameter))
     return model
 
 
@@ -99,8 +100,8 @@ def random_model(
 
 
 def model_of(config: ModelConfig, named: Mapping[str, Tensor], device: torch.device | str = "cpu") -> CausalLM:
-    """A model on the invariant operators with copies of these parameters: all of them, whole, of one dtype."""
-    dtype = next(iter(named.values())).dtype
+    """A model on the invariant operators with copies of these parameters: all of them, whole, of the model's dtype."""
+    dtype = next(iter(named.values())).dtype  # the embedding's
     model = _allocate(_meta_model(config, dtype, "invariant", "triton-invariant"), device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,16 +130,35 @@ def _allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
     return model
 
 
-def _read(reader: CheckpointReader, config: ModelConfig, name: str, rows: Tensor, first: int) -> None:
-    """Fills rows ``first`` and on of one parameter from its tensors, and looks at what came of them in their dtype."""
+def _shapes(config: ModelConfig, model: CausalLM, sources: Mapping[str, list[str]]) -> dict[str, Shape]:
+    """What each tensor of the checkpoint has to be, under the names that it uses."""
+    shapes: dict[str, Shape] = {}
+    for name, parameter in model.named_parameters():
+        parts = dict(to_hf(config, [(name, parameter)]))
+        renamed = sources[name] != list(parts)
+        shapes |= {sources[name][0]: parameter.shape} if renamed else {part: t.shape for part, t in parts.items()}
+    return {source: tuple(shape) for source, shape in shapes.items()}
+
+
+def _read(reader: CheckpointReader, sources: list[str], rows: Tensor, first: int) -> None:
+    """Fills rows ``first`` and on of one parameter from its tensors, and looks at what came of them in their dtype.
+
+    Of experts, only tensors and pages are read that hold some of the rows.
+    """
+    each = rows.shape[1] if rows.dim() == 3 else 1  # rows of a matrix for one expert
+    rows, first = matrix(rows), first * each
     start, end = 0, first + len(rows)
-    for source in hf_sources(config, name)[0]:
-        stop = start + reader.shape(source)[0]
+    for source in sources:
+        stop = start + _num_rows(reader.shape(source))
         low, high = max(start, first), min(stop, end)
         if low < high:
             stored, part = reader.tensor(source), rows[low - first : high - first]
-            values = stored[low - start : high - start]
+            values = matrix(stored)[low - start : high - start]
             part.copy_(values)
             if not all_finite(values.to(part.dtype) if part.is_meta else part):
                 refuse_values(stored, part.dtype, source, reader.file(source))
         start = stop
+
+
+def _num_rows(shape: Shape) -> int:
+    return shape[0] * shape[1] if len(shape) == 3 else shape[0]

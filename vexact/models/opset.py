@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import nn
 
 import vexact.ops as invariant
-from vexact.ops import stock, stock_flash
+from vexact.ops import stock, stock_flash, stock_moe
 
 OPS = ("invariant", "stock")
 STOCK_ATTENTION: dict[str, Callable[..., Any]] = {
@@ -35,6 +35,10 @@ class OpSet:
     swiglu: Callable[..., Any]
     embedding: Callable[..., Any]
     attention: Callable[..., Any]
+    route: Callable[..., Any]
+    group_tokens: Callable[..., Any]
+    grouped_linear: Callable[..., Any]
+    combine: Callable[..., Any]
 
 
 OP_NAMES = tuple(field.name for field in fields(OpSet))
@@ -51,9 +55,9 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
     if attn_impl not in (*INVARIANT_ATTENTION, *STOCK_ATTENTION):
         known = ", ".join((*INVARIANT_ATTENTION, *STOCK_ATTENTION))
         raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
-    source: Any = invariant if ops == "invariant" else stock
-    chosen = {name: getattr(source, name) for name in OP_NAMES}
-    return OpSet(**chosen | {"attention": STOCK_ATTENTION.get(attn_impl, source.attention)})
+    source = vars(invariant) if ops == "invariant" else vars(stock) | vars(stock_moe)
+    chosen = {name: source[name] for name in OP_NAMES}
+    return OpSet(**chosen | {"attention": STOCK_ATTENTION.get(attn_impl, chosen["attention"])})
 
 
 def set_ops(model: nn.Module, ops: OpSet) -> None:

@@ -12,6 +12,7 @@ from vexact.ops.linear_cross_entropy import (
     linear_cross_entropy_trained,
 )
 from vexact.ops.logprob import token_logprobs
+from vexact.ops.moe import ExpertGroups, Routes, combine, group_tokens, grouped_linear, route
 from vexact.ops.qk_norm_rope import qk_norm_rope
 from vexact.ops.rms_norm import add_rms_norm, rms_norm
 from vexact.ops.rope import rope
@@ -19,13 +20,18 @@ from vexact.ops.sampling import SamplingTensors, sample
 from vexact.ops.swiglu import swiglu
 
 __all__ = [
+    "ExpertGroups",
     "PackedMetadata",
     "PagedMetadata",
+    "Routes",
     "SamplingTensors",
     "add_rms_norm",
     "attention",
+    "combine",
     "embedding",
     "flash_attn_varlen_func",
+    "group_tokens",
+    "grouped_linear",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",
@@ -33,6 +39,7 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rope",
+    "route",
     "sample",
     "swiglu",
     "token_logprobs",

@@ -192,6 +192,83 @@ def linear_cross_entropy_backward(
     return module("linear_cross_entropy", hidden).backward(dlogprobs, dentropy, hidden, weight, *rows)
 
 
+def _weights_like(experts: Tensor) -> Tensor:
+    return experts.new_empty(experts.shape, dtype=torch.float32)
+
+
+def _routes(logits: Tensor, bias: Tensor | None, digest: Tensor | None, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    experts = logits.new_empty((logits.shape[0], top_k), dtype=torch.int32)
+    return experts, _weights_like(experts)
+
+
+@_opaque(_routes, mutates=("digest",))
+def moe_router_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+) -> tuple[Tensor, Tensor]:
+    choice = top_k, scoring, num_groups, top_groups
+    return module("moe.router", logits).forward(logits, bias, digest, *choice, normalize, scale, round_to, salt)
+
+
+@_opaque(lambda dweights, logits, *others: _same(logits)[0])
+def moe_router_backward(
+    dweights: Tensor, logits: Tensor, experts: Tensor, top_k: int, scoring: str, normalize: bool, scale: float
+) -> Tensor:
+    return module("moe.router", logits).backward(dweights, logits, experts, top_k, scoring, normalize, scale)
+
+
+@_opaque(
+    lambda experts, num_experts: (
+        experts.new_empty((experts.numel(),)),
+        *_same(experts),
+        experts.new_empty((num_experts + 1,)),
+    )
+)
+def moe_groups_forward(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return module("moe.groups", experts).forward(experts, num_experts)
+
+
+@_opaque(lambda x, weight, rows, offsets, top_k: x.new_empty(((x if rows is None else rows).shape[0], weight.shape[1])))
+def moe_grouped_linear_forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
+    return module("moe.grouped_linear", x).forward(x, weight, rows, offsets, top_k)
+
+
+@_opaque(lambda dy, weight, offsets: dy.new_empty((dy.shape[0], weight.shape[2])))
+def moe_grouped_linear_grad_input(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return module("moe.grouped_linear", dy).grad_input(dy, weight, offsets)
+
+
+@_opaque(
+    lambda dy, x, rows, offsets, top_k: x.new_empty((offsets.shape[0] - 1, dy.shape[1], x.shape[1])),
+)
+def moe_grouped_linear_grad_weight(dy: Tensor, x: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
+    return module("moe.grouped_linear", dy).grad_weight(dy, x, rows, offsets, top_k)
+
+
+@_opaque(lambda y, weights, slots, shared: y.new_empty((slots.shape[0], y.shape[1])))
+def moe_combine_forward(y: Tensor, weights: Tensor, slots: Tensor, shared: Tensor | None) -> Tensor:
+    return module("moe.combine", y).forward(y, weights, slots, shared)
+
+
+@_opaque(lambda dx, slots: dx.new_empty((slots.shape[0], dx.shape[1])))
+def moe_combine_total(dx: Tensor, slots: Tensor) -> Tensor:
+    return module("moe.combine", dx).total(dx, slots)
+
+
+@_opaque(lambda dout, y, weights, slots: _same(y, weights))
+def moe_combine_backward(dout: Tensor, y: Tensor, weights: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    return module("moe.combine", y).backward(dout, y, weights, slots)
+
+
 OPS = {
     "attention": SimpleNamespace(
         packed_forward=attention_packed_forward,
@@ -209,6 +286,14 @@ OPS = {
     "linear_cross_entropy": SimpleNamespace(
         forward=linear_cross_entropy_forward, backward=linear_cross_entropy_backward
     ),
+    "moe.combine": SimpleNamespace(forward=moe_combine_forward, total=moe_combine_total, backward=moe_combine_backward),
+    "moe.grouped_linear": SimpleNamespace(
+        forward=moe_grouped_linear_forward,
+        grad_input=moe_grouped_linear_grad_input,
+        grad_weight=moe_grouped_linear_grad_weight,
+    ),
+    "moe.groups": SimpleNamespace(forward=moe_groups_forward),
+    "moe.router": SimpleNamespace(forward=moe_router_forward, backward=moe_router_backward),
     "qk_norm_rope": SimpleNamespace(forward=qk_norm_rope_forward),
     "rms_norm": SimpleNamespace(forward=rms_norm_forward, add_forward=rms_norm_add_forward, backward=rms_norm_backward),
     "rope": SimpleNamespace(forward=rope_forward),

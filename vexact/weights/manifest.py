@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from vexact.models import parameter_dtype
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -42,8 +44,8 @@ Manifest = tuple[TensorSpec, ...]
 
 
 def manifest(model: nn.Module, dtype: torch.dtype) -> Manifest:
-    """The parameters of ``model``, sharded or not, as they are in ``dtype``."""
-    return tuple(TensorSpec(name, tuple(p.shape), dtype) for name, p in model.named_parameters())
+    """The parameters of ``model``, sharded or not, as they are in a model of ``dtype``."""
+    return tuple(TensorSpec(name, tuple(p.shape), parameter_dtype(name, dtype)) for name, p in model.named_parameters())
 
 
 def shard_mesh(model: nn.Module) -> DeviceMesh | None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from vexact.models.hf_names import hf_sources
+from vexact.models.hf_names import to_hf
 from vexact.rollout import Engine
 from vexact.weights.fingerprint import checksum
 from vexact_verl.parcels import Parcel
@@ -24,11 +24,7 @@ class Arrival:
         self._stack, self._version = ExitStack(), version
         parameters = self._stack.enter_context(engine.replacing_weights(version))
         config = engine.model.config
-        self._rows: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            sources, sizes = hf_sources(config, name)
-            parts = [parameter] if len(sources) == 1 else parameter.split(sizes)
-            self._rows |= zip(sources, parts, strict=True)
+        self._rows: dict[str, Tensor] = dict(to_hf(config, parameters.items()))
         self._sums: dict[str, int] = {}
         self._has_no_head = config.tie_word_embeddings
 

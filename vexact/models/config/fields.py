@@ -22,10 +22,11 @@ class Fields:
 
     def size(self, key: str, most: int, default: Any = REQUIRED) -> int:
         """A whole number from 1 to ``most``."""
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self.refuse(key, f"must be a whole number from 1 to {most}")
-        return value
+        return self._whole(key, 1, most, default)
+
+    def count(self, key: str, most: int, default: Any = REQUIRED) -> int:
+        """A whole number from 0 to ``most``."""
+        return self._whole(key, 0, most, default)
 
     def number(self, key: str, least: float, most: float, default: Any = REQUIRED) -> float:
         """A finite number from ``least`` to ``most``."""
@@ -81,6 +82,12 @@ class Fields:
             text = f"a {type(self.values[key]).__name__}"
         text = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
         raise ValueError(f"{self.file}: {self.prefix}{key}={text} {must}")
+
+    def _whole(self, key: str, least: int, most: int, default: Any) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.refuse(key, f"must be a whole number from {least} to {most}")
+        return value
 
     def _get(self, key: str, default: Any) -> Any:
         if key not in self.values and default is REQUIRED:

@@ -10,11 +10,31 @@ from typing import Any
 from vexact.models.checkpoint.files import UNFINISHED, checkpoint_directory, is_there, read_json
 from vexact.models.checkpoint.reader import refuse_other_kinds
 from vexact.models.config.fields import Fields
-from vexact.models.config.refusals import refuse_quantised, refuse_unsupported
-from vexact.models.config.rope import MOST_POSITIONS, RopeConfig, read_rope
+from vexact.models.config.mla import MLA_KEYS, MlaConfig, read_mla
+from vexact.models.config.moe import MOE_KEYS, MoeConfig, read_moe
+from vexact.models.config.refusals import QK_NORM, refuse_quantised, refuse_unsupported
+from vexact.models.config.rope import DEFAULT_THETA, MOST_POSITIONS, RopeConfig, read_rope
 
 # Architecture to the model_type that belongs to it
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+}
+# What transformers takes where config.json is silent, if not what it takes for most: positions, epsilon and theta
+_MOST = (32768, 1e-6, DEFAULT_THETA)
+_DEFAULTS = {
+    "LlamaForCausalLM": (2048, 1e-6, DEFAULT_THETA),
+    "MixtralForCausalLM": (131072, 1e-5, 1e6),
+    "DeepseekV2ForCausalLM": (2048, 1e-6, DEFAULT_THETA),
+    "DeepseekV3ForCausalLM": (4096, 1e-6, DEFAULT_THETA),
+}
+_LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_NEXT_TOKENS = ("num_nextn_predict_layers", "num_mtp_layers")  # released name, and that of transformers 5
 
 # Far beyond any model; more is a typing error, and would only fill the memory
 _MOST_WIDTH, _MOST_LAYERS, _MOST_HEADS, _MOST_TOKENS = 1 << 20, 1 << 12, 1 << 12, 1 << 24
@@ -31,7 +51,7 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of a query and a key
     max_position_embeddings: int
     rms_norm_eps: float
     rope: RopeConfig
@@ -42,12 +62,39 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
     padding_idx: int | None  # the row of the embedding that no token trains
+    moe: MoeConfig | None  # None for a dense model
+    mla: MlaConfig | None  # None for attention with projected keys and values
+    extra_layers: int  # behind the last one, for the prediction of later tokens; a checkpoint's are left out
     raw: dict[str, Any]
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """Widths of the query, key and value parts of the fused projection."""
-        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        """Widths of a token's queries, keys and values, all heads side by side."""
+        return self.num_heads * self.key_dim, self.num_kv_heads * self.key_dim, self.num_kv_heads * self.value_dim
+
+    @property
+    def key_dim(self) -> int:
+        """Width of one head's query, key and cached key."""
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of one head's value, also in the cache."""
+        return self.head_dim if self.mla is None else self.mla.value_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """How many numbers of a query and a key are rotated."""
+        return self.head_dim if self.mla is None else self.mla.rope_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What dot products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.mla is None else self.mla.softmax_scale
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of a layer is a mixture of experts."""
+        return self.moe is not None and layer in self.moe.layers
 
     @property
     def key_dim(self) -> int:
@@ -89,12 +136,23 @@ def _interpret(raw: dict[str, Any], file: str, stop: Fields | None) -> ModelConf
     vocab_size = config.size("vocab_size", _MOST_TOKENS)
     hidden = config.size("hidden_size", _MOST_WIDTH)
     layers = config.size("num_hidden_layers", _MOST_LAYERS)
-    heads, kv_heads, head_dim = _heads(config, hidden)
-    refuse_unsupported(config, architecture, layers)
+    latent = architecture in _LATENT
+    refuse_unsupported(config, architecture, layers, _honoured(architecture))
+    positions, epsilon, theta = _DEFAULTS.get(architecture, _MOST)
+    rope = read_rope(config, theta)
+    if latent:
+        heads = kv_heads = config.size("num_attention_heads", _MOST_HEADS)
+        mla = read_mla(config, rope, heads, v3=architecture == "DeepseekV3ForCausalLM")
+        head_dim = mla.key_dim
+    else:
+        mla = None
+        heads, kv_heads, head_dim = _heads(config, hidden)
     llama, qwen2 = architecture == "LlamaForCausalLM", architecture == "Qwen2ForCausalLM"
     attention_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     if mlp_bias and not llama:
         config.refuse("mlp_bias", f"is not what {architecture} computes; only LlamaForCausalLM has these biases")
+    if attention_bias and (latent or architecture == "MixtralForCausalLM"):
+        config.refuse("attention_bias", f"is not supported for {architecture}; it must be false or absent")
     config.number("initializer_range", 0.0, 1e3, 0.02)
     eos = config.token_ids("eos_token_id", vocab_size)
     if stop is not None and stop.values.get("eos_token_id") is not None:
@@ -108,18 +166,32 @@ def _interpret(raw: dict[str, Any], file: str, stop: Fields | None) -> ModelConf
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=config.size("max_position_embeddings", MOST_POSITIONS, 2048 if llama else 32768),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-30, 1.0, 1e-6),
-        rope=read_rope(config),
+        max_position_embeddings=config.size("max_position_embeddings", MOST_POSITIONS, positions),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-30, 1.0, epsilon),
+        rope=rope,
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
         qkv_bias=qwen2 or attention_bias,
         output_bias=attention_bias and not qwen2,
         mlp_bias=mlp_bias,
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in QK_NORM,
         eos_token_ids=eos,
         padding_idx=config.row("pad_token_id", vocab_size),
+        moe=read_moe(config, architecture, layers),
+        mla=mla,
+        extra_layers=_extra_layers(config) if latent else 0,
         raw=raw,
     )
+
+
+def _honoured(architecture: str) -> frozenset[str]:
+    """Keys that this architecture reads and others refuse."""
+    keys = MOE_KEYS.get(architecture, frozenset())
+    return keys | MLA_KEYS.union(_NEXT_TOKENS) if architecture in _LATENT else keys
+
+
+def _extra_layers(config: Fields) -> int:
+    counts = [config.count(key, _MOST_LAYERS) for key in _NEXT_TOKENS if config.values.get(key) is not None]
+    return max(counts, default=0)
 
 
 def _architecture(config: Fields) -> str:

@@ -7,7 +7,8 @@ from vexact.models.config.fields import Fields, is_number
 
 _QUANTISED = "says that the weights are quantised, which is not supported; use the bf16 or fp32 original"
 _ATTENTION = "changes the attention, and is not supported; it must be absent"
-_EXPERTS = "asks for a mixture of experts, which is not supported; only dense decoders are"
+_EXPERTS = "asks for a mixture of experts, which is not what the architecture computes; it must be absent"
+_JITTER = "would multiply what the router sees by random numbers in training alone; set it to 0"
 _DROPOUT = "asks for dropout, which would make training and rollout two functions; set it to 0"
 _SCALE = "scales the model in a way that is not supported; it must be 1 or absent"
 _CAP = "caps the logits, which is not supported; it must be absent"
@@ -31,6 +32,10 @@ _MUST_BE_OFF = _by_key({
     ),
     _EXPERTS: (
         "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ),
+    _JITTER: (
+        "router_jitter_noise", "jitter_noise", "input_jitter_noise",
     ),
     _DROPOUT: (
         "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop",
@@ -45,7 +50,7 @@ _MUST_BE_OFF = _by_key({
     ),
     _OTHER: (
         "is_encoder_decoder", "add_cross_attention", "vision_config", "audio_config", "text_config", "per_layer_config",
-        "num_nextn_predict_layers", "mtp_num_layers", "pruned_heads",
+        "num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "pruned_heads",
     ),
 })  # fmt: skip
 
@@ -61,6 +66,8 @@ _MUST_BE_ONE = _by_key({
     ),
 })  # fmt: skip
 
+# Architectures that normalise the queries and keys of every head
+QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 # How the files are stored, no matter what the model computes
 _QUANTISATION = ("quantization_config", "compression_config", "quantization", "quant_config", "sparsity_config")
 # Read elsewhere, or about tokenizers, generation, training and bookkeeping: no word about them
@@ -81,6 +88,7 @@ _HARMLESS = frozenset((
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate",
     "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
     "exponential_decay_length_penalty", "cross_attention_hidden_size", "tie_encoder_decoder", "transformers.js_config",
+    "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size",
 ))  # fmt: skip
 
 
@@ -91,13 +99,16 @@ def refuse_quantised(config: Fields) -> None:
             config.refuse(key, _QUANTISED)
 
 
-def refuse_unsupported(config: Fields, architecture: str, num_layers: int) -> None:
+def refuse_unsupported(config: Fields, architecture: str, num_layers: int, honoured: frozenset[str]) -> None:
     """
+    Args:
+        honoured: keys that this architecture reads, which others must not have.
+
     Raises:
         ValueError: a key asks for what the decoder does not compute.
     """
     for key, value in config.values.items():
-        if key in _MUST_BE_OFF and value:
+        if key in _MUST_BE_OFF and value and key not in honoured:
             config.refuse(key, _MUST_BE_OFF[key])
         if key in _MUST_BE_ONE and value is not None and not (is_number(value) and value == 1):
             config.refuse(key, _MUST_BE_ONE[key])
@@ -105,13 +116,13 @@ def refuse_unsupported(config: Fields, architecture: str, num_layers: int) -> No
         if key in config:
             config.choice(key, ("silu", "swish"))
     for key in ("qk_norm", "use_qk_norm"):
-        if key in config and config.flag(key, False) != (architecture == "Qwen3ForCausalLM"):
-            config.refuse(
-                key, f"is not what {architecture} computes; only Qwen3ForCausalLM normalises queries and keys"
-            )
+        if key in config and config.flag(key, False) != (architecture in QK_NORM):
+            config.refuse(key, f"is not what {architecture} computes; only {' and '.join(QK_NORM)} normalise them")
     _refuse_windows(config, architecture, num_layers)
-    _refuse_own_code(config)
-    known = _HARMLESS.union(_MUST_BE_OFF, _MUST_BE_ONE, _QUANTISATION, ("hidden_activation", "activation_function"))
+    _refuse_own_code(config, architecture)
+    known = _HARMLESS.union(
+        honoured, _MUST_BE_OFF, _MUST_BE_ONE, _QUANTISATION, ("hidden_activation", "activation_function")
+    )
     if unknown := sorted(set(config.values) - known):
         mention(f"{config.file}: these keys are not known here and change nothing: {', '.join(unknown)}")
 
@@ -131,11 +142,23 @@ def _refuse_windows(config: Fields, architecture: str, num_layers: int) -> None:
         config.refuse("sliding_window", "is not supported; it must be null or absent")
 
 
-def _refuse_own_code(config: Fields) -> None:
-    code = config.object("auto_map").values
-    if any(name == "AutoConfig" or name.startswith("AutoModel") for name in code):
+def _refuse_own_code(config: Fields, architecture: str) -> None:
+    code = {name: value for name, value in config.object("auto_map").values.items() if _is_model(name)}
+    if architecture.startswith("Deepseek") and set(map(str, code.values())) <= _deepseek_code(architecture):
+        return  # what was released before transformers had these architectures
+    if code:
         config.refuse(
             "auto_map",
             "names code of the checkpoint's own, which is never executed; remove the key if the weights are those of "
             "the plain architecture",
         )
+
+
+def _is_model(name: str) -> bool:
+    return name == "AutoConfig" or name.startswith("AutoModel")
+
+
+def _deepseek_code(architecture: str) -> set[str]:
+    family = architecture.removesuffix("ForCausalLM")
+    models = {f"modeling_deepseek.{family}{kind}" for kind in ("Model", "ForCausalLM")}
+    return models | {f"configuration_deepseek.{family}Config"}

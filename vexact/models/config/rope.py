@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from vexact.models.config.fields import Fields
 
-DEFAULT_THETA = 10000.0  # transformers' own, for every architecture here
+DEFAULT_THETA = 10000.0  # transformers' own, for most architectures
 MOST_POSITIONS = 1 << 24  # angles are computed in float32, which counts that far without a gap
 
 # What belongs to the scaling of each type; what is unknown, or another type's, would change the angles
@@ -15,6 +16,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
 }
 _COMMON = ("rope_type", "type", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor", "finetuned")
 _OUTER = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")  # keys of config.json itself
@@ -32,9 +34,14 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0  # rotations within the original context from which a frequency is kept
+    beta_slow: float = 1.0  # and up to which it is divided by ``factor``
+    truncate: bool = True  # the band between begins and ends at whole frequencies
+    table_factor: float = 1.0  # of all cosines and sines
+    softmax_factor: float = 1.0  # its square multiplies the softmax scale of latent attention
 
 
-def read_rope(config: Fields) -> RopeConfig:
+def read_rope(config: Fields, default_theta: float = DEFAULT_THETA) -> RopeConfig:
     """
     Raises:
         ValueError: an unknown type, a value out of range, one missing, or two that contradict each other.
@@ -42,18 +49,57 @@ def read_rope(config: Fields) -> RopeConfig:
     rope = _merged(config)
     kind = _type(rope)
     _refuse_strangers(config, rope, kind)
-    theta = _holder(config, rope, "rope_theta").number("rope_theta", 1.0, 1e30, DEFAULT_THETA)
+    theta = _holder(config, rope, "rope_theta").number("rope_theta", 1.0, 1e30, default_theta)
     if kind == "default":
         return RopeConfig(theta=theta)
     factor = rope.number("factor", 1.0, 1e6)
     if kind == "linear":
         return RopeConfig(kind, theta, factor)
+    if kind == "yarn":
+        return _yarn(config, rope, theta, factor)
     low = rope.number("low_freq_factor", 1e-6, 1e6)
     high = rope.number("high_freq_factor", 1e-6, 1e6)
     if low >= high:
         rope.refuse("low_freq_factor", f"must be less than high_freq_factor, which is {high:g}")
+    return RopeConfig(kind, theta, factor, low, high, _original_positions(config, rope))
+
+
+def _yarn(config: Fields, rope: Fields, theta: float, factor: float) -> RopeConfig:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), with DeepSeek's two factors of the logarithm."""
+    if theta <= 1:
+        _holder(config, rope, "rope_theta").refuse("rope_theta", "must be more than 1 with rope_type yarn")
+    fast, slow = (_optional(rope, key, 1e-3, 1e6) or usual for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    if slow > fast:
+        rope.refuse("beta_slow", f"must be at most beta_fast, which is {fast:g}")
+    scale, all_dim = _optional(rope, "mscale", 0.0, 1e3), _optional(rope, "mscale_all_dim", 0.0, 1e3)
+    table = _optional(rope, "attention_factor", 1e-6, 1e6)
+    if table is None:
+        table = _mscale(factor, scale) / _mscale(factor, all_dim) if scale and all_dim else _mscale(factor, 1.0)
+    return RopeConfig(
+        "yarn",
+        theta,
+        factor,
+        original_max_position_embeddings=_original_positions(config, rope),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=rope.flag("truncate", True),
+        table_factor=table,
+        softmax_factor=_mscale(factor, all_dim) if all_dim else 1.0,
+    )
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _optional(rope: Fields, key: str, least: float, most: float) -> float | None:
+    """A number, or None where the key is absent or null."""
+    return None if rope.values.get(key) is None else rope.number(key, least, most)
+
+
+def _original_positions(config: Fields, rope: Fields) -> int:
     holder = _holder(config, rope, "original_max_position_embeddings")
-    return RopeConfig(kind, theta, factor, low, high, holder.size("original_max_position_embeddings", MOST_POSITIONS))
+    return holder.size("original_max_position_embeddings", MOST_POSITIONS)
 
 
 def _holder(config: Fields, rope: Fields, key: str) -> Fields:

@@ -24,7 +24,7 @@ _EXP2 = (
     0.6931470036506653,
     1.0,
 )
-_EXP2_LOWEST = np.float32(-64.0)
+_EXP2_LOWEST = np.float32(-126.0)  # of the smallest normal number
 
 
 def log_of_normal(x: np.ndarray) -> np.ndarray:

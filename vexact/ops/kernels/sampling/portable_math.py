@@ -31,7 +31,7 @@ def log_of_normal(x):
 @triton.jit
 def exp_of_negative(z):
     """e^z for z <= 0, relative error below 1.9e-7 and that of z * log2(e)."""
-    t = tl.maximum(z * 1.4426950216293335, -64.0)
+    t = tl.maximum(z * 1.4426950216293335, -126.0)
     whole = tl.floor(t + 0.5)
     f = t - whole
     p = 0.001326472731307149 * f + 0.009671512991189957

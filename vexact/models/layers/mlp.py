@@ -1,0 +1,23 @@
+"""The dense feed-forward; also the experts that every token goes through."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vexact.models.opset import OpSet
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward with fused gate and up projections."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, ops: OpSet) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H)."""
+        gate_up = self.ops.linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias)
+        out: Tensor = self.ops.linear(self.ops.swiglu(gate_up), self.down_proj.weight, self.down_proj.bias)
+        return out

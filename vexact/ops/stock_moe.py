@@ -1,0 +1,87 @@
+"""Mixture of experts as everyone else runs it: torch's softmax, top-k and grouped product, not batch-invariant.
+
+Signatures match the invariant operators; see ``ops/stock.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vexact.ops.moe import ExpertGroups, Routes
+from vexact.ops.moe.digest import digest_of
+from vexact.ops.moe.route import SIGMOID_EPS
+
+__all__ = ["combine", "group_tokens", "grouped_linear", "route"]
+
+_ALIGNED = 16  # bytes; what torch's grouped product asks of a row
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    num_groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+    round_to: torch.dtype = torch.float32,
+    digest: Tensor | None = None,
+    salt: int = 0,
+) -> Routes:
+    """torch's softmax or sigmoid and its top-k, whose ties are anyone's."""
+    scores = logits.float().softmax(1) if scoring == "softmax" else logits.float().sigmoid()
+    choice = scores.detach() if bias is None else scores.detach() + bias
+    if num_groups > 1:
+        grouped = choice.unflatten(1, (num_groups, -1))
+        best = grouped.amax(2) if scoring == "softmax" else grouped.topk(2, dim=2).values.sum(2)
+        outside = torch.ones_like(best, dtype=torch.bool).scatter_(1, best.topk(top_groups, dim=1).indices, False)
+        choice = grouped.masked_fill(outside.unsqueeze(2), float("-inf")).flatten(1)
+    experts = choice.topk(top_k, dim=1).indices.sort(1).values
+    weights = scores.gather(1, experts)
+    if normalize:
+        weights = weights / (weights.sum(1, keepdim=True) + (SIGMOID_EPS if scoring == "sigmoid" else 0.0))
+    if digest is not None:
+        digest += digest_of(experts, salt)
+    return Routes(experts.int(), (weights * scale).to(round_to).float())
+
+
+def group_tokens(experts: Tensor, num_experts: int) -> ExpertGroups:
+    """torch's sort."""
+    flat = experts.flatten().long()
+    keys = torch.where(flat < 0, num_experts, flat)
+    ordered, order = keys.sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=flat.device)
+    offsets = torch.searchsorted(ordered, bounds)
+    places = torch.arange(flat.numel(), device=flat.device)
+    slots = torch.empty_like(order).scatter_(0, order, places).masked_fill_(flat < 0, -1)
+    rows = torch.where(ordered < num_experts, order, 0)
+    return ExpertGroups(rows.int(), slots.view(experts.shape).int(), offsets.int())
+
+
+def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
+    """torch's grouped product on a GPU where it takes the tensors, else one product per expert."""
+    rows, offsets = x[groups.rows.long() // groups.top_k] if gather else x, groups.offsets
+    taken = torch.arange(rows.shape[0], device=x.device) < offsets[-1]
+    rows = torch.where(taken.unsqueeze(1), rows, 0)
+    if _has_grouped_product(rows, weight):
+        return torch.where(taken.unsqueeze(1), F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:]), 0)
+    ends = offsets.tolist()
+    parts = [F.linear(rows[a:b], matrix) for a, b, matrix in zip(ends, ends[1:], weight, strict=False)]
+    return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[1])])
+
+
+def combine(y: Tensor, weights: Tensor, groups: ExpertGroups, shared: Tensor | None = None) -> Tensor:
+    """Weighted rows in the dtype of ``y``, summed by torch."""
+    taken = (groups.slots >= 0).unsqueeze(2)
+    rows = torch.where(taken, y[groups.slots.long().clamp_min(0)], 0)
+    out = (rows * weights.to(y.dtype).unsqueeze(2)).sum(1)
+    return out if shared is None else out + shared
+
+
+def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
+    widths = (size * x.element_size() % _ALIGNED for size in weight.shape[1:])
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and not any(widths)
