@@ -96,16 +96,6 @@ class ModelConfig:
         """Whether the feed-forward of a layer is a mixture of experts."""
         return self.moe is not None and layer in self.moe.layers
 
-    @property
-    def key_dim(self) -> int:
-        """Width of a query or key head."""
-        return self.head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Width of a value head."""
-        return self.head_dim
-
     @classmethod
     def from_hf_dir(cls, path: str | Path) -> ModelConfig:
         """Reads ``config.json`` (and ``generation_config.json`` for stop tokens).
