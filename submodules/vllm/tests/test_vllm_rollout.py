@@ -196,3 +196,7 @@ def test_what_vllm_does_not_have_is_refused_by_name(settings, tmp_path, start):
         load_config(settings("trainer.exactness=strict"))
     with pytest.raises(ValueError, match="and the model's is 16"):
         start(write_model(tmp_path / "narrow", head_dim=16), "float32")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    names = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    with pytest.raises(ValueError, match="the model is a Qwen3MoeForCausalLM"):
+        start(write_model(tmp_path / "experts", **names, **experts), "float32")
