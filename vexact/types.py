@@ -37,6 +37,7 @@ class Sample:
     ``token_ids`` includes the stop token when ``finish_reason == "stop"`` was caused by one. ``logprobs[i]`` is the
     processed (after temperature and truncation) log-probability of ``token_ids[i]`` in fp32, bit for bit what the
     trainer computes. ``min_logits[i]`` is the smallest raw logit of the kept set {logit >= min_logit}; -inf keeps all.
+    ``route_digests[i]`` is a hash of the experts, of all layers, that the row predicting ``token_ids[i]`` chose.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Sample:
     weights_version: int
     stop_reason: str | int | None = None  # the stop string or stop token id that ended the request
     text: str | None = None  # decoded by the engine only when it has a tokenizer
+    route_digests: np.ndarray | None = None  # (R,) int64; None of a model without experts
 
     @property
     def num_tokens(self) -> int:

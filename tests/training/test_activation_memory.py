@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_support import kept_bytes, tiny_model
 
+from vexact.config.memory import ModelShape
 from vexact.config.memory.activations import activation_bytes, layer_bytes_per_token
 from vexact.models import ModelConfig, random_model
 from vexact.training.batches.batch import TokenSequence, pack_tokens
@@ -33,7 +34,7 @@ def test_every_further_layer_keeps_what_is_predicted(dtype, recomputed):
     batch = pack_tokens([TokenSequence([1] * 50, [2] * 37), TokenSequence([3], [4] * 10)])
     assert len(batch.input_ids) == 96, "CPU products in fp32 are views of blocks of 48 rows"
     few, many = (kept_bytes(model, batch, recomputed) for model in models)
-    sizes, width = models[0].config, dtype.itemsize
+    sizes, width = ModelShape.of(models[0].config.raw), dtype.itemsize
     per_layer = 2 * width * sizes.hidden_size if recomputed else layer_bytes_per_token(sizes, width)
     assert many - few == 3 * per_layer * len(batch.input_ids)
 
@@ -54,7 +55,7 @@ def test_the_peak_of_a_forward_and_backward_is_predicted(recomputed):
         return torch.cuda.max_memory_allocated() - before
 
     step()  # compiles the kernels, and leaves gradients that the next one adds to
-    measured, predicted = step(), activation_bytes(model.config, num_tokens, 2, recomputed=recomputed)
+    measured, predicted = step(), activation_bytes(ModelShape.of(QWEN3), num_tokens, 2, recomputed=recomputed)
     report = (
         f"{num_tokens} tokens, recomputed={recomputed}: {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB"
     )

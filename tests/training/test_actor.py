@@ -79,7 +79,7 @@ def test_audit_sees_the_first_mini_batch_in_its_order_before_weights_change():
     actor = tiny_actor(ppo_mini_batch_size=5, ppo_max_token_len_per_gpu=20, shuffle=True, ppo_epochs=2)
     sequences = random_sequences(11)
     before, calls = actor.logprobs(sequences), []
-    actor.update(sequences, lambda indices, logprobs: calls.append((indices, logprobs)))
+    actor.update(sequences, lambda indices, logprobs, _: calls.append((indices, logprobs)))
     assert len(calls) == 1
     indices, logprobs = calls[0]
     assert len(indices) == 5
@@ -93,7 +93,7 @@ def test_what_the_audit_raises_leaves_weights_and_counters_untouched():
     class Mismatch(Exception):
         pass
 
-    def audit(indices, logprobs):
+    def audit(indices, logprobs, routes):
         raise Mismatch
 
     actor, untouched, sequences = tiny_actor(), tiny_actor(), random_sequences(4)

@@ -48,7 +48,7 @@ def test_updates_are_exactly_on_policy_and_resume_bit_for_bit():
         sequences = [TrainSequence(s, rng.normal(size=len(s.token_ids)).astype(np.float32)) for s in samples]
         different = []
 
-        def audit(indices, logprobs, samples=samples, different=different):
+        def audit(indices, logprobs, routes, samples=samples, different=different):
             for index, training in zip(indices, logprobs, strict=True):
                 different.append(int((training.view(np.int32) != samples[index].logprobs.view(np.int32)).sum()))
 

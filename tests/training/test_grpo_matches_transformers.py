@@ -122,7 +122,7 @@ def test_loss_gradients_and_weights_of_a_grpo_step(tmp_path, agg_mode):
     actor = Actor(model, config)
     calls = []
     metrics, trained = gradients_of_update(
-        actor, our_sequences(pairs, old), audit=lambda indices, logprobs: calls.append((indices, logprobs))
+        actor, our_sequences(pairs, old), audit=lambda indices, logprobs, _: calls.append((indices, logprobs))
     )
 
     advantages = torch.from_numpy(group_advantages())

@@ -12,6 +12,8 @@ import torch.multiprocessing as mp
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
 from vexact.config.memory.activations import layer_bytes_per_token
+from vexact.models.sequence_parallel import HeadExchange, SlicedMetadata
+from vexact.ops import PackedMetadata, attention
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.parallel.ranks import unsharded
@@ -73,7 +75,7 @@ def outcome(case, size, group=None, **more):
     actor, audited, redraw = actor_of(case, size, group, **more), {}, redraw_of(chosen)
     logprobs = actor.logprobs(chosen)
     metrics, gradients = gradients_of_update(
-        actor, chosen, audit=lambda indices, values: audited.update(zip(indices, values, strict=True)), redraw=redraw
+        actor, chosen, audit=lambda indices, values, _: audited.update(zip(indices, values, strict=True)), redraw=redraw
     )
     return {
         "logprobs": logprobs,
@@ -93,6 +95,24 @@ def kept_by_a_further_layer(size, heads):
     return (many - few) / len(batch.input_ids)
 
 
+def two_widths(size, dtype):
+    """Attention of latent heads, keys wider than values: this rank's rows and gradients, and those of one rank."""
+    exchange, generator = HeadExchange(SequenceRanks.of_process(size).group, size), torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(20, 4, width, generator=generator).to(dtype) for width in (24, 24, 16, 16))
+    packed = PackedMetadata.from_lengths([13, 7])
+    rank = dist.get_rank() % size
+    mine = slice(rank * 20 // size, (rank + 1) * 20 // size)
+
+    def attend(metadata, rows):
+        inputs = [x[rows].clone().requires_grad_() for x in (q, k, v)]
+        sliced = isinstance(metadata, SlicedMetadata)
+        out = metadata.attend(attention, *inputs, 0.2) if sliced else attention(*inputs, metadata, 0.2)
+        return out.detach(), *torch.autograd.grad(out, inputs, dout[rows])
+
+    whole = [x[mine] for x in attend(packed, slice(None))]
+    return list(zip(attend(SlicedMetadata(packed, exchange), mine), whole, strict=True))
+
+
 def work(rank, directory):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), WORLD)
@@ -105,6 +125,7 @@ def work(rank, directory):
     found["on two ranks"] = {case: outcome(case, 2, pairs[rank // 2])["weights"] for case in ALONE}
     found["again"] = outcome("fp32, biases", 4)["weights"]
     found["not checkpointed"] = outcome("fp32, biases", 4, enable_gradient_checkpointing=False)["weights"]
+    found["two widths"] = [two_widths(size, dtype) for size in (2, 4) for dtype in (torch.float32, torch.bfloat16)]
     config = ActorConfig(ppo_max_token_len_per_gpu=30, ulysses_sequence_parallel_size=4)
     found["reference"] = Reference(tiny_model(), config).logprobs(everything)
     found["kept"] = [kept_by_a_further_layer(size, heads) for size, heads in KEPT]
@@ -190,6 +211,15 @@ def test_the_reference_shares_as_well(ranks):
     expected = Reference(tiny_model(), ActorConfig()).logprobs(sequences())
     for rank in range(WORLD):
         assert_same(ranks[rank]["reference"], expected)
+
+
+def test_heads_whose_keys_are_wider_than_their_values_are_shared(ranks):
+    for rank in range(WORLD):
+        for (out, expected), *gradients in ranks[rank]["two widths"]:
+            assert out.shape[1:] == (4, 16)
+            assert torch.equal(out, expected)
+            for got, wanted in gradients:
+                torch.testing.assert_close(got, wanted, rtol=1e-5 if got.dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
 def test_a_rank_keeps_the_activations_that_are_predicted(ranks):

@@ -61,7 +61,7 @@ def outcome(case, size, device):
     config = ActorConfig(ulysses_sequence_parallel_size=size, optim=OptimConfig(lr=1e-4), **settings, **more)
     actor, audited, chosen = Actor(model, config, device), {}, sequences()
     logprobs = actor.logprobs(chosen)
-    metrics = actor.update(chosen, lambda indices, values: audited.update(zip(indices, values, strict=True)))
+    metrics = actor.update(chosen, lambda indices, values, _: audited.update(zip(indices, values, strict=True)))
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     actor.update(chosen)  # the moments are there by now

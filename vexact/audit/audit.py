@@ -27,7 +27,7 @@ class ExactnessError(RuntimeError):
         super().__init__(
             f"rollout and trainer disagree: {comparison.describe()}. The weights are as they were before this step; "
             "trainer.exactness=warn logs such differences and goes on"
-            if comparison.first is not None
+            if comparison.differs
             else f"{shortfall or comparison.describe()}: this update proves nothing about rollout and trainer"
         )
 
@@ -56,6 +56,7 @@ class Evidence:
     indices: list[int]
     logprobs: list[np.ndarray]  # fp32 (R,) each
     redrawn: Redrawn | None
+    routes: list[np.ndarray] | None = None  # int64 (R,) each, of a model with experts
 
 
 _NOTHING = Evidence([], [], None)
@@ -84,6 +85,7 @@ class Audit:
         self.evidence = _NOTHING  # of the last check
         # over all checks of this process
         self.total_compared = self.total_different = self.total_redrawn = self.total_redrawn_different = 0
+        self.total_routes = self.total_routes_different = 0
         self.num_checks = 0
 
     def begin(self, samples: Sequence[Sample], settings: Sequence[DrawSettings] | None = None) -> None:
@@ -93,29 +95,32 @@ class Audit:
         wanted = settings is not None and self.exactness != "off" and self.redraw_ratio > 0
         self.redraw = Redraw(samples, settings, self.redraw_ratio) if settings is not None and wanted else None
 
-    def check(self, indices: list[int], logprobs: list[np.ndarray]) -> None:
+    def check(self, indices: list[int], logprobs: list[np.ndarray], routes: list[np.ndarray] | None = None) -> None:
         """
         Raises:
-            ExactnessError: bits differ and exactness is strict.
+            ExactnessError: bits or experts differ and exactness is strict.
             DrawError: bits agree, a draw does not, and exactness is strict.
         """
         if self.exactness == "off":
             return
         started = perf_counter()
         samples = [self._samples[i] for i in indices]
-        comparison = compare(samples, logprobs)
+        comparison = compare(samples, logprobs, routes)
         self.num_checks += 1
         self.total_compared += comparison.tokens_compared
         self.total_different += comparison.tokens_different
+        if comparison.routes is not None:
+            self.total_routes += comparison.routes.compared
+            self.total_routes_different += comparison.routes.different
         self._metrics = comparison.metrics() | mismatch_metrics([s.logprobs for s in samples], logprobs)
         redrawn = None if self.redraw is None else self.redraw.take()
-        self.evidence = Evidence(indices, logprobs, redrawn)
+        self.evidence = Evidence(indices, logprobs, redrawn, routes)
         draws = self._check_draws(redrawn)
         self._metrics["timing_s/audit"] = perf_counter() - started
         if not comparison.exact and (indices or not self.partial):
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
-            if self.total_different == comparison.tokens_different and not self.partial:
+            if self._is_first_difference(comparison) and not self.partial:
                 what = f"rollout and trainer disagree: {comparison.describe()}"
                 log.warning("%s (later steps: see the mismatch column and bitwise/*)", what)
         if draws is not None and draws.different:
@@ -123,6 +128,10 @@ class Audit:
                 raise DrawError(draws)
             if self.total_redrawn_different == draws.different and not self.partial:
                 log.warning("%s (later steps: see bitwise/tokens_redrawn_different)", draws.describe())
+
+    def _is_first_difference(self, comparison: Comparison) -> bool:
+        routes = 0 if comparison.routes is None else comparison.routes.different
+        return (self.total_different, self.total_routes_different) == (comparison.tokens_different, routes)
 
     def require_compared(self, num_samples: int) -> None:
         """To be called after an update: what was not compared is not proved.
@@ -154,6 +163,8 @@ class Audit:
         if not self.total_compared:
             return "nothing compared"
         text = f"{self.total_compared} log-probabilities compared, {self.total_different} different"
+        if self.total_routes:
+            text += f"; {self.total_routes} routes compared, {self.total_routes_different} different"
         if self.total_redrawn:
             text += f"; {self.total_redrawn} draws repeated, {self.total_redrawn_different} different"
         return text

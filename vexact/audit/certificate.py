@@ -87,8 +87,10 @@ class Certificate:
         c, draws = self.comparison, self.draws
         pair = f"{self.rollout_attention} (rollout) and {self.trainer_attention} (trainer)"
         if self.exact:
+            experts = "" if c.routes is None else f", experts equal for {c.routes.compared} tokens"
             return (
-                f"self-test: {c.tokens_compared} log-probabilities equal bit for bit, {draws.redrawn} draws repeated, "
+                f"self-test: {c.tokens_compared} log-probabilities equal bit for bit{experts}, {draws.redrawn} draws "
+                "repeated, "
                 f"attention {pair}"
             )
         return (
@@ -108,10 +110,12 @@ def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
     settings = [draw_settings(one, engine.seed, sample.request_id) for one, sample in zip(params, samples, strict=True)]
     redraw = Redraw(samples, settings, 1.0)
-    trained = actor.logprobs([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
+    trained = actor.rescore([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
     engine.clear_prefix_cache()
     engine.stats()
-    return SelfTest(samples, params, compare(samples, trained), compare_draws(samples, redraw.take()))
+    return SelfTest(
+        samples, params, compare(samples, trained.logprobs, trained.routes), compare_draws(samples, redraw.take())
+    )
 
 
 def _requests(engine: RolloutEngine, token_budget: int) -> tuple[list[list[int]], list[SamplingParams]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vexact.audit.routes import RouteComparison, compare_routes
 from vexact.types import Sample
 
 
@@ -49,11 +50,17 @@ class Comparison:
     max_abs_logprob_diff: float  # infinite when a value is not finite
     first: TokenDifference | None  # in the order of the sequences
     tokens_nonfinite: int = 0  # of the different ones
+    routes: RouteComparison | None = None  # of a model with experts
 
     @property
     def exact(self) -> bool:
-        """Something was compared and nothing differs."""
-        return self.tokens_compared > 0 and self.tokens_different == 0
+        """Something was compared and nothing differs, experts included."""
+        return self.tokens_compared > 0 and self.tokens_different == 0 and (self.routes is None or self.routes.exact)
+
+    @property
+    def differs(self) -> bool:
+        """Whether something that was compared differs."""
+        return self.first is not None or (self.routes is not None and self.routes.first is not None)
 
     def metrics(self) -> dict[str, float]:
         """``bitwise/*``; ``first_different_position`` is -1 when there is none."""
@@ -65,32 +72,44 @@ class Comparison:
             "bitwise/max_ulp": float(self.max_ulp),
             "bitwise/max_abs_logprob_diff": self.max_abs_logprob_diff,
             "bitwise/first_different_position": float(self.first.position if self.first else -1),
-        }
+        } | ({} if self.routes is None else self.routes.metrics())
 
     def describe(self) -> str:
         """What differs, how much, and the first such token; for a comparison that is not exact."""
         if self.first is None:
+            if self.routes is not None and self.tokens_compared:
+                return self.routes.describe()
             return "nothing was compared, 0 log-probabilities"
+        experts = "" if self.routes is None or self.routes.exact else f". And {self.routes.describe()}"
         what = "have other bits"
         if self.tokens_nonfinite:
             what += f" or no finite value ({self.tokens_nonfinite})"
         return (
             f"{self.tokens_different} of {self.tokens_compared} log-probabilities in {self.sequences_different} "
             f"sequences {what} (largest gap {self.max_abs_logprob_diff:.3g}, {self.max_ulp} ulp). First: "
-            f"{self.first.describe()}"
+            f"{self.first.describe()}{experts}"
         )
 
 
-def compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -> Comparison:
+def compare(
+    samples: Sequence[Sample],
+    trainer_logprobs: Sequence[np.ndarray],
+    trainer_routes: Sequence[np.ndarray] | None = None,
+) -> Comparison:
     """Compares every response token.
 
     Args:
         samples: what the rollout produced.
         trainer_logprobs: per sample (R,) fp32, what the training forward gave the same tokens.
+        trainer_routes: per sample (R,) int64, the digests of the experts that its rows chose, if there are any.
 
     Raises:
-        ValueError: a sample and its log-probabilities differ in length or dtype.
+        ValueError: a sample and its log-probabilities or digests differ in length or dtype.
     """
+    return replace(_compare(samples, trainer_logprobs), routes=compare_routes(samples, trainer_routes))
+
+
+def _compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) -> Comparison:
     for sample, trainer in zip(samples, trainer_logprobs, strict=True):
         rollout = sample.logprobs
         if rollout.shape != trainer.shape or rollout.dtype != np.float32 or trainer.dtype != np.float32:

@@ -114,6 +114,19 @@ class ActorSettings:
         "KL estimator; a trailing + takes the gradient of k2.",
         refused={"full": "the full-vocabulary KL is not built in; use low_var_kl"},
     )
+    router_aux_loss_coef: float | None = opt(
+        0.0,
+        "Weight of a loss that evens out the load of experts: DeepSeek-V3's, of every sequence on its own, summed over "
+        "layers and averaged over the sequences of a mini-batch. 0 leaves it out, as reinforcement learning usually "
+        "does; null takes config.json's router_aux_loss_coef (with output_router_logits) or aux_loss_alpha.",
+        ge=0,
+    )
+    router_bias_update_rate: float = opt(
+        0.0,
+        "How far every optimizer step moves the bias that DeepSeek-V3's router adds to an expert's score, up where it "
+        "had fewer tokens of the mini-batch than the mean and down where it had more; 0 keeps the bias.",
+        ge=0,
+    )
     grad_clip: float = opt(1.0, "Largest gradient norm; inf never clips.", gt=0, infinite=True)
 
     def actor_settings(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vexact.config.memory import (
+    BYTES,
     Machine,
     ModelShape,
     Placement,
@@ -52,7 +53,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
     memory = memory_plan(config, shape, placement, device, machine.device_bytes)
     rows = (
         ("run directory", str(config.run_dir)),
-        ("model", f"{config.model.path} ({_count(shape.num_parameters)} parameters, {config.dtype(device)}, {device})"),
+        ("model", f"{config.model.path} ({_parameters(shape)}, {config.dtype(device)}, {device})"),
         ("data", ", ".join(config.data.train_files) or "none"),
         ("step", _step_row(config)),
         ("updates", _updates_row(config)),
@@ -65,10 +66,18 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("attention", _attention_row(config)),
         ("exactness", _exactness_row(config)),
         ("placement", placement.text(device)),
+        ("key-value cache", _cache_row(config, device, shape)),
         *memory_rows(memory, machine.device_bytes),
         ("changed keys", _changed_row(config)),
     )
     return Plan(rows, (*config.notices, *_advice(config, machine, shape)))
+
+
+def _parameters(shape: ModelShape) -> str:
+    total = f"{_count(shape.num_parameters)} parameters"
+    if shape.experts is None:
+        return total
+    return f"{total}, {_count(shape.num_active_parameters)} of them for one token"
 
 
 def _step_row(config: Config) -> str:
@@ -90,6 +99,15 @@ def _attention_row(config: Config) -> str:
     elif not config.rollout.batch_invariant:
         rollout = f"{'sdpa' if rollout == TRITON_INVARIANT else rollout}, with all other operators stock too"
     return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
+
+
+def _cache_row(config: Config, device: str, shape: ModelShape) -> str:
+    """What a cached token takes, and of what."""
+    dtype = config.dtype(device)
+    return (
+        f"{shape.kv_values_per_token * BYTES[dtype]} bytes a token: {shape.num_layers} layers of {shape.num_kv_heads} "
+        f"keys of {shape.key_dim} and values of {shape.value_dim} numbers, {dtype}"
+    )
 
 
 def _exactness_row(config: Config) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vexact.models.config import ModelConfig
-from vexact.models.layers import MLP, Attention, KVCache, LatentAttention, Metadata, MoE, RMSNorm, Tokens
+from vexact.models.layers import MLP, Attention, KVCache, LatentAttention, Metadata, MoE, RMSNorm, Routing, Tokens
 from vexact.models.opset import OpSet, op_set
 from vexact.models.rotary import cos_sin_table
 from vexact.ops import linear_cross_entropy, linear_cross_entropy_trained
@@ -66,6 +66,7 @@ class DecoderLayer(nn.Module):
         metadata: Metadata,
         kv_cache: KVCache | None,
         route_digest: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         if residual is None:
             x, residual = self.input_norm(x), x
@@ -73,7 +74,8 @@ class DecoderLayer(nn.Module):
             x, residual = self.input_norm.add(x, residual)
         x = self.attention(x, Tokens(positions, cos_sin, metadata), kv_cache)
         x, residual = self.post_norm.add(x, residual)
-        return self.mlp(x, route_digest) if isinstance(self.mlp, MoE) else self.mlp(x), residual
+        x = self.mlp(x, route_digest, routing) if isinstance(self.mlp, MoE) else self.mlp(x)
+        return x, residual
 
 
 class CausalLM(nn.Module):
@@ -102,6 +104,11 @@ class CausalLM(nn.Module):
         return self.layers
 
     @property
+    def chooses_experts(self) -> bool:
+        """Whether there is a layer in which tokens choose experts."""
+        return any(isinstance(layer.mlp, MoE) for layer in self.layers)
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """(V, H)."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -114,6 +121,7 @@ class CausalLM(nn.Module):
         kv_caches: list[KVCache] | None = None,
         targets: Targets | None = None,
         route_digest: Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Tensor | LinearCrossEntropy | TrainedCrossEntropy:
         """Hidden states after the final norm, or with ``targets`` their log-probabilities and entropies.
 
@@ -123,6 +131,7 @@ class CausalLM(nn.Module):
             input_ids, positions: (T,) int64.
             kv_caches: one (k_cache, v_cache) per layer for paged metadata.
             route_digest: (T,) int64; a hash of the experts that each token chose, in all layers, is added to it.
+            routing: what else there is to say about experts; ignored where there are none, as ``route_digest`` is.
 
         Returns:
             (T, H), or :class:`LinearCrossEntropy` with fields (R,) fp32, or with ``targets.dloss``
@@ -135,12 +144,13 @@ class CausalLM(nn.Module):
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
             if not recompute:
-                x, residual = layer(*args, route_digest)
-            elif route_digest is None:
-                x, residual = checkpoint(layer, *args, use_reentrant=False)
-            else:
-                x, residual, own = checkpoint(_with_digest, layer, *args, use_reentrant=False)
-                route_digest += own
+                x, residual = layer(*args, route_digest, routing)
+                continue
+            own = None if route_digest is None else torch.zeros_like(route_digest)
+            # bound, since an argument must still have its value when it is needed again
+            x, residual = checkpoint(partial(layer, route_digest=own, routing=routing), *args, use_reentrant=False)
+            if route_digest is not None and own is not None:
+                route_digest += own  # a layer that runs again in the backward adds to its own alone
         assert residual is not None, "a decoder has at least one layer"
         hidden = self.norm.add(x, residual)[0]
         if targets is None:
@@ -162,10 +172,3 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(T, H) -> (T, V) fp32, never rounded to the model's dtype."""
         return self.ops.linear(hidden, self.lm_head_weight, out_dtype=torch.float32)
-
-
-def _with_digest(layer: nn.Module, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's outputs and its own digest: when it runs again in the backward, nobody reads that one."""
-    digest = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    x, residual = layer(x, *args, digest)
-    return x, residual, digest

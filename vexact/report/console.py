@@ -44,11 +44,13 @@ class Column:
 
 
 def mismatch(metrics: Metrics) -> str:
-    """``0 / 262144``: tokens whose log-prob bits differ, of all compared."""
+    """``0 / 262144``: tokens whose log-prob bits or experts differ, of all compared."""
     compared = metrics.get("bitwise/tokens_compared")
-    if not compared:
-        return "not compared"
-    return f"{metrics.get('bitwise/tokens_different', 0):.0f} / {compared:.0f}"
+    return f"{_different(metrics):.0f} / {compared:.0f}" if compared else "not compared"
+
+
+def _different(metrics: Metrics) -> float:
+    return max(metrics.get("bitwise/tokens_different", 0), metrics.get("bitwise/routes_different", 0))
 
 
 COLUMNS = (
@@ -174,4 +176,4 @@ def _say_lost(error: Exception) -> None:
 def _style(column: Column, metrics: Metrics) -> str:
     if column.title != "mismatch" or not metrics.get("bitwise/tokens_compared"):
         return ""
-    return "bold red" if metrics.get("bitwise/tokens_different") else "green"
+    return "bold red" if _different(metrics) else "green"

@@ -24,6 +24,9 @@ METRICS: dict[str, dict[str, str]] = {
         "request asked for (trainer.audit_redraw_ratio).",
         "bitwise/tokens_redrawn_different": "How many of them came out as another token, or from another kept set. "
         "Expected: 0.",
+        "bitwise/routes_compared": "Of a model with experts: sampled tokens whose experts were compared, those of all "
+        "layers for the row that predicted the token, rollout against training forward.",
+        "bitwise/routes_different": "How many of them went to other experts, in any layer. Expected: 0.",
         "bitwise/weights_checksum_ok": "1 when the rollout's weights have the checksum of the trainer's after a sync.",
         "training/rollout_probs_diff_valid": "1 when probabilities were compared in this step and all were finite.",
         "training/rollout_probs_diff_{max,mean,std}": "Absolute difference of *probabilities* exp(log-prob), rollout "
@@ -47,7 +50,7 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "Policy": {
         "actor/pg_loss": "Policy loss of the step. Near 0 at the first on-policy update by construction.",
-        "actor/loss": "What was differentiated: policy loss, entropy bonus and KL term.",
+        "actor/loss": "What was differentiated: policy loss, entropy bonus, KL term and balance loss.",
         "actor/entropy": "Mean entropy of the sampling distribution per response token (nats).",
         "actor/entropy_loss": "The entropy that entered the loss (nats).",
         "actor/kl_loss": "KL to the reference policy in the loss. Exactly 0 in the first step when the reference is "
@@ -58,6 +61,11 @@ METRICS: dict[str, dict[str, str]] = {
         "actor/ppo_kl": "Mean of rollout log-prob minus current log-prob (nats); exactly 0 in an on-policy update.",
         "actor/pg_clipfrac": "Share of tokens whose ratio was clipped from above; exactly 0 in an on-policy update.",
         "actor/pg_clipfrac_lower": "Share of tokens cut by dual clipping.",
+        "actor/router_aux_loss": "Balance loss of the experts (actor.router_aux_loss_coef), mean over layers and "
+        "sequences, without its coefficient; 1 when balanced.",
+        "actor/moe_load_max_over_mean": "Tokens of the busiest expert over the mean of all, in a mini-batch; mean over "
+        "layers. 1 when balanced.",
+        "actor/moe_idle_experts": "Share of the experts, over all layers, that got no token of a mini-batch.",
         "actor/grad_norm": "Gradient norm before clipping.",
         "actor/lr": "Learning rate of the last optimizer step.",
         "actor/skipped_steps": "Optimizer steps skipped because loss or gradient norm was not finite. Expected: 0.",

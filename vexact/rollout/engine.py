@@ -98,7 +98,9 @@ class Engine:
             max_model_len=self.max_model_len,
             free_device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         )
-        self._state = SlotState(config.max_num_seqs, self.max_model_len, config.page_size)
+        self._state = SlotState(
+            config.max_num_seqs, self.max_model_len, config.page_size, has_routes=model.chooses_experts
+        )
         self._blocks = BlockManager(self.num_pages, config.page_size)
         self._scheduler = Scheduler(
             self._state,
@@ -220,7 +222,7 @@ class Engine:
         return message, [request.request_id for request in requests]
 
     def _append(self, slots: np.ndarray, output: StepOutput) -> list[Sample]:
-        self._state.append_sampled(slots, output.token_ids, output.logprobs, output.min_logits)
+        self._state.append_sampled(slots, *output)
         samples = []
         for slot, ending in self._finisher.endings(slots, output.token_ids):
             request = self._state.request(slot)

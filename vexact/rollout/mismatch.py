@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vexact.models.decoder import CausalLM
 from vexact.models.opset import mark_replayable, set_ops
-from vexact.ops import stock
+from vexact.ops import ExpertGroups, stock
 
 MODES = ("none", "k_order", "softmax_blocks", "bf16_logits", "noise")
 LAYER_MODES = ("k_order", "softmax_blocks")
@@ -45,7 +45,8 @@ def apply_mismatch(model: CausalLM, mode: str, scale: float, seed: int = 0) -> N
     """Replaces operators of ``model`` in place.
 
     Args:
-        mode: ``k_order`` sums the inner dimension of every matrix product in two parts of their own;
+        mode: ``k_order`` sums the inner dimension of every matrix product in two parts of their own (of experts'
+            products, both parts are rounded);
             ``softmax_blocks`` runs attention through torch's SDPA, whose softmax walks other key blocks;
             ``bf16_logits`` rounds the logits to bf16; ``noise`` adds Gaussian noise to them; ``none`` does nothing.
         scale: ``k_order``, ``softmax_blocks``: the share of the decoder layers that is changed, from the first on,
@@ -60,8 +61,10 @@ def apply_mismatch(model: CausalLM, mode: str, scale: float, seed: int = 0) -> N
     if mode == "none" or scale == 0:
         return
     if mode in LAYER_MODES:
-        reordered = {"linear": _k_order(model.ops.linear)} if mode == "k_order" else {"attention": stock.attention}
-        ops = replace(model.ops, **reordered)
+        ops = replace(model.ops, attention=stock.attention)
+        if mode == "k_order":
+            reordered = {"linear": _k_order(model.ops.linear), "grouped_linear": _grouped(model.ops.grouped_linear)}
+            ops = replace(model.ops, **reordered)
         for layer in model.layers[: math.ceil(scale * len(model.layers))]:
             set_ops(layer, ops)
         return
@@ -74,7 +77,7 @@ def _k_order(linear: Linear) -> Linear:
     def reordered(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
     ) -> Tensor:
-        cut = weight.shape[1] * 3 // 64 * 8 or 1  # not half: that may be where a library cuts as well
+        cut = _cut(weight)
         first = linear(x[..., :cut].contiguous(), weight[:, :cut], out_dtype=torch.float32)
         last = linear(x[..., cut:].contiguous(), weight[:, cut:], out_dtype=torch.float32)
         out = last + first
@@ -83,6 +86,21 @@ def _k_order(linear: Linear) -> Linear:
         return out.to(out_dtype or x.dtype)
 
     return mark_replayable(reordered, if_is=linear)
+
+
+def _grouped(grouped_linear: Linear) -> Linear:
+    def reordered(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
+        cut = _cut(weight)
+        first = grouped_linear(x[:, :cut].contiguous(), weight[..., :cut].contiguous(), groups, gather=gather)
+        last = grouped_linear(x[:, cut:].contiguous(), weight[..., cut:].contiguous(), groups, gather=gather)
+        return last + first
+
+    return mark_replayable(reordered, if_is=grouped_linear)
+
+
+def _cut(weight: Tensor) -> int:
+    """Where the inner dimension is cut: not in half, since a library may cut there as well."""
+    return weight.shape[-1] * 3 // 64 * 8 or 1
 
 
 def _head(linear: Linear, change: Callable[[Tensor, Tensor], Tensor]) -> Linear:

@@ -12,7 +12,7 @@ import torch
 
 from vexact.config import Config, ConfigError
 from vexact.config.memory import BYTES, Machine, ModelShape, memory_problems
-from vexact.config.memory.parts import GIB, SLOT_BYTES_PER_TOKEN
+from vexact.config.memory.parts import GIB, slot_bytes_per_token
 from vexact.device import resolve_device
 from vexact.distributed import Layout
 from vexact.models import ModelConfig, load_model
@@ -29,6 +29,7 @@ from vexact.trainer.workers import (
     start_rewards,
 )
 from vexact.training.parallel.sequence_parallel import check_size
+from vexact.training.passes.experts import check_experts
 
 ROWS = 64  # of each dataset that a dry run reads
 GRADED_ROWS = 8
@@ -47,7 +48,7 @@ def check_settings(config: Config, layout: Layout) -> None:
     device, machine = torch.device(layout.device), machine_of(layout)
     trainers = roles_of(config, layout.world_size).trainers
     check_size(config.actor.ulysses_sequence_parallel_size, len(trainers), model.num_heads)
-    actor_config(config, device, total_steps=config.trainer.total_training_steps or 1)
+    check_experts(actor_config(config, device, total_steps=config.trainer.total_training_steps or 1), model)
     engine = EngineConfig(**engine_settings(config))
     shape = ModelShape.of(model.raw)
     problems = [*_model_problems(config, model), *_memory_problems(config, engine, shape, machine)]
@@ -104,7 +105,7 @@ def _memory_problems(config: Config, engine: EngineConfig, shape: ModelShape, ma
             f"a key-value cache of {pages} pages of {page_bytes} bytes takes {pages * page_bytes / GIB:.0f} GiB, and "
             f"there are {total / GIB:.0f}; lower {ROLLOUT}.num_pages, kv_cache_bytes or page_size"
         )
-    state = rollout.max_num_seqs * config.max_model_len * SLOT_BYTES_PER_TOKEN
+    state = rollout.max_num_seqs * config.max_model_len * slot_bytes_per_token(shape)
     if state > _physical_memory():
         yield (
             f"{ROLLOUT}.max_num_seqs={rollout.max_num_seqs} sequences of {config.max_model_len} tokens take "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from time import perf_counter
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vexact import interrupt
 from vexact.algorithms import Denominators
-from vexact.models import CausalLM
+from vexact.models import CausalLM, parameter_dtype
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training.batches.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
 from vexact.training.batches.ledger import Ledger, checksums
@@ -27,16 +27,17 @@ from vexact.training.parallel.gradient_sum import GradientSum
 from vexact.training.parallel.ranks import Ranks, unsharded
 from vexact.training.parallel.sharding import prepare
 from vexact.training.passes import one_pass
-from vexact.training.passes.forward import Scored, by_sequence, fingerprint, group_batch, join, score, token_scores
+from vexact.training.passes.experts import ExpertWatch, check_experts, load_metrics, update_router_bias
+from vexact.training.passes.forward import Scored, by_sequence, fingerprint, group_batch, join, routed_scores, score
 from vexact.training.passes.loss import MiniBatchMetrics, micro_batch_loss
 from vexact.training.passes.redraw import Redraw
+from vexact.training.protocol import Audit
 from vexact.training.state.finite import check_numbers, nonfinite_state, why_skipped
 from vexact.training.state.gathered import ActorState, gather_state, restore_state
 from vexact.training.state.sharded import blank_state, install_state, sharded_state
 from vexact.types import TrainSequence
 
 log = logging.getLogger(__name__)
-Audit = Callable[[list[int], list[np.ndarray]], None]
 
 
 class Actor:
@@ -61,11 +62,13 @@ class Actor:
             group: the ranks that train; None for all of the default process group, or for a lone process.
 
         Raises:
-            ValueError: sharding is off but needed, several ranks are to train weights that are not float32, or the
-                ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``.
+            ValueError: sharding is off but needed, several ranks are to train weights that are not float32, the
+                ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``, or experts are
+                to be balanced that the model does not have.
         """
         self.config, self.model = config, model
         self.one_pass = one_pass.applies(config, model.config)
+        self.aux_coefficient = check_experts(config, model.config)
         where = torch.device(device) if device is not None else model.lm_head_weight.device
         self.ranks = Ranks.of_process(where, group).sharing(config.ulysses_sequence_parallel_size, model.config)
         master_dtype = model.lm_head_weight.dtype
@@ -96,9 +99,10 @@ class Actor:
     ) -> dict[str, float]:
         """One PPO update: ``ppo_epochs`` passes in mini-batches, one optimizer step each.
 
-        ``audit(indices, logprobs)`` is called once per rank, after the first mini-batch's backward and before any
-        weight changes, with the sequence indices that this rank has computed (maybe none) and their training
-        log-probabilities (fp32 (R,) arrays, same order). What it raises leaves the weights of all ranks untouched. The
+        ``audit(indices, logprobs, routes)`` is called once per rank, after the first mini-batch's backward and before
+        any weight changes, with the sequence indices that this rank has computed (maybe none), their training
+        log-probabilities (fp32 (R,) arrays, same order), and what experts their rows chose (int64 (R,) arrays, or None
+        for a model without). What it raises leaves the weights of all ranks untouched. The
         indices are a part of the first mini-batch, or with ``every_token`` of all sequences: the others then get a
         forward of their own. ``redraw``, made for ``sequences``, repeats draws in these forwards. ``ledger``, of the
         same sequences, was made where their advantages were; every optimizer step compares what its loss reads with
@@ -131,10 +135,14 @@ class Actor:
 
         All of them on every rank. ``redraw``, made for ``sequences``, repeats draws in the forwards of this rank.
         """
+        return self.rescore(sequences, redraw).logprobs
+
+    def rescore(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> Scored:
+        """``logprobs``, and what experts the rows chose."""
         return join(self.score(sequences, redraw), [len(s.sample.token_ids) for s in sequences], self.ranks)
 
     def score(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> Scored:
-        """This rank's share of ``logprobs``."""
+        """This rank's share of ``rescore``."""
         tokens = [token_sequence(s) for s in sequences]
         self.ranks.require_equal("sequences", fingerprint(tokens, [s.sample.request_id for s in sequences]))
         with self._parked.resident():
@@ -145,7 +153,7 @@ class Actor:
         return self._parked.resident()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its model name: whole, in the compute dtype, one at a time.
+        """Every parameter by its model name: whole, in its dtype of the forward, one at a time.
 
         All ranks iterate together, since sharded parameters are gathered. The tensors may share the actor's memory:
         copy what outlives the next update.
@@ -153,7 +161,7 @@ class Actor:
         with self._parked.resident():
             for name, parameter in self.model.named_parameters():
                 whole = unsharded(parameter.detach())
-                yield name, whole.to(self.config.torch_dtype, copy=self.config.param_offload)
+                yield name, whole.to(parameter_dtype(name, self.config.torch_dtype), copy=self.config.param_offload)
 
     def named_shards(self) -> Iterator[tuple[str, Tensor, torch.Size]]:
         """Every parameter by its model name: this rank's rows as it keeps them, and the shape of all.
@@ -237,7 +245,7 @@ class Actor:
 
         budget = self.config.max_micro_batch_tokens
         scored = score(self.model, tokens, names, budget, self.ranks, watch)
-        return Scored([indices[i] for i in scored.indices], scored.logprobs)
+        return scored.under(indices)
 
     def _check(self, sequences: Sequence[TrainSequence]) -> None:
         if not sequences:
@@ -294,23 +302,25 @@ class Actor:
         own = self.ranks.share(groups)
         metrics = MiniBatchMetrics()
         self.gradients.start(len(groups) * self.ranks.per_batch)
-        values, read = [], []
+        watch = self._watch_experts(len(chosen))
+        values, routes, read = [], [], []
         for group in own:
             batch = group_batch(tokens, group, self.ranks)
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
             self.gradients.next_round()
-            logprobs, checksum = self._accumulate(chosen, batch, group, denominators, metrics)
+            logprobs, digest, checksum = self._accumulate(chosen, batch, group, denominators, metrics, watch)
             values.append(logprobs)
+            routes.append(digest)
             read += checksum
         with self.ranks.together():
             ledger.require_each_once(indices, [indices[i] for group in groups for i in group])
             if read:
                 ledger.compare([indices[i] for group in own for i in group], torch.cat(read, dim=1).cpu())
             if audit is not None:
-                scored = by_sequence(values, tokens, self.ranks.reported(own))
-                seen = [indices[i] for i in scored.indices]
-                audit(seen + beyond.indices, scored.logprobs + beyond.logprobs)
+                scored = by_sequence(values, routes, tokens, self.ranks.reported(own)).under(indices)
+                every = None if scored.routes is None else scored.routes + (beyond.routes or [])
+                audit(scored.indices + beyond.indices, scored.logprobs + beyond.logprobs, every)
         shares = self.ranks.by_micro_batch(metrics.rows, len(groups)).T.tolist()
         sums = {name: sum(values) for name, values in zip(metrics.names, shares, strict=True)}
         norm = self.optimizer.step(self.config.grad_clip) if math.isfinite(sums["loss"]) else math.nan
@@ -319,7 +329,17 @@ class Actor:
         else:
             self.skipped_in_a_row += 1
             self.problems.append(why_skipped(sums["loss"], self.model))
+        if watch is not None:
+            loads = watch.total()
+            sums |= load_metrics(loads)
+            if math.isfinite(norm) and self.config.router_bias_update_rate:
+                update_router_bias(self.model, loads, self.config.router_bias_update_rate, self.ranks)
         return sums | {"grad_norm": norm}
+
+    def _watch_experts(self, num_sequences: int) -> ExpertWatch | None:
+        if not self.model.chooses_experts:
+            return None
+        return ExpertWatch(self.model.config, self.aux_coefficient, num_sequences, self.ranks)
 
     def _accumulate(
         self,
@@ -328,8 +348,10 @@ class Actor:
         group: list[int],
         denominators: Denominators,
         metrics: MiniBatchMetrics,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Forward and backward of one micro-batch; returns its log-probabilities (R,), and what a ledger compares."""
+        watch: ExpertWatch | None,
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Forward and backward of one micro-batch; returns its log-probabilities (R,), what experts its rows chose, and
+        what a ledger compares."""
         interrupt.check()
         read = []
         if group:
@@ -339,14 +361,18 @@ class Actor:
             targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
         if self.one_pass:
             batch = one_pass.with_derivative(batch, targets, self.config, denominators)
-        scores = token_scores(self.model, batch)
+        routing = watch.begin(batch) if watch is not None and group else None
+        scores, digest = routed_scores(self.model, batch, routing)
         loss, shares = micro_batch_loss(scores, batch, targets, self.config, denominators)
-        metrics.add(shares)
         if isinstance(scores, TrainedCrossEntropy):
             scores.surrogate.backward()
         else:
             loss.backward()
-        return scores.logprobs.detach(), read
+        if watch is not None:
+            added = watch.end(batch)
+            shares |= added | {"loss": shares["loss"] + watch.loss_of(added)}
+        metrics.add(shares)
+        return scores.logprobs.detach(), digest, read
 
     def _coefficients(self) -> dict[str, float]:
         return {"actor/kl_coef": self.config.kl_loss_coef} if self.config.use_kl_loss else {}

@@ -9,10 +9,11 @@ import numpy as np
 
 from vexact.training.batches.ledger import Ledger
 from vexact.training.config import ActorConfig
+from vexact.training.passes.forward import Scored
 from vexact.training.passes.redraw import Redraw
 from vexact.types import TrainSequence
 
-Audit = Callable[[list[int], list[np.ndarray]], None]
+Audit = Callable[[list[int], list[np.ndarray], list[np.ndarray] | None], None]
 
 
 class Policy(Protocol):
@@ -37,6 +38,8 @@ class Policy(Protocol):
     ) -> dict[str, float]: ...
 
     def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]: ...
+
+    def rescore(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> Scored: ...
 
 
 class Scorer(Protocol):

@@ -52,4 +52,4 @@ class Reference:
 
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """Per sequence (R,) fp32, on every rank. All ranks call it together, with the same sequences."""
-        return join(self.score(sequences), [len(s.sample.token_ids) for s in sequences], self.ranks)
+        return join(self.score(sequences), [len(s.sample.token_ids) for s in sequences], self.ranks).logprobs

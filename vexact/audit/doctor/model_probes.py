@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vexact.audit.doctor import probes
+from vexact.audit.doctor import expert_probes, probes
 from vexact.audit.doctor.result import CheckResult, error, ok
 from vexact.models import ModelConfig
+from vexact.models.config import MlaConfig
 from vexact.ops import linear
 
 BATCHES = (1, 2, 3, 7, 24, 25, 33, 49, 100)
@@ -35,16 +36,17 @@ class Shapes:
     @classmethod
     def of(cls, config: ModelConfig) -> Shapes:
         """The shapes of a model, cut where they repeat."""
-        hidden, inner = config.hidden_size, config.num_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.num_heads * config.value_dim
         products = {
-            "qkv": (_cut(sum(config.qkv_sizes)), hidden),
+            **(_latent(config.mla, config) if config.mla else {"qkv": (_cut(sum(config.qkv_sizes)), hidden)}),
             "attention output": (_cut(hidden), inner),
             "gate and up": (_cut(2 * config.intermediate_size), hidden),
             "down": (_cut(hidden), config.intermediate_size),
             "head": (_cut(config.vocab_size), hidden),
         }
         kv_heads = min(config.num_kv_heads, 2)
-        heads = probes.Heads(config.num_heads // config.num_kv_heads * kv_heads, kv_heads, config.head_dim)
+        queries = config.num_heads // config.num_kv_heads * kv_heads
+        heads = probes.Heads(queries, kv_heads, config.key_dim, config.value_dim)
         return cls(products, heads, hidden, _cut(config.vocab_size))
 
 
@@ -64,7 +66,24 @@ def model_probe_checks(path: str, device: str) -> Iterator[CheckResult]:
                 probes.check_logprob, device, dtype, shapes.hidden, shapes.vocab_size, "model logprob"
             ),
         }
+        if config.moe is not None:
+            experts = partial(
+                expert_probes.check_experts, device, dtype, config.moe, config.hidden_size, "model experts"
+            )
+            checks[f"model experts {short}"] = experts
         yield from (attempt(name, check) for name, check in checks.items())
+
+
+def _latent(mla: MlaConfig, config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Products of latent attention before its heads attend."""
+    queries, heads = config.qkv_sizes[0], config.num_heads
+    first = queries if mla.q_rank is None else mla.q_rank
+    expanded = {} if mla.q_rank is None else {"queries": (_cut(queries), mla.q_rank)}
+    return {
+        "latent vectors": (_cut(first + mla.kv_rank + mla.rope_dim), config.hidden_size),
+        **expanded,
+        "keys and values": (_cut(heads * (mla.nope_dim + mla.value_dim)), mla.kv_rank),
+    }
 
 
 def check_products(products: dict[str, tuple[int, int]], device: str, dtype: torch.dtype) -> CheckResult:

@@ -23,14 +23,15 @@ _SEED = 0
 
 
 class Heads(NamedTuple):
-    """Query heads, key/value heads and their width."""
+    """Query heads, key/value heads, and the widths of a key and of a value."""
 
     queries: int
     keys: int
     dim: int
+    value_dim: int
 
 
-HEADS = Heads(4, 2, 32)
+HEADS = Heads(4, 2, 32, 32)
 
 
 def check_linear(device: str, dtype: torch.dtype) -> CheckResult:
@@ -91,12 +92,13 @@ def check_attention_bits(
     different = int((bits(packed) != bits(paged)).flatten(1).any(1).sum())
     if different:
         return error(name, f"{different} of {len(packed)} tokens differ between packed and paged attention", REPORT)
-    shape = "" if heads is HEADS else f", {heads.queries} heads over {heads.keys} of {heads.dim}"
+    widths = f"{heads.dim}" if heads.dim == heads.value_dim else f"{heads.dim} (values {heads.value_dim})"
+    shape = "" if heads is HEADS else f", {heads.queries} heads over {heads.keys} of {widths}"
     return ok(name, f"{len(packed)} tokens have the same bits packed and through pages{shape}")
 
 
 def packed_attention(device: str, dtype: torch.dtype, heads: Heads = HEADS) -> Tensor:
-    """(T, Hq, D) of all sequences in one call."""
+    """(T, Hq, Dv) of all sequences in one call."""
     q, k, v = _qkv(device, dtype, heads)
     return attention(q, k, v, PackedMetadata.from_lengths(list(LENGTHS), device), q.shape[-1] ** -0.5)
 
@@ -107,11 +109,11 @@ def paged_attention(device: str, dtype: torch.dtype, heads: Heads = HEADS) -> Te
     pages = [-(-length // PAGE_SIZE) for length in LENGTHS]
     first = [sum(pages[:b]) for b in range(len(LENGTHS))]
     starts = [sum(LENGTHS[:b]) for b in range(len(LENGTHS))]
-    cache = tuple(torch.zeros(sum(pages), PAGE_SIZE, *k.shape[1:], dtype=dtype, device=device) for _ in range(2))
+    cache = tuple(torch.zeros(sum(pages), PAGE_SIZE, *x.shape[1:], dtype=dtype, device=device) for x in (k, v))
     table = torch.full((len(LENGTHS), max(pages)), -1, dtype=torch.int32)
     for b, count in enumerate(pages):
         table[b, :count] = torch.arange(first[b], first[b] + count)
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:2], heads.value_dim)
     for piece in (lambda n: range(0, n - 1), lambda n: range(n - 1, n)):
         chosen = [b for b in range(len(LENGTHS)) if len(piece(LENGTHS[b]))]
         new = [piece(LENGTHS[b]) for b in chosen]
@@ -167,8 +169,8 @@ def check_attention_impls(exact: bool) -> Iterator[CheckResult]:
 
 
 def _qkv(device: str, dtype: torch.dtype, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    counts = enumerate((heads.queries, heads.keys, heads.keys))
-    q, k, v = (normal((sum(LENGTHS), count, heads.dim), dtype, device, seed) for seed, count in counts)
+    shapes = ((heads.queries, heads.dim), (heads.keys, heads.dim), (heads.keys, heads.value_dim))
+    q, k, v = (normal((sum(LENGTHS), *shape), dtype, device, seed) for seed, shape in enumerate(shapes))
     return q, k, v
 
 

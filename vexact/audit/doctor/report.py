@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vexact.audit.doctor import graders, machine, model, packages, probes, several_gpus
+from vexact.audit.doctor import expert_probes, graders, machine, model, packages, probes, several_gpus
 from vexact.audit.doctor.result import CheckResult, error, ok
 
 
@@ -38,6 +38,7 @@ def probe_checks(device: str) -> Iterator[CheckResult]:
         "linear": probes.check_linear,
         "attention": probes.check_attention_bits,
         "logprob": probes.check_logprob,
+        "experts": expert_probes.check_experts,
     }
     for dtype in probes.DTYPES:
         for name, check in checks.items():

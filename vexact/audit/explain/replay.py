@@ -28,6 +28,7 @@ from vexact.types import Sample
 from vexact.weights import checksum
 
 FORMAT = 1
+_ARRAYS = ("logprobs", "min_logits", "route_digests")  # of a sample
 MAX_WEIGHT_BYTES = 1 << 30
 """Larger models are not copied into the file; it then holds their checksums and the checkpoint's path."""
 
@@ -122,7 +123,8 @@ def _record(
     return {
         "format": FORMAT,
         "torch": str(torch.__version__),
-        "sample": asdict(sample) | {"logprobs": _tensor(sample.logprobs), "min_logits": _tensor(sample.min_logits)},
+        "sample": asdict(sample)
+        | {name: _tensor(getattr(sample, name)) for name in _ARRAYS if getattr(sample, name) is not None},
         "params": None if params is None else asdict(params),
         "observed": None if observed is None else asdict(observed),
         "engine": asdict(engine.config),
@@ -179,7 +181,7 @@ def _with_notes(found: Divergence, recorded: Divergence, lost: list[str]) -> Div
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:
-    arrays = {name: record[name].numpy() for name in ("logprobs", "min_logits")}
+    arrays = {name: record[name].numpy() for name in _ARRAYS if record.get(name) is not None}
     return Sample(**{**record, **arrays})
 
 

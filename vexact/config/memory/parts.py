@@ -16,8 +16,13 @@ OFFLOAD_BYTES = 256 * MIB  # moments on their way through the GPU
 HEAD_WORKSPACE_BYTES = 1280 * MIB  # of the fused cross-entropy's kernels
 ONE_PASS_HEAD_BYTES = 3 << 29  # a head whose fp32 gradient is no larger is accumulated in one pass
 GRAPH_BYTES = GIB // 2  # private pools of CUDA graphs
-SLOT_BYTES_PER_TOKEN = 16  # an id and two float32 numbers, in the rollout's state
 KV_CACHE = "key-value cache"
+
+
+def slot_bytes_per_token(shape: ModelShape) -> int:
+    """In the rollout's state: an id and two float32 numbers; with experts also a hash of those that were chosen."""
+    return 16 if shape.experts is None else 24
+
 
 Stage = Literal["generation", "update", "sync"]
 
@@ -149,9 +154,14 @@ class Parts:
     def _workspace(self) -> int:
         """One forward of the engine, its logits, the state of its requests and its CUDA graphs."""
         rollout, shape = self.config.rollout, self.shape
-        qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        forward = self._width * (4 * shape.hidden_size + 2 * qkv + 3 * shape.intermediate_size)
+        qkv = (shape.num_heads + shape.num_kv_heads) * shape.key_dim + shape.num_kv_heads * shape.value_dim
+        moe = shape.experts
+        inner = 3 * shape.intermediate_size
+        if moe is not None:
+            rows = moe.top_k * (3 * moe.intermediate_size + shape.hidden_size)
+            inner = max(inner, rows + 3 * moe.shared_intermediate_size)
+        forward = self._width * (4 * shape.hidden_size + 2 * qkv + inner)
         logits = 3 * 4 * shape.vocab_size  # as they are, scaled, and their noise
-        state = self.config.max_model_len * SLOT_BYTES_PER_TOKEN
+        state = self.config.max_model_len * slot_bytes_per_token(shape)
         graphs = GRAPH_BYTES if self.device == "cuda" and not rollout.enforce_eager else 0
         return rollout.max_num_batched_tokens * forward + rollout.max_num_seqs * (logits + state) + graphs

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vexact.models.layers.balance import Balance
 from vexact.models.opset import OpSet
 from vexact.models.sequence_parallel import SlicedMetadata
 from vexact.ops import PackedMetadata, PagedMetadata
@@ -32,3 +33,12 @@ class Tokens:
         else:
             out = ops.attention(q, k, v, self.metadata, softmax_scale, kv_cache)
         return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """What training and padded batches have to say about the experts of T tokens. All optional."""
+
+    padding: Tensor | None = None  # (T,) bool: rows that nobody reads; no expert is loaded for them
+    loads: Tensor | None = None  # (layers, E) int64; a layer overwrites its row with the tokens of each expert
+    balance: Balance | None = None  # a loss that is added in the backward

@@ -7,11 +7,15 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vexact.models.config import MoeConfig
+from vexact.models.layers.context import Routing
 from vexact.models.layers.mlp import MLP
 from vexact.models.opset import OpSet
 from vexact.ops.moe import ExpertGroups, Routes
+
+NO_EXPERT = -1  # of a pair that no expert computes
 
 
 class MoE(nn.Module):
@@ -25,10 +29,16 @@ class MoE(nn.Module):
         width = moe.shared_intermediate_size
         self.shared = MLP(hidden_size, width, False, ops) if width else None
 
-    def forward(self, x: Tensor, route_digest: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, route_digest: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """(T, H) -> (T, H); ``route_digest`` (T,) int64 is added to in place."""
-        routes = self.router(x, route_digest)
-        groups = self.ops.group_tokens(routes.experts, self.moe.num_experts)
+        routing = routing or Routing()
+        routes = self.router(x, route_digest, routing)
+        experts = routes.experts
+        if routing.padding is not None:
+            experts = experts.masked_fill(routing.padding.unsqueeze(1), NO_EXPERT)
+        groups = self.ops.group_tokens(experts, self.moe.num_experts)
+        if routing.loads is not None:
+            routing.loads[self.router.layer] = groups.offsets[1:] - groups.offsets[:-1]
         out: Tensor = self.ops.combine(
             self.experts(x, groups), routes.weights, groups, None if self.shared is None else self.shared(x)
         )
@@ -46,12 +56,13 @@ class Router(nn.Module):
         bias = torch.zeros(moe.num_experts) if moe.correction_bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor, route_digest: Tensor | None = None) -> Routes:
+    def forward(self, x: Tensor, route_digest: Tensor | None, routing: Routing) -> Routes:
         """Routes of x (T, H), k a token."""
         moe = self.moe
+        logits = self.ops.linear(x, self.weight, out_dtype=torch.float32)
         routes: Routes = self.ops.route(
-            self.ops.linear(x, self.weight, out_dtype=torch.float32),
-            self.bias,
+            logits,
+            self.bias.full_tensor() if isinstance(self.bias, DTensor) else self.bias,
             top_k=moe.top_k,
             scoring=moe.scoring,
             num_groups=moe.num_groups,
@@ -62,7 +73,7 @@ class Router(nn.Module):
             digest=route_digest,
             salt=self.layer,
         )
-        return routes
+        return routes if routing.balance is None else routing.balance.attach(routes, logits, self.layer, moe)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A cast of the whole model leaves the bias in fp32: rounded, it would choose other experts than the ones that

@@ -145,5 +145,5 @@ def _attention_chunk(model: CausalLM) -> int:
     from vexact.ops.kernels.attention.launch import KEY_BLOCKS, HeadShape  # Triton, which the CPU does without
 
     config = model.config
-    heads = config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim
+    heads = config.num_heads, config.num_kv_heads, config.key_dim, config.value_dim
     return KEY_BLOCKS[HeadShape(*heads, model.lm_head_weight.element_size()).key].chunk

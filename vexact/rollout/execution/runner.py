@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate, cycle
 
 import torch
 from torch import Tensor
 
 from vexact.models.decoder import CausalLM, KVCache
+from vexact.models.layers import Routing
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.execution.decode_graphs import DecodeGraphs
 from vexact.rollout.execution.kv_memory import KVMemory
@@ -47,7 +49,7 @@ class ModelRunner:
         device: torch.device,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._chooses_experts = model, model.chooses_experts
         self._device = device
         self.graphs = graphs  # None: every step runs eagerly
         self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
@@ -60,7 +62,7 @@ class ModelRunner:
 
     @property
     def kv_caches(self) -> list[KVCache]:
-        """Per layer, keys and values (num_pages, page_size, Hkv, D). Raises RuntimeError while they are released."""
+        """Per layer, keys (num_pages, page_size, Hkv, D) and values (..., Dv). Raises RuntimeError while released."""
         if self._kv_memory.released:
             raise RuntimeError("the KV cache is released; resume_kv_cache() first")
         return self._kv_caches
@@ -101,10 +103,10 @@ class ModelRunner:
         """Forward pass, then sampling of the complete sequences; None if the step only filled the cache."""
         if inputs.graph is not None:
             assert self.graphs is not None
-            sampled = self.graphs.run(inputs.graph, lambda: self._sampled(inputs, self._hidden(inputs)))
+            sampled = self.graphs.run(inputs.graph, lambda: self._sampled(inputs, *self._forward(inputs)))
             return to_host(sampled, inputs.num_sampled)
-        hidden = self._hidden(inputs)
-        return to_host(self._sampled(inputs, hidden)) if inputs.num_sampled else None
+        hidden, digest = self._forward(inputs)
+        return to_host(self._sampled(inputs, hidden, digest)) if inputs.num_sampled else None
 
     def refresh(self) -> None:
         """Notice a model whose weights moved to other memory while nothing ran."""
@@ -118,19 +120,25 @@ class ModelRunner:
         taken, self.graphs.num_replays = self.graphs.num_replays, 0
         return taken
 
-    def _hidden(self, inputs: RunnerInputs) -> Tensor:
-        """(T, H)."""
-        hidden: Tensor = self._model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
-        return hidden
+    def _forward(self, inputs: RunnerInputs) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (T, H), and what experts each token chose, (T,) int64, if there are any."""
+        args = inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches
+        if not self._chooses_experts:
+            return self._model(*args), None
+        digest = torch.zeros_like(inputs.input_ids)
+        padded = inputs.graph is not None and inputs.graph.batch_size > 1
+        routing = Routing(padding=inputs.attention.seqused_k == 0) if padded else None
+        return self._model(*args, route_digest=digest, routing=routing), digest
 
-    def _sampled(self, inputs: RunnerInputs, hidden: Tensor) -> Tensor:
-        """(3, S) int32, see ``sample_tokens``."""
+    def _sampled(self, inputs: RunnerInputs, hidden: Tensor, digest: Tensor | None) -> Tensor:
+        """(3, S) or with a digest (5, S) int32, see ``sample_tokens``."""
         if inputs.sample_rows is not None:
             hidden = hidden[inputs.sample_rows]  # (S, H)
+            digest = None if digest is None else digest[inputs.sample_rows]
         logits = self._model.logits(hidden)  # (S, V)
         if self.on_logits is not None:
             self.on_logits(logits, inputs.sampling)
-        sampled = sample_tokens(logits, inputs.sampling)
+        sampled = sample_tokens(logits, inputs.sampling, digest)
         if self.on_sampled is not None:
             sampled = self.on_sampled(logits, inputs.sampling, sampled)
         return sampled
@@ -139,23 +147,26 @@ class ModelRunner:
 def kv_page_bytes(model: CausalLM, page_size: int) -> int:
     """Bytes of keys and values of one page over all layers."""
     config = model.config
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    per_token = config.num_layers * config.num_kv_heads * (config.key_dim + config.value_dim)
     return per_token * page_size * model.lm_head_weight.element_size()
 
 
 def allocate_kv_caches(
     model: CausalLM, *, num_pages: int, page_size: int, device: torch.device
 ) -> tuple[KVMemory, list[KVCache]]:
-    """Per layer, zeroed keys and values (num_pages, page_size, Hkv, D) in the model's dtype; and the memory of all.
+    """Per layer, zeroed keys (num_pages, page_size, Hkv, D) and values (num_pages, page_size, Hkv, Dv) in the model's
+    dtype; and the memory of all.
 
     Zeroed because attention may multiply a masked position's value by a weight of 0, and 0 * NaN is NaN.
     """
     config = model.config
-    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
     dtype = model.lm_head_weight.dtype
-    num_bytes = math.prod(shape) * dtype.itemsize
-    stride = -(-num_bytes // _KV_ALIGNMENT) * _KV_ALIGNMENT
-    memory = KVMemory(2 * config.num_layers * stride, device)
-    starts = range(0, 2 * config.num_layers * stride, stride)
-    tensors = [memory.bytes[start : start + num_bytes].view(dtype).view(shape) for start in starts]
+    shapes = [(num_pages, page_size, config.num_kv_heads, width) for width in (config.key_dim, config.value_dim)]
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes] * config.num_layers
+    ends = list(accumulate(-(-size // _KV_ALIGNMENT) * _KV_ALIGNMENT for size in sizes))
+    memory = KVMemory(ends[-1], device)
+    tensors = [
+        memory.bytes[start : start + size].view(dtype).view(shape)
+        for start, size, shape in zip([0, *ends], sizes, cycle(shapes))
+    ]
     return memory, list(zip(tensors[::2], tensors[1::2], strict=True))

@@ -63,6 +63,7 @@ class Finisher:
             weights_version=weights_version,
             stop_reason=ending.stop_reason,
             text=self._text(token_ids, ending),
+            route_digests=request.route_digests,
         )
 
     def _text(self, token_ids: tuple[int, ...], ending: Ending) -> str | None:

@@ -42,6 +42,7 @@ class Request:
     page_keys: list[bytes]  # chain keys of the full pages hashed so far
     logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N - prompt,) float32
     min_logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N - prompt,) float32
+    route_digests: np.ndarray | None = None  # (N - prompt,) int64 once it was preempted, where there are experts
     stop_checker: StopStringChecker | None = None
     slot: int = NO_SLOT
     pages: list[int] = field(default_factory=list)

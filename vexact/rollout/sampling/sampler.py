@@ -19,6 +19,7 @@ class StepOutput(NamedTuple):
     token_ids: np.ndarray  # (S,) int64
     logprobs: np.ndarray  # (S,) float32
     min_logits: np.ndarray  # (S,) float32
+    route_digests: np.ndarray | None = None  # (S,) int64, where there are experts
 
     def finite(self) -> np.ndarray:
         """(S,) bool: rows whose log-probability is a number and whose threshold is one or -inf, which keeps all."""
@@ -26,7 +27,8 @@ class StepOutput(NamedTuple):
 
     def rows(self, chosen: np.ndarray) -> StepOutput:
         """Some rows, by mask (S,) bool."""
-        return StepOutput(*(array[chosen] for array in self))
+        digests = None if self.route_digests is None else self.route_digests[chosen]
+        return StepOutput(self.token_ids[chosen], self.logprobs[chosen], self.min_logits[chosen], digests)
 
 
 class NonFiniteLogprobError(NonFiniteError):
@@ -41,19 +43,25 @@ class NonFiniteLogprobError(NonFiniteError):
         self.samples = samples  # that ended well: in this step or, from ``generate``, in this call
 
 
-def sample_tokens(logits: Tensor, params: SamplingTensors) -> Tensor:
+def sample_tokens(logits: Tensor, params: SamplingTensors, route_digests: Tensor | None = None) -> Tensor:
     """Sample a token per row of ``logits`` (S, V) fp32.
 
     Returns (3, S) int32: token ids, then the bits of the fp32 log-probabilities and of the fp32 thresholds, so that one
-    copy brings all three to the host.
+    copy brings all three to the host. With ``route_digests`` (S,) int64 (5, S), the last two those of the digests.
     """
     sampled = sample(logits, params)
-    return torch.stack(
-        [sampled.token_ids.to(torch.int32), sampled.logprobs.view(torch.int32), sampled.min_logit.view(torch.int32)]
-    )
+    columns = [
+        sampled.token_ids.to(torch.int32),
+        sampled.logprobs.view(torch.int32),
+        sampled.min_logit.view(torch.int32),
+    ]
+    if route_digests is not None:
+        columns += route_digests.view(torch.int32).view(-1, 2).unbind(1)
+    return torch.stack(columns)
 
 
 def to_host(packed: Tensor, num_rows: int | None = None) -> StepOutput:
     """Wait for the device and unpack the first ``num_rows`` rows (default: all) of the result of ``sample_tokens``."""
     host = packed.cpu().numpy()[:, :num_rows]
-    return StepOutput(host[0].astype(np.int64), host[1].view(np.float32), host[2].view(np.float32))
+    digests = None if len(host) == 3 else np.ascontiguousarray(host[3:].T).view(np.int64).squeeze(1)
+    return StepOutput(host[0].astype(np.int64), host[1].view(np.float32), host[2].view(np.float32), digests)

@@ -13,15 +13,18 @@ NO_TOKEN = -1
 class SlotState:
     """Token, page and sampling state of the running requests; row ``slot`` belongs to one request.
 
-    ``logprobs`` and ``min_logits`` are indexed by position in the whole sequence, like ``token_ids``.
+    ``logprobs``, ``min_logits`` and ``route_digests`` are indexed by position in the whole sequence, like
+    ``token_ids``.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, page_size: int, *, has_routes: bool = False) -> None:
+        """``has_routes``: tokens come with a digest of the experts that they chose."""
         slots, length = max_num_seqs, max_model_len
         self.page_size = page_size
         self.token_ids = np.zeros((slots, length), np.int64)
         self.logprobs = np.zeros((slots, length), np.float32)
         self.min_logits = np.zeros((slots, length), np.float32)
+        self.route_digests = np.zeros((slots, length), np.int64) if has_routes else None
         self.block_table = np.full((slots, -(-length // page_size)), NO_PAGE, np.int32)
         self.num_tokens = np.zeros(slots, np.int64)  # known: prompt and sampled
         self.num_computed = np.zeros(slots, np.int64)  # of those, with keys and values in the cache
@@ -59,6 +62,8 @@ class SlotState:
         self.token_ids[slot, :known] = request.token_ids
         self.logprobs[slot, prompt:known] = request.logprobs
         self.min_logits[slot, prompt:known] = request.min_logits
+        if self.route_digests is not None and request.route_digests is not None:
+            self.route_digests[slot, prompt:known] = request.route_digests
         self.num_tokens[slot] = known
         self.num_computed[slot] = num_computed
         self.max_total_tokens[slot] = request.max_total_tokens
@@ -93,6 +98,8 @@ class SlotState:
         request.token_ids = self.token_ids[slot, :known].copy()
         request.logprobs = self.logprobs[slot, prompt:known].copy()
         request.min_logits = self.min_logits[slot, prompt:known].copy()
+        if self.route_digests is not None:
+            request.route_digests = self.route_digests[slot, prompt:known].copy()
         self.block_table[slot] = NO_PAGE
         self.num_pages[slot] = 0
         self.has_stop_strings[slot] = False
@@ -101,11 +108,19 @@ class SlotState:
         self._free_slots.append(slot)
 
     def append_sampled(
-        self, slots: np.ndarray, token_ids: np.ndarray, logprobs: np.ndarray, min_logits: np.ndarray
+        self,
+        slots: np.ndarray,
+        token_ids: np.ndarray,
+        logprobs: np.ndarray,
+        min_logits: np.ndarray,
+        route_digests: np.ndarray | None = None,
     ) -> None:
         """Store one sampled token per slot. All arguments (B,); slots are distinct."""
         positions = self.num_tokens[slots]
         self.token_ids[slots, positions] = token_ids
         self.logprobs[slots, positions] = logprobs
         self.min_logits[slots, positions] = min_logits
+        if self.route_digests is not None:
+            assert route_digests is not None, "every row of a model with experts says which ones it chose"
+            self.route_digests[slots, positions] = route_digests
         self.num_tokens[slots] = positions + 1

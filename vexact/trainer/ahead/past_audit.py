@@ -39,9 +39,9 @@ class PastAudit:
             return
         version, audit = sequences[0].sample.weights_version, self._audit
         with self._timers("audit_forward"):
-            found = self._workers.logprobs_at(version, sequences, audit.redraw)
+            found = self._workers.rescore_at(version, sequences, audit.redraw)
         try:
-            audit.check(list(range(len(sequences))), found)
+            audit.check(*found)
             audit.require_compared(len(sequences))
         except (ExactnessError, DrawError) as error:
             error.add_note(f"compared under weights version {version}, which generated the samples of step {step}")

@@ -21,6 +21,7 @@ from vexact.types import Sample, SampleGroup, Score
 FOLDER = "next_step"  # beside the model's own safetensors
 TEXT, NUMBERS = f"{FOLDER}/samples.json", f"{FOLDER}/numbers.safetensors"
 _ARRAYS = ("token_ids", "logprobs", "min_logits")
+_ROUTES = "route_digests"  # of a model with experts
 _FIELDS = ("request_id", "temperature", "finish_reason", "weights_version", "stop_reason", "text")
 
 
@@ -36,6 +37,9 @@ def write_collected(directory: Path, step: int, collected: Collected) -> None:
         "prompt_token_ids": _packed([group.prompt.token_ids for group in collected.sampled], np.int32),
         "prompt_lengths": np.array([len(group.prompt.token_ids) for group in collected.sampled], np.int64),
     }
+    digests = [sample.route_digests for sample in samples if sample.route_digests is not None]
+    if digests and len(digests) == len(samples):
+        numbers[_ROUTES] = _packed(digests, np.int64)
     position = {id(group): index for index, group in enumerate(collected.sampled)}
     content = {
         "step": step,
@@ -78,7 +82,8 @@ def read_collected(path: Path, step: int, rows: PromptDataset) -> Collected | No
 
 def _groups(groups: list[dict[str, Any]], numbers: dict[str, np.ndarray], rows: PromptDataset) -> Iterator[SampleGroup]:
     edges = numbers["lengths"].cumsum()[:-1]
-    parts = zip(*(np.split(numbers[name], edges) for name in _ARRAYS), strict=True)
+    names = [*_ARRAYS, *(name for name in (_ROUTES,) if name in numbers)]
+    parts = zip(*(np.split(numbers[name], edges) for name in names), strict=True)
     listed = sum(len(group["samples"]) for group in groups)
     if listed != len(numbers["lengths"]):
         raise ValueError(f"{listed} samples are listed, and {len(numbers['lengths'])} are in {NUMBERS}")
@@ -97,12 +102,14 @@ def _sample(
     token_ids: np.ndarray,
     logprobs: np.ndarray,
     min_logits: np.ndarray,
+    route_digests: np.ndarray | None = None,
 ) -> Sample:
     return Sample(
         prompt_token_ids=prompt,
         token_ids=tuple(token_ids.tolist()),
         logprobs=logprobs.copy(),
         min_logits=min_logits.copy(),
+        route_digests=None if route_digests is None else route_digests.copy(),
         **{name: fields[name] for name in _FIELDS},
     )
 

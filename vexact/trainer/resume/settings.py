@@ -112,6 +112,8 @@ def _switched_off(config: Config) -> list[str]:
     off = {
         f"{ACTOR}.kl_loss_coef": not actor.use_kl_loss,
         f"{ACTOR}.kl_loss_type": not actor.use_kl_loss,
+        f"{ACTOR}.router_aux_loss_coef": actor.router_aux_loss_coef == 0,
+        f"{ACTOR}.router_bias_update_rate": actor.router_bias_update_rate == 0,
         "algorithm.kl_penalty": not algorithm.use_kl_in_reward,
         "algorithm.kl_ctrl": not algorithm.use_kl_in_reward,
         "algorithm.filter_groups.metric": not algorithm.filter_groups.enable,

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vexact.audit.environment import environment
@@ -27,6 +26,7 @@ from vexact.trainer.workers.parts import build_actor, build_engine, build_refere
 from vexact.trainer.workers.roles import Roles, roles_of
 from vexact.trainer.workers.worker import Worker
 from vexact.training import Actor, Reference
+from vexact.training.passes.forward import Scored
 from vexact.training.passes.redraw import Redraw
 from vexact.types import TrainSequence
 from vexact.weights import sync_weights
@@ -51,7 +51,7 @@ class Workers:
 
     def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
         """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand
-        for ``logprobs_at`` over two more versions. Raises WeightSyncError."""
+        for ``rescore_at`` over two more versions. Raises WeightSyncError."""
         if self.group is None:
             assert not isinstance(self.engine, EngineGroup)
             assert isinstance(self.actor, Actor)
@@ -76,10 +76,10 @@ class Workers:
         if self.frees_cache:
             self.engine.resume_kv_cache()
 
-    def logprobs_at(self, version: int, sequences: Sequence[TrainSequence], redraw: Redraw | None) -> list[np.ndarray]:
-        """``actor.logprobs`` under an earlier version of the weights, one that was kept."""
+    def rescore_at(self, version: int, sequences: Sequence[TrainSequence], redraw: Redraw | None) -> Scored:
+        """``actor.rescore`` under an earlier version of the weights, one that was kept."""
         assert isinstance(self.actor, ActorGroup), "one process generates with the version it trains"
-        return self.actor.logprobs(sequences, redraw, version)
+        return self.actor.rescore(sequences, redraw, version)
 
     def environment(self) -> dict[str, object]:
         """Versions and device of the first process that trains."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vexact.audit.audit import Evidence
 from vexact.config import Config
 from vexact.distributed import Pending, RankInfo, WorkerGroup
 from vexact.rollout import SamplingParams
@@ -166,14 +167,13 @@ class ActorGroup:
     ) -> None:
         """Gives what all ranks saw to the audit, in the order of the batch; it raises as in one process."""
         self._note(sequences, [result.evidence.indices for result in results])
-        seen = [pair for r in results for pair in zip(r.evidence.indices, r.evidence.logprobs, strict=True)]
+        seen = gathered([_scored(result.evidence) for result in results])
         for result in results:
             if redraw is not None and result.evidence.redrawn is not None:
                 redraw.absorb(result.evidence.redrawn)
-        if seen:
-            seen.sort(key=lambda pair: pair[0])
+        if seen.indices:
             try:
-                audit([index for index, _ in seen], [logprobs for _, logprobs in seen])
+                audit(*seen)
             except Exception as error:
                 self._name_rank(error, results)
                 raise
@@ -183,11 +183,15 @@ class ActorGroup:
         if stopped and len(self.ranks) > 1:
             error.add_note(f"compared by rank {', '.join(map(str, stopped))} of {len(self.ranks)}")
 
-    def logprobs(
+    def logprobs(self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None) -> list[np.ndarray]:
+        """As ``Actor.logprobs``."""
+        return self.rescore(sequences, redraw).logprobs
+
+    def rescore(
         self, sequences: Sequence[TrainSequence], redraw: Redraw | None = None, version: int | None = None
-    ) -> list[np.ndarray]:
-        """As ``Actor.logprobs``; under an earlier ``version`` of the weights if there is one given."""
-        results = self._group.call("logprobs", sequences, redraw, version, ranks=self.ranks, stage="scoring")
+    ) -> Scored:
+        """As ``Actor.rescore``; under an earlier ``version`` of the weights if there is one given."""
+        results = self._group.call("rescore", sequences, redraw, version, ranks=self.ranks, stage="scoring")
         self._note(sequences, [scored.indices for scored, _ in results])
         for _, redrawn in results:
             if redraw is not None and redrawn is not None:
@@ -243,14 +247,29 @@ class ReferenceGroup:
     def logprobs(self, sequences: Sequence[TrainSequence]) -> list[np.ndarray]:
         """As ``Reference.logprobs``."""
         results = self._group.call("reference_logprobs", sequences, ranks=self._ranks, stage="the reference's scoring")
-        return joined(results, len(sequences))
+        return joined(results, len(sequences)).logprobs
 
 
-def joined(shares: Sequence[Scored], num_sequences: int) -> list[np.ndarray]:
+def joined(shares: Sequence[Scored], num_sequences: int) -> Scored:
     """Every rank's share put together; raises AssertionError when a sequence is missing."""
-    by_index = {i: values for share in shares for i, values in zip(share.indices, share.logprobs, strict=True)}
-    assert len(by_index) == num_sequences, f"{num_sequences - len(by_index)} sequences were scored by no rank"
-    return [by_index[i] for i in range(num_sequences)]
+    whole = gathered(shares)
+    missing = num_sequences - len(set(whole.indices))
+    assert not missing, f"{missing} sequences were scored by no rank"
+    return whole
+
+
+def gathered(shares: Sequence[Scored]) -> Scored:
+    """What ranks have scored, in the order of the sequences; experts if all that scored something say them."""
+    indices = [i for share in shares for i in share.indices]
+    order = sorted(range(len(indices)), key=indices.__getitem__)
+    logprobs = [values for share in shares for values in share.logprobs]
+    routes = [values for share in shares for values in share.routes or ()]
+    in_order = [routes[i] for i in order] if len(routes) == len(indices) and routes else None
+    return Scored([indices[i] for i in order], [logprobs[i] for i in order], in_order)
+
+
+def _scored(evidence: Evidence) -> Scored:
+    return Scored(evidence.indices, evidence.logprobs, evidence.routes)
 
 
 def _all(lists: Sequence[list[Written] | None]) -> list[Written] | None:

@@ -13,7 +13,7 @@ _OF_METHOD: Mapping[str, MemoryStage] = {  # of a worker
     "generate": "generation",
     "resume_kv_cache": "generation",
     "update": "update",
-    "logprobs": "update",
+    "rescore": "update",
     "reference_logprobs": "update",
     "sync": "sync",
 }

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from vexact.audit import Audit, DrawError, ExactnessError
+from vexact.audit.audit import Evidence
 from vexact.audit.environment import environment
 from vexact.audit.explain.operators import Operators, operators_of
 from vexact.config import Config
@@ -48,21 +48,12 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """What this rank's forward gave, for the audit of the whole batch."""
-
-    indices: list[int]  # of the sequences
-    logprobs: list[np.ndarray]  # fp32 (R,) each
-    redrawn: Redrawn | None
-
-
-@dataclass(frozen=True, slots=True)
 class Updated:
     """One rank's update. A rank that stopped before the optimizer step has no metrics."""
 
     metrics: dict[str, float] | None
     problems: list[str]
-    evidence: Evidence
+    evidence: Evidence  # what this rank's forward gave, for the audit of the whole batch
     stopped: Exception | None = None
 
 
@@ -152,10 +143,9 @@ class Worker:
             )
         except (ExactnessError, DrawError, PeerStopped) as error:
             stopped = error
-        seen = audit.evidence
-        return Updated(metrics, self.actor.problems, Evidence(seen.indices, seen.logprobs, seen.redrawn), stopped)
+        return Updated(metrics, self.actor.problems, audit.evidence, stopped)
 
-    def logprobs(
+    def rescore(
         self, sequences: Sequence[TrainSequence], redraw: Redraw | None, version: int | None
     ) -> tuple[Scored, Redrawn | None]:
         """This rank's share, under the present weights or those of an earlier version."""

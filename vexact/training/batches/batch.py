@@ -32,6 +32,11 @@ class PackedBatch:
     response_lengths: Tensor  # (B,) int64
     part: SequencePart | None = None
 
+    @property
+    def packed(self) -> PackedMetadata:
+        """Where the sequences lie, of all ranks that share them; behind the B ones there may be one that fills up."""
+        return self.attention.packed if isinstance(self.attention, SlicedMetadata) else self.attention
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyTargets:

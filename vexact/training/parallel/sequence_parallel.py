@@ -74,6 +74,20 @@ class SequenceRanks:
         limit = group._get_backend(group._device_types[0]).options._timeout  # which a new group does not take over
         return cls(dist.new_group(sharing, limit, use_local_synchronization=True), size, sharing.index(own))
 
+    def add_whole(self, counts: Tensor) -> Tensor:
+        """The sum of whole numbers over the ranks."""
+        dist.all_reduce(counts, group=self.group)
+        return counts
+
+    def add_in_order(self, value: Tensor) -> Tensor:
+        """The sum of a number () over the ranks, added in their order; the same on all of them."""
+        every = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(every, value, group=self.group)
+        total, *others = every
+        for other in others:
+            total = total + other
+        return total
+
     def part(
         self, lengths: Sequence[int], target_rows: np.ndarray, device: torch.device | str
     ) -> tuple[SequencePart, SlicedMetadata]:

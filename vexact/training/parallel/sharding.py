@@ -6,9 +6,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from vexact.models import CausalLM, load_model
+from vexact.models.layers.moe import Router
 from vexact.models.load import load_parts
 from vexact.training.parallel.ranks import Ranks, first_row, local, lone_mesh
 
@@ -40,11 +44,27 @@ def shard(model: CausalLM, ranks: Ranks, dtype: torch.dtype) -> None:
     """
     mesh = lone_mesh(ranks) if ranks.mesh is None else ranks.mesh
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    biases = _shard_router_biases(model, ranks, mesh)
     for layer in model.parallel_layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=biases)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=biases)
     # said of every layer's output in every process, in case that somebody writes into it: nobody does
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+def _shard_router_biases(model: CausalLM, ranks: Ranks, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Divides them as FSDP2 would, which would also cast them: a router gathers its own, in fp32."""
+    biases = set()
+    for module in model.modules():
+        if isinstance(module, Router) and module.bias is not None:
+            bias, first = module.bias.detach(), first_row(len(module.bias), ranks)
+            rows = bias[first : first + -(-len(bias) // mesh.size())].clone()
+            sharded = DTensor.from_local(
+                rows, mesh, [Shard(0)], run_check=False, shape=bias.shape, stride=bias.stride()
+            )
+            module.bias = nn.Parameter(sharded, requires_grad=False)
+            biases.add(module.bias)
+    return biases
 
 
 def load_sharded_model(

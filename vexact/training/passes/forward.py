@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from vexact import interrupt
 from vexact.models import CausalLM
+from vexact.models.layers import Routing
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
 from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.batches.packing import pack
@@ -23,17 +24,40 @@ FILLER = TokenSequence(prompt=(0,), response=(0,))
 
 
 class Scored(NamedTuple):
-    """Sequences by index, ascending, and the log-probabilities of each, fp32 (R,)."""
+    """Sequences by index, ascending, and for each what a forward gave its response tokens."""
 
     indices: list[int]
-    logprobs: list[np.ndarray]
+    logprobs: list[np.ndarray]  # fp32 (R,) each
+    routes: list[np.ndarray] | None = None  # int64 (R,) each, as ``Sample.route_digests``; None without experts
+
+    def under(self, indices: Sequence[int]) -> Scored:
+        """The same where sequence i has the index ``indices[i]``, ascending as well."""
+        return self._replace(indices=[indices[i] for i in self.indices])
 
 
 def token_scores(model: CausalLM, batch: PackedBatch) -> LinearCrossEntropy | TrainedCrossEntropy:
     """Log-probability and entropy of every response token of the batch, fp32 (R,), on all ranks that share it."""
+    return routed_scores(model, batch)[0]
+
+
+def routed_scores(
+    model: CausalLM, batch: PackedBatch, routing: Routing | None = None
+) -> tuple[LinearCrossEntropy | TrainedCrossEntropy, Tensor | None]:
+    """``token_scores``, and (R,) int64 what experts the row that predicts each response token chose, if there are any.
+
+    ``routing``: what else the forward is to know of experts.
+    """
     targets = batch.targets if batch.part is None else batch.part.own(batch.targets)
-    scores = model(batch.input_ids, batch.positions, batch.attention, targets=targets)
-    return scores if batch.part is None else batch.part.whole(scores)
+    args = batch.input_ids, batch.positions, batch.attention
+    if not model.chooses_experts:
+        scores, digest = model(*args, targets=targets), None
+    else:
+        digest = torch.zeros_like(batch.input_ids)
+        scores = model(*args, targets=targets, route_digest=digest, routing=routing)
+        digest = digest[targets.rows]
+    if batch.part is None:
+        return scores, digest
+    return batch.part.whole(scores), None if digest is None else batch.part.gather(digest)[0]
 
 
 def group_batch(sequences: Sequence[TokenSequence], group: Sequence[int], ranks: Ranks) -> PackedBatch:
@@ -63,42 +87,59 @@ def score(
     """
     lengths = [s.num_input_tokens for s in sequences]
     groups = ranks.share(pack(lengths, budget, balance=True, names=names, key=ranks.budget_key))
-    values = []
+    values, routes = [], []
     try:
         for group in groups:
             interrupt.check()
             batch = group_batch(sequences, group, ranks)
-            values.append(token_scores(model, batch if watch is None else watch(batch, group)).logprobs)
+            scores, digest = routed_scores(model, batch if watch is None else watch(batch, group))
+            values.append(scores.logprobs)
+            routes.append(digest)
     finally:
         if isinstance(model, FSDPModule):
             model.reshard()  # a forward without a backward leaves gathered copies in the place of the root's weights
-    return by_sequence(values, sequences, ranks.reported(groups))
+    return by_sequence(values, routes, sequences, ranks.reported(groups))
 
 
 def by_sequence(
-    values: Sequence[Tensor], sequences: Sequence[TokenSequence], groups: Sequence[Sequence[int]]
+    values: Sequence[Tensor],
+    routes: Sequence[Tensor | None],
+    sequences: Sequence[TokenSequence],
+    groups: Sequence[Sequence[int]],
 ) -> Scored:
-    """Splits the packed values (R,) of every group into one array per sequence, in ascending order of indices.
+    """Splits the packed log-probabilities and routes (R,) of every group into one array per sequence, in ascending
+    order of indices.
 
-    Without groups the values go nowhere, as do a filler's. All come to the host in one copy, so that the device is
+    Without groups they go nowhere, as do a filler's. All of a kind come to the host in one copy, so that the device is
     waited for once.
     """
     order = [index for group in groups for index in group]
-    if not order:
-        return Scored([], [])
-    packed = torch.cat([part for part, group in zip(values, groups, strict=True) if group]).cpu()
-    parts = packed.split([len(sequences[index].response) for index in order])
-    by_index = {index: part.numpy() for index, part in zip(order, parts, strict=True)}
-    return Scored(sorted(order), [by_index[index] for index in sorted(order)])
+    lengths = [len(sequences[index].response) for index in order]
+    digests = [digest for digest in routes if digest is not None]
+
+    def split(parts: Sequence[Tensor]) -> list[np.ndarray]:
+        if not order:
+            return []
+        packed = torch.cat([part for part, group in zip(parts, groups, strict=True) if group]).cpu()
+        by_index = dict(zip(order, packed.split(lengths), strict=True))
+        return [by_index[index].numpy() for index in sorted(order)]
+
+    return Scored(sorted(order), split(values), split(digests) if digests else None)
 
 
-def join(scored: Scored, lengths: Sequence[int], ranks: Ranks) -> list[np.ndarray]:
-    """The shares of all ranks, on every rank: (R,) fp32 for each of the sequences, of which ``lengths`` are given."""
+def join(scored: Scored, lengths: Sequence[int], ranks: Ranks) -> Scored:
+    """The shares of all ranks, on every rank, for all of the sequences, of which ``lengths`` are given."""
     if ranks.mesh is None:
-        return scored.logprobs
-    packed = torch.zeros(sum(lengths), dtype=torch.int32)
-    parts = packed.split(list(lengths))
-    for index, values in zip(scored.indices, scored.logprobs, strict=True):
-        parts[index].copy_(torch.from_numpy(values).view(torch.int32))
-    whole = ranks.add_bits(packed.to(ranks.device)).cpu().view(torch.float32)
-    return [part.numpy() for part in whole.split(list(lengths))]
+        return scored
+
+    def joined(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
+        packed = torch.zeros(sum(lengths), dtype=dtype)
+        parts = packed.split(list(lengths))
+        for index, values in zip(scored.indices, arrays, strict=True):
+            parts[index].copy_(torch.from_numpy(values))
+        bits = packed.view(torch.int32) if dtype == torch.float32 else packed
+        whole = ranks.add_bits(bits.to(ranks.device)).cpu().view(dtype)
+        return [part.numpy() for part in whole.split(list(lengths))]
+
+    routes = None if scored.routes is None else joined(scored.routes, torch.int64)
+    return Scored(list(range(len(lengths))), joined(scored.logprobs, torch.float32), routes)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vexact.models import parameter_dtype
 from vexact.training.parallel.ranks import local
 
 DEPTH = 2
@@ -28,7 +29,10 @@ class PastWeights:
         """The weights are now ``version``: copies them, if they are to be kept, and forgets what is too old."""
         self._kept = {old: parts for old, parts in self._kept.items() if version - DEPTH < old < version}
         if keep:
-            self._kept[version] = [part.to("cpu", self._dtype, copy=True) for part in self._parts()]
+            self._kept[version] = [
+                part.to("cpu", parameter_dtype(name, self._dtype), copy=True)
+                for (name, _), part in zip(self._model.named_parameters(), self._parts(), strict=True)
+            ]
 
     @contextmanager
     def in_place(self, version: int) -> Iterator[None]:

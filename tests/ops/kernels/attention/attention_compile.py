@@ -25,6 +25,8 @@ from vexact.ops.kernels.attention.launch import (
     KEY_BLOCKS,
     MAX_DECODE_ROWS,
     HeadShape,
+    key_columns,
+    padded,
 )
 
 Case = tuple[str, Any, str, dict[str, Any], dict[str, int]]  # name, kernel, dtype, constants, launch options
@@ -39,7 +41,8 @@ BATCH_INTEGERS |= {"stride_table", "skip_up_to", "max_rows"}
 
 # dtype, query heads, key/value heads, head dimension, value head dimension
 _QWEN3, _SMOLLM2, _FP32 = ("bf16", 16, 8, 128, 128), ("bf16", 9, 3, 64, 64), ("fp32", 4, 2, 64, 64)
-USUAL = {80: [_QWEN3, _FP32], 90: [_QWEN3, _SMOLLM2], 100: [_QWEN3]}
+_MOONLIGHT = ("bf16", 16, 16, 192, 128)
+USUAL = {80: [_QWEN3, _FP32, _MOONLIGHT], 90: [_QWEN3, _SMOLLM2, _MOONLIGHT], 100: [_QWEN3, _MOONLIGHT]}
 _DIMS = ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 EVERY = [(dtype, 8, heads, *dims) for dtype in ("bf16", "fp16", "fp32") for heads in (1, 8) for dims in _DIMS]
 
@@ -52,10 +55,10 @@ def cases(shapes: list[tuple[str, int, int, int, int]], thorough: bool, arch: in
         sizes = {"D": dim, "DV": value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad}
         both = {"NUM_HEADS": heads, "GROUP": shape.group, **sizes}
         yield from _forward(name, dtype, shape, both, thorough, described=False)
-        if arch >= 90 and (dim, value_dim) == (shape.dim_pad, shape.value_dim_pad):
+        if arch >= 90 and (dim, value_dim) == (sum(key_columns(dim, value_dim)), shape.value_dim_pad):
             yield from _forward(name, dtype, shape, both, thorough, described=True)
         yield from _backward(name, dtype, shape, both, thorough)
-        write = {"PAGE_SIZE": 16, "KV_HEADS": kv_heads, "ROWS": 16, **sizes}
+        write = {"PAGE_SIZE": 16, "KV_HEADS": kv_heads, "ROWS": 16, **sizes, "D_PAD": padded(dim)}
         yield f"write {name}", kv_write.write_kernel, dtype, write, {"num_warps": 4}
 
 
@@ -65,7 +68,8 @@ def _forward(
     """Forward and decode, keys by pointers or through descriptors."""
     blocks, decode = KEY_BLOCKS[shape.key], DECODE[shape.key]
     tile = (FORWARD_DESCRIBED if described else FORWARD)[shape.key]
-    both = {**both, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
+    steps = {"STEP_K": shape.dim, "STEP_V": shape.value_dim}
+    both = {**both, **steps, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
     name = f"{name} {'described' if described else 'pointers'}"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     page_sizes = (256,) if described else (16, 256)
@@ -99,8 +103,9 @@ def _backward(name: str, dtype: str, shape: HeadShape, both: dict[str, int], tho
 
 
 def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
-    if name in ("k_desc", "v_desc"):
-        dim = constants["D" if name == "k_desc" else "DV"]
+    if name in ("k_desc", "k_rest_desc", "v_desc"):
+        first, rest = key_columns(constants["D"], constants["DV"])
+        dim = {"k_desc": first, "k_rest_desc": rest, "v_desc": constants["DV"]}[name]
         return f"tensordesc<{dtype}[{constants['BLOCK_N']}, {dim}]>" if constants["DESCRIBED"] else f"*{dtype}"
     if name in _TENSORS:
         return f"*{dtype}"
@@ -114,9 +119,11 @@ def _argument_type(name: str, dtype: str, constants: dict[str, Any]) -> str:
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     """Compile one binary and describe it."""
     name, kernel, dtype, constants, options = case
+    if "DESCRIBED" in constants and not (constants["DESCRIBED"] and constants["D"] > constants["D_PAD"]):
+        constants = {**constants, "k_rest_desc": None}
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or parameter.name in constants:
             signature[parameter.name] = "constexpr"
             continue
         signature[parameter.name] = _argument_type(parameter.name, dtype, constants)

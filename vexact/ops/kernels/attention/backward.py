@@ -14,10 +14,33 @@ on every run.
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.attention.keys import load_tile
+from vexact.ops.kernels.attention.keys import Columns, dot_columns, load_columns, load_tile, rest_width
 from vexact.ops.kernels.attention.rows import find_sequence, unowned_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def zero_columns(ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Accumulators of a gradient of this many rows."""
+    REST: tl.constexpr = rest_width(D, D_PAD)
+    first = tl.zeros((ROWS, D_PAD), tl.float32)
+    rest = first
+    if REST > 0:
+        rest = tl.zeros((ROWS, REST), tl.float32)
+    return Columns(first, rest)
+
+
+@triton.jit
+def store_columns(target, rows, inside, gradient, scale, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Write accumulators, times scale, to the rows of target that start at the offsets `rows` (rows, 1)."""
+    offs_d = tl.arange(0, D_PAD)
+    value = (gradient.first * scale).to(target.dtype.element_ty)
+    tl.store(target + rows + offs_d[None, :], value, mask=inside[:, None] & (offs_d < D)[None, :])
+    if D > D_PAD:
+        offs_rest = D_PAD + tl.arange(0, rest_width(D, D_PAD))
+        value = (gradient.rest * scale).to(target.dtype.element_ty)
+        tl.store(target + rows + offs_rest[None, :], value, mask=inside[:, None] & (offs_rest < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -53,17 +76,17 @@ def walk_queries(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the query rows in [begin, end) to dK and dV; scores are transposed, (BLOCK_N, BLOCK_M)."""
-    offs_d = tl.arange(0, D_PAD)
     offs_dv = tl.arange(0, DV_PAD)
     offs_m = tl.arange(0, BLOCK_M)
+    dk_first = dk.first
+    dk_rest = dk.rest
     for start in tl.range(begin, end, BLOCK_M):
         row = start + offs_m
         inside = row < q_len
         first = tl.cast(start, tl.int64)
-        q_rows = q_base + first * stride_qt + offs_m[:, None] * stride_qt + offs_d[None, :]
-        q = load_tile(q_rows, inside, offs_d, D, D_PAD, True)
+        q = load_columns(q_base + first * stride_qt + offs_m[:, None] * stride_qt, inside, D, D_PAD, True)
         row_lse = tl.load(lse2 + row, mask=inside, other=float("inf"))
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = dot_columns(k, q, D, D_PAD)
         p = tl.math.exp2(s * c - row_lse[None, :])
         if MASKED:
             p = tl.where(keys[:, None] <= row[None, :] + shift, p, 0.0)
@@ -73,14 +96,18 @@ def walk_queries(
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         row_delta = tl.load(delta + row, mask=inside, other=0.0)
         ds = p * (dp - row_delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+        ds = ds.to(do.dtype)
+        dk_first = tl.dot(ds, q.first, dk_first, input_precision="ieee")
+        if D > D_PAD:
+            dk_rest = tl.dot(ds, q.rest, dk_rest, input_precision="ieee")
+    return Columns(dk_first, dk_rest), dv
 
 
 @triton.jit
 def clear_rows(target, row, num_rows, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr):
-    """Write 0 to one head of these rows of target (num_rows, HEADS, WIDTH)."""
-    offs = tl.arange(0, WIDTH_PAD)[None, :]
+    """Write 0 to one head of these rows of target (num_rows, HEADS, WIDTH), which is at most twice WIDTH_PAD."""
+    COVER: tl.constexpr = WIDTH_PAD if WIDTH <= WIDTH_PAD else 2 * WIDTH_PAD
+    offs = tl.arange(0, COVER)[None, :]
     flat = (row.to(tl.int64) * HEADS + head)[:, None] * WIDTH + offs
     mask = (row < num_rows)[:, None] & (offs < WIDTH)
     tl.store(target + flat, tl.zeros_like(flat).to(target.dtype.element_ty), mask=mask)
@@ -116,12 +143,9 @@ def keys_kernel(
     q_start = tl.load(cu_seqlens_q + sequence).to(tl.int64)
     q_len = (tl.load(cu_seqlens_q + sequence + 1) - q_start).to(tl.int32)
     keys = first_key + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, D_PAD)
     offs_dv = tl.arange(0, DV_PAD)
     key_rows = k_start + keys
-    k_tile = load_tile(
-        k + kv_head * stride_kh + key_rows[:, None] * stride_kt + offs_d[None, :], keys < kv_len, offs_d, D, D_PAD, True
-    )
+    k_tile = load_columns(k + kv_head * stride_kh + key_rows[:, None] * stride_kt, keys < kv_len, D, D_PAD, True)
     v_tile = load_tile(
         v + kv_head * stride_vh + key_rows[:, None] * stride_vt + offs_dv[None, :],
         keys < kv_len,
@@ -138,7 +162,7 @@ def keys_kernel(
         begin = 0
         middle = 0
     middle = tl.minimum(middle, q_len)
-    dk_acc = tl.zeros((BLOCK_N, D_PAD), tl.float32)
+    dk_acc = zero_columns(BLOCK_N, D, D_PAD)
     dv_acc = tl.zeros((BLOCK_N, DV_PAD), tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
@@ -155,10 +179,10 @@ def keys_kernel(
             keys, shift, c, stride_qt, NUM_HEADS * DV, BLOCK_M, D, DV, D_PAD, DV_PAD, False,
         )  # fmt: skip
     flat = (key_rows * KV_HEADS + kv_head)[:, None]
-    inside = (keys < kv_len)[:, None]
-    dk_value = (dk_acc * scale).to(dk.dtype.element_ty)
-    tl.store(dk + flat * D + offs_d[None, :], dk_value, mask=inside & (offs_d < D)[None, :])
-    tl.store(dv + flat * DV + offs_dv[None, :], dv_acc.to(dv.dtype.element_ty), mask=inside & (offs_dv < DV)[None, :])
+    inside = keys < kv_len
+    store_columns(dk, flat * D, inside, dk_acc, scale, D, D_PAD)
+    mask = inside[:, None] & (offs_dv < DV)[None, :]
+    tl.store(dv + flat * DV + offs_dv[None, :], dv_acc.to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -168,25 +192,29 @@ def walk_keys(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the keys in [begin, end) to dQ; row r sees the keys below limit[r]."""
-    offs_d = tl.arange(0, D_PAD)
     offs_dv = tl.arange(0, DV_PAD)
     offs_n = tl.arange(0, BLOCK_N)
+    dq_first = dq.first
+    dq_rest = dq.rest
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + offs_n
         inside = keys < kv_len
         first = tl.cast(start, tl.int64)
-        k_rows = k_base + first * stride_kt + offs_n[:, None] * stride_kt + offs_d[None, :]
+        k_rows = k_base + first * stride_kt + offs_n[:, None] * stride_kt
         v_rows = v_base + first * stride_vt + offs_n[:, None] * stride_vt + offs_dv[None, :]
-        k = load_tile(k_rows, inside, offs_d, D, D_PAD, MASKED)
+        k = load_columns(k_rows, inside, D, D_PAD, MASKED)
         v = load_tile(v_rows, inside, offs_dv, DV, DV_PAD, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = dot_columns(q, k, D, D_PAD)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         p = tl.math.exp2(s * c - row_lse[:, None])
         if MASKED:
             p = tl.where(keys[None, :] < limit[:, None], p, 0.0)
         ds = p * (dp - row_delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    return dq
+        ds = ds.to(do.dtype)
+        dq_first = tl.dot(ds, k.first, dq_first, input_precision="ieee")
+        if D > D_PAD:
+            dq_rest = tl.dot(ds, k.rest, dq_rest, input_precision="ieee")
+    return Columns(dq_first, dq_rest)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_tiles", "num_rows"])
@@ -215,12 +243,9 @@ def queries_kernel(
     kv_len = (tl.load(cu_seqlens_k + sequence + 1) - k_start).to(tl.int32)
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < q_len
-    offs_d = tl.arange(0, D_PAD)
     offs_dv = tl.arange(0, DV_PAD)
     q_rows = q_start + rows
-    q_tile = load_tile(
-        q + head * stride_qh + q_rows[:, None] * stride_qt + offs_d[None, :], inside, offs_d, D, D_PAD, True
-    )
+    q_tile = load_columns(q + head * stride_qh + q_rows[:, None] * stride_qt, inside, D, D_PAD, True)
     do_rows = dout + ((q_rows * NUM_HEADS + head) * DV)[:, None] + offs_dv[None, :]
     do_tile = load_tile(do_rows, inside, offs_dv, DV, DV_PAD, True)
     row_lse = tl.load(lse2 + head * num_rows + q_rows, mask=inside, other=float("inf"))
@@ -236,7 +261,7 @@ def queries_kernel(
     kv_head = head // GROUP
     k_base = k + k_start * stride_kt + kv_head * stride_kh
     v_base = v + k_start * stride_vt + kv_head * stride_vh
-    acc = tl.zeros((BLOCK_M, D_PAD), tl.float32)
+    acc = zero_columns(BLOCK_M, D, D_PAD)
     acc = walk_keys(
         acc, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, 0, full_end, kv_len, c, stride_kt, stride_vt,
         BLOCK_N, D, DV, D_PAD, DV_PAD, False,
@@ -245,5 +270,4 @@ def queries_kernel(
         acc, q_tile, do_tile, row_lse, row_delta, limit, k_base, v_base, full_end, end, kv_len, c, stride_kt, stride_vt,
         BLOCK_N, D, DV, D_PAD, DV_PAD, True,
     )  # fmt: skip
-    pointers = dq + ((q_rows * NUM_HEADS + head) * D)[:, None] + offs_d[None, :]
-    tl.store(pointers, (acc * scale).to(dq.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
+    store_columns(dq, ((q_rows * NUM_HEADS + head) * D)[:, None], inside, acc, scale, D, D_PAD)

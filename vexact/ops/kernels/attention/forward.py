@@ -7,7 +7,7 @@ table.
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.attention.keys import Keys, load_tile
+from vexact.ops.kernels.attention.keys import Columns, Keys, load_columns
 from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates, unowned_rows
 from vexact.ops.kernels.attention.step import finish
 from vexact.ops.kernels.attention.walk import walk_keys
@@ -17,10 +17,8 @@ from vexact.ops.kernels.attention.walk import walk_keys
 def load_queries(
     q, row, head, valid, stride_qt, stride_qh, D: tl.constexpr, D_PAD: tl.constexpr
 ):  # fmt: skip
-    """A (BLOCK_M, D_PAD) tile of query rows; rows that are not valid read as 0."""
-    offs_d = tl.arange(0, D_PAD)
-    pointers = q + (row.to(tl.int64) * stride_qt + head * stride_qh)[:, None] + offs_d[None, :]
-    return load_tile(pointers, valid, offs_d, D, D_PAD, True)
+    """Columns of BLOCK_M query rows; rows that are not valid read as 0."""
+    return load_columns(q + (row.to(tl.int64) * stride_qt + head * stride_qh)[:, None], valid, D, D_PAD, True)
 
 
 @triton.jit
@@ -48,18 +46,19 @@ def clear_rows(
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_tiles", "stride_table", "skip_up_to"])
 def forward_kernel(
-    q, k, v, k_desc, v_desc, out, lse, cu_seqlens_q, kv_lengths, table, c,
+    q, k, v, k_desc, k_rest_desc, v_desc, out, lse, cu_seqlens_q, kv_lengths, table, c,
     num_rows, num_sequences, num_tiles, stride_table, skip_up_to,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, STEP_K: tl.constexpr, STEP_V: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of query rows.
 
     q (T, NUM_HEADS, D); k (Tk, Hkv, D) and v (Tk, Hkv, DV), or with PAGE_SIZE > 0 (pages, PAGE_SIZE, Hkv, ...);
-    k_desc and v_desc: the same as (rows, Hkv * ...), read only if DESCRIBED;
+    k_desc, k_rest_desc and v_desc: the same as (rows, columns), read only if DESCRIBED, the second one None where D_PAD
+    columns hold a key; STEP_K and STEP_V columns lie between the starts of two heads;
     kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if
     paged; out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are
     left alone, rows past the last sequence are cleared. CHUNK 0: no sequence has more than one chunk. The heaviest
@@ -100,7 +99,8 @@ def forward_kernel(
     head = first_head + tile_head
     q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
     keys = Keys(
-        k_base, v_base, k_desc, v_desc, k_start, first_head // GROUP, table, kv_len,
+        k_base, v_base, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc, k_start,
+        first_head // GROUP * STEP_K, first_head // GROUP * STEP_V, table, kv_len,
         stride_kp, stride_kt, stride_vp, stride_vt,
     )  # fmt: skip
     m, total, acc = walk_keys(

@@ -1,4 +1,8 @@
-"""Where the keys and values of a sequence are, packed or in pages, and how a block of them is loaded."""
+"""Where the keys and values of a sequence are, packed or in pages, and how a block of them is loaded.
+
+A tile is a power of two wide. Rows of queries and keys that are D wide therefore come in a tile of D_PAD columns and,
+where D is more than that, the rest in a second one; 192 columns are 128 and 64 rather than 256.
+"""
 
 from typing import NamedTuple
 
@@ -6,15 +10,23 @@ import triton
 import triton.language as tl
 
 
+class Columns(NamedTuple):
+    """Rows of queries or keys, their gradients, or descriptors of them."""
+
+    first: tl.tensor  # D_PAD columns
+    rest: tl.tensor  # those from D_PAD on; where there are none the same as `first`, and never read
+
+
 class Keys(NamedTuple):
     """Keys and values of one sequence and one key/value head, as a program of a kernel sees them."""
 
     k: tl.tensor  # pointer to the first packed row, or to the first page of the cache
     v: tl.tensor
-    k_desc: tl.tensor  # descriptor of all heads' rows (rows, heads * D), or anything if blocks go by pointers
+    k_desc: Columns  # descriptors of all heads' rows (rows, columns), or anything if blocks go by pointers
     v_desc: tl.tensor
     first_row: tl.tensor  # of the sequence, if packed
-    head: tl.tensor
+    k_column: tl.tensor  # where the head begins in a described row
+    v_column: tl.tensor
     table: tl.tensor  # pointer to the pages of the sequence, read only if paged
     length: tl.tensor
     stride_kp: tl.tensor  # elements from page to page
@@ -37,6 +49,35 @@ def load_tile(pointers, row_mask, offs_d, D: tl.constexpr, D_PAD: tl.constexpr, 
         else:
             tile = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
     return tile
+
+
+@triton.constexpr_function
+def rest_width(D, D_PAD):
+    """Width of the second tile, 0 if the first holds all columns."""
+    return max(16, 1 << (D - D_PAD - 1).bit_length()) if D > D_PAD else 0
+
+
+@triton.jit
+def load_columns(rows, row_mask, D: tl.constexpr, D_PAD: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Rows that start at the pointers (rows, 1); see `load_tile`."""
+    REST: tl.constexpr = rest_width(D, D_PAD)
+    FIRST: tl.constexpr = D if REST == 0 else D_PAD
+    offs_d = tl.arange(0, D_PAD)
+    first = load_tile(rows + offs_d[None, :], row_mask, offs_d, FIRST, D_PAD, MASK_ROWS)
+    rest = first
+    if REST > 0:
+        offs_rest = tl.arange(0, REST)
+        rest = load_tile(rows + D_PAD + offs_rest[None, :], row_mask, offs_rest, D - D_PAD, REST, MASK_ROWS)
+    return Columns(first, rest)
+
+
+@triton.jit
+def dot_columns(a, b, D: tl.constexpr, D_PAD: tl.constexpr):
+    """a b^T in fp32: one sum over all columns, in order."""
+    product = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
+    if D > D_PAD:
+        product = tl.dot(a.rest, tl.trans(b.rest), product, input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -65,13 +106,12 @@ def load_by_pointers(
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Key rows (BLOCK_N, D_PAD) and value rows (BLOCK_N, DV_PAD) at positions start, start + 1, ...
+    """Columns of BLOCK_N key rows, and value rows (BLOCK_N, DV_PAD), at positions start, start + 1, ...
 
     Rows past the end of the sequence are never dereferenced and read as 0; without MASKED there are none. Offsets that
     grow with the cache or the sequence are 64-bit.
     """
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, D_PAD)
     offs_dv = tl.arange(0, DV_PAD)
     inside = start + offs_n < keys.length
     if PAGE_SIZE == 0:
@@ -86,16 +126,22 @@ def load_by_pointers(
         slot = offs_n % PAGE_SIZE if BLOCK_N % PAGE_SIZE == 0 else (start + offs_n) % PAGE_SIZE
         k_rows = keys.k + (page.to(tl.int64) * keys.stride_kp + slot * keys.stride_kt)[:, None]
         v_rows = keys.v + (page.to(tl.int64) * keys.stride_vp + slot * keys.stride_vt)[:, None]
-    k = load_tile(k_rows + offs_d[None, :], inside, offs_d, D, D_PAD, MASKED)
+    k = load_columns(k_rows, inside, D, D_PAD, MASKED)
     v = load_tile(v_rows + offs_dv[None, :], inside, offs_dv, DV, DV_PAD, MASKED)
     return k, v
 
 
 @triton.jit
-def load_by_descriptors(keys, page, start, D: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr):
+def load_by_descriptors(
+    keys, page, start, D: tl.constexpr, D_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr
+):  # fmt: skip
     """The same of a block that lies in the sequence and, if paged, in one page."""
     if PAGE_SIZE == 0:
         row = keys.first_row + start
     else:
         row = page * PAGE_SIZE + start % PAGE_SIZE
-    return keys.k_desc.load([row, keys.head * D]), keys.v_desc.load([row, keys.head * DV])
+    first = keys.k_desc.first.load([row, keys.k_column])
+    rest = first
+    if D > D_PAD:
+        rest = keys.k_desc.rest.load([row, keys.k_column + D_PAD])
+    return Columns(first, rest), keys.v_desc.load([row, keys.v_column])

@@ -36,15 +36,17 @@ class Tile:
     block_n: int = 0
 
 
-# (element bytes, padded max(head_dim, value_head_dim)) -> key blocks
+# (element bytes, class of the head dimensions: see HeadShape.key) -> key blocks
 KEY_BLOCKS: dict[tuple[int, int], KeyBlocks] = {
     (2, 32): KeyBlocks(64, 2048),
     (2, 64): KeyBlocks(128, 2048),
     (2, 128): KeyBlocks(64, 2048),
+    (2, 192): KeyBlocks(64, 2048),
     (2, 256): KeyBlocks(32, 2048),
     (4, 32): KeyBlocks(32, 2048),
     (4, 64): KeyBlocks(32, 2048),
     (4, 128): KeyBlocks(32, 2048),
+    (4, 192): KeyBlocks(32, 2048),
     (4, 256): KeyBlocks(32, 2048),
 }
 
@@ -52,10 +54,12 @@ FORWARD: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(128, 4, 3),
     (2, 64): Tile(64, 4, 3),
     (2, 128): Tile(128, 8, 3),
+    (2, 192): Tile(128, 8, 3),
     (2, 256): Tile(128, 8, 2),
     (4, 32): Tile(64, 4, 2),
     (4, 64): Tile(64, 4, 2),
     (4, 128): Tile(32, 4, 2),
+    (4, 192): Tile(32, 4, 2),
     (4, 256): Tile(32, 8, 1),
 }
 
@@ -67,10 +71,12 @@ DECODE: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(16, 4, 3),
     (2, 64): Tile(16, 4, 3),
     (2, 128): Tile(16, 4, 3),
+    (2, 192): Tile(16, 4, 3),
     (2, 256): Tile(16, 4, 3),
     (4, 32): Tile(16, 4, 2),
     (4, 64): Tile(16, 4, 2),
     (4, 128): Tile(16, 4, 2),
+    (4, 192): Tile(16, 4, 2),
     (4, 256): Tile(16, 4, 2),
 }
 MAX_DECODE_ROWS = 64
@@ -80,10 +86,12 @@ BACKWARD_KEYS: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(64, 4, 2, 128),
     (2, 64): Tile(128, 4, 2, 64),
     (2, 128): Tile(64, 4, 2, 64),
+    (2, 192): Tile(64, 8, 2, 64),
     (2, 256): Tile(32, 8, 1, 64),
     (4, 32): Tile(32, 4, 1, 32),
     (4, 64): Tile(32, 4, 1, 32),
     (4, 128): Tile(32, 8, 1, 32),
+    (4, 192): Tile(32, 8, 1, 32),
     (4, 256): Tile(16, 8, 1, 16),
 }
 
@@ -92,10 +100,12 @@ BACKWARD_QUERIES: dict[tuple[int, int], Tile] = {
     (2, 32): Tile(128, 4, 2, 64),
     (2, 64): Tile(64, 4, 3, 64),
     (2, 128): Tile(128, 8, 3, 64),
+    (2, 192): Tile(128, 8, 2, 64),
     (2, 256): Tile(64, 8, 1, 32),
     (4, 32): Tile(32, 4, 1, 32),
     (4, 64): Tile(32, 4, 1, 32),
     (4, 128): Tile(32, 8, 1, 32),
+    (4, 192): Tile(32, 8, 1, 32),
     (4, 256): Tile(16, 8, 1, 16),
 }
 
@@ -117,7 +127,8 @@ class HeadShape:
 
     @property
     def dim_pad(self) -> int:
-        return padded(self.dim)
+        """Columns of the first tile of a key; those past it, if any, are in a second one."""
+        return key_columns(self.dim, self.value_dim)[0]
 
     @property
     def value_dim_pad(self) -> int:
@@ -125,14 +136,26 @@ class HeadShape:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Index into the tables."""
-        return self.element_bytes, max(32, self.dim_pad, self.value_dim_pad)
+        """Index into the tables: the larger of both dimensions, padded; 192 for keys in two tiles."""
+        first, rest = key_columns(self.dim, self.value_dim)
+        return self.element_bytes, 192 if rest else max(32, first, self.value_dim_pad)
 
 
 @cache
 def padded(dim: int) -> int:
     """The power of two, at least 16, that holds `dim` columns."""
     return max(16, next_power_of_2(dim))
+
+
+@cache
+def key_columns(dim: int, value_dim: int) -> tuple[int, int]:
+    """Widths of the two tiles that hold a key; the second is 0 where one tile does.
+
+    Two take the keys of latent attention (192 columns, values of 128), which would otherwise be padded to 256.
+    """
+    if 128 < dim <= 192 and value_dim <= 128:
+        return 128, padded(dim - 128)
+    return padded(dim), 0
 
 
 def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:

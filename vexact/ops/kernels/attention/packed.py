@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.kernels.attention.backward import keys_kernel, prepare_kernel, queries_kernel
-from vexact.ops.kernels.attention.descriptors import row_descriptors
+from vexact.ops.kernels.attention.descriptors import head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
     BACKWARD_KEYS,
@@ -68,13 +68,13 @@ def packed_forward(
     if q.shape[0] == 0 or num_sequences == 0:
         return out.zero_(), lse.fill_(-math.inf)
     forward_kernel[(num_tiles * shape.num_heads,)](
-        q, k, v, *(descriptors or (k, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
+        q, k, v, *(descriptors or (k, None, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
         q.shape[0], num_sequences, num_tiles, 0, 0,
         q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
         NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
         BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
         D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
-        PAGE_SIZE=0, CAUSAL=causal, DESCRIBED=descriptors is not None,
+        PAGE_SIZE=0, CAUSAL=causal, DESCRIBED=descriptors is not None, STEP_K=head_step(k), STEP_V=head_step(v),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vexact.ops.kernels.attention.descriptors import row_descriptors
+from vexact.ops.kernels.attention.descriptors import Descriptors, head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
     DECODE,
@@ -105,13 +105,19 @@ class _Call:
     causal: bool
 
     @cached_property
-    def descriptors(self) -> tuple[Any, Any]:
-        """Descriptors of the caches; the caches themselves, as stand-ins, where pages cannot be described."""
-        return row_descriptors(*self.caches, self.blocks.block_n) or self.caches
+    def descriptors(self) -> Descriptors | None:
+        """Descriptors of the caches, where pages can be described."""
+        return row_descriptors(*self.caches, self.blocks.block_n)
 
     @property
     def described(self) -> bool:
-        return self.descriptors is not self.caches
+        return self.descriptors is not None
+
+    @property
+    def keys(self) -> tuple[Any, ...]:
+        """What kernels read keys and values from; the caches stand in for descriptors where there are none."""
+        k, v = self.caches
+        return (k, v, *(self.descriptors or (k, None, v)))
 
     @property
     def num_sequences(self) -> int:
@@ -130,6 +136,7 @@ class _Call:
             "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
             "PAGE_SIZE": self.caches[0].shape[1], "CAUSAL": self.causal,
             "DESCRIBED": self.described,
+            "STEP_K": head_step(self.caches[0]), "STEP_V": head_step(self.caches[1]),
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
 
@@ -138,7 +145,7 @@ class _Call:
         tile_heads = heads_per_tile(self.shape.group, tile.block_m)
         num_tiles = self.q.shape[0] // (tile.block_m // tile_heads) + self.num_sequences + 1
         forward_kernel[(num_tiles * (self.shape.num_heads // tile_heads),)](
-            self.q, *self.caches, *self.descriptors, self.out, self.lse, *self.lengths, self.scale,
+            self.q, *self.keys, self.out, self.lse, *self.lengths, self.scale,
             self.q.shape[0], self.num_sequences, num_tiles, self.lengths[2].stride(0), skip_up_to, *self.strides,
             BLOCK_M=tile.block_m, CHUNK=chunk_to_merge(self.blocks, self.max_seqlen_k),
             **self.constants(tile, tile_heads),
@@ -154,7 +161,7 @@ class _Call:
         part_ml = self.lse.new_empty((*parts, 2))
         overlap = self.q.is_cuda and capability(self.q.device)[0] >= 9  # two kernels in flight, one waiting
         chunk_kernel[(num_chunks * self.num_sequences * (shape.num_heads // tile_heads),)](
-            self.q, *self.caches, *self.descriptors, self.out, self.lse, part_acc, part_ml, *self.lengths, self.scale,
+            self.q, *self.keys, self.out, self.lse, part_acc, part_ml, *self.lengths, self.scale,
             self.q.shape[0], self.num_sequences, num_chunks, self.lengths[2].stride(0), max_rows, *self.strides,
             BLOCK_M=max(tile.block_m, padded(max_rows * tile_heads)), CHUNK=chunk,
             OVERLAP=overlap, **self.constants(tile, tile_heads),

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vexact.ops.kernels.attention.forward import clear_rows, load_queries, store_rows
-from vexact.ops.kernels.attention.keys import Keys
+from vexact.ops.kernels.attention.keys import Columns, Keys
 from vexact.ops.kernels.attention.rows import key_limits, row_coordinates
 from vexact.ops.kernels.attention.step import finish, merge_states
 from vexact.ops.kernels.attention.walk import walk_keys
@@ -19,13 +19,14 @@ CHUNKS_IN_FLIGHT = tl.constexpr(8)
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences", "num_chunks", "stride_table", "max_rows"])
 def chunk_kernel(
-    q, k, v, k_desc, v_desc, out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, table, c,
+    q, k, v, k_desc, k_rest_desc, v_desc, out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, table, c,
     num_rows, num_sequences, num_chunks, stride_table, max_rows,
     stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, STEP_K: tl.constexpr, STEP_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The state of one chunk of keys for all rows of one sequence and one key/value head.
 
@@ -57,7 +58,8 @@ def chunk_kernel(
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
     keys = Keys(
-        k + kv_head * stride_kh, v + kv_head * stride_vh, k_desc, v_desc, 0, first_head // GROUP,
+        k + kv_head * stride_kh, v + kv_head * stride_vh, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc,
+        0, first_head // GROUP * STEP_K, first_head // GROUP * STEP_V,
         table + sequence.to(tl.int64) * stride_table, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
     )  # fmt: skip
     m, total, acc = walk_keys(

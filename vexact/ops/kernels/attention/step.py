@@ -20,6 +20,8 @@ The recurrence is that of Milakov and Gimelshein, "Online normalizer calculation
 import triton
 import triton.language as tl
 
+from vexact.ops.kernels.attention.keys import dot_columns
+
 ONES = tl.constexpr(16)  # the narrowest matrix product every architecture takes
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -40,13 +42,15 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED: tl.constexpr):
+def softmax_step(
+    q, k, v, ones, visible, m, total, acc, c, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     """Fold one block of keys into a state.
 
-    q (BLOCK_M, D_PAD), k (BLOCK_N, D_PAD), v (BLOCK_N, DV_PAD), ones (BLOCK_N, ONES) in the input dtype;
-    visible (BLOCK_M, BLOCK_N) bool, read only if MASKED; c scalar fp32.
+    q, k: Columns of BLOCK_M and of BLOCK_N rows; v (BLOCK_N, DV_PAD), ones (BLOCK_N, ONES) in the input dtype; visible
+    (BLOCK_M, BLOCK_N) bool, read only if MASKED; c scalar fp32.
     """
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = dot_columns(q, k, D, D_PAD)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))

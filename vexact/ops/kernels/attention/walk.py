@@ -22,12 +22,12 @@ def fold_block(
     Page numbers come one block ahead so that the pipeline of key and value loads never waits for one.
     """
     if DESCRIBED:
-        k, v = load_by_descriptors(keys, page, start, D, DV, PAGE_SIZE)
+        k, v = load_by_descriptors(keys, page, start, D, D_PAD, PAGE_SIZE)
     else:
         k, v = load_by_pointers(keys, page, start, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED)
     page = page_numbers(keys, start + BLOCK_N, BLOCK_N, PAGE_SIZE)
     visible = (start + tl.arange(0, BLOCK_N))[None, :] < limit[:, None]
-    m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, MASKED)
+    m, total, acc = softmax_step(q, k, v, ones, visible, m, total, acc, c, D, D_PAD, MASKED)
     return m, total, acc, page
 
 
@@ -61,7 +61,7 @@ def walk_keys(
     have a loop of their own: a branch for the merge in the loop over blocks keeps the tensor cores from running ahead
     (measured: 20 % on an H100).
     """
-    ones = tl.full((BLOCK_N, ONES), 1.0, q.dtype)
+    ones = tl.full((BLOCK_N, ONES), 1.0, q.first.dtype)
     middle = tl.minimum(tl.maximum(full_end, begin), end)
     m, total, acc = empty_state(BLOCK_M, DV_PAD)
     if CHUNK > 0:
