@@ -81,12 +81,14 @@ def prepare(shape: MoeShape, tokens: int, training: bool) -> None:
     if training:
         layer.train(tokens, 0)()
     torch.cuda.synchronize()
+    del layer
+    torch.cuda.empty_cache()
 
 
 def compare_and_compile(quick: bool, forward: tuple[int, ...], train: tuple[int, ...]) -> dict[str, dict[str, int]]:
     """Compares all rows, in several processes, which also compile what will be timed."""
     record = {}
-    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
         prepared = [
             pool.submit(prepare, shape, tokens, tokens in train)
             for shape in SHAPES
