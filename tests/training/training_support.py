@@ -60,7 +60,8 @@ def gradients_of_update(actor, sequences, **arguments):
 
     def watched(max_norm):
         norm = step(max_norm)
-        gradients.update({name: parameter.grad.clone() for name, parameter in actor.model.named_parameters()})
+        trained = [(name, p) for name, p in actor.model.named_parameters() if p.requires_grad]
+        gradients.update({name: parameter.grad.clone() for name, parameter in trained})
         return norm
 
     actor.optimizer.step = watched
