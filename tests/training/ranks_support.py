@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from moe_configs import MOONLIGHT, QWEN3_MOE
+from moe_configs import MOONLIGHT, QWEN3_MOE, with_router_biases
 from training_support import random_sequences, tiny_model
 
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
@@ -48,15 +48,6 @@ def batch_of(case, step, group=None):
     reference = Reference(tiny_model(5, **model), ActorConfig(ppo_max_token_len_per_gpu=22), group=group)
     values = reference.logprobs(sequences)
     return [type(s)(s.sample, s.advantages, ref) for s, ref in zip(sequences, values, strict=True)]
-
-
-def with_router_biases(model):
-    """The model, whose routers have biases that no other dtype holds."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("router.bias"):
-                parameter.copy_(torch.linspace(-0.3, 0.3, len(parameter)))
-    return model
 
 
 def train(actor, case, steps, group=None):

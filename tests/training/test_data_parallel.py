@@ -8,17 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from ranks_support import (
-    CASES,
-    STEPS,
-    actor_of,
-    batch_of,
-    digest,
-    outcome,
-    process_group,
-    train,
-    with_router_biases,
-)
+from moe_configs import with_router_biases
+from ranks_support import CASES, STEPS, actor_of, batch_of, digest, outcome, process_group, train
 from training_support import tiny_model
 
 from vexact.models import load_model, save_hf
@@ -181,7 +172,9 @@ def test_weights_moments_and_metrics_have_the_bits_of_one_process(ranks, alone, 
         assert theirs == metrics
         assert scored.indices == ours.indices
         assert [values.tobytes() for values in scored.logprobs] == [values.tobytes() for values in ours.logprobs]
-        assert [values.tobytes() for values in scored.routes or ()] == [values.tobytes() for values in ours.routes or ()]
+        assert [values.tobytes() for values in scored.routes or ()] == [
+            values.tobytes() for values in ours.routes or ()
+        ]
 
 
 def test_offload_and_checkpointing_change_no_bit(alone):

@@ -1,4 +1,4 @@
-"""The loss and the bias that balance experts: against a reference, over any packing, and refused where there are none."""
+"""The loss and the bias that balance experts: against a reference, over any packing, refused where there are none."""
 
 import dataclasses
 import math
@@ -113,14 +113,16 @@ def test_the_bias_moves_by_the_rate_towards_the_mean_load():
     sequences, biases = random_sequences(12), []
     for budget in (4096, 16):
         actor = actor_of(MOONLIGHT, router_bias_update_rate=RATE, ppo_max_token_len_per_gpu=budget)
-        loads = {}
+        chosen = {router.layer: [] for router in routers(actor)}
+
+        def note(module, _inputs, routes, chosen=chosen):
+            chosen[module.layer].append(routes.experts.flatten())
+
         for router in routers(actor):
-            router.register_forward_hook(
-                lambda module, _, routes: loads.setdefault(module.layer, []).append(routes.experts.flatten())
-            )
+            router.register_forward_hook(note)
         actor.update(sequences)
         for router in routers(actor):
-            load = torch.bincount(torch.cat(loads[router.layer]), minlength=8)
+            load = torch.bincount(torch.cat(chosen[router.layer]), minlength=8)
             expected = RATE * torch.sign(load.double().mean() - load).float()
             assert len(set(expected.tolist())) > 1
             assert torch.equal(router.bias, expected)

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from moe_configs import MOONLIGHT, QWEN3_MOE
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
+from vexact.config.memory import ModelShape
 from vexact.config.memory.activations import layer_bytes_per_token
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.batches.batch import TokenSequence, pack_tokens
@@ -24,6 +26,8 @@ LENGTHS = [(5, 3), (2, 88), (9, 7), (1, 1), (30, 11), (4, 6), (3, 2), (11, 13)] 
 UNTIED = {"tie_word_embeddings": False}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+EXPERTS = QWEN3_MOE | {"vocab_size": 53, "num_hidden_layers": 2}
+LATENT = MOONLIGHT | {"vocab_size": 53, "num_hidden_layers": 2}
 TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
 KEPT = [(2, {}), (4, {}), (2, TWELVE_HEADS), (4, TWELVE_HEADS)]
 ALONE = ("fp32, tied", "bf16, untied, checkpointed")  # also on two ranks without the others
@@ -33,6 +37,8 @@ CASES = {
     "fp32, untied, entropy": (UNTIED, {"entropy_coeff": 0.01, "use_kl_loss": True}),
     "bf16, untied, checkpointed": (UNTIED | TWELVE_HEADS, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
     "fp32, sequence-level loss": (LLAMA | TWELVE_HEADS, {"loss_mode": "gspo"}),
+    "fp32, experts": (EXPERTS, {"router_aux_loss_coef": 0.2, "enable_gradient_checkpointing": True}),
+    "bf16, latent": (LATENT, {"dtype": "bfloat16", "router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.1}),
     "fp32, biases": (QWEN2, {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}),
 }
 
@@ -64,12 +70,13 @@ def outcome(case, size, group=None, **more):
     """What one actor says of the sequences: log-probabilities, audited and redrawn tokens, gradients and weights."""
     chosen = sequences()
     actor, audited, redraw = actor_of(case, size, group, **more), {}, redraw_of(chosen)
-    logprobs = actor.logprobs(chosen)
+    scored = actor.rescore(chosen)
     metrics, gradients = gradients_of_update(
         actor, chosen, audit=lambda indices, values, _: audited.update(zip(indices, values, strict=True)), redraw=redraw
     )
     return {
-        "logprobs": logprobs,
+        "logprobs": scored.logprobs,
+        "routes": scored.routes,
         "audited": audited,
         "redrawn": redraw.take(),
         "metrics": metrics,
@@ -132,6 +139,7 @@ def assert_same(left, right):
 def test_log_probabilities_are_those_of_one_rank(ranks, alone, case, size):
     for rank in range(WORLD):
         assert_same(ranks[rank][size, case]["logprobs"], alone[case]["logprobs"])
+        assert_same(ranks[rank][size, case]["routes"] or (), alone[case]["routes"] or ())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,6 +179,16 @@ def test_gradients_and_metrics_are_those_of_one_rank_but_for_rounding(ranks, alo
         assert found["metrics"] == pytest.approx(alone[case]["metrics"], rel=tolerance, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_biases_of_routers_are_those_of_one_rank(ranks, alone, size):
+    """What moves them are whole numbers; no rank counts a token that fills its slice up."""
+    name = "layers.1.mlp.router.bias"
+    expected = alone["bf16, latent"]["weights"][name]
+    assert expected.any()
+    for rank in range(WORLD):
+        assert torch.equal(ranks[rank][size, "bf16, latent"]["weights"][name], expected)
+
+
 def test_weights_depend_on_how_many_share_and_on_nothing_else(ranks):
     for rank in range(WORLD):
         for run in ("again", "not checkpointed"):
@@ -187,7 +205,7 @@ def test_the_reference_shares_as_well(ranks):
 
 def test_a_rank_keeps_the_activations_that_are_predicted(ranks):
     for at, (size, heads) in enumerate(KEPT):
-        predicted = layer_bytes_per_token(tiny_model(**heads).config, 2, size)
+        predicted = layer_bytes_per_token(ModelShape.of(tiny_model(**heads).config.raw), 2, size)
         assert [ranks[rank]["kept"][at] for rank in range(WORLD)] == [predicted] * WORLD
 
 
