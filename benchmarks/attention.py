@@ -2,9 +2,10 @@
 
 python benchmarks/attention.py [--out benchmarks/results/attention_h100.json]
 
-Forward and backward: causal, bf16, 16 query and 8 key/value heads unless the row says otherwise; TFLOP/s count 4
-(backward 10) multiplications and additions per visible score and head dimension. Peers are torch's
-scaled_dot_product_attention with one backend at a time. Decode: one token per sequence over pages, in a CUDA graph that
+Forward and backward: causal, bf16, 16 query and 8 key/value heads, or Moonlight's 16 and 16 whose keys are 192 wide
+and values 128; TFLOP/s count the multiplications and additions of each visible score, 2 per column of keys and of
+values, in the backward 6 and 4. Peers are torch's scaled_dot_product_attention with one backend at a time; "-": it does
+not take the shape. Decode: one token per sequence over pages, in a CUDA graph that
 rotates among caches so that every key comes from memory; the floor is the bytes a step must move over the bandwidth of
 a large streaming kernel in the same run. Short steps cannot reach it: "read" is the time of a kernel that only reads as
 many bytes.
@@ -18,6 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +29,11 @@ import torch
 import triton
 import triton.language as tl
 from attention_cases import (
+    MOONLIGHT,
     QWEN3,
     Heads,
     Packed,
+    backward_flops,
     decode_bytes,
     decode_case,
     forward_flops,
@@ -51,13 +55,17 @@ WHOLE = (  # heads, sequences, length
     (QWEN3, 2, 8192),
     (QWEN3, 1, 16384),
     (D64, 2, 8192),
+    (MOONLIGHT, 8, 2048),
+    (MOONLIGHT, 2, 8192),
 )
-STEPS = (  # sequences, keys, page size
-    *((b, k, 64) for b, k in ((8, 1024), (8, 2048), (8, 4096), (8, 8192), (32, 4096), (64, 2048), (256, 1024))),
-    (1, 32768, 64),
-    (8, 1024, 16),
-    (8, 8192, 16),
-    (256, 1024, 16),
+STEPS = (  # heads, sequences, keys, page size
+    *((QWEN3, b, k, 64) for b, k in ((8, 1024), (8, 2048), (8, 4096), (8, 8192), (32, 4096), (64, 2048), (256, 1024))),
+    (QWEN3, 1, 32768, 64),
+    (QWEN3, 8, 1024, 16),
+    (QWEN3, 8, 8192, 16),
+    (QWEN3, 256, 1024, 16),
+    *((MOONLIGHT, b, k, 64) for b, k in ((1, 8192), (8, 2048), (64, 2048), (256, 1024))),
+    (MOONLIGHT, 64, 2048, 16),
 )
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 
@@ -116,28 +124,36 @@ def measure_whole(heads: Heads, sequences: int, length: int) -> list[dict]:
     case = packed_case(lengths, heads)
     dout = torch.randn(sum(lengths), heads.queries, heads.value_dim, device="cuda", dtype=torch.bfloat16)
     rows = []
-    for name, factor, ours, peer in (
-        ("forward", 1.0, case.run, lambda backend: stock_forward(case, backend)),
-        ("backward", 2.5, backward_call(case, dout), lambda backend: stock_backward(case, dout, backend)),
+    for name, flops, ours, peer in (
+        ("forward", forward_flops, case.run, lambda backend: stock_forward(case, backend)),
+        ("backward", backward_flops, backward_call(case, dout), lambda backend: stock_backward(case, dout, backend)),
     ):
-        work = factor * forward_flops(lengths, heads) / 1e9
-        row = {"pass": name, "head_dim": heads.dim, "sequences": sequences, "length": length}
-        row["tflops"] = work / event_ms(ours)
+        work = flops(lengths, heads) / 1e9
+        row: dict = {"pass": name, "head_dim": heads.dim, "value_dim": heads.value_dim}
+        row |= {"sequences": sequences, "length": length, "tflops": work / event_ms(ours)}
         for peer_name, backend in PEERS.items():
-            row[f"{peer_name}_tflops"] = work / event_ms(peer(backend))
-            row[f"over_{peer_name}"] = row["tflops"] / row[f"{peer_name}_tflops"]
+            row[f"{peer_name}_tflops"] = row[f"over_{peer_name}"] = None
+            with suppress(RuntimeError):  # no such kernel
+                row[f"{peer_name}_tflops"] = work / event_ms(peer(backend))
+                row[f"over_{peer_name}"] = row["tflops"] / row[f"{peer_name}_tflops"]
         rows.append(row)
     return rows
 
 
-def measure_step(batch: int, keys: int, page_size: int, bandwidth: float) -> dict:
+def figure(value: float | None, form: str) -> str:
+    """A number as wide as the form says, or a dash."""
+    return format(value, form) if value is not None else format("-", f">{form.partition('.')[0]}")
+
+
+def measure_step(heads: Heads, batch: int, keys: int, page_size: int, bandwidth: float) -> dict:
     """One decode step against the memory floor."""
     count = max(2, min(12, (240 << 20) // (batch * keys * 4096)))
-    cases = [decode_case(batch, keys, QWEN3, page_size) for _ in range(count)]
+    cases = [decode_case(batch, keys, heads, page_size) for _ in range(count)]
     floor = decode_bytes(cases[0]) / bandwidth * 1e6
     us = median_ms([case.run for case in cases]) * 1e3
     del cases[1:]
-    row = {"batch": batch, "keys": keys, "page_size": page_size, "us": us, "floor_us": floor, "over_floor": us / floor}
+    row = {"head_dim": heads.dim, "value_dim": heads.value_dim, "batch": batch, "keys": keys, "page_size": page_size}
+    row |= {"us": us, "floor_us": floor, "over_floor": us / floor}
     return row | {"read_us": read_us(decode_bytes(cases[0]), count)}
 
 
@@ -148,31 +164,31 @@ def compile_job(job: int) -> None:
         case = packed_case([length], heads)
         backward_call(case, torch.randn_like(case.run()[0]))()
     else:
-        _, keys, page_size = STEPS[job - len(WHOLE)]
-        decode_case(1, keys, QWEN3, page_size).run()
+        heads, _, keys, page_size = STEPS[job - len(WHOLE)]
+        decode_case(1, keys, heads, page_size).run()
     torch.cuda.synchronize()
 
 
 def run_table() -> dict:
     record: dict = {**environment(), "whole": [], "decode": []}
-    print("pass      dim  batch x length     ours  cudnn  flash2 TFLOP/s   ours/cudnn  ours/flash2")
+    print("pass          dim  batch x length     ours  cudnn  flash2 TFLOP/s   ours/cudnn  ours/flash2")
     for heads, sequences, length in WHOLE:
         for row in measure_whole(heads, sequences, length):
             record["whole"].append(row)
             print(
-                f"{row['pass']:9s} {row['head_dim']:3d} {sequences:4d} x {length:6d}   {row['tflops']:6.0f} "
-                f"{row['cudnn_tflops']:6.0f} {row['flash2_tflops']:6.0f} "
-                f"           {row['over_cudnn']:8.2f} {row['over_flash2']:12.2f}",
+                f"{row['pass']:9s} {heads.dim:3d}/{heads.value_dim:3d} {sequences:4d} x {length:6d}   "
+                f"{row['tflops']:6.0f} {figure(row['cudnn_tflops'], '6.0f')} {figure(row['flash2_tflops'], '6.0f')} "
+                f"           {figure(row['over_cudnn'], '8.2f')} {figure(row['over_flash2'], '12.2f')}",
                 flush=True,
             )
     record["bytes_per_s"] = bandwidth = memory_bandwidth()
-    print(f"memory {bandwidth / 1e12:.2f} TB/s\ndecode: batch x keys  page       us   floor  ratio    read")
+    print(f"memory {bandwidth / 1e12:.2f} TB/s\ndecode:     dim  batch x keys  page       us   floor  ratio    read")
     for step in STEPS:
         row = measure_step(*step, bandwidth)
         record["decode"].append(row)
         print(
-            f"{row['batch']:13d} x {row['keys']:6d} {row['page_size']:4d} {row['us']:8.1f} {row['floor_us']:7.1f} "
-            f"{row['over_floor']:6.2f} {row['read_us']:7.1f}",
+            f"{row['head_dim']:11d}/{row['value_dim']:3d} {row['batch']:4d} x {row['keys']:6d} {row['page_size']:4d} "
+            f"{row['us']:8.1f} {row['floor_us']:7.1f} {row['over_floor']:6.2f} {row['read_us']:7.1f}",
             flush=True,
         )
     return record

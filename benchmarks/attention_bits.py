@@ -151,9 +151,12 @@ CASES = (
     (Heads(9, 3, 64, 64), torch.bfloat16),
     (Heads(4, 2, 96, 96), torch.bfloat16),
     (Heads(8, 1, 192, 128), torch.bfloat16),
+    (Heads(16, 16, 192, 128), torch.bfloat16),
+    (Heads(4, 4, 136, 128), torch.float16),
     (Heads(4, 4, 80, 40), torch.bfloat16),
     (Heads(4, 2, 256, 256), torch.bfloat16),
     (Heads(4, 2, 64, 64), torch.float32),
+    (Heads(4, 4, 24, 16), torch.bfloat16),
 )
 
 

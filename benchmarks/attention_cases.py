@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from vexact.ops.kernels.attention import packed_forward, paged_forward
 from vexact.ops.kernels.attention.launch import KeyBlocks, Tile
@@ -25,6 +25,7 @@ class Heads:
 
 
 QWEN3 = Heads(16, 8, 128, 128)
+MOONLIGHT = Heads(16, 16, 192, 128)  # latent attention, expanded
 
 
 @dataclass(slots=True)
@@ -131,9 +132,15 @@ def forward_flops(lengths: list[int], heads: Heads, causal: bool = True) -> floa
     return sum(2.0 * n * n * heads.queries * (heads.dim + heads.value_dim) for n in lengths) * (0.5 if causal else 1.0)
 
 
+def backward_flops(lengths: list[int], heads: Heads, causal: bool = True) -> float:
+    """The scores again, dQ and dK, as wide as keys; dV and the gradient of the weights, as wide as values."""
+    widths = 3 * heads.dim + 2 * heads.value_dim
+    return forward_flops(lengths, heads, causal) * widths / (heads.dim + heads.value_dim)
+
+
 def stock_forward(case: Packed, backend: SDPBackend) -> Callable[[], Tensor]:
     """The same attention of equally long sequences by a stock kernel; its (B, H, L, D) inputs are prepared before."""
-    q, k, v = (_batched(tensor, case.lengths) for tensor in (case.q, case.k, case.v))
+    q, k, v = _stock_inputs(case, backend)
 
     def call() -> Tensor:
         with sdpa_kernel(backend):
@@ -144,11 +151,19 @@ def stock_forward(case: Packed, backend: SDPBackend) -> Callable[[], Tensor]:
 
 def stock_backward(case: Packed, dout: Tensor, backend: SDPBackend) -> Callable[[], object]:
     """The stock backward alone: the forward runs once, outside the clock."""
-    q, k, v = (_batched(tensor, case.lengths).detach().requires_grad_() for tensor in (case.q, case.k, case.v))
+    q, k, v = (tensor.detach().requires_grad_() for tensor in _stock_inputs(case, backend))
     with sdpa_kernel(backend):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    grad = _batched(dout, case.lengths)
+    grad = pad(_batched(dout, case.lengths), (0, out.shape[-1] - dout.shape[-1]))
     return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+
+def _stock_inputs(case: Packed, backend: SDPBackend) -> list[Tensor]:
+    """FlashAttention-2 knows one width: narrower values are padded for it with zeros, as engines do."""
+    inputs = [_batched(tensor, case.lengths) for tensor in (case.q, case.k, case.v)]
+    if backend == SDPBackend.FLASH_ATTENTION:
+        inputs[2] = pad(inputs[2], (0, case.q.shape[-1] - case.v.shape[-1]))
+    return inputs
 
 
 def _batched(rows: Tensor, lengths: list[int]) -> Tensor:

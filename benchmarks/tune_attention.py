@@ -12,19 +12,20 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from attention_cases import QWEN3, Heads, Packed, decode_case, forward_flops, packed_case
+from attention_cases import MOONLIGHT, QWEN3, Heads, Packed, backward_flops, decode_case, forward_flops, packed_case
 from linear_timing import environment, median_ms
 from triton.runtime.errors import OutOfResources
 
-from vexact.ops.kernels.attention import packed_backward
+from vexact.ops.kernels.attention import descriptors, launch, packed_backward
 from vexact.ops.kernels.attention.launch import BACKWARD_KEYS, BACKWARD_QUERIES, KeyBlocks, Tile
 
 
@@ -38,6 +39,7 @@ class Candidate:
     chunk: int = 2048
     page_size: int = 64
     heads: Heads = QWEN3
+    padded: bool = False  # keys of 192 columns in one tile of 256
 
     @property
     def blocks(self) -> KeyBlocks:
@@ -48,6 +50,7 @@ def candidates(kinds: list[str]) -> list[Candidate]:
     """What is worth a compile, best guesses first."""
     found: list[Candidate] = []
     d64, d256 = Heads(16, 8, 64, 64), Heads(16, 8, 256, 256)
+    found += latent_candidates(kinds)
     if "forward" in kinds:
         for block_m, warps, stages in ((128, 8, 3), (128, 8, 4), (128, 8, 2), (64, 4, 2), (64, 4, 3)):
             found.append(Candidate("forward", Tile(block_m, warps, stages)))
@@ -81,6 +84,41 @@ def candidates(kinds: list[str]) -> list[Candidate]:
     return found
 
 
+def latent_candidates(kinds: list[str]) -> list[Candidate]:
+    """Of keys of 192 columns and values of 128."""
+    forward = [(128, 8, 3, 64), (128, 8, 2, 64), (128, 8, 3, 32), (128, 8, 2, 128), (64, 4, 2, 64), (64, 4, 3, 64)]
+    tiles = {
+        "decode": ((16, 4, 3, 64), (16, 4, 2, 64), (16, 4, 4, 64), (16, 8, 3, 64), (16, 2, 3, 64), (16, 4, 4, 32)),
+        "keys": ((64, 8, 2, 64), (64, 8, 1, 64), (32, 4, 2, 64), (32, 8, 2, 128), (64, 8, 1, 128), (64, 4, 1, 64)),
+        "queries": ((128, 8, 2, 64), (128, 8, 2, 32), (128, 8, 3, 32), (64, 4, 2, 64), (64, 4, 2, 32)),
+    }
+    found = []
+    if "forward" in kinds:
+        found += [Candidate("forward", Tile(m, w, s), block_n=n, heads=MOONLIGHT) for m, w, s, n in forward]
+        padded = ((128, 8, 3, 64), (128, 8, 2, 64), (128, 8, 3, 32))
+        found += [Candidate("forward", Tile(m, w, s), block_n=n, heads=MOONLIGHT, padded=True) for m, w, s, n in padded]
+    if "decode" in kinds:
+        found += [Candidate("decode", Tile(m, w, s), block_n=n, heads=MOONLIGHT) for m, w, s, n in tiles["decode"]]
+    for kind in ("keys", "queries"):
+        if kind in kinds:
+            found += [Candidate(kind, Tile(*tile), heads=MOONLIGHT) for tile in tiles[kind]]
+    return found
+
+
+@contextmanager
+def columns_of(candidate: Candidate) -> Iterator[None]:
+    """Keys in one padded tile where the candidate asks for it."""
+    if not candidate.padded:
+        yield
+        return
+    columns = launch.key_columns
+    launch.key_columns = descriptors.key_columns = lambda dim, value_dim: (256, 0)
+    try:
+        yield
+    finally:
+        launch.key_columns = descriptors.key_columns = columns
+
+
 def backward_call(case: Packed, candidate: Candidate) -> Callable[[], object]:
     """Only the kernel of interest changes; the other one keeps its configuration, so differences are its own."""
     out, lse = case.run()
@@ -98,21 +136,27 @@ def compile_candidate(candidate: Candidate) -> None:
     """Run it once on small inputs that take the same variant."""
     torch.manual_seed(0)
     try:
-        if candidate.kind == "decode":
-            decode_case(2, candidate.chunk + 8, candidate.heads, candidate.page_size).run(
-                decode_tile=candidate.tile, key_blocks=candidate.blocks
-            )
-            return
-        case = packed_case([256], candidate.heads)
-        if candidate.kind == "forward":
-            case.lengths = [candidate.chunk + 1 if candidate.chunk < 1 << 20 else 256]
-            case.run(candidate.tile, blocks=candidate.blocks)
-        else:
-            case.lengths = [8192]
-            backward_call(case, candidate)()
-        torch.cuda.synchronize()
+        with columns_of(candidate):
+            run_once(candidate)
     except OutOfResources:
         return
+
+
+def run_once(candidate: Candidate) -> None:
+    """On small inputs."""
+    if candidate.kind == "decode":
+        decode_case(2, candidate.chunk + 8, candidate.heads, candidate.page_size).run(
+            decode_tile=candidate.tile, key_blocks=candidate.blocks
+        )
+        return
+    case = packed_case([256], candidate.heads)
+    if candidate.kind == "forward":
+        case.lengths = [candidate.chunk + 1 if candidate.chunk < 1 << 20 else 256]
+        case.run(candidate.tile, blocks=candidate.blocks)
+    else:
+        case.lengths = [8192]
+        backward_call(case, candidate)()
+    torch.cuda.synchronize()
 
 
 def measure(candidate: Candidate) -> dict[str, float]:
@@ -132,7 +176,7 @@ def measure(candidate: Candidate) -> dict[str, float]:
         ms = median_ms([lambda: case.run(candidate.tile, blocks=candidate.blocks)] * 3, target_ms=1.0)
         return {"tflops": forward_flops(lengths, candidate.heads) / ms / 1e9}
     ms = median_ms([backward_call(case, candidate)] * 2, target_ms=1.0)
-    return {"tflops": 2.5 * forward_flops(lengths, candidate.heads) / ms / 1e9, "ms": ms}
+    return {"tflops": backward_flops(lengths, candidate.heads) / ms / 1e9, "ms": ms}
 
 
 def main() -> None:
@@ -152,15 +196,17 @@ def main() -> None:
             print("out of time")
             break
         try:
-            result = measure(candidate)
+            with columns_of(candidate):
+                result = measure(candidate)
         except OutOfResources as error:
             result = {"too large": error.required}
         record["results"].append({**asdict(candidate), **result})
         text = "  ".join(f"{name} {value:.1f}" for name, value in result.items())
         tile, heads = candidate.tile, candidate.heads
         print(
-            f"{candidate.kind:8s} d{heads.dim} m{tile.block_m} n{tile.block_n or candidate.block_n} w{tile.num_warps} "
-            f"s{tile.num_stages} chunk {candidate.chunk} page {candidate.page_size}: {text}",
+            f"{candidate.kind:8s} d{heads.dim}{' padded' if candidate.padded else ''} m{tile.block_m} "
+            f"n{tile.block_n or candidate.block_n} w{tile.num_warps} s{tile.num_stages} "
+            f"chunk {candidate.chunk} page {candidate.page_size}: {text}",
             flush=True,
         )
     if args.out:

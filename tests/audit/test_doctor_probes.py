@@ -59,6 +59,17 @@ def test_another_softmax_order_in_decoding_is_found(monkeypatch):
     assert "differ between packed and paged" in result.message
 
 
+def test_keys_wider_than_values_are_probed(monkeypatch):
+    heads = probes.Heads(4, 4, 24, 16)
+    result = probes.check_attention_bits("cpu", FP32, heads)
+    assert result.status == "ok"
+    assert "4 heads over 4 of 24 (values 16)" in result.message
+    exact = probes.paged_attention("cpu", FP32, heads)
+    assert exact.shape[1:] == (4, 16)
+    monkeypatch.setattr(probes, "paged_attention", lambda device, dtype, heads: exact.nextafter(torch.tensor(9.0)))
+    assert probes.check_attention_bits("cpu", FP32, heads).status == "error"
+
+
 def test_a_sampler_that_rounds_logits_is_found(monkeypatch):
     monkeypatch.setattr(probes, "linear", lambda x, w, out_dtype: linear(x, w, out_dtype=out_dtype).bfloat16().float())
     result = probes.check_logprob("cpu", FP32)

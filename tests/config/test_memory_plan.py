@@ -20,8 +20,10 @@ from vexact.config.memory import (
     memory_rows,
     out_of_memory_advice,
 )
+from vexact.config.memory.activations import layer_bytes_per_token
 from vexact.config.memory.advice import with_value
 from vexact.config.memory.plan import BUCKET_BYTES, CONTEXT_BYTES, NCCL_BYTES
+from vexact.config.plan import build_plan
 from vexact.distributed import Layout
 from vexact.prepare.shapes import SHAPES
 from vexact.trainer.dry_run import check_settings
@@ -69,6 +71,27 @@ def stages_of(config: Config, placement: Placement, device: str, free: int | Non
 def test_shape_counts() -> None:
     assert (TINY.layer_parameters, TINY.root_parameters, TINY.num_parameters) == (784, 88, 1656)
     assert TINY.kv_values_per_token == 2 * 2 * 2 * 4
+
+
+def test_latent_attention_by_hand() -> None:
+    """Moonlight's shape in small: keys of 4 + 2 numbers, values of 3, both expanded from 5."""
+    sizes = {
+        "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 2,
+        "intermediate_size": 16, "vocab_size": 10, "tie_word_embeddings": True, "kv_lora_rank": 5, "q_lora_rank": None,
+        "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3,
+    }  # fmt: skip
+    latent = ModelShape.of(sizes)
+    assert (latent.key_dim, latent.value_dim) == (6, 3)
+    assert latent.kv_values_per_token == 3 * 4 * (6 + 3)
+    others = 8 * (5 + 2) + 5 * 4 * (4 + 3) + 4 * 3 * 8
+    assert latent.attention_parameters == 8 * 4 * 6 + others
+    assert ModelShape.of(sizes | {"q_lora_rank": 7}).attention_parameters == 7 * (8 + 4 * 6) + others
+    numbers = 4 * 8 + 3 * 16 + 2 * (4 + 4) * 6 + (4 + 4) * 3
+    assert layer_bytes_per_token(latent, 2) == 2 * numbers + 4 * (2 + 4 + 4 + 4)
+    row = dict(build_plan(configured(*SMALL), "cpu", latent).rows)["key-value cache"]
+    assert row == "432 bytes a token: 3 layers of 4 keys of 6 and values of 3 numbers, float32"
+    cache = memory_plan(configured(*SMALL), latent, ONE, "cpu").stages[0].parts["key-value cache"]
+    assert cache == 5 * 4 * 432
 
 
 def test_one_process_on_a_cpu_by_hand() -> None:

@@ -18,10 +18,14 @@ from vexact.ops import (
     PackedMetadata,
     add_rms_norm,
     attention,
+    combine,
+    group_tokens,
+    grouped_linear,
     linear,
     linear_cross_entropy,
     rms_norm,
     rope,
+    route,
     swiglu,
     token_logprobs,
 )
@@ -197,11 +201,44 @@ def check_logprob(full: bool, dtype: torch.dtype) -> list[object]:
     return bad
 
 
+def check_moe(full: bool, dtype: torch.dtype) -> list[object]:
+    """Routes, products by expert and their sum, with the gradient of a token; and whether a row is that of linear."""
+    bad: list[object] = []
+    experts = torch.tensor([[0, 1]], dtype=torch.int32).repeat(ROWS, 1)
+    experts[:3, 1] = 2  # an expert with few rows
+    shapes = linear_shapes(full) if full else ((1, 16), (7, 33), (16, 16), (33, 7), (64, 96), (16, 1), (1031, 24))
+    for n, k in dict.fromkeys(shapes):
+        x, dy = torch.randn(ROWS, k).to(dtype), torch.randn(ROWS, k).to(dtype)
+        inner, outer = torch.randn(3, 2 * n, k).to(dtype), torch.randn(3, k, n).to(dtype)
+        router = torch.randn(3, k).to(dtype)
+        groups = group_tokens(experts, 3)
+        places = grouped_linear(x, inner, groups, gather=True)
+        owners = torch.repeat_interleave(torch.arange(3), groups.offsets.diff())
+        dense = torch.stack([linear(x, matrix) for matrix in inner])
+        if not torch.equal(places, dense[owners, groups.rows.long() // 2]):
+            bad.append((n, k, "linear"))
+
+        def layer(x: Tensor, router: Tensor = router, inner: Tensor = inner, outer: Tensor = outer) -> Tensor:
+            routes = route(linear(x, router, out_dtype=torch.float32), top_k=2)
+            groups = group_tokens(routes.experts, 3)
+            hidden = swiglu(grouped_linear(x, inner, groups, gather=True))
+            return combine(grouped_linear(hidden, outer, groups, gather=False), routes.weights, groups)
+
+        def gradient(x: Tensor, dy: Tensor, layer: Rows = layer) -> Tensor:
+            leaf = x.detach().clone().requires_grad_()
+            return torch.autograd.grad(layer(leaf), leaf, dy)[0]
+
+        if rows_differ(layer, x) or rows_differ(gradient, x, dy) or threads_differ(layer, x):
+            bad.append((n, k))
+    return bad
+
+
 CHECKS = {
     "linear": check_linear,
     "attention": check_attention,
     "rowwise": check_rowwise,
     "logprob": check_logprob,
+    "moe": check_moe,
 }
 
 

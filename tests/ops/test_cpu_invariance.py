@@ -41,6 +41,9 @@ def test_the_sweep_finds_a_product_that_depends_on_the_number_of_rows(monkeypatc
 
     monkeypatch.setattr("vexact.ops.cpu.linear.product", split_by_rows)
     assert len(cpu_sweep.check_linear(False, torch.float32)) > 50
+    monkeypatch.undo()
+    monkeypatch.setattr("vexact.ops.cpu.moe.grouped_linear.product", split_by_rows)
+    assert {(33, 7), (64, 96)} & set(cpu_sweep.check_moe(False, torch.float32))
 
 
 @pytest.mark.parametrize("step", [*range(1, 20), 24, 32, 40, 64])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config
 
 from vexact.ops import hf
 
@@ -15,7 +15,6 @@ VOCABULARY = 97
 @pytest.fixture(scope="module")
 def models() -> tuple[nn.Module, nn.Module]:
     """One tiny Qwen3 with eager attention and one with ours, same weights."""
-    hf.register()
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=48,
@@ -26,6 +25,11 @@ def models() -> tuple[nn.Module, nn.Module]:
         head_dim=16,
         max_position_embeddings=128,
     )
+    return eager_and_ours(config)
+
+
+def eager_and_ours(config: Qwen3Config | DeepseekV3Config) -> tuple[nn.Module, nn.Module]:
+    hf.register()
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ours = AutoModelForCausalLM.from_config(config, attn_implementation=hf.NAME).eval()
@@ -51,6 +55,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kwargs
 
 
 def test_model_gives_the_logits_and_gradients_of_eager_attention(models: tuple[nn.Module, nn.Module]) -> None:
+    compare(models)
+
+
+@pytest.mark.parametrize("query_rank", [None, 20])
+def test_latent_attention_gives_the_logits_and_gradients_of_eager_attention(query_rank: int | None) -> None:
+    """Keys of 16 + 8 columns, values of 12."""
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=query_rank,
+        kv_lora_rank=24,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        max_position_embeddings=128,
+    )
+    compare(eager_and_ours(config))
+
+
+def compare(models: tuple[nn.Module, nn.Module]) -> None:
     ids, gradients = tokens(3, 19), []
     for model in models:
         model.zero_grad()

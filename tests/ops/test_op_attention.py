@@ -6,6 +6,7 @@ from vexact.ops.attention.packed import packed_attention
 from vexact.ops.attention.reference import attention_reference
 
 SCALE = 0.3
+LATENT = {"heads": 4, "kv_heads": 4, "dim": 192, "value_dim": 128}
 
 
 def _cu(lengths):
@@ -35,7 +36,9 @@ def _paged(k, v, lengths, page_size):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("dim", "value_dim", "heads", "kv_heads"), [(24, 24, 4, 2), (40, 16, 3, 1), (64, 64, 2, 2)])
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "heads", "kv_heads"), [(24, 24, 4, 2), (40, 16, 3, 1), (64, 64, 2, 2), (192, 128, 2, 2)]
+)
 def test_packed_forward_and_gradients_match_fp64(causal, dim, value_dim, heads, kv_heads):
     torch.manual_seed(0)
     lengths_q, lengths_k = [1, 17, 0, 70, 5], [9, 17, 4, 130, 2]  # shorter, equal, empty, longer and q_len > kv_len
@@ -61,11 +64,14 @@ def test_packed_forward_and_gradients_match_fp64(causal, dim, value_dim, heads, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("page_size", [1, 7, 16, 64])
-def test_every_path_gives_every_row_the_same_bits(dtype, page_size):
+@pytest.mark.parametrize(
+    ("page_size", "heads"),
+    [(1, {}), (7, {}), (16, {}), (64, {}), (16, LATENT), (16, LATENT | {"dim": 24, "value_dim": 16})],
+)
+def test_every_path_gives_every_row_the_same_bits(dtype, page_size, heads):
     torch.manual_seed(page_size)
     lengths = [1, 63, 64, 65, 16, 15, 150]
-    q, k, v = _qkv(sum(lengths), sum(lengths), dtype=dtype)
+    q, k, v = _qkv(sum(lengths), sum(lengths), dtype=dtype, **heads)
     packed = attention(q, k, v, PackedMetadata.from_lengths(lengths), SCALE)
     table, caches = _paged(k, v, lengths, page_size)
     starts = _cu(lengths)[:-1].tolist()

@@ -11,11 +11,12 @@ import pytest
 import torch
 from rollout_models import VOCAB, bits, tiny_model
 
+from vexact.models import ModelConfig
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.execution import cuda_driver, kv_memory
 from vexact.rollout.execution.cuda_driver import CudaDriver, CudaDriverError, CudaOutOfMemory
 from vexact.rollout.execution.kv_memory import CudaRegion, KVMemory
-from vexact.rollout.execution.runner import kv_page_bytes
+from vexact.rollout.execution.runner import allocate_kv_caches, kv_page_bytes
 
 MIB = 2**20
 FREE = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -72,6 +73,23 @@ def test_a_released_cache_is_not_used_and_not_released_under_requests():
     fresh = Engine(model=tiny_model(3), max_model_len=64, page_size=4)
     assert samples(engine) == samples(fresh)
     assert engine.weights_version == 4
+
+
+def test_keys_and_values_of_different_widths_have_caches_of_their_own(monkeypatch):
+    """None overlaps another, each begins aligned, and a page is counted as what it takes."""
+    monkeypatch.setattr(ModelConfig, "key_dim", 24)
+    monkeypatch.setattr(ModelConfig, "value_dim", 15)
+    model = tiny_model(dtype=torch.bfloat16)
+    memory, caches = allocate_kv_caches(model, num_pages=7, page_size=3, device=torch.device("cpu"))
+    flat = [tensor for pair in caches for tensor in pair]
+    assert [tuple(tensor.shape) for tensor in flat] == [(7, 3, 2, 24), (7, 3, 2, 15)] * 2
+    assert all((tensor.data_ptr() - memory.bytes.data_ptr()) % 512 == 0 for tensor in flat)
+    for number, tensor in enumerate(flat, 1):
+        assert tensor.is_contiguous()
+        assert not tensor.any()
+        tensor.fill_(number)
+    assert [float(tensor.min()) for tensor in flat] == [float(tensor.max()) for tensor in flat] == [1, 2, 3, 4]
+    assert kv_page_bytes(model, 3) * 7 == sum(tensor.nbytes for tensor in flat)
 
 
 def test_memory_of_the_host_goes_away_and_comes_back_zeroed():

@@ -25,6 +25,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 128,
 }
 
+# torch's grouped product asks for rows of whole 16 bytes
+EXPERTS = {"hidden_size": 64, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
 
 def build(kind, dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)

@@ -1,10 +1,10 @@
-"""Any dense decoder of transformers on our operators: exact, or refused by name and left as it was."""
+"""Any decoder of transformers on our operators: exact, or refused by name and left as it was."""
 
 import dataclasses
 
 import pytest
 import torch
-from families import LLAMA3, bits, build
+from families import EXPERTS, LLAMA3, bits, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +28,17 @@ EXACT = {
     "gemma3_text": {},
     "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
     "smollm3": {},  # layers without rotary embedding
+    "qwen3_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": True},
+    # weights of experts that stay fp32; an expert's width that torch's grouped product takes
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 72},
+    "glm4_moe": {  # sigmoid, groups, correction bias, shared experts
+        **EXPERTS,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
 }
 REFUSED = {
     "gpt2": r"transformer\.drop \(Dropout\) and \d+ more drop a share of 0\.1 at random; .*"
@@ -36,7 +47,7 @@ REFUSED = {
     "olmo": r"model\.layers\.0\.input_layernorm \(OlmoLayerNorm\) computes aten\.native_layer_norm",
     "cohere": r"CohereAttention\): its apply_rotary_pos_emb is not the rotation of pairs half a head apart",
     "gemma2": r"softcap is not supported",
-    "mixtral": r"model\.layers\.0\.mlp\.gate \(MixtralTopKRouter\) computes aten\.",
+    "granitemoe": r"block_sparse_moe\.router \(GraniteMoeTopKRouter\) computes aten\.",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,6 +129,10 @@ def test_what_cannot_be_exchanged_is_named_and_the_model_left_as_it_was(kind):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        (
+            {"kind": "mixtral", "intermediate_size": 72, "router_jitter_noise": 0.1},
+            r"model\.layers\.0\.mlp \(MixtralSparseMoeBlock\) multiplies by noise; set router_jitter_noise to 0",
+        ),
         ({"attention_dropout": 0.1}, r"self_attn .* and 1 more drop a share of 0\.1 at random; set it to 0"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -127,7 +142,7 @@ def test_what_cannot_be_exchanged_is_named_and_the_model_left_as_it_was(kind):
 )
 def test_what_depends_on_chance_or_company_is_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
-        vexact.make_invariant(build("llama", **changes))
+        vexact.make_invariant(build(**{"kind": "llama"} | changes))
 
 
 def test_models_that_cannot_be_tried_are_refused():
@@ -155,9 +170,9 @@ def test_only_this_instance_changes(tmp_path):
     assert torch.equal(again(input_ids=ids).logits, other(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "qwen3_moe", "glm4_moe"])
 def test_gradients_are_those_of_the_stock_model(kind):
-    stock, ours = build(kind), vexact.make_invariant(build(kind))
+    stock, ours = build(kind, **EXACT[kind]), vexact.make_invariant(build(kind, **EXACT[kind]))
     ours.gradient_checkpointing_enable()
     ids = torch.randint(0, 97, (1, 40))
     for model in (stock, ours.train()):
@@ -171,7 +186,8 @@ def test_gradients_are_those_of_the_stock_model(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_left_out_is_noticed(kind):
     """Each kind of exchange is needed: without it one of torch's operators remains, or ours refuses."""
-    model = build("qwen3")
+    family = "qwen3_moe" if kind == "router" else "qwen3"
+    model = build(family, **EXACT[family])
     assert not swap_modules(model, tuple(one for one in KINDS if one != kind))
     _attend(model, [])
     ids = torch.randint(0, 97, (1, 30))
@@ -180,7 +196,7 @@ def test_what_is_left_out_is_noticed(kind):
             model(input_ids=ids, use_cache=False)
         return
     found = foreign_operators(model, lambda: model(input_ids=ids, use_cache=False))
-    expected = {"linear": "mm", "norm": "mean", "mlp": "silu"}
+    expected = {"linear": "mm", "norm": "mean", "mlp": "silu", "router": "topk"}
     if kind == "embedding":
         assert not found, "looking rows up is exact; only its gradient has an order"
         return

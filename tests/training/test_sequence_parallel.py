@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from moe_configs import MOONLIGHT, QWEN3_MOE
+from moe_configs import QWEN3_MOE
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
 from vexact.config.memory import ModelShape
 from vexact.config.memory.activations import layer_bytes_per_token
+from vexact.models.sequence_parallel import HeadExchange, SlicedMetadata
+from vexact.ops import PackedMetadata, attention
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.parallel.ranks import unsharded
@@ -27,8 +29,13 @@ UNTIED = {"tie_word_embeddings": False}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 EXPERTS = QWEN3_MOE | {"vocab_size": 53, "num_hidden_layers": 2}
-LATENT = MOONLIGHT | {"vocab_size": 53, "num_hidden_layers": 2}
 TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
+LATENT = {
+    **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 4},
+    **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10},
+    **{"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 12},
+    **{"first_k_dense_replace": 1, "routed_scaling_factor": 2.0},
+}
 KEPT = [(2, {}), (4, {}), (2, TWELVE_HEADS), (4, TWELVE_HEADS)]
 ALONE = ("fp32, tied", "bf16, untied, checkpointed")  # also on two ranks without the others
 CASES = {
@@ -37,8 +44,11 @@ CASES = {
     "fp32, untied, entropy": (UNTIED, {"entropy_coeff": 0.01, "use_kl_loss": True}),
     "bf16, untied, checkpointed": (UNTIED | TWELVE_HEADS, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
     "fp32, sequence-level loss": (LLAMA | TWELVE_HEADS, {"loss_mode": "gspo"}),
-    "fp32, experts": (EXPERTS, {"router_aux_loss_coef": 0.2, "enable_gradient_checkpointing": True}),
-    "bf16, latent": (LATENT, {"dtype": "bfloat16", "router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.1}),
+    "bf16, experts": (EXPERTS, {"dtype": "bfloat16", "router_aux_loss_coef": 0.2}),
+    "fp32, latent attention and experts": (
+        LATENT,
+        {"enable_gradient_checkpointing": True, "router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.1},
+    ),
     "fp32, biases": (QWEN2, {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}),
 }
 
@@ -93,6 +103,24 @@ def kept_by_a_further_layer(size, heads):
     return (many - few) / len(batch.input_ids)
 
 
+def two_widths(size, dtype):
+    """Attention of latent heads, keys wider than values: this rank's rows and gradients, and those of one rank."""
+    exchange, generator = HeadExchange(SequenceRanks.of_process(size).group, size), torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(20, 4, width, generator=generator).to(dtype) for width in (24, 24, 16, 16))
+    packed = PackedMetadata.from_lengths([13, 7])
+    rank = dist.get_rank() % size
+    mine = slice(rank * 20 // size, (rank + 1) * 20 // size)
+
+    def attend(metadata, rows):
+        inputs = [x[rows].clone().requires_grad_() for x in (q, k, v)]
+        sliced = isinstance(metadata, SlicedMetadata)
+        out = metadata.attend(attention, *inputs, 0.2) if sliced else attention(*inputs, metadata, 0.2)
+        return out.detach(), *torch.autograd.grad(out, inputs, dout[rows])
+
+    whole = [x[mine] for x in attend(packed, slice(None))]
+    return list(zip(attend(SlicedMetadata(packed, exchange), mine), whole, strict=True))
+
+
 def work(rank, directory):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory) / "store"), WORLD)
@@ -105,6 +133,7 @@ def work(rank, directory):
     found["on two ranks"] = {case: outcome(case, 2, pairs[rank // 2])["weights"] for case in ALONE}
     found["again"] = outcome("fp32, biases", 4)["weights"]
     found["not checkpointed"] = outcome("fp32, biases", 4, enable_gradient_checkpointing=False)["weights"]
+    found["two widths"] = [two_widths(size, dtype) for size in (2, 4) for dtype in (torch.float32, torch.bfloat16)]
     config = ActorConfig(ppo_max_token_len_per_gpu=30, ulysses_sequence_parallel_size=4)
     found["reference"] = Reference(tiny_model(), config).logprobs(everything)
     found["kept"] = [kept_by_a_further_layer(size, heads) for size, heads in KEPT]
@@ -183,10 +212,10 @@ def test_gradients_and_metrics_are_those_of_one_rank_but_for_rounding(ranks, alo
 def test_biases_of_routers_are_those_of_one_rank(ranks, alone, size):
     """What moves them are whole numbers; no rank counts a token that fills its slice up."""
     name = "layers.1.mlp.router.bias"
-    expected = alone["bf16, latent"]["weights"][name]
+    expected = alone["fp32, latent attention and experts"]["weights"][name]
     assert expected.any()
     for rank in range(WORLD):
-        assert torch.equal(ranks[rank][size, "bf16, latent"]["weights"][name], expected)
+        assert torch.equal(ranks[rank][size, "fp32, latent attention and experts"]["weights"][name], expected)
 
 
 def test_weights_depend_on_how_many_share_and_on_nothing_else(ranks):
@@ -201,6 +230,15 @@ def test_the_reference_shares_as_well(ranks):
     expected = Reference(tiny_model(), ActorConfig()).logprobs(sequences())
     for rank in range(WORLD):
         assert_same(ranks[rank]["reference"], expected)
+
+
+def test_heads_whose_keys_are_wider_than_their_values_are_shared(ranks):
+    for rank in range(WORLD):
+        for (out, expected), *gradients in ranks[rank]["two widths"]:
+            assert out.shape[1:] == (4, 16)
+            assert torch.equal(out, expected)
+            for got, wanted in gradients:
+                torch.testing.assert_close(got, wanted, rtol=1e-5 if got.dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
 def test_a_rank_keeps_the_activations_that_are_predicted(ranks):

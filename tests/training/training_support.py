@@ -60,7 +60,7 @@ def gradients_of_update(actor, sequences, **arguments):
 
     def watched(max_norm):
         norm = step(max_norm)
-        trained = [(name, p) for name, p in actor.model.named_parameters() if p.requires_grad]
+        trained = ((name, p) for name, p in actor.model.named_parameters() if p.requires_grad)
         gradients.update({name: parameter.grad.clone() for name, parameter in trained})
         return norm
 

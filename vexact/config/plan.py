@@ -104,10 +104,9 @@ def _attention_row(config: Config) -> str:
 def _cache_row(config: Config, device: str, shape: ModelShape) -> str:
     """What a cached token takes, and of what."""
     dtype = config.dtype(device)
-    widths = f"keys of {shape.key_dim} and values of {shape.value_dim} numbers"
     return (
         f"{shape.kv_values_per_token * BYTES[dtype]} bytes a token: {shape.num_layers} layers of {shape.num_kv_heads} "
-        f"{widths}, {dtype}"
+        f"keys of {shape.key_dim} and values of {shape.value_dim} numbers, {dtype}"
     )
 
 

@@ -37,7 +37,9 @@ class OpSet:
     attention: Callable[..., Any]
     route: Callable[..., Any]
     group_tokens: Callable[..., Any]
+    route_and_group: Callable[..., Any]
     grouped_linear: Callable[..., Any]
+    grouped_swiglu: Callable[..., Any]
     combine: Callable[..., Any]
 
 

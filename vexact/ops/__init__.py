@@ -12,7 +12,16 @@ from vexact.ops.linear_cross_entropy import (
     linear_cross_entropy_trained,
 )
 from vexact.ops.logprob import token_logprobs
-from vexact.ops.moe import ExpertGroups, Routes, combine, group_tokens, grouped_linear, route
+from vexact.ops.moe import (
+    ExpertGroups,
+    Routes,
+    combine,
+    group_tokens,
+    grouped_linear,
+    grouped_swiglu,
+    route,
+    route_and_group,
+)
 from vexact.ops.qk_norm_rope import qk_norm_rope
 from vexact.ops.rms_norm import add_rms_norm, rms_norm
 from vexact.ops.rope import rope
@@ -32,6 +41,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "group_tokens",
     "grouped_linear",
+    "grouped_swiglu",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",
@@ -40,6 +50,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "route",
+    "route_and_group",
     "sample",
     "swiglu",
     "token_logprobs",

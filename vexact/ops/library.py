@@ -219,6 +219,35 @@ def moe_router_forward(
     return module("moe.router", logits).forward(logits, bias, digest, *choice, normalize, scale, round_to, salt)
 
 
+def _groups(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return experts.new_empty((experts.numel(),)), *_same(experts), experts.new_empty((num_experts + 1,))
+
+
+def _grouped_routes(
+    logits: Tensor, bias: Tensor | None, digest: Tensor | None, top_k: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    experts, weights = _routes(logits, bias, digest, top_k)
+    return experts, weights, *_groups(experts, logits.shape[1])
+
+
+@_opaque(_grouped_routes, mutates=("digest",))
+def moe_router_grouped_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    choice = top_k, scoring, num_groups, top_groups
+    return module("moe.router", logits).grouped_forward(logits, bias, digest, *choice, normalize, scale, round_to, salt)
+
+
 @_opaque(lambda dweights, logits, *others: _same(logits)[0])
 def moe_router_backward(
     dweights: Tensor, logits: Tensor, experts: Tensor, top_k: int, scoring: str, normalize: bool, scale: float
@@ -226,13 +255,7 @@ def moe_router_backward(
     return module("moe.router", logits).backward(dweights, logits, experts, top_k, scoring, normalize, scale)
 
 
-@_opaque(
-    lambda experts, num_experts: (
-        experts.new_empty((experts.numel(),)),
-        *_same(experts),
-        experts.new_empty((num_experts + 1,)),
-    )
-)
+@_opaque(_groups)
 def moe_groups_forward(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return module("moe.groups", experts).forward(experts, num_experts)
 
@@ -240,6 +263,15 @@ def moe_groups_forward(experts: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 @_opaque(lambda x, weight, rows, offsets, top_k: x.new_empty(((x if rows is None else rows).shape[0], weight.shape[1])))
 def moe_grouped_linear_forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
     return module("moe.grouped_linear", x).forward(x, weight, rows, offsets, top_k)
+
+
+@_opaque(
+    lambda x, weight, rows, offsets, top_k: x.new_empty(((x if rows is None else rows).shape[0], weight.shape[1] // 2))
+)
+def moe_grouped_linear_swiglu_forward(
+    x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int
+) -> Tensor:
+    return module("moe.grouped_linear", x).swiglu_forward(x, weight, rows, offsets, top_k)
 
 
 @_opaque(lambda dy, weight, offsets: dy.new_empty((dy.shape[0], weight.shape[2])))
@@ -289,11 +321,14 @@ OPS = {
     "moe.combine": SimpleNamespace(forward=moe_combine_forward, total=moe_combine_total, backward=moe_combine_backward),
     "moe.grouped_linear": SimpleNamespace(
         forward=moe_grouped_linear_forward,
+        swiglu_forward=moe_grouped_linear_swiglu_forward,
         grad_input=moe_grouped_linear_grad_input,
         grad_weight=moe_grouped_linear_grad_weight,
     ),
     "moe.groups": SimpleNamespace(forward=moe_groups_forward),
-    "moe.router": SimpleNamespace(forward=moe_router_forward, backward=moe_router_backward),
+    "moe.router": SimpleNamespace(
+        forward=moe_router_forward, grouped_forward=moe_router_grouped_forward, backward=moe_router_backward
+    ),
     "qk_norm_rope": SimpleNamespace(forward=qk_norm_rope_forward),
     "rms_norm": SimpleNamespace(forward=rms_norm_forward, add_forward=rms_norm_add_forward, backward=rms_norm_backward),
     "rope": SimpleNamespace(forward=rope_forward),

@@ -5,6 +5,8 @@ Signatures match the invariant operators; see ``ops/stock.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,8 +14,9 @@ from torch import Tensor
 from vexact.ops.moe import ExpertGroups, Routes
 from vexact.ops.moe.digest import digest_of
 from vexact.ops.moe.route import SIGMOID_EPS
+from vexact.ops.stock import swiglu
 
-__all__ = ["combine", "group_tokens", "grouped_linear", "route"]
+__all__ = ["combine", "group_tokens", "grouped_linear", "grouped_swiglu", "route", "route_and_group"]
 
 _ALIGNED = 16  # bytes; what torch's grouped product asks of a row
 
@@ -62,6 +65,12 @@ def group_tokens(experts: Tensor, num_experts: int) -> ExpertGroups:
     return ExpertGroups(rows.int(), slots.view(experts.shape).int(), offsets.int())
 
 
+def route_and_group(logits: Tensor, bias: Tensor | None = None, **settings: Any) -> tuple[Routes, ExpertGroups]:
+    """One after the other."""
+    routes = route(logits, bias, **settings)
+    return routes, group_tokens(routes.experts, logits.shape[1])
+
+
 def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
     """torch's grouped product on a GPU where it takes the tensors, else one product per expert."""
     rows, offsets = x[groups.rows.long() // groups.top_k] if gather else x, groups.offsets
@@ -72,6 +81,11 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: b
     ends = offsets.tolist()
     parts = [F.linear(rows[a:b], matrix) for a, b, matrix in zip(ends, ends[1:], weight, strict=False)]
     return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[1])])
+
+
+def grouped_swiglu(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
+    """One after the other."""
+    return swiglu(grouped_linear(x, weight, groups, gather=gather))
 
 
 def combine(y: Tensor, weights: Tensor, groups: ExpertGroups, shared: Tensor | None = None) -> Tensor:

@@ -15,16 +15,18 @@ from vexact.swaps.mlp import activation_class, mlp_class
 from vexact.swaps.norm import norm_class
 from vexact.swaps.operators import describe, foreign_operators
 from vexact.swaps.rotary import RotaryTable, is_rotary, rotating_class, tables_of
+from vexact.swaps.router import router_class
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _TRIAL_TOKENS = 12
 _MOST_RELATIVE_CHANGE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-KINDS = ("linear", "embedding", "norm", "mlp", "table", "rotary")  # "rotary" is the layer that reads the "table"
+KINDS = ("linear", "embedding", "norm", "mlp", "router", "table", "rotary")
+"""What may be exchanged; "rotary" is the layer that reads the "table"."""
 
 
 def make_invariant(model: Model) -> Model:
-    """Exchanges the operators of a dense causal language model of transformers for ours, in place.
+    """Exchanges the operators of a causal language model of transformers for ours, in place.
 
     Afterwards hidden states and logits (now fp32) of a token have the same bits alone, in a batch, packed
     (``position_ids`` that restart), decoded from a ``DynamicCache``, in training and in evaluation; for Qwen3, Qwen2
@@ -32,10 +34,10 @@ def make_invariant(model: Model) -> Model:
     outside of this instance changes, and a second call does nothing. Convert before FSDP2 wraps the model. A loss that
     the model computes from ``labels`` is torch's own; take :func:`vexact.ops.linear_cross_entropy`.
 
-    What is exchanged: linear layers and the LM head, embeddings, RMS norms, gated SiLU layers, other activations, the
-    rotary embedding with its table, attention. Each must compute what it computed before, which is tried on small
-    tensors; then the whole model runs a few tokens before and after, and every operator it still reaches outside of
-    ours is looked at. A model that fails is left as it was.
+    What is exchanged: linear layers and the LM head, embeddings, RMS norms, gated SiLU layers, other activations,
+    routers and experts, the rotary embedding with its table, attention. Each must compute what it computed before,
+    which is tried on small tensors; then the whole model runs a few tokens before and after, and every operator it
+    still reaches outside of ours is looked at. A model that fails is left as it was.
 
     Raises:
         ValueError: what cannot be exchanged, by module, operator and source line; dropout; weights on the meta device.
@@ -117,6 +119,8 @@ def _class_for(module: nn.Module, kinds: tuple[str, ...], is_head: bool) -> type
     found = norm_class(module) if "norm" in kinds else None
     if found is None and "mlp" in kinds:
         found = mlp_class(module) or activation_class(module)
+    if found is None and "router" in kinds:
+        found = router_class(module)
     if found is None and "rotary" in kinds:
         found = rotating_class(module)
     return found
@@ -145,19 +149,29 @@ def _attend(model: Any, undo: list[Callable[[], None]]) -> None:
     undo.append(lambda: model.set_attn_implementation(old))
     hf.register()
     model.set_attn_implementation(hf.NAME)
+    if model._can_set_experts_implementation():
+        experts = model.config._experts_implementation
+        undo.append(lambda: model.set_experts_implementation(experts))
+        model.set_experts_implementation(hf.NAME)
 
 
 def dropouts(model: nn.Module) -> list[str]:
-    """What drops numbers at random while training, by name."""
+    """What drops or changes numbers at random while training, by name."""
+    noisy = [
+        f"{name} ({type(module).__name__}) multiplies by noise; set router_jitter_noise to 0"
+        for name, module in model.named_modules()
+        if getattr(module, "jitter_noise", 0.0)
+    ][:1]
     layers = [
         (name, module, module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0))
         for name, module in model.named_modules()
     ]
     active = [(name, module, p) for name, module, p in layers if isinstance(p, (int, float)) and p > 0]
     if not active:
-        return []
+        return noisy
     name, module, p = active[0]
-    return [f"{name} ({type(module).__name__}) and {len(active) - 1} more drop a share of {p:g} at random; set it to 0"]
+    drop = f"{name} ({type(module).__name__}) and {len(active) - 1} more drop a share of {p:g} at random; set it to 0"
+    return [drop, *noisy]
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -11,7 +11,7 @@ from vexact.ops.kernels.sizes import cdiv, column_blocks
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -28,7 +28,7 @@ def _forward_kernel(
     gate_ptr = gate_up_ptr + row * (2 * I) + columns
     gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + I, mask=mask, other=0.0).to(tl.float32)
-    out = gate * _sigmoid(gate) * up
+    out = gate * sigmoid(gate) * up
     tl.store(out_ptr + row * I + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -47,9 +47,9 @@ def _backward_kernel(
     gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + offsets + I, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + row * I + columns, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid(gate)
-    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    dup = dy * gate * sigmoid
+    share = sigmoid(gate)
+    dgate = dy * up * share * (1.0 + gate * (1.0 - share))
+    dup = dy * gate * share
     dtype = grad_ptr.dtype.element_ty
     tl.store(grad_ptr + offsets, dgate.to(dtype), mask=mask)
     tl.store(grad_ptr + offsets + I, dup.to(dtype), mask=mask)

@@ -26,8 +26,8 @@ def digest_of(experts: Tensor, salt: int) -> Tensor:
     """(T, k) integers, ascending -> (T,) int64; wrap-around arithmetic.
 
     Per expert, h becomes mix(h + (e + 1) * EXPERT), where mix is the finaliser of MurmurHash3: x ^= x >>> 33 before,
-    between and after two multiplications (>>> fills with zeros). A step is a bijection of h: sets that differ in one
-    expert, or one layer from another, never meet in that step.
+    between and after two multiplications (>>> fills with zeros). Every step is a bijection of h. Equal sets of a layer
+    have equal digests; any two others are alike with a chance of 2^-64.
     """
     state = torch.full(experts.shape[:1], start_of(salt), dtype=torch.int64, device=experts.device)
     for expert in experts.long().unbind(1):

@@ -31,24 +31,32 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: b
     Raises:
         ValueError: sizes, dtypes or devices that do not fit together.
     """
-    check_dims("grouped_linear", 2, "(T, K)" if gather else "(P, K)", x=x)
-    check_dims("grouped_linear", 3, "(E, N, K)", weight=weight)
-    check_floats("grouped_linear", x=x, weight=weight)
-    check_groups("grouped_linear", x, groups)
+    check_grouped_linear("grouped_linear", x, weight, groups, gather)
+    return _GroupedLinear.apply(x, weight, *groups, gather)
+
+
+def check_grouped_linear(op: str, x: Tensor, weight: Tensor, groups: ExpertGroups, gather: bool) -> None:
+    """
+    Raises:
+        ValueError: the arguments of :func:`grouped_linear`, for ``op``, do not fit together.
+    """
+    check_dims(op, 2, "(T, K)" if gather else "(P, K)", x=x)
+    check_dims(op, 3, "(E, N, K)", weight=weight)
+    check_floats(op, x=x, weight=weight)
+    check_groups(op, x, groups)
     if x.shape[1] != weight.shape[2]:
         raise ValueError(
-            f"grouped_linear: x has K={x.shape[1]} but weight is {tuple(weight.shape)}, expected (E, N, {x.shape[1]})"
+            f"{op}: x has K={x.shape[1]} but weight is {tuple(weight.shape)}, expected (E, N, {x.shape[1]})"
         )
     if groups.offsets.shape[0] != weight.shape[0] + 1:
         raise ValueError(
-            f"grouped_linear: weight has {weight.shape[0]} experts but the tokens are grouped for "
+            f"{op}: weight has {weight.shape[0]} experts but the tokens are grouped for "
             f"{groups.offsets.shape[0] - 1}; pass the same number to group_tokens"
         )
     expected = groups.slots.shape[0] if gather else groups.rows.shape[0]
     if x.shape[0] != expected:
         what = "tokens, which gather=True reads" if gather else "places, which gather=False reads"
-        raise ValueError(f"grouped_linear: x has {x.shape[0]} rows but there are {expected} {what}")
-    return _GroupedLinear.apply(x, weight, *groups, gather)
+        raise ValueError(f"{op}: x has {x.shape[0]} rows but there are {expected} {what}")
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:

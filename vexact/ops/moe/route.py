@@ -57,47 +57,68 @@ def route(
     Raises:
         ValueError: sizes, dtypes or settings that do not fit together.
     """
-    check_dims("route", 2, "(T, E)", logits=logits)
-    if logits.dtype != torch.float32:
-        raise ValueError(f"route: logits are {logits.dtype}; they must stay fp32 (linear(..., out_dtype=fp32))")
-    num_tokens, num_experts = logits.shape
-    _check_choice(num_experts, top_k, scoring, num_groups, top_groups)
-    if bias is not None:
-        check_per_row("route", num_experts, torch.float32, bias=bias)
-        _check_device("bias", bias, logits)
-        bias = bias.detach()
-    if digest is not None:
-        check_per_row("route", num_tokens, torch.int64, digest=digest)
-        _check_device("digest", digest, logits)
-        if not digest.is_contiguous():
-            raise ValueError(f"route: digest has strides {digest.stride()}; it must be contiguous, as torch.zeros is")
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"route: scale is {scale}; it must be finite")
-    if round_to not in FLOATS:
-        raise ValueError(f"route: round_to is {round_to}; use fp32, bf16 or fp16")
-    if not 0 <= salt < 1 << 31:
-        raise ValueError(f"route: salt is {salt}; use the index of the layer")
     settings = top_k, scoring, num_groups, top_groups, normalize, float(scale), round_to, salt
+    check_route("route", logits, bias, digest, *settings)
+    bias = None if bias is None else bias.detach()
     return Routes(*_Route.apply(logits, bias, digest, *settings))
 
 
-def _check_choice(num_experts: int, top_k: int, scoring: str, num_groups: int, top_groups: int) -> None:
+def check_route(
+    op: str,
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+) -> None:
+    """
+    Raises:
+        ValueError: the arguments of :func:`route`, for ``op``, do not fit together.
+    """
+    check_dims(op, 2, "(T, E)", logits=logits)
+    if logits.dtype != torch.float32:
+        raise ValueError(f"{op}: logits are {logits.dtype}; they must stay fp32 (linear(..., out_dtype=fp32))")
+    num_tokens, num_experts = logits.shape
+    _check_choice(op, num_experts, top_k, scoring, num_groups, top_groups)
+    if bias is not None:
+        check_per_row(op, num_experts, torch.float32, bias=bias)
+        _check_device(op, "bias", bias, logits)
+    if digest is not None:
+        check_per_row(op, num_tokens, torch.int64, digest=digest)
+        _check_device(op, "digest", digest, logits)
+        if not digest.is_contiguous():
+            raise ValueError(f"{op}: digest has strides {digest.stride()}; it must be contiguous, as torch.zeros is")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"{op}: scale is {scale}; it must be finite")
+    if round_to not in FLOATS:
+        raise ValueError(f"{op}: round_to is {round_to}; use fp32, bf16 or fp16")
+    if not 0 <= salt < 1 << 31:
+        raise ValueError(f"{op}: salt is {salt}; use the index of the layer")
+
+
+def _check_choice(op: str, num_experts: int, top_k: int, scoring: str, num_groups: int, top_groups: int) -> None:
     if scoring not in SCORINGS:
-        raise ValueError(f"route: unknown scoring {scoring!r}; use one of {', '.join(SCORINGS)}")
+        raise ValueError(f"{op}: unknown scoring {scoring!r}; use one of {', '.join(SCORINGS)}")
     if num_groups < 1 or num_experts % num_groups:
-        raise ValueError(f"route: num_groups={num_groups} does not divide {num_experts} experts")
+        raise ValueError(f"{op}: num_groups={num_groups} does not divide {num_experts} experts")
     if not 1 <= top_groups <= num_groups:
-        raise ValueError(f"route: top_groups={top_groups} is outside 1 ... num_groups={num_groups}")
+        raise ValueError(f"{op}: top_groups={top_groups} is outside 1 ... num_groups={num_groups}")
     group = num_experts // num_groups
     if num_groups > 1 and group < 2 and scoring == "sigmoid":
-        raise ValueError(f"route: {num_groups} groups of one expert; sigmoid scoring adds the two best of a group")
+        raise ValueError(f"{op}: {num_groups} groups of one expert; sigmoid scoring adds the two best of a group")
     if not 1 <= top_k <= group * top_groups:
-        raise ValueError(f"route: top_k={top_k} is outside 1 ... {group * top_groups}, the experts to choose from")
+        raise ValueError(f"{op}: top_k={top_k} is outside 1 ... {group * top_groups}, the experts to choose from")
 
 
-def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+def _check_device(op: str, name: str, tensor: Tensor, logits: Tensor) -> None:
     if tensor.device != logits.device:
-        raise ValueError(f"route: logits are on {logits.device} but {name} is on {tensor.device}")
+        raise ValueError(f"{op}: logits are on {logits.device} but {name} is on {tensor.device}")
 
 
 def route_reference(

@@ -41,7 +41,8 @@ BATCH_INTEGERS |= {"stride_table", "skip_up_to", "max_rows"}
 
 # dtype, query heads, key/value heads, head dimension, value head dimension
 _QWEN3, _SMOLLM2, _FP32 = ("bf16", 16, 8, 128, 128), ("bf16", 9, 3, 64, 64), ("fp32", 4, 2, 64, 64)
-USUAL = {80: [_QWEN3, _FP32], 90: [_QWEN3, _SMOLLM2], 100: [_QWEN3]}
+_MOONLIGHT = ("bf16", 16, 16, 192, 128)
+USUAL = {80: [_QWEN3, _FP32, _MOONLIGHT], 90: [_QWEN3, _SMOLLM2, _MOONLIGHT], 100: [_QWEN3, _MOONLIGHT]}
 _DIMS = ((32, 32), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 EVERY = [(dtype, 8, heads, *dims) for dtype in ("bf16", "fp16", "fp32") for heads in (1, 8) for dims in _DIMS]
 
@@ -67,7 +68,8 @@ def _forward(
     """Forward and decode, keys by pointers or through descriptors."""
     blocks, decode = KEY_BLOCKS[shape.key], DECODE[shape.key]
     tile = (FORWARD_DESCRIBED if described else FORWARD)[shape.key]
-    both = {**both, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
+    steps = {"STEP_K": shape.dim, "STEP_V": shape.value_dim}
+    both = {**both, **steps, "BLOCK_N": blocks.block_n, "DESCRIBED": described}
     name = f"{name} {'described' if described else 'pointers'}"
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     page_sizes = (256,) if described else (16, 256)

@@ -9,7 +9,7 @@ from attention_inputs import DEVICE, make_batch, same_bits
 from vexact.ops.kernels.attention import write_kv
 
 
-@pytest.mark.parametrize(("page_size", "dims"), [(16, (32, 32)), (5, (40, 24))])
+@pytest.mark.parametrize(("page_size", "dims"), [(16, (32, 32)), (5, (40, 24)), (16, (192, 128))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_land_in_their_slots(page_size: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     rows = make_batch([0], [37], heads=(3, 3), dims=dims, dtype=dtype)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from vexact.ops.cpu import swiglu
 from vexact.ops.cpu.product import product
 
 
@@ -17,6 +18,11 @@ def forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top
     for expert, places in _experts(offsets):
         out[places] = product(_rows_of(x, rows, places, top_k), weight[expert].float().T).to(x.dtype)
     return out
+
+
+def swiglu_forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
+    """The same with weight (E, 2I, K), through SwiGLU -> (P, I)."""
+    return swiglu.forward(forward(x, weight, rows, offsets, top_k))
 
 
 def grad_input(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

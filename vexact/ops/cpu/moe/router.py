@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vexact.ops.cpu.moe import groups
 from vexact.ops.cpu.reduce import tree_sum
 from vexact.ops.cpu.sampling.portable_math import exp_of_negative
 from vexact.ops.moe.digest import digest_of
@@ -43,6 +44,25 @@ def forward(
     if digest is not None:
         digest += digest_of(experts, salt)
     return experts.int(), (weights * scale).to(round_to).float()
+
+
+def grouped_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward`, then rows, slots and offsets of its experts."""
+    choice = top_k, scoring, num_groups, top_groups
+    experts, weights = forward(logits, bias, digest, *choice, normalize, scale, round_to, salt)
+    return experts, weights, *groups.forward(experts, logits.shape[1])
 
 
 def backward(

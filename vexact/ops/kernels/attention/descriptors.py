@@ -19,7 +19,8 @@ def row_descriptors(k: Tensor, v: Tensor, block_n: int) -> Descriptors | None:
         k: (Tk, Hkv, D) or (num_pages, page_size, Hkv, D). v: likewise with Dv.
 
     A block of keys must lie in one page, tiles must fill the head dimensions exactly (a wider box would read the next
-    head), a row's heads must be adjacent, and rows an equal number of aligned bytes apart, across pages too.
+    head), and rows must be an equal number of aligned bytes apart, across pages too. Heads may have gaps between them:
+    values are often a part of a wider product.
     """
     if capability(k.device)[0] < 9 or (k.dim() == 4 and k.shape[1] % block_n):
         return None
@@ -33,13 +34,22 @@ def row_descriptors(k: Tensor, v: Tensor, block_n: int) -> Descriptors | None:
 def _describable(rows: Tensor, tiles: int) -> bool:
     heads, dim = rows.shape[-2:]
     head_stride, row_stride = rows.stride(-2), rows.stride(-3)
-    dense = (head_stride == dim or heads == 1) and row_stride >= heads * dim and rows.shape[0] > 0
+    apart = (head_stride >= dim or heads == 1) and row_stride >= _width(rows) and rows.shape[0] > 0
     pages_follow = rows.dim() == 3 or rows.stride(0) == rows.shape[1] * row_stride
     aligned = row_stride * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
-    return dense and pages_follow and aligned and dim == tiles
+    return apart and pages_follow and aligned and dim == tiles
 
 
 def _descriptor(rows: Tensor, block_n: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(rows, [rows.shape[:-2].numel(), _width(rows)], [rows.stride(-3), 1], [block_n, columns])
+
+
+def head_step(rows: Tensor) -> int:
+    """Columns between the starts of two heads in a described row."""
     heads, dim = rows.shape[-2:]
-    count = rows.shape[:-2].numel()
-    return TensorDescriptor(rows, [count, heads * dim], [rows.stride(-3), 1], [block_n, columns])
+    return rows.stride(-2) if heads > 1 else dim
+
+
+def _width(rows: Tensor) -> int:
+    heads, dim = rows.shape[-2:]
+    return (heads - 1) * head_step(rows) + dim

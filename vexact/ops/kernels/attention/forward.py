@@ -52,13 +52,13 @@ def forward_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, STEP_K: tl.constexpr, STEP_V: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of query rows.
 
     q (T, NUM_HEADS, D); k (Tk, Hkv, D) and v (Tk, Hkv, DV), or with PAGE_SIZE > 0 (pages, PAGE_SIZE, Hkv, ...);
-    k_desc, k_rest_desc and v_desc: the same as (rows, Hkv * ...), read only if DESCRIBED, the second one None where
-    D_PAD columns hold a key;
+    k_desc, k_rest_desc and v_desc: the same as (rows, columns), read only if DESCRIBED, the second one None where D_PAD
+    columns hold a key; STEP_K and STEP_V columns lie between the starts of two heads;
     kv_lengths: cu_seqlens_k (B + 1,) if packed, seqused_k (B,) if paged; table (B, stride_table) int32, read only if
     paged; out (T, NUM_HEADS, DV) contiguous; lse (T, NUM_HEADS) fp32. Sequences of at most `skip_up_to` query rows are
     left alone, rows past the last sequence are cleared. CHUNK 0: no sequence has more than one chunk. The heaviest
@@ -99,7 +99,8 @@ def forward_kernel(
     head = first_head + tile_head
     q_tile = load_queries(q, q_start + position, head, valid, stride_qt, stride_qh, D, D_PAD)
     keys = Keys(
-        k_base, v_base, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc, k_start, first_head // GROUP, table, kv_len,
+        k_base, v_base, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc, k_start,
+        first_head // GROUP * STEP_K, first_head // GROUP * STEP_V, table, kv_len,
         stride_kp, stride_kt, stride_vp, stride_vt,
     )  # fmt: skip
     m, total, acc = walk_keys(

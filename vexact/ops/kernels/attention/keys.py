@@ -22,10 +22,11 @@ class Keys(NamedTuple):
 
     k: tl.tensor  # pointer to the first packed row, or to the first page of the cache
     v: tl.tensor
-    k_desc: Columns  # descriptors of all heads' rows (rows, heads * D), or anything if blocks go by pointers
+    k_desc: Columns  # descriptors of all heads' rows (rows, columns), or anything if blocks go by pointers
     v_desc: tl.tensor
     first_row: tl.tensor  # of the sequence, if packed
-    head: tl.tensor
+    k_column: tl.tensor  # where the head begins in a described row
+    v_column: tl.tensor
     table: tl.tensor  # pointer to the pages of the sequence, read only if paged
     length: tl.tensor
     stride_kp: tl.tensor  # elements from page to page
@@ -132,15 +133,15 @@ def load_by_pointers(
 
 @triton.jit
 def load_by_descriptors(
-    keys, page, start, D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr
+    keys, page, start, D: tl.constexpr, D_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr
 ):  # fmt: skip
     """The same of a block that lies in the sequence and, if paged, in one page."""
     if PAGE_SIZE == 0:
         row = keys.first_row + start
     else:
         row = page * PAGE_SIZE + start % PAGE_SIZE
-    first = keys.k_desc.first.load([row, keys.head * D])
+    first = keys.k_desc.first.load([row, keys.k_column])
     rest = first
     if D > D_PAD:
-        rest = keys.k_desc.rest.load([row, keys.head * D + D_PAD])
-    return Columns(first, rest), keys.v_desc.load([row, keys.head * DV])
+        rest = keys.k_desc.rest.load([row, keys.k_column + D_PAD])
+    return Columns(first, rest), keys.v_desc.load([row, keys.v_column])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.kernels.attention.backward import keys_kernel, prepare_kernel, queries_kernel
-from vexact.ops.kernels.attention.descriptors import row_descriptors
+from vexact.ops.kernels.attention.descriptors import head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
     BACKWARD_KEYS,
@@ -74,7 +74,7 @@ def packed_forward(
         NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
         BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
         D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
-        PAGE_SIZE=0, CAUSAL=causal, DESCRIBED=descriptors is not None,
+        PAGE_SIZE=0, CAUSAL=causal, DESCRIBED=descriptors is not None, STEP_K=head_step(k), STEP_V=head_step(v),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse

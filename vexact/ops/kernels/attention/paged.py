@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vexact.ops.kernels.attention.descriptors import Descriptors, row_descriptors
+from vexact.ops.kernels.attention.descriptors import Descriptors, head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
     DECODE,
@@ -136,6 +136,7 @@ class _Call:
             "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
             "PAGE_SIZE": self.caches[0].shape[1], "CAUSAL": self.causal,
             "DESCRIBED": self.described,
+            "STEP_K": head_step(self.caches[0]), "STEP_V": head_step(self.caches[1]),
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
 

@@ -25,7 +25,8 @@ def chunk_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, STEP_K: tl.constexpr, STEP_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The state of one chunk of keys for all rows of one sequence and one key/value head.
 
@@ -57,7 +58,8 @@ def chunk_kernel(
     q_tile = load_queries(q, row, head, valid, stride_qt, stride_qh, D, D_PAD)
     kv_head = (first_head // GROUP).to(tl.int64)
     keys = Keys(
-        k + kv_head * stride_kh, v + kv_head * stride_vh, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc, 0, first_head // GROUP,
+        k + kv_head * stride_kh, v + kv_head * stride_vh, Columns(k_desc, k_rest_desc if D > D_PAD else k_desc), v_desc,
+        0, first_head // GROUP * STEP_K, first_head // GROUP * STEP_V,
         table + sequence.to(tl.int64) * stride_table, kv_len, stride_kp, stride_kt, stride_vp, stride_vt,
     )  # fmt: skip
     m, total, acc = walk_keys(

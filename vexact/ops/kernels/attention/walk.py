@@ -22,7 +22,7 @@ def fold_block(
     Page numbers come one block ahead so that the pipeline of key and value loads never waits for one.
     """
     if DESCRIBED:
-        k, v = load_by_descriptors(keys, page, start, D, DV, D_PAD, PAGE_SIZE)
+        k, v = load_by_descriptors(keys, page, start, D, D_PAD, PAGE_SIZE)
     else:
         k, v = load_by_pointers(keys, page, start, BLOCK_N, D, DV, D_PAD, DV_PAD, PAGE_SIZE, MASKED)
     page = page_numbers(keys, start + BLOCK_N, BLOCK_N, PAGE_SIZE)

@@ -1,12 +1,4 @@
-"""Makes ``triton-invariant`` an attention implementation of Hugging Face transformers.
-
-    from vexact.ops import hf
-    hf.register()
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="triton-invariant", trust_remote_code=False)
-
-Batches are packed (sequence boundaries from ``cu_seq_lens_*`` or from ``position_ids`` that restart) or unpadded;
-anything else is refused rather than computed differently from what was asked. CPU tensors run the CPU twin.
-"""
+"""The attention that transformers calls as ``triton-invariant``; CPU tensors run the CPU twin."""
 
 from __future__ import annotations
 
@@ -30,15 +22,6 @@ class Sequences(NamedTuple):
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
-
-
-def register() -> None:
-    """Adds the attention and its mask function to transformers under ``triton-invariant``; repeating it is harmless."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
 
 
 def attention_mask(

@@ -1,0 +1,148 @@
+"""The mixture-of-experts layer on one GPU: bits first, then times beside torch and transformers and the memory floor.
+
+    python benchmarks/moe.py                     # prints the tables
+    python benchmarks/moe.py --quick             # fewer sizes
+    python benchmarks/moe.py --out results.json  # and keeps them
+
+Bits: every row of the grouped products, under several routings, sizes and tiles, against ``linear`` and ``swiglu`` of
+that row with its expert's matrix; exit 1 if one differs. Times: medians of graph replays; routings change from call to
+call, so that decoding finds its experts' weights cold. The floor is the bytes of the experts hit over the bandwidth of
+a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+from linear_timing import environment, median_ms
+from moe_bits import bit_cases, count_rows
+from moe_cases import MOONLIGHT, QWEN3, MoeShape, make_weights
+from moe_layer import Layer, copy_bandwidth, floor_us
+
+DECODE = (1, 8, 16, 64, 128, 256)
+MANY = (1024, 4096, 16384, 32768)
+QUICK = (1, 16, 128, 4096, 16384)
+SHAPES = (QWEN3, MOONLIGHT)
+PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "down", "combine")
+TRAIN = (4096, 16384, 32768)
+
+
+def many_times(layer: Layer, tokens: int, what: str) -> float:
+    """Microseconds of one call; ``what`` names a method of the layer that prepares one call for one routing."""
+    routings = max(1, min(16, 256 // tokens))
+    calls = [getattr(layer, what)(tokens, seed) for seed in range(routings)]
+    return median_ms(calls, target_ms=2.0, replays=5) * 1e3
+
+
+def time_forward(layer: Layer, tokens: int, bandwidth: float) -> dict[str, float]:
+    """The whole layer, its parts, and the others'."""
+    case = {part: many_times(layer, tokens, part) for part in PARTS}
+    case |= {name: many_times(layer, tokens, name) for name in ("stock_gate_up", "stock_down", "stock_layer")}
+    case["floor"] = floor_us(layer, tokens, bandwidth)
+    case["tflops"] = layer.shape.flops(tokens) / case["layer"] / 1e6
+    case["stock_tflops"] = layer.shape.flops(tokens) / case["stock_layer"] / 1e6
+    return case
+
+
+def time_training(layer: Layer, tokens: int) -> dict[str, float]:
+    """Forward and backward with autograd, in TFLOP/s of three forwards, and the activations kept for the backward."""
+    record: dict[str, float] = {}
+    for name in ("train", "stock_train"):
+        step = getattr(layer, name)(tokens, 0)
+        step()
+        times = []
+        for _ in range(4):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop))
+        record[f"{name}_ms"] = median(times)
+        record[f"{name}_tflops"] = 3 * layer.shape.flops(tokens) / median(times) / 1e9
+        record[f"{name}_saved_gib"], record[f"{name}_peak_gib"] = layer.memory(step)
+    parts = {f"{part}_us": many_times(layer, tokens, part) for part in layer.BACKWARD}
+    return record | parts
+
+
+def prepare(shape: MoeShape, tokens: int, training: bool) -> None:
+    """Run everything once, so that it is compiled and in the cache on disk."""
+    layer = Layer(shape, make_weights(shape))
+    for part in (*PARTS, *(layer.BACKWARD if training else ())):
+        getattr(layer, part)(tokens, 0)()
+    if training:
+        layer.train(tokens, 0)()
+    torch.cuda.synchronize()
+
+
+def compare_and_compile(quick: bool, forward: tuple[int, ...], train: tuple[int, ...]) -> dict[str, dict[str, int]]:
+    """Compares all rows, in several processes, which also compile what will be timed."""
+    record = {}
+    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+        prepared = [
+            pool.submit(prepare, shape, tokens, tokens in train)
+            for shape in SHAPES
+            for tokens in sorted({*forward, *train})
+            if tokens <= 16384
+        ]
+        counts = {shape: [pool.submit(count_rows, shape, *case) for case in bit_cases(quick)] for shape in SHAPES}
+        for shape, futures in counts.items():
+            rows, different = (sum(column) for column in zip(*(future.result() for future in futures), strict=True))
+            record[shape.name] = {"rows": rows, "different": different}
+            print(f"{shape.name}: {rows:,} rows compared, {different} different", flush=True)
+        for future in prepared:
+            future.result()
+    return record
+
+
+def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], bandwidth: float) -> dict:
+    layer = Layer(shape, make_weights(shape))
+    record: dict = {"forward": {}, "training": {}}
+    print(f"\n{shape.name}: E {shape.experts} H {shape.hidden} I {shape.width} k {shape.top_k} shared {shape.shared}")
+    head = "tokens   layer  floor  ratio TFLOP/s |  route gate_up (alone)    down combine | grouped_mm: gate_up    down"
+    print(head + "   layer TFLOP/s")
+    for tokens in forward:
+        case = record["forward"][tokens] = time_forward(layer, tokens, bandwidth)
+        ours = f"{tokens:6d} {case['layer']:7.1f} {case['floor']:6.1f} {case['layer'] / case['floor']:6.2f} "
+        ours += f"{case['tflops']:7.1f} | {case['route_and_group']:6.1f} {case['gate_up']:7.1f} "
+        ours += f"({case['gate_up_alone']:7.1f}) {case['down']:6.1f} {case['combine']:6.1f} "
+        stock = f"{case['stock_gate_up']:8.1f} {case['stock_down']:7.1f} {case['stock_layer']:8.1f}"
+        print(f"{ours} | {stock} {case['stock_tflops']:7.1f}", flush=True)
+    for tokens in train:
+        case = record["training"][tokens] = time_training(layer, tokens)
+        figures = "  ".join(f"{name} {value:.2f}" for name, value in case.items())
+        print(f"forward and backward, {tokens} tokens: {figures}", flush=True)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    began = time.monotonic()
+    record: dict = {**environment(), "copy_bytes_per_s": copy_bandwidth(), "bits": {}, "shapes": {}}
+    print(f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}")
+    print(f"copy {record['copy_bytes_per_s'] / 1e12:.2f} TB/s")
+    forward, train = (QUICK, QUICK[-1:]) if args.quick else ((*DECODE, *MANY), TRAIN)
+    record["bits"] = compare_and_compile(args.quick, forward, train)
+    print(f"compared and compiled after {time.monotonic() - began:.0f} s", flush=True)
+    for shape in SHAPES:
+        record["shapes"][shape.name] = run(shape, forward, train, record["copy_bytes_per_s"])
+        torch.cuda.empty_cache()
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(any(bits["different"] for bits in record["bits"].values()))
+
+
+if __name__ == "__main__":
+    main()

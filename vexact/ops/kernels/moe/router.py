@@ -1,0 +1,281 @@
+"""Router in Triton: scores, choice and weights of a tile of tokens per program; forward, backward, and with groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vexact.ops.kernels.moe.scores import LEFT_OUT, in_best_groups, largest, mixed, order_key, scores_of
+from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
+ROWS = 4  # tokens of a program, one a warp
+FEW_TOKENS = 16  # one program routes and groups them
+ROUND_TO = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def routed(
+    logits_ptr, bias_ptr, digest_ptr, experts_ptr, weights_ptr, rows, num_tokens, scale, salt,
+    E: tl.constexpr, NUM_GROUPS: tl.constexpr, LEVELS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    TOP_GROUPS: tl.constexpr, BEST: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DIGEST: tl.constexpr,
+):  # fmt: skip
+    """Routes of ``rows``, stored. Returns (R, C): whether each column is chosen, as how manyth; and (C,) its expert,
+    whether there is one."""
+    columns = tl.arange(0, GROUPS * SIZE)
+    member = columns % SIZE
+    known = (columns < NUM_GROUPS * SIZE) & (member < E // NUM_GROUPS)
+    index = columns // SIZE * (E // NUM_GROUPS) + member
+    scores = scores_of(logits_ptr, rows, num_tokens, index, known, E, LEVELS, SIGMOID)
+    choice = scores
+    if HAS_BIAS:
+        choice += tl.load(bias_ptr + index, mask=known, other=0.0)[None, :]
+    order = tl.where(known[None, :], (order_key(choice) << 32) - columns.to(tl.int64)[None, :], LEFT_OUT)
+    if GROUPS > 1:
+        order = tl.where(in_best_groups(order, ROWS, GROUPS, SIZE, TOP_GROUPS, BEST), order, LEFT_OUT)
+    in_batch = (rows < num_tokens)[:, None]
+    chosen = largest(order, TOP_K) & in_batch
+    position = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    weights = scores
+    if NORMALIZE:
+        total = tl.sum(tl.where(chosen & (position == 0), scores, 0.0), 1)
+        for j in tl.static_range(1, TOP_K):
+            total += tl.sum(tl.where(chosen & (position == j), scores, 0.0), 1)
+        if SIGMOID:
+            total += 1e-20
+        weights = tl.div_rn(scores, tl.broadcast_to(total[:, None], scores.shape))
+    weights = (weights * scale).to(ROUND_TO).to(tl.float32)
+    pairs = rows[:, None] * TOP_K + position
+    tl.store(experts_ptr + pairs, tl.broadcast_to(index[None, :], chosen.shape), mask=chosen)
+    tl.store(weights_ptr + pairs, weights, mask=chosen)
+    if HAS_DIGEST:
+        state = (salt.to(tl.int64) + 1) * -7046029254386353131 + tl.zeros_like(rows).to(tl.int64)
+        for j in tl.static_range(TOP_K):
+            expert = tl.sum(tl.where(chosen & (position == j), index[None, :], 0), 1).to(tl.int64)
+            state = mixed(state + (expert + 1) * -3335678366873096957)
+        before = tl.load(digest_ptr + rows, mask=rows < num_tokens, other=0)
+        tl.store(digest_ptr + rows, before + state, mask=rows < num_tokens)
+    return chosen, position, index, known
+
+
+@triton.jit(do_not_specialize=["num_tokens", "salt"])
+def route_kernel(
+    logits_ptr,  # (T, E) fp32
+    bias_ptr,  # (E,) fp32
+    digest_ptr,  # (T,) int64
+    experts_ptr,  # (T, TOP_K) int32
+    weights_ptr,  # (T, TOP_K) fp32
+    rows_ptr,  # (T * TOP_K,) int32, as the next two written when GROUP
+    slots_ptr,  # (T, TOP_K) int32
+    offsets_ptr,  # (E + 1,) int32
+    num_tokens,
+    scale,
+    salt,
+    E: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BEST: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ROUND_TO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DIGEST: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """ROWS tokens; with GROUP these are all, and a column of the choice tells the places of an expert."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chosen, position, index, known = routed(
+        logits_ptr, bias_ptr, digest_ptr, experts_ptr, weights_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS,
+        LEVELS, GROUPS, SIZE, TOP_GROUPS, BEST, TOP_K, ROWS, SIGMOID, NORMALIZE, ROUND_TO, HAS_BIAS, HAS_DIGEST,
+    )  # fmt: skip
+    if GROUP:
+        taken = chosen.to(tl.int32)
+        counts = tl.sum(taken, 0)
+        past = tl.cumsum(counts, 0)
+        places = (past - counts)[None, :] + tl.cumsum(taken, 0) - 1
+        pairs = rows[:, None] * TOP_K + position
+        tl.store(slots_ptr + pairs, places, mask=chosen)
+        tl.store(rows_ptr + places, pairs, mask=chosen)
+        tl.store(offsets_ptr + index + 1, past, mask=known)
+        tl.store(offsets_ptr, 0)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def route_backward_kernel(
+    dweights_ptr,  # (T, TOP_K) fp32
+    logits_ptr,  # (T, E) fp32
+    experts_ptr,  # (T, TOP_K) int32
+    dlogits_ptr,  # (T, E) fp32
+    num_tokens,
+    scale,
+    E: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """The formula stands with the CPU twin; sums over the chosen go in the order of the experts."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_batch = rows < num_tokens
+    index = tl.arange(0, 1 << LEVELS)
+    known = index < E
+    scores = scores_of(logits_ptr, rows, num_tokens, index, known, E, LEVELS, SIGMOID)
+    total = tl.zeros((ROWS,), tl.float32)
+    inner = tl.zeros((ROWS,), tl.float32)
+    grad = tl.zeros(scores.shape, tl.float32)
+    chosen = scores != scores
+    chosen = chosen & ~chosen
+    for j in tl.static_range(TOP_K):
+        pairs = rows * TOP_K + j
+        expert = tl.load(experts_ptr + pairs, mask=in_batch, other=-1)
+        dweight = tl.load(dweights_ptr + pairs, mask=in_batch, other=0.0) * scale
+        here = expert[:, None] == index[None, :]
+        score = tl.sum(tl.where(here, scores, 0.0), 1)
+        total += score
+        inner += dweight * score
+        grad = tl.where(here, dweight[:, None], grad)
+        chosen = chosen | here
+    if NORMALIZE:
+        if SIGMOID:
+            total += 1e-20
+        mean = tl.div_rn(inner, total)
+        grad = tl.div_rn(grad - mean[:, None], tl.broadcast_to(total[:, None], scores.shape))
+    if SIGMOID:
+        dlogits = tl.where(chosen, grad * scores * (1.0 - scores), 0.0)
+    elif NORMALIZE:
+        dlogits = tl.where(chosen, grad * scores, 0.0)
+    else:
+        dlogits = scores * (grad - inner[:, None])
+    ptrs = dlogits_ptr + rows.to(tl.int64)[:, None] * E + index[None, :]
+    tl.store(ptrs, dlogits, mask=in_batch[:, None] & known[None, :])
+
+
+def forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+) -> tuple[Tensor, Tensor]:
+    """logits (T, E) fp32 contiguous -> experts (T, k) int32 ascending, weights (T, k) fp32; adds to ``digest`` (T,)."""
+    choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
+    experts, weights, *_ = _launch(logits, bias, digest, *choice, group=False)
+    return experts, weights
+
+
+def grouped_forward(
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`forward`, then rows, slots and offsets of its experts: one launch for FEW_TOKENS, else several."""
+    choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
+    if 0 < logits.shape[0] <= FEW_TOKENS:
+        return _launch(logits, bias, digest, *choice, group=True)
+    from vexact.ops.kernels.moe import groups
+
+    experts, weights = forward(logits, bias, digest, *choice)
+    return experts, weights, *groups.forward(experts, logits.shape[1])
+
+
+def backward(
+    dweights: Tensor, logits: Tensor, experts: Tensor, top_k: int, scoring: str, normalize: bool, scale: float
+) -> Tensor:
+    """dweights (T, k) fp32 -> dlogits (T, E) fp32; every tensor contiguous."""
+    (num_tokens, num_experts), dlogits = logits.shape, torch.empty_like(logits)
+    route_backward_kernel[(cdiv(num_tokens, ROWS),)](
+        dweights,
+        logits,
+        experts,
+        dlogits,
+        num_tokens,
+        scale,
+        E=num_experts,
+        LEVELS=next_power_of_2(num_experts).bit_length() - 1,
+        TOP_K=top_k,
+        ROWS=ROWS,
+        SIGMOID=scoring == "sigmoid",
+        NORMALIZE=normalize,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return dlogits
+
+
+def _launch(
+    logits: Tensor,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+    round_to: torch.dtype,
+    salt: int,
+    group: bool,
+) -> tuple[Any, ...]:
+    num_tokens, num_experts = logits.shape
+    experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
+    rows = slots = offsets = experts
+    if group:
+        rows, slots = experts.new_empty(num_tokens * top_k), torch.empty_like(experts)
+        offsets = experts.new_empty(num_experts + 1)
+    block = next_power_of_2(num_tokens) if group else ROWS
+    route_kernel[(1 if group else cdiv(num_tokens, block),)](
+        logits,
+        logits if bias is None else bias,
+        logits if digest is None else digest,
+        experts,
+        weights,
+        rows,
+        slots,
+        offsets,
+        num_tokens,
+        scale,
+        salt,
+        E=num_experts,
+        NUM_GROUPS=num_groups,
+        LEVELS=next_power_of_2(num_experts).bit_length() - 1,
+        GROUPS=next_power_of_2(num_groups),
+        SIZE=next_power_of_2(num_experts // num_groups),
+        TOP_GROUPS=top_groups,
+        BEST=2 if scoring == "sigmoid" else 1,
+        TOP_K=top_k,
+        ROWS=block,
+        SIGMOID=scoring == "sigmoid",
+        NORMALIZE=normalize,
+        ROUND_TO=ROUND_TO[round_to],
+        HAS_BIAS=bias is not None,
+        HAS_DIGEST=digest is not None,
+        GROUP=group,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return experts, weights, rows, slots, offsets

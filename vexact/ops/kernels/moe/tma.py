@@ -1,0 +1,119 @@
+"""Persistent grouped product whose weights travel through tensor descriptors (sm_90 and newer).
+
+Rows come through a descriptor where they stand in the order of places, and through pointers where they are gathered.
+Same reduction as ``linear.tma``. A block may reach into the next expert's rows: they are computed and not stored. It
+never reaches into the next expert's matrix, which is a dimension of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vexact.ops.kernels.linear.tma import halves
+from vexact.ops.kernels.moe.epilogue import gated
+from vexact.ops.kernels.moe.places import find_tile, tiles_of_experts
+
+
+@triton.jit
+def load_weight(desc, expert, col, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr):
+    """(BLOCK_K, BLOCK_N) of an expert's matrix stored as (E, N, K) when K_MAJOR, else as (E, K, N)."""
+    if K_MAJOR:
+        return tl.trans(tl.reshape(desc.load([expert, col, k]), (BLOCK_N, BLOCK_K)))
+    else:
+        return tl.reshape(desc.load([expert, k, col]), (BLOCK_K, BLOCK_N))
+
+
+@triton.jit
+def add_product(x, w, acc, SWAP: tl.constexpr):
+    """acc + x @ w, or its transpose when SWAP."""
+    if SWAP:
+        return tl.dot(tl.trans(w), tl.trans(x), acc)
+    else:
+        return tl.dot(x, w, acc)
+
+
+@triton.jit
+def store_own(desc, values, first, end, col, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Round and store the rows of a tile whose places are before ``end``; see ``own_rows``."""
+    own = tl.minimum(end - first, BLOCK_M)
+    desc.store([first + own, BLOCK_M - own, col], tl.reshape(values.to(desc.dtype), (1, BLOCK_M, WIDTH)))
+
+
+@triton.jit
+def grouped_tma_kernel(
+    x_desc,  # (P, K), or a pointer to (T, K) when GATHER
+    weight_desc,  # (E, N, K) when K_MAJOR, else (E, K, N); twice N when GATED
+    out_desc,  # own_rows of (P, N), blocks of BLOCK_M x BLOCK_N / SPLITS
+    rows_ptr,  # (P,) pair of a place, or any pointer unless GATHER
+    offsets_ptr,  # (E + 1,)
+    num_experts,
+    N,
+    K,
+    stride_x,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SWAP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GATHER: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Tiles of places of one expert times its matrix; SPLITS and FLATTEN are those of ``matmul_tma_kernel``."""
+    WIDTH: tl.constexpr = BLOCK_N // SPLITS
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles, past = tiles_of_experts(offsets_ptr, num_experts, BLOCK_M, EXPERTS)
+    depth = tl.arange(0, BLOCK_K)
+    stored = tl.program_id(0)
+    for at in tl.range(tl.program_id(0), tl.max(past, 0) * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        expert, first, end = find_tile(at // tiles_n, tiles, past, offsets_ptr, BLOCK_M)
+        col = at % tiles_n * BLOCK_N
+        if GATHER:
+            places = first + tl.arange(0, BLOCK_M)
+            token = tl.load(rows_ptr + places, mask=places < end, other=0) // TOP_K
+            x_rows = x_desc + token.to(tl.int64)[:, None] * stride_x
+        if SWAP:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if GATED:
+            acc_up = acc
+        for step in range(tl.cdiv(K, BLOCK_K)):
+            k = step * BLOCK_K
+            if not GATHER:
+                x = x_desc.load([first, k])
+            elif EVEN_K:
+                x = tl.load(x_rows + (k + depth)[None, :])
+            else:
+                x = tl.load(x_rows + (k + depth)[None, :], mask=(k + depth < K)[None, :], other=0.0)
+            acc = add_product(x, load_weight(weight_desc, expert, col, k, BLOCK_N, BLOCK_K, K_MAJOR), acc, SWAP)
+            if GATED:
+                up = load_weight(weight_desc, expert, N + col, k, BLOCK_N, BLOCK_K, K_MAJOR)
+                acc_up = add_product(x, up, acc_up, SWAP)
+        if FLATTEN:  # found again, so that the epilogue does not hold the prologue's values: see matmul_tma_kernel
+            expert, first, end = find_tile(stored // tiles_n, tiles, past, offsets_ptr, BLOCK_M)
+            col = stored % tiles_n * BLOCK_N
+            stored += tl.num_programs(0)
+        if GATED:
+            acc = gated(acc, acc_up, out_desc.dtype)
+        if SWAP:
+            acc = tl.trans(acc)
+        if SPLITS == 1:
+            store_own(out_desc, acc, first, end, col, WIDTH, BLOCK_M)
+        else:
+            left, right = halves(acc)
+            if SPLITS == 2:
+                store_own(out_desc, left, first, end, col, WIDTH, BLOCK_M)
+                store_own(out_desc, right, first, end, col + WIDTH, WIDTH, BLOCK_M)
+            else:
+                one, two = halves(left)
+                store_own(out_desc, one, first, end, col, WIDTH, BLOCK_M)
+                store_own(out_desc, two, first, end, col + WIDTH, WIDTH, BLOCK_M)
+                three, four = halves(right)
+                store_own(out_desc, three, first, end, col + 2 * WIDTH, WIDTH, BLOCK_M)
+                store_own(out_desc, four, first, end, col + 3 * WIDTH, WIDTH, BLOCK_M)
