@@ -116,6 +116,15 @@ def test_strict_stops_warn_says_it_once_and_off_is_silent(caplog):
     assert audits["off"].metrics() == {}
 
 
+def test_warn_says_once_that_routes_are_missing(caplog):
+    samples, audit = [_sample("a", None)], Audit("warn")
+    audit.begin(samples)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            audit.check([0], _equal(samples), _routes([1, 2, 3]))
+    assert len([record for record in caplog.records if "not compared: one side" in record.message]) == 1
+
+
 def _model(raw, dtype=torch.float32, seed=0):
     return random_model(ModelConfig.from_hf_dict(raw), seed, dtype)
 
