@@ -179,6 +179,8 @@ def figures(run: Finished) -> dict:
         "steps": len(run.rows),
         "tokens_compared": int(sum(row.get("bitwise/tokens_compared", 0) for row in run.rows)),
         "tokens_different": int(sum(row.get("bitwise/tokens_different", 0) for row in run.rows)),
+        "routes_compared": int(sum(row.get("bitwise/routes_compared", 0) for row in run.rows)),
+        "routes_different": int(sum(row.get("bitwise/routes_different", 0) for row in run.rows)),
         "tokens_sampled": int(sum(row["rollout/num_tokens"] for row in run.rows)),
         "prompt_tokens": run.rows[0]["prompt_length/mean"],
         "response_tokens": run.rows[0]["response_length/mean"],
