@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "swaps"))
 from families import build
+from torch import nn
 
 from vexact.audit.verify.run import VerifyOptions, verify
 from vexact.audit.verify.sides import HfSide
