@@ -132,6 +132,12 @@ def test_what_it_started_ends_with_it(clone: Clone) -> None:
     assert until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists(), 20)
 
 
+def test_what_it_starts_can_be_interrupted(clone: Clone) -> None:
+    tests = executable(clone.folder.parent / "signals", f'trap -p >"{clone.folder.parent}/ignored"')
+    clone.run("veomni", TESTS=f"exec {tests}")
+    assert (clone.folder.parent / "ignored").read_text() == ""
+
+
 @pytest.mark.parametrize("asked", [[], ["sglang"], ["--help"]])
 def test_an_unknown_bridge_is_refused(clone: Clone, asked: list[str]) -> None:
     assert clone.run(*asked, code=2) == "bridges: which one? verl veomni vllm or all\n"
