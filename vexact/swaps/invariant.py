@@ -64,7 +64,10 @@ def make_invariant(model: Model) -> Model:
 
 
 def _convert(model: Any, undo: list[Callable[[], None]]) -> list[str]:
-    before = _trial(model)
+    try:
+        before = _trial(model)
+    except Exception as error:  # of any class: its configuration may be no model at all
+        return [f"as it is, it cannot run {_TRIAL_TOKENS} tokens: {error}"]
     random = dropouts(model)
     reasons = swap_modules(model, undo=undo)
     _attend(model, undo)
