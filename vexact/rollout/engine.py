@@ -387,7 +387,7 @@ class Engine:
 
     @property
     def num_named(self) -> int:
-        """Prompts that this engine has named itself. Replicas that share a stream of them are set to the same number."""
+        """Prompts that this engine has named itself. Replicas that share a stream of them get the same number."""
         return self._intake.num_named
 
     @num_named.setter
