@@ -12,7 +12,7 @@ from rollout_models import tiny_model
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.async_engine import AsyncEngine
 from vexact.rollout.scheduling.block_manager import KVIntegrityError
-from vexact.rollout.stream import EngineClosedError, EngineFailedError, QueueFullError
+from vexact.rollout.stream import Ask, EngineClosedError, EngineFailedError, QueueFullError
 
 SHORT = SamplingParams(max_tokens=9, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -29,7 +29,7 @@ def engine():
     yield driven
     driven.close()
     assert driven.num_unfinished == 0
-    assert not (driven._parts or driven._held or driven._live or driven._unstarted or driven._outbox)
+    assert not any((driven._parts, driven._held, driven._live, driven._unstarted, driven._outbox))
 
 
 async def collect(engine, prompt, params, name=None, **options):
@@ -77,6 +77,25 @@ def test_tokens_depend_on_the_draw_id_where_one_is_given(engine):
     assert (first.request_id, second.request_id) == ("unique0", "unique1")
 
 
+def test_several_requests_start_together_or_not_at_all(engine):
+    two, one = SamplingParams(max_tokens=9, n=2, ignore_eos=True), SHORT
+
+    async def scenario():
+        found = {}
+        async with engine.stream_all([Ask(PROMPT, two, "a"), Ask([1], one, "b")]) as deltas:
+            async for delta in deltas:
+                if delta.sample is not None:
+                    found[delta.index] = (delta.sample.request_id, delta.sample.token_ids)
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            async with engine.stream_all([Ask(PROMPT, LONG, "c"), Ask([5000], one, "d")]):
+                pass
+        await engine.run(Engine.check_idle)
+        return found
+
+    direct = make().generate([PROMPT, [1]], [two, one], ["a", "b"])
+    assert asyncio.run(scenario()) == {i: (sample.request_id, sample.token_ids) for i, sample in enumerate(direct)}
+
+
 def test_who_leaves_a_stream_takes_all_its_samples_along(engine):
     async def scenario():
         async with engine.stream(PROMPT, SamplingParams(max_tokens=400, n=3, ignore_eos=True)) as deltas:
@@ -121,9 +140,9 @@ def test_the_queue_is_bounded_and_what_is_refused_costs_nothing(engine):
         running = [asyncio.create_task(engine.generate(PROMPT, LONG, f"r{i}")) for i in range(6)]
         await asyncio.sleep(0)
         assert engine.is_full
-        with pytest.raises(QueueFullError, match="6 samples are unfinished and 1 more were asked for; .* at most 6"):
+        with pytest.raises(QueueFullError, match=r"6 samples are unfinished and 1 more were asked for; .* at most 6"):
             await engine.generate(PROMPT, SHORT)
-        with pytest.raises(ValueError, match="n=7 is more than the 6 samples"):
+        with pytest.raises(ValueError, match="7 samples at once are more than the 6"):
             await engine.generate(PROMPT, SamplingParams(n=7))
         await engine.abort({"r0"})
         assert len(await engine.generate(PROMPT, SHORT)) == 1
@@ -221,7 +240,7 @@ def test_a_failed_engine_tells_everyone():
         for error in await asyncio.gather(*running, return_exceptions=True):
             assert isinstance(error, KVIntegrityError | EngineFailedError) or len(error) == 1
         for _ in range(2):
-            with pytest.raises(EngineFailedError, match="has failed.*still referenced"):
+            with pytest.raises(EngineFailedError, match=r"has failed.*still referenced"):
                 await driven.generate(PROMPT, SHORT)
         with pytest.raises(EngineFailedError):
             await driven.run(Engine.check_idle)

@@ -8,6 +8,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from functools import partial
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -16,7 +18,16 @@ from vexact.rollout.engine import Engine
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError, StepOutput
 from vexact.rollout.sampling.sampling_params import SamplingParams
 from vexact.rollout.scheduling.block_manager import BlockError, KVIntegrityError
-from vexact.rollout.stream import EngineClosedError, EngineFailedError, News, Order, QueueFullError, Stream, deliver
+from vexact.rollout.stream import (
+    Ask,
+    EngineClosedError,
+    EngineFailedError,
+    News,
+    Order,
+    QueueFullError,
+    Stream,
+    deliver,
+)
 from vexact.types import Sample
 
 T = TypeVar("T")
@@ -115,16 +126,25 @@ class AsyncEngine:
 
         Entering raises what keeps the request from starting, the stream what ends it: see ``generate``.
         """
-        num_samples = sampling_params.n if isinstance(sampling_params, SamplingParams) else 1
-        stream = Stream(asyncio.get_running_loop(), num_samples, live=live)
-        order = Order(prompt_token_ids, sampling_params, request_id, draw_id, stream, num_samples)
-        self._reserve(order)
+        ask = Ask(prompt_token_ids, sampling_params, request_id, draw_id)
+        async with self.stream_all([ask], live=live) as deltas:
+            yield deltas
+
+    @asynccontextmanager
+    async def stream_all(self, asks: Sequence[Ask], *, live: bool = True) -> AsyncIterator[Stream]:
+        """``stream`` for several requests, all of them or none: one that cannot start keeps the others from it."""
+        stream = Stream(asyncio.get_running_loop(), sum(ask.num_samples for ask in asks), live=live)
+        firsts = accumulate((ask.num_samples for ask in asks), initial=0)
+        orders = [Order(ask, stream, first) for ask, first in zip(asks, firsts)]
+        self._reserve(orders)
         try:
-            await asyncio.wrap_future(order.added)
+            for order in orders:
+                await asyncio.wrap_future(order.added)
             yield stream
         finally:
-            if order.num_reserved:  # it has neither ended nor failed
-                self._post(lambda: self._withdraw(order), lambda _: None, quietly=True)
+            for order in orders:
+                if order.num_reserved:  # it has neither ended nor failed
+                    self._post(partial(self._withdraw, order), lambda _: None, quietly=True)
 
     async def abort(self, request_ids: Collection[str] | None = None) -> list[str]:
         """Ends these requests, or all: their callers get what was sampled so far. Returns the ids of the samples ended.
@@ -200,7 +220,7 @@ class AsyncEngine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._post(answer, lambda error: _fail(future, error))
+        self._post(answer, partial(_fail, future))
         return future
 
     def close(self) -> None:
@@ -213,18 +233,18 @@ class AsyncEngine:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         future: Future[None] = Future()
-        self._post(lambda: self._waiters.append((condition, future)), lambda error: _fail(future, error))
+        self._post(lambda: self._waiters.append((condition, future)), partial(_fail, future))
         await asyncio.wrap_future(future)
 
-    def _reserve(self, order: Order) -> None:
+    def _reserve(self, orders: Sequence[Order]) -> None:
         with self._wake:
             if self._refusal is not None:
                 raise copy.copy(self._refusal)
-            limit, wanted = self._max_unfinished, order.num_samples
+            limit, wanted = self._max_unfinished, sum(order.ask.num_samples for order in orders)
             if limit is not None and wanted > limit:
                 raise ValueError(
-                    f"sampling parameter n={wanted} is more than the {limit} samples that the engine runs and queues; "
-                    "ask for fewer, or raise max_queue"
+                    f"{wanted} samples at once are more than the {limit} that the engine runs and queues; ask for "
+                    "fewer, or raise max_queue"
                 )
             if limit is not None and self._num_reserved + wanted > limit:
                 raise QueueFullError(
@@ -232,8 +252,9 @@ class AsyncEngine:
                     f"and queues at most {limit}; try again later"
                 )
             self._num_reserved += wanted
-            order.num_reserved = wanted
-            self._calls.append((lambda: self._begin(order), lambda error: _fail(order.added, error)))
+            for order in orders:
+                order.num_reserved = order.ask.num_samples
+                self._calls.append((partial(self._begin, order), partial(_fail, order.added)))
             self._wake.notify()
 
     def _post(
@@ -281,7 +302,7 @@ class AsyncEngine:
 
     def _start_held(self, request_ids: Collection[str]) -> None:
         """Those of these requests that a pause holds back, so that they can be aborted as others are."""
-        named = [order for order in self._held if order.request_id in request_ids]
+        named = [order for order in self._held if order.ask.request_id in request_ids]
         self._held = [order for order in self._held if order not in named]
         for order in named:
             self._start(order)
@@ -290,13 +311,13 @@ class AsyncEngine:
         if not order.added.set_running_or_notify_cancel():
             return  # the withdrawal that follows gives its places back
         try:
-            names = self._engine.add_request(order.prompt, order.params, order.request_id, order.draw_id)
+            names = self._engine.add_request(*order.ask)
         except BaseException as error:
             self._release(order, order.num_reserved)
             order.added.set_exception(error)
             return
         order.unfinished.update(names)
-        self._parts |= {name: (order, index) for index, name in enumerate(names)}
+        self._parts |= {name: (order, index) for index, name in enumerate(names, order.first_index)}
         self._unstarted.update(names)
         if order.stream.live:
             self._live.update(names)

@@ -31,7 +31,7 @@ class QueueFullError(RuntimeError):
 class Delta:
     """What one sample of a request has got since its last delta; ``sample`` is the whole of it once it has ended."""
 
-    index: int  # of the n samples
+    index: int  # among the samples of the stream: those of the first request, then those of the second, …
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of these tokens; each is a float32
     sample: Sample | None = None
@@ -41,23 +41,33 @@ class News(NamedTuple):
     """What the engine's thread has to say to one stream: tokens, an ended sample, or an error."""
 
     stream: Stream
-    index: int
+    which: int  # of its samples
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
     sample: Sample | None = None
     error: BaseException | None = None
 
 
+class Ask(NamedTuple):
+    """The arguments of ``Engine.add_request``."""
+
+    prompt_token_ids: Sequence[int]
+    sampling_params: SamplingParams
+    request_id: str | None = None
+    draw_id: str | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.sampling_params.n if isinstance(self.sampling_params, SamplingParams) else 1
+
+
 @dataclass(slots=True, eq=False)
 class Order:
     """A request on its way to the engine; belongs to the engine's thread once it is posted."""
 
-    prompt: Sequence[int]
-    params: SamplingParams
-    request_id: str | None
-    draw_id: str | None
+    ask: Ask
     stream: Stream
-    num_samples: int
+    first_index: int  # of its samples in the stream
     added: Future[None] = field(default_factory=Future)
     unfinished: set[str] = field(default_factory=set)  # ids of its samples that are in the engine
     num_reserved: int = 0  # places in the queue that it holds
@@ -65,7 +75,7 @@ class Order:
 
 
 class Stream:
-    """An asynchronous iterator over the ``Delta`` of a request's samples, on the event loop of its caller.
+    """An asynchronous iterator over the ``Delta`` of the samples of one or more requests, on their caller's event loop.
 
     A consumer that is late gets what has come meanwhile in one delta per sample: nothing piles up but the tokens.
     Raises what ended the request.
@@ -106,7 +116,7 @@ class Stream:
         if news.error is not None:
             self._error = news.error
         else:
-            delta = self._pending.setdefault(news.index, Delta(news.index))
+            delta = self._pending.setdefault(news.which, Delta(news.which))
             delta.token_ids.extend(news.token_ids)
             delta.logprobs.extend(news.logprobs)
             delta.sample = news.sample
