@@ -102,6 +102,26 @@ def cross_entropy(tokens: int, size: int, vocabulary: int, dtype: torch.dtype) -
     return [*results, *one]
 
 
+def experts(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """A layer of 5 experts, the last never chosen; the last token is padding; then the fused forward."""
+    x, logits = draw(tokens, hidden, dtype=dtype), draw(tokens, 5, dtype=FP32)
+    gate_up, down = draw(5, 2 * width, hidden, dtype=dtype), draw(5, hidden, width, dtype=dtype)
+    bias = torch.tensor([0.0, 0.1, 0.0, -0.1, -9.0], device="cuda")
+    settings = {"top_k": 2, "scoring": "sigmoid", "digest": torch.zeros(tokens, dtype=torch.int64, device="cuda")}
+    routes = ops.route(logits, bias, **settings)
+    chosen = routes.experts.clone()
+    chosen[-1] = -1
+    groups = ops.group_tokens(chosen, 5)
+    act = ops.swiglu(ops.grouped_linear(x, gate_up, groups, gather=True))
+    out = ops.combine(ops.grouped_linear(act, down, groups, gather=False), routes.weights, groups, shared=x)
+    results = with_gradients((out,), (x, logits, gate_up, down))
+    with torch.no_grad():
+        routes, groups = ops.route_and_group(logits, bias, **settings)
+        act = ops.grouped_swiglu(x, gate_up, groups, gather=True)
+        fused = ops.combine(ops.grouped_linear(act, down, groups, gather=False), routes.weights, groups)
+    return [*results, fused]
+
+
 @torch.no_grad()
 def norm(dtype: torch.dtype) -> list[Tensor]:
     """Matrices whose rows end within a tile, a stretch and 16 bytes."""
@@ -129,6 +149,11 @@ def cases() -> Iterator[Case]:
             yield f"linear {rows} {n} {k} {dtype}", lambda r=rows, n=n, k=k, d=dtype: linear(r, n, k, d)
         for heads, dim in (((4, 2), 64), ((3, 1), 40), ((2, 2), 128)):
             yield f"packed {heads} {dim} {dtype}", lambda h=heads, d=dim, t=dtype: packed(h, d, t)
+        for tokens, hidden, width in ((1, 72, 40), (300, 136, 72), (2100, 50, 31)):
+            yield (
+                f"experts {tokens} {hidden} {width} {dtype}",
+                lambda n=tokens, h=hidden, w=width, d=dtype: experts(n, h, w, d),
+            )
         yield f"square_sums {dtype}", lambda d=dtype: norm(d)
         yield f"rowwise {dtype}", lambda d=dtype: rowwise(101, 200, d)
         for tokens, vocabulary in ((5, 73), (130, 1009)):

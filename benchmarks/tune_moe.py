@@ -35,9 +35,9 @@ BUDGETS = (72, 110, 215)  # KiB of shared memory: three, two and one program a m
 
 def few_tiles(rows: int, halves: int) -> Iterator[Tile]:
     """Candidates for few rows an expert; a gated product has two weight tiles."""
-    block_ms = (16,) if rows <= 2 else (16, 32) if rows <= 8 else (16, 32, 64)
-    for bm, bn, bk in combinations(block_ms, (16, 32, 64, 128), (64, 128, 256)):
-        if bm * bn > 64 * 128 or (bk == 64 and bn < 64) or (bn == 128 and bk == 256) or (bm < 64 and bn * bk < 4096):
+    block_ms = (16,) if rows <= 8 else (16, 32, 64)
+    for bm, bn, bk in combinations(block_ms, (32, 64, 128), (64, 128, 256)):
+        if bm * bn > 64 * 128 or bn * bk * halves < 4096 or bn * bk > 16384 or (bm == 64 and bn == 32):
             continue
         for swap in (False, True) if bm < 64 <= bn else (False,):
             for kib in BUDGETS[:2]:
@@ -46,39 +46,42 @@ def few_tiles(rows: int, halves: int) -> Iterator[Tile]:
                     yield Tile("tma", bm, bn, bk, 4, stages, swap=swap)
 
 
-def many_tiles(halves: int, gather: bool) -> Iterator[Tile]:
+def many_tiles(halves: int) -> Iterator[Tile]:
     """Candidates for many rows an expert."""
     if halves == 2:
         yield from (Tile("tma", 128, 128, 64, 8, stages) for stages in (3, 4))
-        yield from (Tile("tma", 128, 128, 64, 8, stages, splits=s, waves=1) for stages, s in ((3, 1), (3, 2), (4, 2)))
-        yield from (Tile("tma", 128, 64, 64, 4, 3), Tile("tma", 64, 128, 64, 4, 3), Tile("tma", 64, 64, 64, 4, 4))
-        yield Tile("tma", 128, 64, 64, 4, 3, waves=2)
+        yield from (Tile("tma", 128, 128, 64, 8, 4, splits=splits, waves=1) for splits in (2, 4))
+        yield from (Tile("tma", 128, 128, 64, 8, 3, splits=2, waves=1), Tile("tma", 128, 64, 64, 4, 3))
+        yield from (
+            Tile("tma", 128, 64, 64, 4, 3, waves=2),
+            Tile("tma", 256, 64, 64, 8, 4),
+            Tile("tma", 64, 64, 64, 4, 4),
+        )
+        yield from (Tile("tma", 64, 128, 64, 4, 4), Tile("tma", 128, 128, 128, 8, 2))
         return
     yield from (Tile("tma", 128, 256, 64, 8, stages, splits=4, waves=1) for stages in (3, 4))
     yield from (Tile("tma", 256, 128, 64, 8, 4, splits=4, waves=1), Tile("tma", 128, 256, 64, 8, 4, splits=2))
     yield from (Tile("tma", 128, 128, 64, 4, 3, splits=2, waves=2), Tile("tma", 128, 128, 64, 4, 3, splits=2))
-    yield from (
-        Tile("tma", 128, 128, 64, 8, 3, splits=2),
-        Tile("tma", 64, 128, 64, 4, 4),
-        Tile("tma", 64, 256, 64, 4, 4),
-    )
+    yield from (Tile("tma", 64, 128, 64, 4, 4), Tile("tma", 64, 256, 64, 4, 4))
 
 
-def sum_tiles(gather: bool) -> Iterator[Tile]:
-    yield from (Tile("tma", 128, 128, 64, 4, stages) for stages in (3, 4))
-    yield from (Tile("tma", 128, 256, 64, 8, stages) for stages in (4, 5))
-    yield from (Tile("tma", 256, 128, 64, 8, 4), Tile("tma", 128, 128, 64, 8, 4), Tile("tma", 128, 128, 32, 4, 5))
-    yield Tile("pointer", 128, 128, 64, 8, 4)
+def sum_tiles() -> Iterator[Tile]:
+    """Candidates for a weight gradient. Two stages hold the indices of gathered rows."""
+    yield from (Tile("tma", 128, 128, 32, 4, stages) for stages in (5, 6, 7))
+    yield from (Tile("tma", 128, 128, 64, 4, 5), Tile("tma", 128, 256, 64, 8, 4), Tile("tma", 128, 256, 64, 8, 6))
+    yield from (Tile("tma", 128, 256, 64, 8, 8), Tile("tma", 128, 128, 64, 4, 7))
+    yield from (Tile("tma", 256, 128, 64, 8, 4), Tile("tma", 256, 128, 64, 8, 6), Tile("tma", 128, 256, 32, 8, 7))
+    yield Tile("tma", 256, 128, 32, 8, 7)
 
 
 def candidates(kind: str, tokens: int, shape: MoeShape) -> list[Tile]:
     rows = tokens * shape.top_k // shape.experts
-    halves, gather = 2 if kind == "gated" else 1, kind in GATHERED
+    halves = 2 if kind == "gated" else 1
     if kind in ("grad_gate_up", "grad_down"):
-        return list(sum_tiles(gather))
+        return list(sum_tiles())
     tiles = list(few_tiles(rows, halves)) if rows <= 32 and kind in ("gated", "down") else []
     if rows >= 8:
-        tiles += many_tiles(halves, gather)
+        tiles += many_tiles(halves)
     return list(dict.fromkeys(tiles))
 
 

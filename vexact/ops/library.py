@@ -220,7 +220,11 @@ def moe_router_forward(
 
 
 def _groups(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return experts.new_empty((experts.numel(),)), *_same(experts), experts.new_empty((num_experts + 1,))
+    return (
+        experts.new_empty((experts.numel(),)),
+        experts.new_empty(experts.shape),
+        experts.new_empty((num_experts + 1,)),
+    )
 
 
 def _grouped_routes(

@@ -161,6 +161,15 @@ def test_gradients_are_those_of_the_reference(settings: dict) -> None:
     torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_normalised_weights_give_no_gradient_to_who_was_not_chosen() -> None:
+    logits = torch.randn(30, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for scoring in ("softmax", "sigmoid"):
+        experts, weights = route(logits, top_k=3, scoring=scoring)
+        (grad,) = torch.autograd.grad((weights * torch.tensor([1.0, -2.0, 0.5])).sum(), logits)
+        assert grad.gather(1, experts.long()).all()
+        assert not grad.scatter(1, experts.long(), 0.0).any()
+
+
 def test_gradients_pass_through_the_rounding_as_if_there_were_none() -> None:
     logits, dweights = torch.randn(10, 8), torch.randn(10, 2)
     grads = []

@@ -18,6 +18,8 @@ from vexact.ops.kernels.moe.tiles import grad_weight_tile, product_tile
 from vexact.ops.kernels.moe.tma import grouped_tma_kernel
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
+SWIZZLED_SPAN = 128  # bytes of a row that stay together in shared memory
+
 
 def forward(x: Tensor, weight: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
     """x (T, K) gathered by ``rows`` (P,), or (P, K); weight (E, N, K) -> (P, N) in the dtype of ``x``."""
@@ -94,7 +96,7 @@ def product(
     if num_places == 0 or n == 0:
         return x.new_empty(num_places, n)
     if tile is None:
-        descriptors = x.shape[1] > 0 and n % 8 == 0 and _has_descriptors(x) and _whole_matrices(weight)
+        descriptors = x.shape[1] > 0 and n % 8 == 0 and _has_descriptors(x) and _whole_matrices(weight, gated)
         tile = product_tile(num_places, weight.shape[0], x.dtype, descriptors, rows is not None, gated)
     launch = _launch_tma if tile.kernel == "tma" else _launch_pointer
     return launch(x, weight, rows, offsets, top_k, num_places, n, gated, tile)
@@ -103,11 +105,27 @@ def product(
 def own_rows(out: Tensor, block_m: int, width: int) -> TensorDescriptor:
     """A descriptor of (P, N), given with ``block_m`` rows in front, that stores the first ``own`` rows of a tile alone.
 
-    Row x + y is addressed by its two coordinates, of which y ends at ``block_m``: a tile that starts at x = first + own,
-    y = block_m - own reaches that end after ``own`` rows, and the accelerator drops the others.
+    Row x + y is addressed by its two coordinates, of which y ends at ``block_m``: a tile that starts at
+    x = first + own, y = block_m - own reaches that end after ``own`` rows, and the accelerator drops the others.
     """
     rows, n = out.shape
     return TensorDescriptor(out, [rows - block_m + 1, block_m, n], [n, n, 1], [1, block_m, width])
+
+
+def matrix_descriptor(weight: Tensor, gated: bool, tile: Tile) -> TensorDescriptor:
+    """A descriptor of ``weight`` (E, N, K) in the order it is stored; of gate and up together, (E, 2, N / 2, K)."""
+    if gated:
+        halves = 2 if _is_joint(weight, tile) else 1
+        stored, block = weight.unflatten(1, (2, -1)), [1, halves, tile.block_n, tile.block_k]
+    elif weight.stride(2) == 1:
+        stored, block = weight, [1, tile.block_n, tile.block_k]
+    else:
+        stored, block = weight.transpose(1, 2), [1, tile.block_k, tile.block_n]
+    return TensorDescriptor(stored, list(stored.shape), list(stored.stride()), block)
+
+
+def _is_joint(weight: Tensor, tile: Tile) -> bool:
+    return tile.block_k * weight.element_size() == SWIZZLED_SPAN
 
 
 def _has_descriptors(*matrices: Tensor) -> bool:
@@ -118,9 +136,9 @@ def _has_descriptors(*matrices: Tensor) -> bool:
     )
 
 
-def _whole_matrices(weight: Tensor) -> bool:
-    """Whether ``weight`` (E, N, K), or its transpose, can be addressed by a descriptor."""
-    stored = weight if weight.stride(2) == 1 else weight.transpose(1, 2)
+def _whole_matrices(weight: Tensor, gated: bool) -> bool:
+    """Whether ``weight`` (E, N, K), or its transpose unless it is gated, can be addressed by a descriptor."""
+    stored = weight if weight.stride(2) == 1 or gated else weight.transpose(1, 2)
     unit = 16 // weight.element_size()
     strides = stored.stride(0), stored.stride(1)
     return stored.stride(2) == 1 and weight.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in strides)
@@ -139,13 +157,11 @@ def _launch_tma(
 ) -> Tensor:
     num_experts, k, k_major, gather = weight.shape[0], x.shape[1], weight.stride(2) == 1, rows is not None
     out = x.new_empty(tile.block_m + num_places, n)
-    stored = weight if k_major else weight.transpose(1, 2)
-    block = [1, tile.block_n, tile.block_k] if k_major else [1, tile.block_k, tile.block_n]
     tiles = most_tiles(num_places, num_experts, tile.block_m) * cdiv(n, tile.block_n)
     grid = min(tiles, tile.waves * multiprocessors(out.device)) if tile.waves else tiles
     grouped_tma_kernel[(grid,)](
         x if gather else strip_descriptor(x, tile.block_m, tile.block_k),
-        TensorDescriptor(stored, list(stored.shape), list(stored.stride()), block),
+        matrix_descriptor(weight, gated, tile),
         own_rows(out, tile.block_m, tile.block_n // tile.splits),
         rows if gather else offsets,
         offsets,
@@ -165,6 +181,7 @@ def _launch_tma(
         EVEN_K=k % tile.block_k == 0,
         GATHER=gather,
         GATED=gated,
+        JOINT=gated and _is_joint(weight, tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # as the launches of linear

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vexact.ops.kernels.linear.tma import halves
 from vexact.ops.kernels.moe.epilogue import gated, store_rows
 from vexact.ops.kernels.moe.places import find_tile, tiles_of_experts
 
@@ -39,6 +40,7 @@ def grouped_pointer_kernel(
     PRECISION: tl.constexpr,
 ):
     """A tile of the places of one expert times its matrix. SWAP is that of ``matmul_pointer_kernel``."""
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // tiles_n
     col = tl.program_id(0) % tiles_n * BLOCK_N
@@ -52,17 +54,17 @@ def grouped_pointer_kernel(
         x_rows = tl.load(rows_ptr + places, mask=places < end, other=0) // TOP_K
     else:
         x_rows = places
-    cols = col + tl.arange(0, BLOCK_N)
-    in_cols = (cols < N)[:, None]
+    within = tl.arange(0, COLUMNS) % BLOCK_N
+    in_cols = (col + within < N)[:, None]
+    cols = col + within + (tl.arange(0, COLUMNS) // BLOCK_N) * N  # of up after those of the gate
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xm + depth[None, :] * stride_xk
     w_ptrs = weight_ptr + expert.to(tl.int64) * stride_we
     w_ptrs += cols.to(tl.int64)[:, None] * stride_wn + depth[None, :] * stride_wk
     if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc_up = acc
+        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             in_x, in_w = in_rows, in_cols
@@ -75,16 +77,11 @@ def grouped_pointer_kernel(
             acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-        if GATED:
-            up = tl.load(w_ptrs + N * stride_wn, mask=in_w, other=0.0)
-            if SWAP:
-                acc_up = tl.dot(up, tl.trans(x), acc_up, input_precision=PRECISION)
-            else:
-                acc_up = tl.dot(x, tl.trans(up), acc_up, input_precision=PRECISION)
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
-    if GATED:
-        acc = gated(acc, acc_up, out_ptr.dtype.element_ty)
     if SWAP:
         acc = tl.trans(acc)
+    if GATED:
+        gate, up = halves(acc)
+        acc = gated(gate, up, out_ptr.dtype.element_ty)
     store_rows(out_ptr, N, acc, first, end, col, N, BLOCK_N, BLOCK_M)

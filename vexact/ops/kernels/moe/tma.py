@@ -16,12 +16,18 @@ from vexact.ops.kernels.moe.places import find_tile, tiles_of_experts
 
 
 @triton.jit
-def load_weight(desc, expert, col, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr):
-    """(BLOCK_K, BLOCK_N) of an expert's matrix stored as (E, N, K) when K_MAJOR, else as (E, K, N)."""
+def load_weight(desc, expert, col, k, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, K_MAJOR: tl.constexpr):
+    """(BLOCK_K, COLUMNS) of an expert's matrix stored as (E, N, K) when K_MAJOR, else as (E, K, N)."""
     if K_MAJOR:
-        return tl.trans(tl.reshape(desc.load([expert, col, k]), (BLOCK_N, BLOCK_K)))
+        return tl.trans(tl.reshape(desc.load([expert, col, k]), (COLUMNS, BLOCK_K)))
     else:
-        return tl.reshape(desc.load([expert, k, col]), (BLOCK_K, BLOCK_N))
+        return tl.reshape(desc.load([expert, k, col]), (BLOCK_K, COLUMNS))
+
+
+@triton.jit
+def load_half(desc, expert, half, col, k, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_K, COLUMNS) of the gate (half 0) or up (half 1), or of both side by side where the block has both."""
+    return tl.trans(tl.reshape(desc.load([expert, half, col, k]), (COLUMNS, BLOCK_K)))
 
 
 @triton.jit
@@ -43,7 +49,7 @@ def store_own(desc, values, first, end, col, WIDTH: tl.constexpr, BLOCK_M: tl.co
 @triton.jit
 def grouped_tma_kernel(
     x_desc,  # (P, K), or a pointer to (T, K) when GATHER
-    weight_desc,  # (E, N, K) when K_MAJOR, else (E, K, N); twice N when GATED
+    weight_desc,  # (E, N, K) when K_MAJOR, else (E, K, N); (E, 2, N, K) when GATED
     out_desc,  # own_rows of (P, N), blocks of BLOCK_M x BLOCK_N / SPLITS
     rows_ptr,  # (P,) pair of a place, or any pointer unless GATHER
     offsets_ptr,  # (E + 1,)
@@ -63,9 +69,15 @@ def grouped_tma_kernel(
     EVEN_K: tl.constexpr,
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
+    JOINT: tl.constexpr,
 ):
-    """Tiles of places of one expert times its matrix; SPLITS and FLATTEN are those of ``matmul_tma_kernel``."""
+    """Tiles of places of one expert times its matrix; SPLITS and FLATTEN are those of ``matmul_tma_kernel``.
+
+    JOINT multiplies with gate and up at once, as one tile twice as wide: a block of both is one piece of shared memory
+    where BLOCK_K is one swizzled span.
+    """
     WIDTH: tl.constexpr = BLOCK_N // SPLITS
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED and JOINT else BLOCK_N
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles, past = tiles_of_experts(offsets_ptr, num_experts, BLOCK_M, EXPERTS)
     depth = tl.arange(0, BLOCK_K)
@@ -78,10 +90,10 @@ def grouped_tma_kernel(
             token = tl.load(rows_ptr + places, mask=places < end, other=0) // TOP_K
             x_rows = x_desc + token.to(tl.int64)[:, None] * stride_x
         if SWAP:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            acc = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
         else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if GATED:
+            acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        if GATED and not JOINT:
             acc_up = acc
         for step in range(tl.cdiv(K, BLOCK_K)):
             k = step * BLOCK_K
@@ -91,18 +103,25 @@ def grouped_tma_kernel(
                 x = tl.load(x_rows + (k + depth)[None, :])
             else:
                 x = tl.load(x_rows + (k + depth)[None, :], mask=(k + depth < K)[None, :], other=0.0)
-            acc = add_product(x, load_weight(weight_desc, expert, col, k, BLOCK_N, BLOCK_K, K_MAJOR), acc, SWAP)
             if GATED:
-                up = load_weight(weight_desc, expert, N + col, k, BLOCK_N, BLOCK_K, K_MAJOR)
+                w = load_half(weight_desc, expert, 0, col, k, COLUMNS, BLOCK_K)
+            else:
+                w = load_weight(weight_desc, expert, col, k, COLUMNS, BLOCK_K, K_MAJOR)
+            acc = add_product(x, w, acc, SWAP)
+            if GATED and not JOINT:
+                up = load_half(weight_desc, expert, 1, col, k, COLUMNS, BLOCK_K)
                 acc_up = add_product(x, up, acc_up, SWAP)
         if FLATTEN:  # found again, so that the epilogue does not hold the prologue's values: see matmul_tma_kernel
             expert, first, end = find_tile(stored // tiles_n, tiles, past, offsets_ptr, BLOCK_M)
             col = stored % tiles_n * BLOCK_N
             stored += tl.num_programs(0)
-        if GATED:
+        if GATED and not JOINT:
             acc = gated(acc, acc_up, out_desc.dtype)
         if SWAP:
             acc = tl.trans(acc)
+        if GATED and JOINT:
+            gate, up = halves(acc)
+            acc = gated(gate, up, out_desc.dtype)
         if SPLITS == 1:
             store_own(out_desc, acc, first, end, col, WIDTH, BLOCK_M)
         else:
