@@ -26,12 +26,20 @@ _TINY = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
 }
+_EXPERTS = _TINY | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 
 
 def check_guard(device: str, make: Callable[..., CausalLM] = random_model) -> CheckResult:
-    """Rollout and training forward of a tiny random model under the guard; ``make`` builds it."""
-    model = make(ModelConfig.from_hf_dict(_TINY), seed=0, device=device)
-    guard = watch(lambda: _both_sides(model))
+    """Rollout and training forward of tiny random models, dense and with experts, under the guard; ``make`` builds
+    them."""
+    models = [make(ModelConfig.from_hf_dict(raw), seed=0, device=device) for raw in (_TINY, _EXPERTS)]
+    guard = watch(lambda: [_both_sides(model) for model in models])
     return guard_result(guard)
 
 
