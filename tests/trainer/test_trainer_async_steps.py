@@ -321,9 +321,10 @@ def test_weights_are_kept_for_the_steps_that_are_compared_and_no_others(every, f
     assert [version + 2 for version in range(-1, 7) if past.needs(version)] == due
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
-def test_past_weights_are_there_bit_for_bit_and_go_again():
-    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+def test_past_weights_are_there_bit_for_bit_and_go_again(device):
+    model = nn.Sequential(nn.Linear(500, 300), nn.Linear(300, 2)).to(device)
     past = PastWeights(model, torch.bfloat16)
     seen = []
     for version in range(4):

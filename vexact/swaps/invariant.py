@@ -130,8 +130,8 @@ def _put_table(model: nn.Module, name: str, rotary: nn.Module, undo: list[Callab
     parent = model.get_submodule(parent_name)
     config: Any = rotary.config
     tables = tables_of(rotary, config.max_position_embeddings)
-    undo.append(lambda: parent.__setattr__(child, rotary))
-    parent.__setattr__(child, RotaryTable(tables))
+    undo.append(lambda: parent.add_module(child, rotary))
+    parent.add_module(child, RotaryTable(tables))
 
 
 def _class_back(module: nn.Module) -> Callable[[], None]:
