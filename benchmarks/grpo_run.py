@@ -59,6 +59,9 @@ OFFLOAD = (f"{ACTOR}.fsdp_config.param_offload=true", f"{ACTOR}.fsdp_config.opti
 SHAPES = {
     "tiny": Shape(TINY, 4, 4, 24, 16, 128),
     "qwen3-1.7b": Shape(CHECKPOINTS["qwen3-1.7b"], 64, 8, 512, 1024, 16384),
+    # layers of the public checkpoints, as many as one GPU trains without offload
+    "qwen3-30b-a3b": Shape(CHECKPOINTS["qwen3-30b-a3b"] | {"num_hidden_layers": 4}, 16, 8, 128, 576, 16384),
+    "moonlight-16b-a3b": Shape(CHECKPOINTS["moonlight-16b-a3b"] | {"num_hidden_layers": 5}, 16, 8, 128, 576, 16384),
     "qwen3-8b": Shape(CHECKPOINTS["qwen3-8b"], 16, 8, 512, 1024, 8192, OFFLOAD),
 }
 

@@ -100,14 +100,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser with every command."""
-    from vexact.commands import (
-        doctor,
-        generate,
-        prepare,
-        serve,
-        train,
-        verify,
-    )  # signals are handled before this takes time
+    # here, so that signals are handled before this takes time
+    from vexact.commands import doctor, generate, prepare, serve, train, verify
 
     root = argparse.ArgumentParser(
         prog="vexact",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from soak import TINY
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.prepare.tokenizers import byte_tokenizer
@@ -16,29 +21,12 @@ from vexact.serve.server import Server
 from vexact.serve.service import Service
 from vexact.serve.settings import ServeSettings
 
-MAX_LEN = 512
+MAX_LEN = int(TINY["max_position_embeddings"])
 
 
 def tiny_config(vocab_size: int) -> ModelConfig:
     """Qwen3 with one layer; wide initial weights, so that samples differ."""
-    return ModelConfig.from_hf_dict(
-        {
-            "model_type": "qwen3",
-            "architectures": ["Qwen3ForCausalLM"],
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "intermediate_size": 32,
-            "vocab_size": vocab_size,
-            "tie_word_embeddings": True,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": MAX_LEN,
-            "initializer_range": 0.5,
-        }
-    )
+    return ModelConfig.from_hf_dict(TINY | {"vocab_size": vocab_size})
 
 
 def tiny_engine(*, with_tokenizer: bool = True, **config: Any) -> Engine:
