@@ -76,10 +76,11 @@ def test_tiny_is_made_once_and_only_where_it_may(tiny):
         prepare("tiny", tiny, seed=7)
 
 
-def test_tiny_is_reproducible_by_seed(tmp_path):
+@pytest.mark.parametrize("name", ["tiny", "tiny_moe", "tiny_moonlight"])
+def test_tiny_is_reproducible_by_seed(tmp_path, name):
     weights = {}
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        made = prepare("tiny", tmp_path / folder, seed=seed, right_steps=3, doubtful_steps=2)
+        made = prepare(name, tmp_path / folder, seed=seed, right_steps=3, doubtful_steps=2)
         weights[folder] = (made / "model/model.safetensors").read_bytes()
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "no temporary directory left"
     assert weights["a"] == weights["b"] != weights["c"]
@@ -225,7 +226,7 @@ def test_too_little_disk_is_said_before_any_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tinny", {}, "unknown name 'tinny'; use tiny, smollm2, random, task or reasoning_gym:NAME"),
+        ("tinny", {}, "unknown name 'tinny'; use tiny, tiny_moe, tiny_moonlight, smollm2, random, task or reasoning_gym:NAME"),
         ("random", {"arch": "qwen9-1b"}, r"unknown arch 'qwen9-1b'; known: qwen3-0\.6b, qwen3-1\.7b"),
         ("random", {}, r"random needs arch.*qwen3-1\.7b"),
         ("random", {"arch": "qwen3-0.6b", "dtype": "int8"}, "unknown dtype 'int8'; known: bfloat16, float16, float32"),
