@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from moe_configs import MOONLIGHT, QWEN3_MOE
+from moe_configs import MOONLIGHT, QWEN3_MOE, with_router_biases
 
 from vexact.audit import Audit
 from vexact.models import ModelConfig, random_model
@@ -38,13 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _model(raw, dtype):
-    """Biases of routers are no bf16 numbers, so that a cast would be noticed."""
-    model = random_model(ModelConfig.from_hf_dict(raw), 1, dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("router.bias"):
-                parameter.copy_(torch.linspace(-0.3, 0.3, len(parameter)))
-    return model
+    return with_router_biases(random_model(ModelConfig.from_hf_dict(raw), 1, dtype))
 
 
 def _generate(rng, model):

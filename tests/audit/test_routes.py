@@ -80,7 +80,7 @@ def test_routes_of_one_side_alone_are_not_exact(ours, theirs):
     samples = [_sample("a", ours)]
     audit = Audit("strict")
     audit.begin(samples)
-    with pytest.raises(ExactnessError, match="the experts of 3 tokens were not compared.*proves nothing") as caught:
+    with pytest.raises(ExactnessError, match=r"the experts of 3 tokens were not compared.*proves nothing") as caught:
         audit.check([0], _equal(samples), None if theirs is None else _routes(*theirs))
     assert not caught.value.comparison.differs
     assert audit.metrics()["bitwise/routes_compared"] == 0
@@ -95,7 +95,7 @@ def test_one_sample_without_routes_is_not_exact_either():
 @pytest.mark.parametrize("wrong", [np.zeros(2, np.int64), np.zeros(3, np.int32), np.zeros(3, np.float64)])
 def test_digests_of_another_length_or_type_are_refused(wrong):
     samples = [_sample("a", [1, 2, 3])]
-    with pytest.raises(ValueError, match="request a: the rollout's route digests are int64.*both must be int64, one"):
+    with pytest.raises(ValueError, match=r"request a: the rollout's route digests are int64.*both must be int64, one"):
         compare(samples, _equal(samples), [wrong])
 
 
@@ -104,7 +104,7 @@ def test_strict_stops_warn_says_it_once_and_off_is_silent(caplog):
     audits = {name: Audit(name) for name in ("strict", "warn", "off")}
     for audit in audits.values():
         audit.begin(samples)
-    with pytest.raises(ExactnessError, match="rollout and trainer disagree: of 2 tokens 1 were.*request a") as caught:
+    with pytest.raises(ExactnessError, match=r"rollout and trainer disagree: of 2 tokens 1 were.*request a") as caught:
         audits["strict"].check([0], _equal(samples), _routes([1, 7]))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     with caplog.at_level(logging.WARNING):
@@ -114,6 +114,15 @@ def test_strict_stops_warn_says_it_once_and_off_is_silent(caplog):
     assert audits["warn"].totals() == "4 log-probabilities compared, 0 different; 4 routes compared, 2 different"
     audits["off"].check([0], _equal(samples), _routes([1, 7]))
     assert audits["off"].metrics() == {}
+
+
+def test_warn_says_once_that_routes_are_missing(caplog):
+    samples, audit = [_sample("a", None)], Audit("warn")
+    audit.begin(samples)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            audit.check([0], _equal(samples), _routes([1, 2, 3]))
+    assert len([record for record in caplog.records if "not compared: one side" in record.message]) == 1
 
 
 def _model(raw, dtype=torch.float32, seed=0):

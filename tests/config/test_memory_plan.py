@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from moe_configs import FAMILIES, MOONLIGHT, QWEN3_MOE
 
 from vexact.config import Config, ConfigError, load_config
 from vexact.config.memory import (
@@ -25,6 +27,7 @@ from vexact.config.memory.advice import with_value
 from vexact.config.memory.plan import BUCKET_BYTES, CONTEXT_BYTES, NCCL_BYTES
 from vexact.config.plan import build_plan
 from vexact.distributed import Layout
+from vexact.models import CausalLM, ModelConfig
 from vexact.prepare.shapes import SHAPES
 from vexact.trainer.dry_run import check_settings
 from vexact.trainer.machine import machine_of
@@ -92,6 +95,63 @@ def test_latent_attention_by_hand() -> None:
     assert row == "432 bytes a token: 3 layers of 4 keys of 6 and values of 3 numbers, float32"
     cache = memory_plan(configured(*SMALL), latent, ONE, "cpu").stages[0].parts["key-value cache"]
     assert cache == 5 * 4 * 432
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_and_latent_attention_are_counted(name: str) -> None:
+    """All but biases and the norms of heads and latent vectors."""
+    config = ModelConfig.from_hf_dict(FAMILIES[name])
+    with torch.device("meta"):
+        model = CausalLM(config)
+    small = ("q_norm.weight", "k_norm.weight", "q_a_norm.weight", "kv_a_norm.weight", ".bias")
+    counted = sum(p.numel() for key, p in model.named_parameters() if not key.endswith(small))
+    shape, moe = ModelShape.of(FAMILIES[name]), config.moe
+    assert shape.num_parameters == counted
+    idle = (moe.num_experts - moe.top_k) * 3 * config.hidden_size * moe.intermediate_size
+    assert shape.num_active_parameters == counted - idle * len(moe.layers)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    assert shape.layer_parameters == pytest.approx(max(layers), rel=0.02)
+
+
+def test_the_plan_says_what_one_token_meets() -> None:
+    """Qwen3-30B-A3B and Moonlight-16B-A3B as they are published."""
+    qwen = ModelShape.of(
+        QWEN3_MOE
+        | {
+            **{"vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32},
+            **{"num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8},
+            **{"moe_intermediate_size": 768, "intermediate_size": 6144},
+        }
+    )
+    moonlight = ModelShape.of(
+        MOONLIGHT
+        | {
+            **{"vocab_size": 163840, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16},
+            **{"num_key_value_heads": 16, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2},
+            **{"moe_intermediate_size": 1408, "intermediate_size": 11264, "kv_lora_rank": 512},
+            **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        }
+    )
+    assert (qwen.num_parameters / 1e9, qwen.num_active_parameters / 1e9) == pytest.approx((30.53, 3.35), abs=0.01)
+    assert moonlight.num_parameters / 1e9 == pytest.approx(15.96, abs=0.01)
+    rows = dict(build_plan(configured(*SMALL), "cpu", qwen).rows)
+    assert "30.5 B parameters, 3.35 B of them for one token" in rows["model"]
+    assert "of them for one token" not in dict(build_plan(configured(*SMALL), "cpu", TINY).rows)["model"]
+
+
+def test_experts_take_memory_for_rows_and_for_all_of_their_weights() -> None:
+    shape, dense = ModelShape.of(QWEN3_MOE), ModelShape.of(QWEN3_MOE | {"num_experts": None})
+    config = configured(*SMALL)
+    plans = [memory_plan(config, one, ONE, "cpu") for one in (shape, dense)]
+    update, plain = (next(stage.parts for stage in plan.stages if stage.stage == "update") for plan in plans)
+    assert update["master weights"] == update["gradients"] == 4 * shape.num_parameters
+    assert update["moments"] == 8 * shape.num_parameters
+    # instead of an MLP of 40, k = 3 rows of 3 x 20 + 32, in passing 2 x 32 + 2 x 20; the router's 8 logits and 4 x 3 more
+    rows = 4 * (3 * (60 + 32) - 120) + 4 * (8 + 12)
+    passing = 4 * (3 * (64 + 40) - 80)
+    assert update["activations"] - plain["activations"] == 32 * (rows + passing)
+    generation, without = (plan.stages[0].parts["rollout workspace"] for plan in plans)
+    assert generation - without == 16 * 4 * (3 * 92 - 120) + 2 * config.max_model_len * 8
 
 
 def test_one_process_on_a_cpu_by_hand() -> None:

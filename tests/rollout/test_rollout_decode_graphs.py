@@ -11,11 +11,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from moe_configs import MOONLIGHT, QWEN3_MOE
 from rollout_models import VOCAB, bits, tiny_model
 from torch import nn
 
 from vexact.audit.guard import ReductionGuard
-from vexact.models.opset import set_ops
+from vexact.models import ModelConfig, random_model
+from vexact.models.opset import mark_replayable, set_ops
 from vexact.ops import stock
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.execution.cuda_capture import ran_out_of_memory
@@ -134,6 +136,30 @@ def test_replayed_steps_have_the_bits_of_eager_ones(model, spoiled_inputs, seed)
     assert 0 < stats["rollout/graph_ratio"] < 1
     assert replays.num_captures > 1
     assert replays.num_pools == 1
+
+
+@pytest.mark.parametrize("raw", [QWEN3_MOE, MOONLIGHT], ids=["qwen3-moe", "moonlight"])
+def test_padded_rows_load_no_expert(raw):
+    """Bits and routes are those of eager steps, and an expert is computed for real rows alone."""
+    model = random_model(ModelConfig.from_hf_dict(raw), 0)
+    eager, replayed = (Engine(model=copy.deepcopy(model), max_model_len=64) for _ in range(2))
+    install(replayed, sizes=(1, 8), num_keys=(64,))
+    group_tokens, seen = model.ops.group_tokens, []
+
+    def watched(experts, num_experts):
+        groups = group_tokens(experts, num_experts)
+        seen.append((len(experts), int(groups.offsets[-1])))
+        return groups
+
+    set_ops(replayed.model, dataclasses.replace(model.ops, group_tokens=mark_replayable(watched, if_is=group_tokens)))
+    prompts = [[1, 2, 3], [4, 5], list(range(20, 29))]
+    ours, theirs = (engine.generate(prompts, GREEDY, ["a", "b", "c"]) for engine in (replayed, eager))
+    assert replayed.stats()["rollout/graph_ratio"] > 0.5
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.token_ids, bits(one.logprobs)) == (other.token_ids, bits(other.logprobs))
+        assert one.route_digests.tolist() == other.route_digests.tolist()
+    assert len({digest for sample in ours for digest in sample.route_digests.tolist()}) > 6
+    assert {pairs for rows, pairs in seen if rows == 8} == {3 * model.config.moe.top_k}
 
 
 def test_graphs_survive_preemption(model):

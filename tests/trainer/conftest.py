@@ -5,40 +5,13 @@ import random
 from pathlib import Path
 
 import pytest
-from small_run import small_run
-
-from vexact.models import ModelConfig, random_model, save_hf
-from vexact.prepare.tokenizers import character_tokenizer
+from small_run import small_run, write_model
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     odd = sum(c in "13579" for c in solution_str)
     return {"score": odd / max(1, len(solution_str)), "odd": odd}
 """
-
-
-def write_model(path: Path, **changes) -> Path:
-    tokenizer = character_tokenizer()
-    tokenizer.save_pretrained(path)
-    raw = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.15,
-    } | changes
-    config = ModelConfig.from_hf_dict(raw)
-    save_hf(random_model(config, seed=0).named_parameters(), config, path)
-    return path
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:

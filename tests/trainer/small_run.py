@@ -1,8 +1,35 @@
-"""The overrides that every small run of these tests shares."""
+"""The model and the overrides that small runs of these tests share."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from vexact.models import ModelConfig, random_model, save_hf
+from vexact.prepare.tokenizers import character_tokenizer
+
+
+def write_model(path: Path, **changes) -> Path:
+    tokenizer = character_tokenizer()
+    tokenizer.save_pretrained(path)
+    raw = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.15,
+    } | changes
+    config = ModelConfig.from_hf_dict(raw)
+    save_hf(random_model(config, seed=0).named_parameters(), config, path)
+    return path
 
 
 def small_run(tiny: Path, directory: Path) -> list[str]:

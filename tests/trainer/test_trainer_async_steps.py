@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from moe_configs import MOONLIGHT
+from small_run import write_model
 from torch import nn
 
 from vexact.audit import Audit
@@ -27,9 +29,25 @@ from vexact.training.state.past_weights import PastWeights
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
 STEPS = 4
+BIAS_RATE = "actor_rollout_ref.actor.router_bias_update_rate=0.01"
 SCRIPT = Path(__file__).with_name("async_run.py")
 OVERLAP = {f"gen-{t + 1}": f"wait update-{t}" for t in range(1, STEPS)}
 OVERLAP |= {f"update-{t}": f"wait gen-{t + 1}" for t in range(1, STEPS)}
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny, tmp_path_factory):
+    """With a model of experts and latent attention, whose routers' biases move: all that can be one step off."""
+    root = tmp_path_factory.mktemp("experts")
+    for file in tiny.iterdir():
+        if file.is_file():
+            (root / file.name).symlink_to(file)
+    write_model(root / "model", **MOONLIGHT | {"vocab_size": vocabulary_of(tiny), "num_hidden_layers": 2})
+    return root
+
+
+def vocabulary_of(tiny: Path) -> int:
+    return int(json.loads((tiny / "model" / "config.json").read_text())["vocab_size"])
 
 
 def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
@@ -44,6 +62,7 @@ def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
         "actor_rollout_ref.rollout.n=3",
         "actor_rollout_ref.actor.optim.lr=3e-3",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
+        BIAS_RATE,
         "algorithm.filter_groups.enable=true",
         "algorithm.filter_groups.metric=odd",
         "algorithm.filter_groups.max_num_gen_batches=0",
@@ -131,8 +150,14 @@ def test_due_steps_are_compared_under_the_weights_that_sampled(unbroken):
         assert row["bitwise/tokens_different"] == row["bitwise/tokens_redrawn_different"] == 0
         assert row["training/rollout_probs_diff_max"] == row["rollout_corr/kl"] == 0
         assert row["bitwise/tokens_redrawn"] == row["bitwise/tokens_compared"] > 0
+        assert row["bitwise/routes_compared"] == row["bitwise/tokens_compared"]
+        assert row["bitwise/routes_different"] == 0
     for row in (rows[1], rows[3]):
-        assert not [key for key in row if key.startswith(("bitwise/tokens", "rollout_corr/", "training/rollout"))]
+        assert not [
+            key
+            for key in row
+            if key.startswith(("bitwise/tokens", "bitwise/routes", "rollout_corr/", "training/rollout"))
+        ]
 
 
 def test_a_run_that_is_interrupted_goes_on_with_the_samples_it_has(tiny, unbroken, tmp_path, monkeypatch, caplog):
@@ -202,6 +227,7 @@ def group(row: int, version: int, step: int = 3) -> SampleGroup:
             weights_version=version,
             stop_reason=stop,
             text="\udc80 é",
+            route_digests=np.arange(length) - 2**62 + row,
         )
         for i, (length, stop) in enumerate([(4, None), (1, 7), (9, "end")])
     ]

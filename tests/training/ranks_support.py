@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from moe_configs import MOONLIGHT, QWEN3_MOE, with_router_biases
 from training_support import random_sequences, tiny_model
 
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.parallel.ranks import PeerStopped
 
+SMALL = {"vocab_size": 53, "num_hidden_layers": 2}
+FIVE, SIX = {"num_experts": 5}, {"n_routed_experts": 6}  # of four ranks the last one has none, or one less
 COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": True}
 # The mini-batches of 7 and 5 sequences have 3 to 6 micro-batches: no two numbers of ranks divide them alike.
 CASES = {
@@ -21,6 +24,11 @@ CASES = {
         {"num_hidden_layers": 1},
         {"dtype": "bfloat16", "param_offload": True, "optimizer_offload": True, "enable_gradient_checkpointing": True},
     ),
+    "experts": (QWEN3_MOE | SMALL | FIVE, {"router_aux_loss_coef": 0.3, "loss_agg_mode": "seq-mean-token-mean"}),
+    "latent": (
+        MOONLIGHT | SMALL | SIX,
+        {"dtype": "bfloat16", "router_bias_update_rate": 0.01, "param_offload": True, "router_aux_loss_coef": 0.1},
+    ),
 }
 STEPS = 4
 
@@ -28,7 +36,7 @@ STEPS = 4
 def actor_of(case, group=None, seed=0, **overrides):
     model, config = CASES[case]
     config = COMMON | {"optim": OptimConfig(lr=1e-2, betas=(0.9, 0.95))} | config | overrides
-    return Actor(tiny_model(seed, **model), ActorConfig(**config), group=group)
+    return Actor(with_router_biases(tiny_model(seed, **model)), ActorConfig(**config), group=group)
 
 
 def batch_of(case, step, group=None):

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from moe_configs import MOONLIGHT, QWEN3_MOE
+from ranks_support import without_times
 from training_support import assert_same_bits, weights_of
 
 from vexact.models import ModelConfig, random_model
@@ -29,15 +31,34 @@ SIZES = {
 }
 
 
-def gpu_actor(seed, **config):
-    model = random_model(ModelConfig.from_hf_dict(SIZES), seed, device="cuda")
+EXPERTS = SIZES | {
+    **{key: QWEN3_MOE[key] for key in ("architectures", "model_type", "norm_topk_prob")},
+    **{"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128},
+}
+LATENT = MOONLIGHT | {
+    **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")},
+    **{"kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128},
+}
+
+
+def gpu_actor(seed, shape=SIZES, **config):
+    model = random_model(ModelConfig.from_hf_dict(shape), seed, device="cuda")
     defaults = {"dtype": "bfloat16", "ppo_max_token_len_per_gpu": 300, "optim": OptimConfig(lr=1e-3)}
     return Actor(model, ActorConfig(**(defaults | config)), "cuda")
 
 
-def test_updates_are_exactly_on_policy_and_resume_bit_for_bit():
-    actor = gpu_actor(0, enable_gradient_checkpointing=True)
-    rollout = random_model(ModelConfig.from_hf_dict(SIZES), 1, torch.bfloat16, "cuda")
+BALANCED = {"router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [(SIZES, {}), (EXPERTS, {"router_aux_loss_coef": 0.01}), (LATENT, BALANCED)],
+    ids=["dense", "experts", "latent attention and experts"],
+)
+def test_updates_are_exactly_on_policy_and_resume_bit_for_bit(shape, config):
+    actor = gpu_actor(0, shape, enable_gradient_checkpointing=True, **config)
+    rollout = random_model(ModelConfig.from_hf_dict(shape), 1, torch.bfloat16, "cuda")
     engine = Engine(model=rollout, dtype="bfloat16", device="cuda", max_model_len=256, num_pages=512)
     params = SamplingParams(n=4, max_tokens=40, temperature=0.8, top_p=0.95, ignore_eos=True)
     rng, kept = np.random.default_rng(0), []
@@ -51,16 +72,20 @@ def test_updates_are_exactly_on_policy_and_resume_bit_for_bit():
         def audit(indices, logprobs, routes, samples=samples, different=different):
             for index, training in zip(indices, logprobs, strict=True):
                 different.append(int((training.view(np.int32) != samples[index].logprobs.view(np.int32)).sum()))
+            assert (routes is None) is (shape is SIZES)
+            for index, digests in zip(indices if routes else (), routes or (), strict=True):
+                assert digests.tolist() == samples[index].route_digests.tolist()
 
         metrics = actor.update(sequences, audit)
         assert different == [0] * 12
         assert metrics["actor/ppo_kl"] == 0.0
         assert metrics["actor/grad_norm"] > 0
         kept.append((sequences, metrics))
-    resumed = gpu_actor(7)  # no gradient checkpointing: same bits
+    assert engine.stats()["rollout/graph_ratio"] > 0.5
+    resumed = gpu_actor(7, shape, **config)  # no gradient checkpointing: same bits
     resumed.load_state_dict(state)
     for sequences, metrics in kept:
-        assert resumed.update(sequences) == metrics
+        assert without_times(resumed.update(sequences)) == without_times(metrics)
     assert_same_bits(weights_of(resumed), weights_of(actor))
 
 

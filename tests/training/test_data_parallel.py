@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from moe_configs import with_router_biases
 from ranks_support import CASES, STEPS, actor_of, batch_of, digest, outcome, process_group, train
 from training_support import tiny_model
 
@@ -17,7 +18,7 @@ from vexact.training.actor import Actor
 from vexact.training.parallel.ranks import Ranks, first_row, local
 
 WORLDS = (1, 2, 3, 4)
-MOVING = "reference"  # the case whose states move between numbers of ranks
+MOVING = "latent"  # the case whose states move between numbers of ranks
 SAVED_AFTER = 2
 
 
@@ -31,7 +32,7 @@ def run(rank, directory, results):
             for case in CASES:
                 actor = actor_of(case, group)
                 metrics = train(actor, case, range(STEPS), group)
-                found[world, case] = digest(actor.state_dict()), metrics, actor.logprobs(batch_of(case, 9, group))
+                found[world, case] = digest(actor.state_dict()), metrics, actor.rescore(batch_of(case, 9, group))
             found[world, "no step"] = before_a_step(group)
         if rank < 2:
             found["moved"] = save_states(groups[2], directory)
@@ -122,21 +123,22 @@ def summed_by_round(group):
 def read_shards(group, directory):
     """Whether a checkpoint read row by row is the one read whole, before and after an update; what broken ones say."""
     ranks = Ranks.of_process(torch.device("cpu"), group)
-    path = f"{directory}/model"
-    if ranks.is_first:
-        whole = tiny_model(3, intermediate_size=49)
-        save_hf(whole.named_parameters(), whole.config, path)
-    dist.barrier(group)
-    model = load_sharded_model(path, ranks, torch.float32)
-    same = True
-    for (_, ours), theirs in zip(model.named_parameters(), load_model(path).parameters(), strict=True):
-        start, rows = first_row(len(theirs), ranks), local(ours)
-        same &= torch.equal(rows, theirs[start : start + len(rows)]) and rows.numel() < theirs.numel()
-    config = ActorConfig(ppo_max_token_len_per_gpu=22)
-    actors = Actor(model, config, group=group), Actor(load_model(path), config, group=group)
-    for actor in actors:
-        actor.update(batch_of("plain", 0))
-    same &= digest(actors[0].state_dict()) == digest(actors[1].state_dict())
+    path, same = f"{directory}/model", True
+    for shape in ({"intermediate_size": 49}, CASES["latent"][0] | {"n_routed_experts": 5}):
+        if ranks.is_first:
+            whole = with_router_biases(tiny_model(3, **shape))
+            save_hf(whole.named_parameters(), whole.config, path)
+        dist.barrier(group)
+        model = load_sharded_model(path, ranks, torch.float32)
+        for (_, ours), theirs in zip(model.named_parameters(), load_model(path).parameters(), strict=True):
+            start, rows = first_row(len(theirs), ranks), local(ours)
+            same &= torch.equal(rows, theirs[start : start + len(rows)]) and rows.numel() < theirs.numel()
+        config = ActorConfig(ppo_max_token_len_per_gpu=22)
+        actors = Actor(model, config, group=group), Actor(load_model(path), config, group=group)
+        for actor in actors:
+            actor.update(batch_of("plain", 0))
+        same &= digest(actors[0].state_dict()) == digest(actors[1].state_dict())
+        dist.barrier(group)
     missing = f"{directory}/nowhere" if ranks.rank == 1 else path
     return same, outcome(load_sharded_model, missing, ranks, torch.float32)
 
@@ -155,19 +157,24 @@ def alone():
     for case in CASES:
         actor = actor_of(case)
         metrics = train(actor, case, range(STEPS))
-        found[case] = digest(actor.state_dict()), metrics, actor.logprobs(batch_of(case, 9))
+        found[case] = digest(actor.state_dict()), metrics, actor.rescore(batch_of(case, 9))
     return found
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES)
 def test_weights_moments_and_metrics_have_the_bits_of_one_process(ranks, alone, case, world):
-    sha, metrics, logprobs = alone[case]
+    sha, metrics, ours = alone[case]
+    assert (ours.routes is None) is ("moe_intermediate_size" not in CASES[case][0])
     assert ranks[0][world, case][0] == sha
     for rank in range(world):
         _, theirs, scored = ranks[rank][world, case]
         assert theirs == metrics
-        assert [values.tobytes() for values in scored] == [values.tobytes() for values in logprobs]
+        assert scored.indices == ours.indices
+        assert [values.tobytes() for values in scored.logprobs] == [values.tobytes() for values in ours.logprobs]
+        assert [values.tobytes() for values in scored.routes or ()] == [
+            values.tobytes() for values in ours.routes or ()
+        ]
 
 
 def test_offload_and_checkpointing_change_no_bit(alone):
@@ -228,7 +235,7 @@ def test_shards_are_the_rows_of_the_weights(ranks):
     assert [name for name, *_ in first] == list(weights)
     for (name, upper, shape), (_, lower, _) in zip(first, second, strict=True):
         assert weights[name].shape == shape
-        assert torch.equal(torch.cat([upper, lower]), weights[name])
+        assert torch.equal(torch.cat([upper, lower]).to(weights[name].dtype), weights[name])
 
 
 def test_a_checkpoint_is_read_row_by_row(ranks):

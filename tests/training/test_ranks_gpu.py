@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from moe_configs import MOONLIGHT, QWEN3_MOE
 from ranks_support import digest, process_group, without_times
 from training_support import TINY
 
@@ -24,11 +25,26 @@ SIZES = TINY | {
     "max_position_embeddings": 1024,
     "initializer_range": 0.02,
 }
+EXPERTS = SIZES | {  # 15 of them, which two ranks do not divide
+    **{key: QWEN3_MOE[key] for key in ("architectures", "model_type", "norm_topk_prob")},
+    **{"num_experts": 15, "num_experts_per_tok": 4, "moe_intermediate_size": 384},
+}
+LATENT = MOONLIGHT | {
+    **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "initializer_range")},
+    **{"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1024},
+    **{"kv_lora_rank": 256, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    **{"n_routed_experts": 15, "num_experts_per_tok": 4, "moe_intermediate_size": 384},
+}
 VARIANTS = {
-    "tied": ({}, {}),
+    "tied": (SIZES, {}),
     "untied, all offloaded": (
-        {"tie_word_embeddings": False},
+        SIZES | {"tie_word_embeddings": False},
         {"param_offload": True, "optimizer_offload": True, "enable_gradient_checkpointing": True},
+    ),
+    "experts": (EXPERTS, {"router_aux_loss_coef": 0.01}),
+    "latent attention and experts": (
+        LATENT,
+        {"router_bias_update_rate": 0.001, "param_offload": True, "enable_gradient_checkpointing": True},
     ),
 }
 
@@ -54,10 +70,11 @@ def run(rank, directory):
                 if rank < world:
                     config = {"dtype": "bfloat16", "ppo_mini_batch_size": 13, "ppo_max_token_len_per_gpu": 1024}
                     config |= {"optim": OptimConfig(lr=1e-4)} | extra
-                    model = random_model(ModelConfig.from_hf_dict(SIZES | shape), 0, device=f"cuda:{rank}")
+                    model = random_model(ModelConfig.from_hf_dict(shape), 0, device=f"cuda:{rank}")
                     actor = Actor(model, ActorConfig(**config), f"cuda:{rank}", group)
                     metrics = [without_times(actor.update(sequences(step))) for step in range(3)]
-                    values = [array.tobytes() for array in actor.logprobs(sequences(9))]
+                    scored = actor.rescore(sequences(9))
+                    values = [array.tobytes() for array in (*scored.logprobs, *(scored.routes or ()))]
                     found[name, world] = digest(actor.state_dict()), metrics, values
                     del actor, model
                     torch.cuda.empty_cache()

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from moe_configs import QWEN3_MOE
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
+from vexact.config.memory import ModelShape
 from vexact.config.memory.activations import layer_bytes_per_token
 from vexact.models.sequence_parallel import HeadExchange, SlicedMetadata
 from vexact.ops import PackedMetadata, attention
@@ -26,6 +28,7 @@ LENGTHS = [(5, 3), (2, 88), (9, 7), (1, 1), (30, 11), (4, 6), (3, 2), (11, 13)] 
 UNTIED = {"tie_word_embeddings": False}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+EXPERTS = QWEN3_MOE | {"vocab_size": 53, "num_hidden_layers": 2}
 TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups of four, which two and four ranks cut
 LATENT = {
     **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 4},
@@ -41,7 +44,11 @@ CASES = {
     "fp32, untied, entropy": (UNTIED, {"entropy_coeff": 0.01, "use_kl_loss": True}),
     "bf16, untied, checkpointed": (UNTIED | TWELVE_HEADS, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
     "fp32, sequence-level loss": (LLAMA | TWELVE_HEADS, {"loss_mode": "gspo"}),
-    "fp32, latent attention and experts": (LATENT, {"enable_gradient_checkpointing": True}),
+    "bf16, experts": (EXPERTS, {"dtype": "bfloat16", "router_aux_loss_coef": 0.2}),
+    "fp32, latent attention and experts": (
+        LATENT,
+        {"enable_gradient_checkpointing": True, "router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.1},
+    ),
     "fp32, biases": (QWEN2, {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}),
 }
 
@@ -73,12 +80,13 @@ def outcome(case, size, group=None, **more):
     """What one actor says of the sequences: log-probabilities, audited and redrawn tokens, gradients and weights."""
     chosen = sequences()
     actor, audited, redraw = actor_of(case, size, group, **more), {}, redraw_of(chosen)
-    logprobs = actor.logprobs(chosen)
+    scored = actor.rescore(chosen)
     metrics, gradients = gradients_of_update(
         actor, chosen, audit=lambda indices, values, _: audited.update(zip(indices, values, strict=True)), redraw=redraw
     )
     return {
-        "logprobs": logprobs,
+        "logprobs": scored.logprobs,
+        "routes": scored.routes,
         "audited": audited,
         "redrawn": redraw.take(),
         "metrics": metrics,
@@ -160,6 +168,7 @@ def assert_same(left, right):
 def test_log_probabilities_are_those_of_one_rank(ranks, alone, case, size):
     for rank in range(WORLD):
         assert_same(ranks[rank][size, case]["logprobs"], alone[case]["logprobs"])
+        assert_same(ranks[rank][size, case]["routes"] or (), alone[case]["routes"] or ())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -199,6 +208,16 @@ def test_gradients_and_metrics_are_those_of_one_rank_but_for_rounding(ranks, alo
         assert found["metrics"] == pytest.approx(alone[case]["metrics"], rel=tolerance, abs=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_biases_of_routers_are_those_of_one_rank(ranks, alone, size):
+    """What moves them are whole numbers; no rank counts a token that fills its slice up."""
+    name = "layers.1.mlp.router.bias"
+    expected = alone["fp32, latent attention and experts"]["weights"][name]
+    assert expected.any()
+    for rank in range(WORLD):
+        assert torch.equal(ranks[rank][size, "fp32, latent attention and experts"]["weights"][name], expected)
+
+
 def test_weights_depend_on_how_many_share_and_on_nothing_else(ranks):
     for rank in range(WORLD):
         for run in ("again", "not checkpointed"):
@@ -224,7 +243,7 @@ def test_heads_whose_keys_are_wider_than_their_values_are_shared(ranks):
 
 def test_a_rank_keeps_the_activations_that_are_predicted(ranks):
     for at, (size, heads) in enumerate(KEPT):
-        predicted = layer_bytes_per_token(tiny_model(**heads).config, 2, size)
+        predicted = layer_bytes_per_token(ModelShape.of(tiny_model(**heads).config.raw), 2, size)
         assert [ranks[rank]["kept"][at] for rank in range(WORLD)] == [predicted] * WORLD
 
 

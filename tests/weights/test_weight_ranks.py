@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from weight_ranks import (
+    EXPERTS,
     GREEDY,
     after_arrival,
     engine,
@@ -71,16 +72,21 @@ class Disaggregated:
 
 
 def every_bit_arrives(layout):
-    for version, (dtype, tied, size) in enumerate(
-        [(torch.float32, True, 1 << 20), (torch.bfloat16, False, 3 * 1024), (torch.bfloat16, True, 3 * 128)]
+    for version, (dtype, tied, size, changes) in enumerate(
+        [
+            (torch.float32, True, 1 << 20, {}),
+            (torch.bfloat16, False, 3 * 1024, {}),
+            (torch.bfloat16, True, 3 * 128, {}),
+            (torch.bfloat16, False, 3 * 1024, EXPERTS),
+        ]
     ):
-        held, source = engine(50, dtype, tied=tied), layout.trainer(version, dtype, tied, param_offload=not tied)
+        held = engine(50, dtype, tied=tied, **changes)
+        source = layout.trainer(version, dtype, tied, changes, param_offload=not tied)
         metrics = layout.move(source, held, version, bucket_bytes=size)
         if layout.rank in layout.receivers:
-            assert holds(held, version, dtype, tied)
+            assert holds(held, version, dtype, tied, **changes)
             assert held.generate([[1, 2]], GREEDY)[0].weights_version == version
-        itemsize = dtype.itemsize
-        assert metrics["rollout/weights_bytes"] == itemsize * sum(p.numel() for p in held.model.parameters())
+        assert metrics["rollout/weights_bytes"] == sum(p.numel() * p.element_size() for p in held.model.parameters())
         assert metrics["timing_s/weights_check"] > 0
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from moe_configs import MOONLIGHT, with_router_biases
 
 from vexact.models import ModelConfig, random_model
 from vexact.rollout import Engine, SamplingParams
@@ -27,20 +28,28 @@ RAW = {
     "max_position_embeddings": 64,
     "eos_token_id": 0,
 }
+# of three ranks one has no expert
+EXPERTS = {key: value for key, value in MOONLIGHT.items() if key != "tie_word_embeddings"} | {
+    "vocab_size": 31,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+}
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
 
 def model(seed, dtype=torch.float32, tied=True, **changes):
-    return random_model(ModelConfig.from_hf_dict(RAW | {"tie_word_embeddings": tied} | changes), seed, dtype)
+    """``changes`` may be all of ``EXPERTS``."""
+    config = ModelConfig.from_hf_dict(RAW | {"tie_word_embeddings": tied} | changes)
+    return with_router_biases(random_model(config, seed, dtype))
 
 
 def engine(seed, dtype=torch.float32, **changes):
     return Engine(model=model(seed, dtype, **changes), max_model_len=64, num_pages=8, page_size=16)
 
 
-def trainer(seed, group, dtype=torch.float32, tied=True, **config):
+def trainer(seed, group, dtype=torch.float32, tied=True, changes=None, **config):
     config = ActorConfig(dtype=str(dtype).removeprefix("torch."), **config)
-    return Actor(model(seed, tied=tied), config, "cpu", group)
+    return Actor(model(seed, tied=tied, **(changes or {})), config, "cpu", group)
 
 
 @contextlib.contextmanager
@@ -53,10 +62,13 @@ def process_group(rank, world_size, directory):
         dist.destroy_process_group()
 
 
-def holds(held, seed, dtype, tied=True):
-    expected = dict(model(seed, tied=tied).named_parameters())
+def holds(held, seed, dtype, tied=True, **changes):
+    expected = dict(model(seed, tied=tied, **changes).named_parameters())
     named = dict(held.model.named_parameters())
-    return named.keys() == expected.keys() and all(torch.equal(p, expected[n].to(dtype)) for n, p in named.items())
+    dtypes = {name: torch.float32 if name.endswith("router.bias") else dtype for name in named}
+    return named.keys() == expected.keys() and all(
+        p.dtype == dtypes[n] and torch.equal(p, expected[n].to(dtypes[n])) for n, p in named.items()
+    )
 
 
 @contextlib.contextmanager

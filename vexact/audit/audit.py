@@ -87,6 +87,7 @@ class Audit:
         self.total_compared = self.total_different = self.total_redrawn = self.total_redrawn_different = 0
         self.total_routes = self.total_routes_different = 0
         self.num_checks = 0
+        self._has_warned = False
 
     def begin(self, samples: Sequence[Sample], settings: Sequence[DrawSettings] | None = None) -> None:
         """The samples that the next update trains on, in its order, and how each of them should have been drawn."""
@@ -120,7 +121,8 @@ class Audit:
         if not comparison.exact and (indices or not self.partial):
             if self.exactness == "strict":
                 raise ExactnessError(comparison)
-            if self._is_first_difference(comparison) and not self.partial:
+            if not self._has_warned and not self.partial:
+                self._has_warned = True
                 what = f"rollout and trainer disagree: {comparison.describe()}"
                 log.warning("%s (later steps: see the mismatch column and bitwise/*)", what)
         if draws is not None and draws.different:
@@ -128,10 +130,6 @@ class Audit:
                 raise DrawError(draws)
             if self.total_redrawn_different == draws.different and not self.partial:
                 log.warning("%s (later steps: see bitwise/tokens_redrawn_different)", draws.describe())
-
-    def _is_first_difference(self, comparison: Comparison) -> bool:
-        routes = 0 if comparison.routes is None else comparison.routes.different
-        return (self.total_different, self.total_routes_different) == (comparison.tokens_different, routes)
 
     def require_compared(self, num_samples: int) -> None:
         """To be called after an update: what was not compared is not proved.

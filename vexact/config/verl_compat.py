@@ -15,6 +15,7 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
 _MODEL = "actor_rollout_ref.model"
 _PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens, which log-probabilities do not depend on"
+_ROUTES = "rollout and trainer choose the same experts, which bitwise/routes_different counts: nothing to replay"
 _ONE_GPU = "every GPU that generates holds a whole replica of the engine"
 
 
@@ -153,6 +154,8 @@ UNUSED = (
     Unused(f"{_ACTOR}.fsdp_config.full_determinism", "runs are always deterministic"),
     Unused(f"{_ACTOR}.data_loader_seed", "there is one seed, trainer.seed"),
     Unused(f"{_ROLLOUT}.full_determinism", "runs are always deterministic"),
+    Unused(f"{_ACTOR}.router_replay.*", _ROUTES),
+    Unused(f"{_ROLLOUT}.enable_rollout_routing_replay", _ROUTES),
     Unused(f"{_ROLLOUT}.mode", "there is one mode"),
     Unused(f"{_ROLLOUT}.load_format", "weights come from the trainer"),
     Unused(f"{_ROLLOUT}.disable_log_stats", "statistics are always reported"),
