@@ -73,9 +73,9 @@ class FSDPConfig(OffloadSettings):
     )
     expert_parallel_size: int = opt(
         1,
-        "Groups of training GPUs that share the experts of a mixture: each computes with the experts that its GPUs keep, "
-        "for tokens of all, instead of gathering every expert. Must divide the training GPUs and the experts; with as "
-        "many groups as GPUs no expert is gathered. No bit changes. The reference policy is shared alike.",
+        "Groups of training GPUs that share the experts of a mixture: each computes with the experts that its GPUs "
+        "keep, for tokens of all, instead of gathering every expert. Must divide the training GPUs and the experts; "
+        "with as many groups as GPUs no expert is gathered. No bit changes. The reference policy is shared alike.",
         ge=1,
     )
 

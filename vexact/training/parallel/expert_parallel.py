@@ -3,9 +3,9 @@
 All W ranks keep weights as FSDP2 would, rank r the experts r * ceil(E / W) and on. Of S groups of W/S neighbours each
 computes with the experts of its own ranks, gathered among them, for tokens of all ranks.
 
-No bit depends on S. A row of a grouped product knows no other rows, and a token's are added at home. The owner keeps the
-rows of every rank apart, so that the gradient of a matrix comes in the pieces that its ranks would have computed; they
-are added as ``gradient_sum`` adds.
+No bit depends on S. A row of a grouped product knows no other rows, and a token's are added at home. The owner keeps
+the rows of every rank apart, so that the gradient of a matrix comes in the pieces that these ranks would have computed;
+they are added as ``gradient_sum`` adds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vexact.training.parallel.sequence_parallel import either
 from vexact.training.parallel.subgroup import subgroup
 
 KEY = "actor_rollout_ref.actor.fsdp_config.expert_parallel_size"
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 _ALIGNMENT = 64  # bytes, which BLAS and compiled kernels tell apart
 
 
@@ -92,7 +93,7 @@ class ExpertRanks:
             return rows
         per_rank = self._per_rank(parameter)
         gathered = rows.new_empty(self.num_neighbours * per_rank, *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, _padded(rows, per_rank), group=self.neighbours)
+        _all_gather(gathered, _padded(rows, per_rank), group=self.neighbours)
         return gathered[: len(parameter) - self.index * len(gathered)]
 
     def scatter(self, piece: Tensor, parameter: DTensor) -> Sequence[Tensor]:
@@ -147,14 +148,12 @@ class Journey:
         return out
 
 
-class DistributedExperts(nn.Module):
+class DistributedExperts(Experts):
     """``Experts`` of which every rank keeps some and computes with those of its group."""
 
-    def __init__(
-        self, experts: Experts, ranks: ExpertRanks, sharded: Callable[[nn.Parameter], nn.Parameter]
-    ) -> None:
+    def __init__(self, experts: Experts, ranks: ExpertRanks, sharded: Callable[[nn.Parameter], nn.Parameter]) -> None:
         """``sharded``: makes a parameter a DTensor whose rows are divided over all ranks."""
-        super().__init__()
+        nn.Module.__init__(self)  # ``experts`` has made the parameters
         self.ops, self.ranks = experts.ops, ranks
         self.gate_up_proj, self.down_proj = sharded(experts.gate_up_proj), sharded(experts.down_proj)
         self.sums = OrderedSum(), OrderedSum()  # of their gradients

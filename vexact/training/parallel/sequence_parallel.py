@@ -49,7 +49,7 @@ def check_size(size: int, num_ranks: int, num_heads: int) -> None:
 
 
 def either(sizes: Sequence[int]) -> str:
-    """"1, 2 or 4"."""
+    """ "1, 2 or 4"."""
     *others, last = map(str, sizes)
     return f"{', '.join(others)} or {last}" if others else last
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 def subgroup(group: dist.ProcessGroup | None, ranks: slice) -> dist.ProcessGroup:
     """The group of ``ranks`` of ``group`` (None: the default group), which call this together and are among them.
 
-    Its collectives wait as long as those of ``group``.
+    Its collectives wait as long as those of ``group``. torch names it after its ranks and the number of groups that a
+    process is in: where these numbers differ among the ranks, they wait for each other in vain.
     """
     group = dist.group.WORLD if group is None else group
     assert group is not None, "only ranks of a group share"
