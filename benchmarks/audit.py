@@ -27,7 +27,7 @@ from vexact.audit import Audit
 from vexact.config.schema import Config
 from vexact.device import resolve_device
 from vexact.models import CausalLM, ModelConfig, random_model
-from vexact.rollout import Engine, SamplingParams
+from vexact.rollout import Engine, EngineConfig, SamplingParams
 from vexact.rollout.requests.request import draw_settings
 from vexact.training import Actor, ActorConfig, OptimConfig
 from vexact.types import Sample, TrainSequence
@@ -47,12 +47,16 @@ SHAPES = {"tiny": (TINY, 256, 6, 3), "qwen3-1.7b": (QWEN3_1B7, 64, 1024, 512)}
 DEFAULT = Config().trainer.audit_redraw_ratio
 
 
-def sides(raw: dict, device: str, dtype: str) -> tuple[Engine, Actor]:
-    """Both with the same random weights."""
+def sides(raw: dict, count: int, length: int, device: str, dtype: str) -> tuple[Engine, Actor]:
+    """Both with the same random weights; the engine has pages for ``count`` sequences of ``length`` tokens."""
     model = random_model(ModelConfig.from_hf_dict(raw), 0, device=device)
-    actor = Actor(copy.deepcopy(model), ActorConfig(dtype=dtype, optim=OptimConfig(lr=0.0, weight_decay=0.0)), device)
+    optim = OptimConfig(lr=0.0, weight_decay=0.0)
+    config = ActorConfig(dtype=dtype, optim=optim, enable_gradient_checkpointing=True)
+    actor = Actor(copy.deepcopy(model), config, device)
+    page = EngineConfig().page_size
+    max_model_len = min(4096, raw["max_position_embeddings"])
     return Engine(
-        model=_in(model, dtype), max_model_len=min(4096, raw["max_position_embeddings"]), num_pages=4096
+        model=_in(model, dtype), max_model_len=max_model_len, page_size=page, num_pages=count * -(-length // page)
     ), actor
 
 
@@ -81,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = resolve_device("auto")
     raw, count, longest, new = SHAPES[arguments.shape]
-    engine, actor = sides(raw, device, "float32" if device == "cpu" else "bfloat16")
+    engine, actor = sides(raw, count, longest + new, device, "float32" if device == "cpu" else "bfloat16")
     rng = random.Random(0)
     prompts = [[rng.randrange(raw["vocab_size"]) for _ in range(rng.randint(1, longest))] for _ in range(count)]
     params = SamplingParams(max_tokens=new, ignore_eos=True)

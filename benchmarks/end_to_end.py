@@ -136,6 +136,8 @@ def summarise(rows: list[dict], seconds: float) -> dict:
         "steps": len(steps),
         "tokens_compared": int(sum(row["bitwise/tokens_compared"] for row in steps)),
         "tokens_different": int(sum(row["bitwise/tokens_different"] for row in steps)),
+        "routes_compared": int(sum(row.get("bitwise/routes_compared", 0) for row in steps)),
+        "routes_different": int(sum(row.get("bitwise/routes_different", 0) for row in steps)),
         "rollout_probs_diff_max": max(row["training/rollout_probs_diff_max"] for row in steps),
         "rollout_probs_diff_mean": max(row["training/rollout_probs_diff_mean"] for row in steps),
         "audit_share_of_step_max": round(max(audit), 5),

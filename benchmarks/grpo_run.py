@@ -59,6 +59,9 @@ OFFLOAD = (f"{ACTOR}.fsdp_config.param_offload=true", f"{ACTOR}.fsdp_config.opti
 SHAPES = {
     "tiny": Shape(TINY, 4, 4, 24, 16, 128),
     "qwen3-1.7b": Shape(CHECKPOINTS["qwen3-1.7b"], 64, 8, 512, 1024, 16384),
+    # layers of the public checkpoints, as many as one GPU trains without offload
+    "qwen3-30b-a3b": Shape(CHECKPOINTS["qwen3-30b-a3b"] | {"num_hidden_layers": 4}, 16, 8, 128, 576, 16384),
+    "moonlight-16b-a3b": Shape(CHECKPOINTS["moonlight-16b-a3b"] | {"num_hidden_layers": 5}, 16, 8, 128, 576, 16384),
     "qwen3-8b": Shape(CHECKPOINTS["qwen3-8b"], 16, 8, 512, 1024, 8192, OFFLOAD),
 }
 
@@ -179,6 +182,8 @@ def figures(run: Finished) -> dict:
         "steps": len(run.rows),
         "tokens_compared": int(sum(row.get("bitwise/tokens_compared", 0) for row in run.rows)),
         "tokens_different": int(sum(row.get("bitwise/tokens_different", 0) for row in run.rows)),
+        "routes_compared": int(sum(row.get("bitwise/routes_compared", 0) for row in run.rows)),
+        "routes_different": int(sum(row.get("bitwise/routes_different", 0) for row in run.rows)),
         "tokens_sampled": int(sum(row["rollout/num_tokens"] for row in run.rows)),
         "prompt_tokens": run.rows[0]["prompt_length/mean"],
         "response_tokens": run.rows[0]["response_length/mean"],

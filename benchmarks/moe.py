@@ -31,7 +31,8 @@ DECODE = (1, 8, 16, 64, 128, 256)
 MANY = (1024, 4096, 16384, 32768)
 QUICK = (1, 16, 128, 4096, 16384)
 SHAPES = (QWEN3, MOONLIGHT)
-PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "down", "combine")
+PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "gate_up_in_place", "down", "combine")
+STOCK = ("stock_gather_gate_up", "stock_gate_up", "stock_down", "stock_layer")
 TRAIN = (4096, 16384, 32768)
 
 
@@ -44,8 +45,7 @@ def many_times(layer: Layer, tokens: int, what: str) -> float:
 
 def time_forward(layer: Layer, tokens: int, bandwidth: float) -> dict[str, float]:
     """The whole layer, its parts, and the others'."""
-    case = {part: many_times(layer, tokens, part) for part in PARTS}
-    case |= {name: many_times(layer, tokens, name) for name in ("stock_gate_up", "stock_down", "stock_layer")}
+    case = {part: many_times(layer, tokens, part) for part in (*PARTS, *STOCK)}
     case["floor"] = floor_us(layer, tokens, bandwidth)
     case["tflops"] = layer.shape.flops(tokens) / case["layer"] / 1e6
     case["stock_tflops"] = layer.shape.flops(tokens) / case["stock_layer"] / 1e6
@@ -109,15 +109,14 @@ def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], bandw
     layer = Layer(shape, make_weights(shape))
     record: dict = {"forward": {}, "training": {}}
     print(f"\n{shape.name}: E {shape.experts} H {shape.hidden} I {shape.width} k {shape.top_k} shared {shape.shared}")
-    head = "tokens   layer  floor  ratio TFLOP/s |  route gate_up (alone)    down combine | grouped_mm: gate_up    down"
-    print(head + "   layer TFLOP/s")
+    print("tokens   layer   floor ratio TFLOP/s | route   gate_up: SwiGLU  plain  placed   down combine", end=" ")
+    print("| torch: gather+gate_up  gate_up   down | layer TFLOP/s")
     for tokens in forward:
         case = record["forward"][tokens] = time_forward(layer, tokens, bandwidth)
-        ours = f"{tokens:6d} {case['layer']:7.1f} {case['floor']:6.1f} {case['layer'] / case['floor']:6.2f} "
-        ours += f"{case['tflops']:7.1f} | {case['route_and_group']:6.1f} {case['gate_up']:7.1f} "
-        ours += f"({case['gate_up_alone']:7.1f}) {case['down']:6.1f} {case['combine']:6.1f} "
-        stock = f"{case['stock_gate_up']:8.1f} {case['stock_down']:7.1f} {case['stock_layer']:8.1f}"
-        print(f"{ours} | {stock} {case['stock_tflops']:7.1f}", flush=True)
+        whole = f"{case['layer']:8.1f} {case['floor']:7.1f} {case['layer'] / case['floor']:5.2f} {case['tflops']:7.1f}"
+        parts = " ".join(f"{case[part]:8.1f}" for part in PARTS[1:])
+        stock = " ".join(f"{case[part]:8.1f}" for part in STOCK)
+        print(f"{tokens:6d}{whole} | {parts} | {stock} {case['stock_tflops']:7.1f}", flush=True)
     for tokens in train:
         case = record["training"][tokens] = time_training(layer, tokens)
         figures = "  ".join(f"{name} {value:.2f}" for name, value in case.items())

@@ -111,6 +111,12 @@ class Layer:
         x, (rows, _, offsets) = draw(tokens, self.shape.hidden), self._groups(tokens, seed)
         return lambda: grouped_linear.forward(x, self.weights.gate_up, rows, offsets, self.shape.top_k)
 
+    def gate_up_in_place(self, tokens: int, seed: int) -> Call:
+        """Of rows that are gathered already, as torch's product takes them."""
+        groups = self._groups(tokens, seed)
+        x = draw(groups.rows.numel(), self.shape.hidden)
+        return lambda: grouped_linear.forward(x, self.weights.gate_up, None, groups.offsets, self.shape.top_k)
+
     def down(self, tokens: int, seed: int) -> Call:
         groups = self._groups(tokens, seed)
         act = draw(groups.rows.numel(), self.shape.width)
@@ -126,6 +132,13 @@ class Layer:
         groups = self._groups(tokens, seed)
         x, matrix = draw(groups.rows.numel(), self.shape.hidden), self.weights.gate_up.transpose(1, 2)
         return lambda: F.grouped_mm(x, matrix, offs=groups.offsets[1:])
+
+    def stock_gather_gate_up(self, tokens: int, seed: int) -> Call:
+        """The same with the gather."""
+        groups = self._groups(tokens, seed)
+        x, matrix = draw(tokens, self.shape.hidden), self.weights.gate_up.transpose(1, 2)
+        token = groups.rows.long() // self.shape.top_k
+        return lambda: F.grouped_mm(x[token], matrix, offs=groups.offsets[1:])
 
     def stock_down(self, tokens: int, seed: int) -> Call:
         groups = self._groups(tokens, seed)

@@ -45,6 +45,7 @@ def problems(runs: dict[str, dict]) -> list[str]:
     found = [
         f"{name}: {run['tokens_different']} tokens differ" for name, run in runs.items() if run["tokens_different"]
     ]
+    found += [f"{name}: {n} routes differ" for name, run in runs.items() if (n := run.get("routes_different", 0))]
     found += [f"{name}: no token was compared" for name, run in runs.items() if not run["tokens_compared"]]
     for key in ("weights_sha256", "moments_sha256"):
         digests = {name: run[key] for name, run in runs.items() if key in run}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from vexact.config.memory import ModelShape
+from vexact.config.memory.model_shape import ExpertShape
 from vexact.prepare.shapes import SHAPES
 
 
@@ -19,20 +20,6 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertShape(ModelShape):
-    """A decoder whose feed-forward is ``num_experts`` experts, ``intermediate_size`` wide together per token."""
-
-    num_experts: int = 1
-    experts_per_token: int = 1
-
-    @property
-    def layer_parameters(self) -> int:
-        expert = 3 * self.hidden_size * self.intermediate_size // self.experts_per_token
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return attention + self.num_experts * (expert + self.hidden_size) + 2 * self.hidden_size
-
-
-@dataclass(frozen=True, slots=True)
 class ScaleModel:
     """A model, and how many GPUs hold one engine of it."""
 
@@ -41,17 +28,18 @@ class ScaleModel:
 
     @property
     def active_intermediate(self) -> int:
-        return self.shape.intermediate_size
+        moe = self.shape.experts
+        return self.shape.intermediate_size if moe is None else moe.top_k * moe.intermediate_size
 
     @property
     def active_parameters(self) -> int:
         """That one token passes through, the head included and the embedding not."""
-        dense = replace(self.shape, num_experts=1, experts_per_token=1) if self.is_sparse else self.shape
-        return dense.num_layers * dense.layer_parameters + dense.vocab_size * dense.hidden_size
+        embedding = 0 if self.shape.is_tied else self.shape.vocab_size * self.shape.hidden_size
+        return self.shape.num_active_parameters - embedding
 
     @property
     def is_sparse(self) -> bool:
-        return isinstance(self.shape, ExpertShape)
+        return self.shape.experts is not None
 
     def flops(self, tokens: int, length: int) -> float:
         """Of an update with recomputed activations: 8 a weight and token, and causal attention over ``length``."""
@@ -73,21 +61,21 @@ def _dense(name: str, parts: int = 1) -> ScaleModel:
     return ScaleModel(ModelShape.of(SHAPES[name]), parts)
 
 
-def _shape(kind: type[ModelShape], *sizes: int, **more: int) -> ModelShape:
-    """Sizes: hidden, intermediate, layers, heads, key heads, vocabulary. Heads are 128 wide, the head is not tied."""
-    *rest, vocab = sizes
-    return kind(*rest, 128, vocab, False, **more)
+def _shape(*sizes: int, experts: int | None = None) -> ModelShape:
+    """Sizes: hidden, intermediate, layers, heads, key heads, vocabulary. Heads are 128 wide, the head is not tied.
+
+    With ``experts`` a token goes to 8 of so many, which are as wide as ``intermediate`` says, in every layer.
+    """
+    hidden, intermediate, layers, heads, kv_heads, vocab = sizes
+    moe = None if experts is None else ExpertShape(experts, 8, intermediate, 0, layers)
+    return ModelShape(hidden, intermediate, layers, heads, kv_heads, 128, vocab, False, experts=moe)
 
 
 MODELS = {
     "qwen3-1.7b": _dense("qwen3-1.7b"),
     "qwen3-8b": _dense("qwen3-8b"),
-    "qwen3-32b": ScaleModel(_shape(ModelShape, 5120, 25600, 64, 64, 8, 151936), 2),
-    "llama3.1-70b": ScaleModel(_shape(ModelShape, 8192, 28672, 80, 64, 8, 128256), 4),
-    "qwen3-30b-a3b": ScaleModel(
-        _shape(ExpertShape, 2048, 8 * 768, 48, 32, 4, 151936, num_experts=128, experts_per_token=8), 2
-    ),
-    "qwen3-235b-a22b": ScaleModel(
-        _shape(ExpertShape, 4096, 8 * 1536, 94, 64, 4, 151936, num_experts=128, experts_per_token=8), 8
-    ),
+    "qwen3-32b": ScaleModel(_shape(5120, 25600, 64, 64, 8, 151936), 2),
+    "llama3.1-70b": ScaleModel(_shape(8192, 28672, 80, 64, 8, 128256), 4),
+    "qwen3-30b-a3b": ScaleModel(_shape(2048, 768, 48, 32, 4, 151936, experts=128), 2),
+    "qwen3-235b-a22b": ScaleModel(_shape(4096, 1536, 94, 64, 4, 151936, experts=128), 8),
 }

@@ -9,7 +9,8 @@
   operators.
 
 Same model, prompts and number of tokens; a table of step parts (medians, the first step left out). The net cost of
-exactness is the exact step over the peers'. ``--shape tiny`` runs on a CPU in seconds.
+exactness is the exact step over the peers'. Runs are interrupted after their steps and save nothing. ``--shape tiny``
+runs on a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def main() -> int:
     common = [*inputs(SHAPES[arguments.shape], work, arguments.steps), *arguments.more]
     report = machine() | {"shape": arguments.shape, "overrides": arguments.more, "runs": {}}
     for name in arguments.runs:
-        run = train(1, "torchrun", [*common, *variants()[name]], work / name, arguments.timeout_s)
+        overrides = [*common, *variants()[name]]
+        run = train(1, "torchrun", overrides, work / name, arguments.timeout_s, stop_after=arguments.steps)
         report["runs"][name] = figures(run)
         shutil.rmtree(work / name)
         print(name, json.dumps(report["runs"][name]), flush=True)

@@ -37,7 +37,7 @@ def few_tiles(rows: int, halves: int) -> Iterator[Tile]:
     """Candidates for few rows an expert; a gated product has two weight tiles."""
     block_ms = (16,) if rows <= 8 else (16, 32, 64)
     for bm, bn, bk in combinations(block_ms, (32, 64, 128), (64, 128, 256)):
-        if bm * bn > 64 * 128 or bn * bk < 4096 or bn * bk > 16384 or (bm == 64 and bn == 32):
+        if bm * bn > 64 * 128 or bn * bk * halves < 4096 or bn * bk > 16384 or (bm == 64 and bn == 32):
             continue
         for swap in (False, True) if bm < 64 <= bn else (False,):
             for kib in BUDGETS[:2]:
@@ -69,6 +69,7 @@ def sum_tiles() -> Iterator[Tile]:
     """Candidates for a weight gradient. Two stages hold the indices of gathered rows."""
     yield from (Tile("tma", 128, 128, 32, 4, stages) for stages in (5, 6, 7))
     yield from (Tile("tma", 128, 128, 64, 4, 5), Tile("tma", 128, 256, 64, 8, 4), Tile("tma", 128, 256, 64, 8, 6))
+    yield from (Tile("tma", 128, 256, 64, 8, 8), Tile("tma", 128, 128, 64, 4, 7))
     yield from (Tile("tma", 256, 128, 64, 8, 4), Tile("tma", 256, 128, 64, 8, 6), Tile("tma", 128, 256, 32, 8, 7))
     yield Tile("tma", 256, 128, 32, 8, 7)
 

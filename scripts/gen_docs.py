@@ -51,6 +51,7 @@ the same variable and must not disagree |
 refuses the key within seconds; never a prompt |
 | `VEXACT_CACHE` | where `vexact prepare` writes by default |
 | `VEXACT_VENV` | virtual environment `scripts/setup.sh` uses instead of `.venv` |
+| `VEXACT_API_KEY` | the key that `vexact serve` asks of requests, kept out of the list of processes |
 | `VEXACT_DEBUG` | `1` shows the traceback of a user error |
 
 A variable that is empty counts as unset.

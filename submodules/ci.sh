@@ -1,36 +1,56 @@
 #!/usr/bin/env bash
 # Makes the environment of a bridge and runs its tests:  bash submodules/ci.sh verl|veomni|vllm|all [PYTEST-ARGUMENT...]
 # Every bridge has its own, submodules/<bridge>/.venv, with the versions of its constraints.txt. A bridge whose packages
-# cannot be had is reported as not run and fails nothing; a test that fails, fails.
+# cannot be had is reported as not run and fails nothing; a test that fails or does not end, fails.
 # VEXACT_BRIDGES=keep leaves the environments for the next time; by default `all` deletes each before the next one.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
+install_seconds=300 # with a cold cache and a slow index; an index that does not answer must not hold anybody up
+test_seconds="${VEXACT_BRIDGES_SECONDS:-900}"
+export PIP_DEFAULT_TIMEOUT=15 PIP_RETRIES=1 UV_HTTP_TIMEOUT=30 UV_HTTP_RETRIES=1
 say() { printf 'bridges: %s\n' "$*" >&2; }
 
-find_python() { # a Python that vexact runs on; the constraints are those of 3.11
+limit() { # SECONDS COMMAND...: 124 when it takes longer; what it started ends with it, and with this script
+  local pid code=0
+  timeout --kill-after=20 "$@" &
+  pid="$!"
+  trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
+  wait "$pid" || code=$?
+  trap - INT TERM
+  return "$code"
+}
+
+find_python() { # BRIDGE -> a Python that it runs on, first of all that of the constraints
   local name
   for name in python3.11 python3.12 python3 python3.13; do
-    if command -v "$name" >/dev/null &&
-      "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+    if command -v "$name" >/dev/null && "$name" - "$here/$1/pyproject.toml" 2>/dev/null <<'END'
+import re, sys, tomllib
+from pathlib import Path
+
+wanted = tomllib.loads(Path(sys.argv[1]).read_text())["project"]["requires-python"]
+first, after = (tuple(map(int, part.split("."))) for part in re.findall(r"[\d.]+", wanted))
+sys.exit(not first <= sys.version_info < after)
+END
+    then
       command -v "$name"
       return
     fi
   done
-  say "no Python 3.11, 3.12 or 3.13 found"
+  printf 'no Python found that it runs on (requires-python in %s)\n' "$here/$1/pyproject.toml" >&2
   return 1
 }
 
 installer() { # VENV -> uv if there is one to be had, else nothing
   command -v uv && return
-  "$1/bin/python" -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 && printf '%s\n' "$1/bin/uv"
+  limit 60 "$1/bin/python" -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 && printf '%s\n' "$1/bin/uv"
 }
 
 install_bridge() { # BRIDGE VENV: 0 when it is there with all it needs, 2 when its packages cannot be had
   local bridge="$1" venv="$2" uv="" stamp python folder="$here/$1" options=()
   stamp="$(cat "$root/pyproject.toml" "$folder/pyproject.toml" "$folder/constraints.txt" | cksum)"
   [[ "$(cat "$venv/.bridge" 2>/dev/null)" != "$stamp" ]] || return 0
-  python="$(find_python)" || return 1
+  python="$(find_python "$bridge")" || return 2
   [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv" || return 1
   local install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
   uv="$(installer "$venv" || true)"
@@ -41,9 +61,9 @@ install_bridge() { # BRIDGE VENV: 0 when it is there with all it needs, 2 when i
     install=("$uv" pip install -q --python "$venv/bin/python")
     options=(--override "$here/overrides.txt")
   fi
-  "${install[@]}" ${options[@]+"${options[@]}"} -r "$folder/constraints.txt" || return 2
+  limit "$install_seconds" "${install[@]}" ${options[@]+"${options[@]}"} -r "$folder/constraints.txt" || return 2
   [[ -n "$uv" ]] || "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec || return 1
-  "${install[@]}" --no-deps -e "$root" -e "$folder" || return 1
+  limit "$install_seconds" "${install[@]}" --no-deps -e "$root" -e "$folder" || return 1
   printf '%s\n' "$stamp" >"$venv/.bridge"
 }
 
@@ -68,13 +88,22 @@ run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
   esac
   say "$bridge: installed after $((SECONDS - start)) s"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  (cd "$here/$bridge" && .venv/bin/python -m pytest -q tests "$@") || { say "$bridge: failed"; return 1; }
+  run_tests "$bridge" "its tests" "$here/$bridge" tests "$@" || return 1
   if (($# == 0)); then
     local core; mapfile -t core < <(core_tests "$bridge")
-    (cd "$root" && "$venv/bin/python" -m pytest -q -p no:cacheprovider "${core[@]}") ||
-      { say "$bridge: tests of the core failed with its versions"; return 1; }
+    run_tests "$bridge" "tests of the core, with its versions," "$root" -p no:cacheprovider "${core[@]}" || return 1
   fi
   say "$bridge: passed after $((SECONDS - start)) s"
+}
+
+run_tests() { # BRIDGE WHAT FOLDER PYTEST-ARGUMENT...
+  local bridge="$1" what="$2" folder="$3" code=0; shift 3
+  limit "$test_seconds" env --chdir="$folder" "$here/$bridge/.venv/bin/python" -m pytest -q "$@" || code=$?
+  case "$code" in
+    0) ;;
+    124 | 137) say "$bridge: failed: $what did not end within $test_seconds s"; return 1 ;;
+    *) say "$bridge: failed: $what"; return 1 ;;
+  esac
 }
 
 bridges=(verl veomni vllm)

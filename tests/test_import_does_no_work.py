@@ -7,7 +7,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "triton", "transformers", "hydra", "omegaconf", "numpy", "wandb", "ray", "pyarrow")
+HEAVY = (
+    "torch",
+    "triton",
+    "transformers",
+    "hydra",
+    "omegaconf",
+    "numpy",
+    "wandb",
+    "ray",
+    "pyarrow",
+    "starlette",
+    "uvicorn",
+    "pydantic",
+)
 
 
 def loaded_after(statement: str) -> list[str]:

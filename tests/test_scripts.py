@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from stand_ins import executable
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("examples/**/*.sh"), ROOT / ".ci" / "run"])
+FOLDERS = ("scripts", "examples", "submodules")
+SCRIPTS = sorted(
+    [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.sh") if ".venv" not in path.parts]
+    + [ROOT / ".ci" / "run"]
+)
 names = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -29,10 +34,14 @@ def test_syntax_and_habits(script: Path) -> None:
     assert re.search(r"\b(pkill|killall|rm -rf|sudo|curl|wget)\b", text) is None
 
 
-def test_ci_runs_exactly_the_test_script() -> None:
+def test_ci_runs_exactly_the_test_script_and_the_bridges() -> None:
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
-    assert len(commands) == 1
-    assert commands[0].endswith('scripts/test.sh"')
+    here = '"$(dirname "${BASH_SOURCE[0]}")/..'
+    assert commands == [
+        "set -euo pipefail",
+        f'bash {here}/scripts/test.sh"',
+        f'bash {here}/submodules/ci.sh" all',
+    ]
 
 
 def test_the_wheel_carries_the_whole_hydra_tree() -> None:
@@ -66,13 +75,6 @@ def test_constraints_hold_every_package_of_every_extra_and_leave_torch_alone(pyt
     assert set(wanted) - set(held) == {"torch", "triton"}
     assert [name for name, version in held.items() if name in wanted and version not in wanted[name]] == []
     assert [name for name in held if re.match(r"torch|triton|nvidia|cuda", name)] == []
-
-
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-    path.chmod(0o755)
-    return path
 
 
 FAKE_PYTHON = r"""
@@ -135,7 +137,7 @@ def test_fresh_cpu_machine_gets_a_venv_once(cpu: Machine) -> None:
     python, asked, _ = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert python == f"{cpu.folder}/venv/bin/python"
     assert asked.count("venv") >= 1
-    assert "[tested,dev,wandb,tensorboard,tasks,smollm2,ray]" in asked
+    assert "[tested,dev,wandb,tensorboard,tasks,serve,smollm2,ray]" in asked
     assert "--system-site-packages" not in asked
     again, asked, messages = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert (again, asked, messages) == (python, "", "")

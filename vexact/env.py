@@ -296,6 +296,11 @@ def set_scratch(folder: str, environ: MutableMapping[str, str] = os.environ) -> 
     environ.update(TMPDIR=folder, TEMP=folder, TMP=folder, PYTHONDONTWRITEBYTECODE="1")
 
 
+def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
+    """VEXACT_API_KEY, which requests to a server must show; None when unset."""
+    return _get(environ, "VEXACT_API_KEY") or None
+
+
 def debug(environ: Mapping[str, str] = os.environ) -> bool:
     """VEXACT_DEBUG: show tracebacks of user errors."""
     return _get(environ, "VEXACT_DEBUG") not in ("", "0")

@@ -8,7 +8,8 @@ Hence three layers:
 * Outside ``unwinding()`` there is nothing to close, so nothing is raised: the process ends there and then. Importing in
   particular turns an interrupt into other errors.
 * A thread hears of the signal through a descriptor, C code or not. It ends the process at a second signal, or when
-  ``GRACE_S`` have gone by. That loses nothing that SIGKILL would not lose, and a run survives SIGKILL.
+  ``GRACE_S``, or what ``unwinding`` was given, have gone by. That loses nothing that SIGKILL would not lose, and a run
+  survives SIGKILL.
 
 A program that uses the engine as a library keeps its own signals: the flag is then never set.
 """
@@ -35,6 +36,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _requested = False
 _unwinding = False
 _owns_process = False
+_grace_s = GRACE_S
 _note = ""
 _is_said = False
 _ending = threading.Lock()
@@ -70,14 +72,18 @@ def message() -> str:
 
 
 @contextmanager
-def unwinding() -> Iterator[None]:
-    """Around whatever has to be closed: inside, a signal raises KeyboardInterrupt, so that ``finally`` blocks run."""
-    global _unwinding
-    before, _unwinding = _unwinding, True
+def unwinding(grace_s: float = GRACE_S) -> Iterator[None]:
+    """Around whatever has to be closed: inside, a signal raises KeyboardInterrupt, so that ``finally`` blocks run.
+
+    ``grace_s``: seconds they get before the process is ended, if more than ``GRACE_S``.
+    """
+    global _unwinding, _grace_s
+    before = _unwinding, _grace_s
+    _unwinding, _grace_s = True, max(_grace_s, grace_s)
     try:
         yield
     finally:
-        _unwinding = before
+        _unwinding, _grace_s = before
 
 
 def install() -> None:
@@ -149,7 +155,7 @@ def _handle(_signal: int, _frame: FrameType | None) -> None:
 def _watch(descriptor: int) -> None:
     first = 0.0
     while True:
-        patience = max(0.0, first + GRACE_S - time.monotonic()) if first else None
+        patience = max(0.0, first + _grace_s - time.monotonic()) if first else None
         if not select.select([descriptor], [], [], patience)[0]:
             _end()
         if os.read(descriptor, 1)[0] not in SIGNALS:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_configs import MOONLIGHT, QWEN3_MOE
 
 from vexact.audit.guard import ReductionGuard, watch
 from vexact.models import ModelConfig, random_model
@@ -30,8 +31,8 @@ RAW = {
 PARAMS = SamplingParams(n=2, max_tokens=6, ignore_eos=True, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01)
 
 
-def model(ops="invariant", attn_impl="triton-invariant"):
-    return random_model(ModelConfig.from_hf_dict(RAW), seed=0, ops=ops, attn_impl=attn_impl)
+def model(ops="invariant", attn_impl="triton-invariant", raw=RAW):
+    return random_model(ModelConfig.from_hf_dict(raw), seed=0, ops=ops, attn_impl=attn_impl)
 
 
 def names(guard):
@@ -42,12 +43,13 @@ def rollout(of):
     return Engine(model=of, max_model_len=64, max_num_batched_tokens=7).generate([[1, 2, 3] * 4, [4, 5]], PARAMS)
 
 
-def test_rollout_and_training_forward_reduce_only_inside_the_operators():
+@pytest.mark.parametrize("raw", [RAW, QWEN3_MOE, MOONLIGHT], ids=["dense", "qwen3-moe", "moonlight"])
+def test_rollout_and_training_forward_reduce_only_inside_the_operators(raw):
     samples = []
-    guard = watch(lambda: samples.extend(rollout(model())))
+    guard = watch(lambda: samples.extend(rollout(model(raw=raw))))
     assert guard.findings == []
     assert guard.num_inside > 50
-    actor = Actor(model(), ActorConfig(ppo_mini_batch_size=1, ppo_max_token_len_per_gpu=64, dtype="float32"))
+    actor = Actor(model(raw=raw), ActorConfig(ppo_mini_batch_size=1, ppo_max_token_len_per_gpu=64, dtype="float32"))
     sequences = [TrainSequence(sample, np.zeros(len(sample.token_ids), np.float32)) for sample in samples]
     guard = watch(lambda: actor.logprobs(sequences))
     assert guard.findings == []

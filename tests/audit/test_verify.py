@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -238,7 +239,15 @@ def test_samples_that_are_drawn_again_unobserved_are_compared_too(checkpoints, m
     model, side = (load_model(checkpoints / "qwen3") for _ in range(2))
     tally = BitTally()
     bits.compare_round(
-        model, VexactSide(side), one_round, fused=True, padded=False, unobserved=True, seed=0, tally=tally
+        partial(Engine, model=model),
+        VexactSide(side),
+        one_round,
+        device=torch.device("cpu"),
+        fused=True,
+        padded=False,
+        unobserved=True,
+        seed=0,
+        tally=tally,
     )
     assert drawn[0] == drawn[1]
     assert tally.logprobs_different == (3 if fault else 0)

@@ -146,7 +146,7 @@ def test_experts_take_memory_for_rows_and_for_all_of_their_weights() -> None:
     update, plain = (next(stage.parts for stage in plan.stages if stage.stage == "update") for plan in plans)
     assert update["master weights"] == update["gradients"] == 4 * shape.num_parameters
     assert update["moments"] == 8 * shape.num_parameters
-    # instead of an MLP of 40, k = 3 rows of 3 x 20 + 32, in passing 2 x 32 + 2 x 20; the router's 8 logits and 4 x 3 more
+    # instead of an MLP of 40, k = 3 rows of 3 x 20 + 32, in passing 2 x 32 + 2 x 20; of the router 8 + 4 x 3 numbers
     rows = 4 * (3 * (60 + 32) - 120) + 4 * (8 + 12)
     passing = 4 * (3 * (64 + 40) - 80)
     assert update["activations"] - plain["activations"] == 32 * (rows + passing)

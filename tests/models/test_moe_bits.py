@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from moe_configs import DEEPSEEK_V2, FAMILIES
 
 from vexact.models import ModelConfig, random_model
 from vexact.models.layers import MoE
+from vexact.models.opset import set_ops
 from vexact.ops import PackedMetadata, PagedMetadata
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -109,6 +112,23 @@ def test_ties_are_broken_the_same_way(family):
     assert_same(together, paged(model, sequences, [23, *[1] * 40]))
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "moonlight", "deepseek-v2"])
+def test_weights_are_rounded_where_the_reference_rounds_them(family):
+    """Qwen3-MoE alone rounds them to the dtype of the model; all others multiply in fp32."""
+    model, seen = model_of(FAMILIES[family], torch.bfloat16), []
+    plain = model.ops.combine
+
+    def combine(y, weights, *rest):
+        seen.append(weights)
+        return plain(y, weights, *rest)
+
+    set_ops(model, replace(model.ops, combine=combine))
+    packed(model, prompts())
+    weights = torch.cat(seen)
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, weights.bfloat16().float()) == (family == "qwen3-moe")
+
+
 def test_a_prefix_keeps_its_bits():
     """Nothing of a token depends on later ones, so a digest of a prefix is the prefix of the digest."""
     model, sequences = model_of(FAMILIES["moonlight"], torch.bfloat16), prompts()
@@ -125,6 +145,14 @@ def test_a_digest_tells_layers_and_experts_apart():
     changed = torch.cat([a != b for a, b in zip(before, after, strict=True)])
     assert changed.any()
     assert not changed.all()
+
+
+def test_a_digest_tells_layers_apart():
+    """Where every token chooses all experts, each layer still says something else."""
+    raw = FAMILIES["qwen3-moe-all"]
+    one, three = (packed(model_of(raw | {"num_hidden_layers": n}, torch.float32), prompts()) for n in (1, 3))
+    assert (one[0][1] == one[0][1][0]).all()
+    assert (three[0][1] != 3 * one[0][1]).all()
 
 
 def backward(model, recompute, **forward):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vexact.models import CausalLM, ModelConfig, load_model, parameter_dtype, random_model, save_hf
 from vexact.models.checkpoint import CheckpointReader
 from vexact.models.load import load_parts, model_of
+from vexact.models.nonfinite import find_nonfinite
 from vexact.ops import PackedMetadata
 
 LENGTHS = [37, 60, 1, 20]
@@ -254,3 +255,11 @@ def test_random_weights_are_those_of_the_seed():
     assert abs(experts.std().item() - 0.2) < 0.01
     assert first["layers.1.attention.kv_a_norm.weight"].unique().tolist() == [1.0]
     assert first["layers.1.mlp.router.bias"].unique().tolist() == [0.0]
+
+
+def test_a_number_that_is_none_is_found_among_the_experts():
+    model = random_model(ModelConfig.from_hf_dict(DEEPSEEK_V3), 0)
+    with torch.no_grad():
+        model.layers[2].mlp.experts.down_proj[5, 3, 1] = float("nan")
+    found = find_nonfinite(model.named_parameters())
+    assert found == "layers.2.mlp.experts.down_proj holds 1 non-finite number of 5120, the first nan at [5, 3, 1]"

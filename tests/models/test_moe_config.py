@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_configs import DEEPSEEK_V2, DEEPSEEK_V3, FAMILIES, MIXTRAL, MOONLIGHT, QWEN3_MOE
 from test_config_fields import JSON, LLAMA, NO_SIZES, refusal
+from transformers import AutoConfig
 
 from vexact.models import ModelConfig
 from vexact.models.config import MlaConfig, MoeConfig
@@ -61,6 +62,18 @@ def test_released_files_need_no_comment(caplog):
         configs = [ModelConfig.from_hf_dict(raw) for raw in (moonlight, qwen, renamed)]
     assert caplog.records == []
     assert configs[1].moe == configs[2].moe
+
+
+@pytest.mark.parametrize("raw", [QWEN3_MOE, MIXTRAL, DEEPSEEK_V2, DEEPSEEK_V3], ids=lambda raw: raw["model_type"])
+def test_defaults_are_those_of_transformers(raw):
+    left_out = ("rms_norm_eps", "max_position_embeddings", "rope_parameters", "norm_topk_prob", "tie_word_embeddings")
+    few = {key: value for key, value in raw.items() if key not in left_out}
+    ours, theirs = ModelConfig.from_hf_dict(few), AutoConfig.for_model(**few)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.moe.normalize == getattr(theirs, "norm_topk_prob", True)
 
 
 SIZES = {

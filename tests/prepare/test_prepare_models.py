@@ -170,6 +170,7 @@ def test_public_shapes_have_the_right_size(arch):
         "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360,
         "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512,
         "llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "llama3.1-8b": 8_030_261_248,
+        "qwen3-30b-a3b": 30_532_122_624, "moonlight-16b-a3b": 15_960_110_208, "deepseek-v2-lite": 15_706_484_224,
     }  # fmt: skip
     assert total == published[arch]
 

@@ -36,13 +36,14 @@ OVERLAP |= {f"update-{t}": f"wait gen-{t + 1}" for t in range(1, STEPS)}
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny, tmp_path_factory):
+def experts(tiny, tmp_path_factory):
     """With a model of experts and latent attention, whose routers' biases move: all that can be one step off."""
     root = tmp_path_factory.mktemp("experts")
     for file in tiny.iterdir():
         if file.is_file():
             (root / file.name).symlink_to(file)
-    write_model(root / "model", **MOONLIGHT | {"vocab_size": vocabulary_of(tiny), "num_hidden_layers": 2})
+    changes = {"vocab_size": vocabulary_of(tiny), "num_hidden_layers": 2, "initializer_range": 0.4}
+    write_model(root / "model", **MOONLIGHT | changes)
     return root
 
 
@@ -62,7 +63,6 @@ def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
         "actor_rollout_ref.rollout.n=3",
         "actor_rollout_ref.actor.optim.lr=3e-3",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
-        BIAS_RATE,
         "algorithm.filter_groups.enable=true",
         "algorithm.filter_groups.metric=odd",
         "algorithm.filter_groups.max_num_gen_batches=0",
@@ -116,12 +116,12 @@ def state(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory):
+def unbroken(experts, tmp_path_factory):
     """Two ranks train sharded weights that wait on the host, one generates; no update ends before the next generation
     has begun, and the other way round."""
     root = tmp_path_factory.mktemp("async")
     offload = "actor_rollout_ref.actor.fsdp_config.param_offload=true"
-    code, output = torchrun(3, root / "marks", OVERLAP, arguments(tiny, root / "run", offload))
+    code, output = torchrun(3, root / "marks", OVERLAP, arguments(experts, root / "run", offload, BIAS_RATE))
     assert code == 0, output
     assert "log-probabilities compared, 0 different" in output
     assert "in 2 of 4 steps; everything" in output
@@ -160,18 +160,18 @@ def test_due_steps_are_compared_under_the_weights_that_sampled(unbroken):
         ]
 
 
-def test_a_run_that_is_interrupted_goes_on_with_the_samples_it_has(tiny, unbroken, tmp_path, monkeypatch, caplog):
+def test_a_run_that_is_interrupted_goes_on_with_the_samples_it_has(experts, unbroken, tmp_path, monkeypatch, caplog):
     """The signal comes while step 3 trains and step 4 is generated; Ray goes on."""
     directory = tmp_path / "run"
     plan = {"gen-4": "wait update-3", "update-3": "interrupt"}
-    code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, directory))
+    code, output = torchrun(2, tmp_path / "marks", plan, arguments(experts, directory, BIAS_RATE))
     assert code != 0
     assert "step 2 is saved" in output, output
     assert [row["step"] for row in metrics(directory)] == [1, 2]
     assert (directory / "checkpoints" / "step_2" / "next_step").is_dir()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with caplog.at_level("INFO"):
-        assert run(load_config(arguments(tiny, directory, "trainer.n_gpus_per_node=2"))) == 0
+        assert run(load_config(arguments(experts, directory, BIAS_RATE, "trainer.n_gpus_per_node=2"))) == 0
     assert "holds no samples" not in caplog.text
     assert state(directory) == state(unbroken)
     for step in range(1, STEPS + 1):
@@ -347,9 +347,10 @@ def test_weights_are_kept_for_the_steps_that_are_compared_and_no_others(every, f
     assert [version + 2 for version in range(-1, 7) if past.needs(version)] == due
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
-def test_past_weights_are_there_bit_for_bit_and_go_again():
-    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+def test_past_weights_are_there_bit_for_bit_and_go_again(device):
+    model = nn.Sequential(nn.Linear(500, 300), nn.Linear(300, 2)).to(device)
     past = PastWeights(model, torch.bfloat16)
     seen = []
     for version in range(4):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from moe_configs import MOONLIGHT, QWEN3_MOE
@@ -14,6 +15,8 @@ from vexact.models import load_model
 from vexact.prepare.tokenizers import character_tokenizer
 from vexact.rollout import engine as engine_module
 from vexact.trainer.launch import run
+from vexact.trainer.workers.groups import gathered
+from vexact.training.passes.forward import Scored
 
 ACTOR = "actor_rollout_ref.actor"
 BALANCED = {
@@ -74,6 +77,13 @@ def test_experts_that_differ_stop_a_strict_run(models, overrides, metrics, monke
     directory = f"trainer.default_local_dir={tmp_path / 'strict'}"
     with pytest.raises(ExactnessError, match=r"predicted by rows that went to other experts. First: request step\d+-"):
         run(load_config([*given, "trainer.exactness=strict", directory]))
+
+
+def test_routes_that_one_rank_does_not_give_are_missing_for_all():
+    values = [np.zeros(2, np.float32)], [np.zeros(2, np.int64)]
+    both = gathered([Scored([1], *values), Scored([], [], []), Scored([0], *values)])
+    assert (both.indices, len(both.routes)) == ([0, 1], 2)
+    assert gathered([Scored([0], *values), Scored([1], values[0], None)]).routes is None
 
 
 def test_what_balances_experts_is_refused_for_a_dense_model(overrides):

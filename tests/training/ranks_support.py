@@ -13,8 +13,8 @@ from training_support import random_sequences, tiny_model
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.parallel.ranks import PeerStopped
 
-SMALL = {"vocab_size": 53, "num_hidden_layers": 2}
-FIVE, SIX = {"num_experts": 5}, {"n_routed_experts": 6}  # of four ranks the last one has none, or one less
+SMALL = {"vocab_size": 53, "num_hidden_layers": 2, "initializer_range": 0.2}
+FIVE = ({"num_experts": 5}, {"n_routed_experts": 5})  # of four ranks the last one has no expert
 COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": True}
 # The mini-batches of 7 and 5 sequences have 3 to 6 micro-batches: no two numbers of ranks divide them alike.
 CASES = {
@@ -24,9 +24,9 @@ CASES = {
         {"num_hidden_layers": 1},
         {"dtype": "bfloat16", "param_offload": True, "optimizer_offload": True, "enable_gradient_checkpointing": True},
     ),
-    "experts": (QWEN3_MOE | SMALL | FIVE, {"router_aux_loss_coef": 0.3, "loss_agg_mode": "seq-mean-token-mean"}),
+    "experts": (QWEN3_MOE | SMALL | FIVE[0], {"router_aux_loss_coef": 0.3, "loss_agg_mode": "seq-mean-token-mean"}),
     "latent": (
-        MOONLIGHT | SMALL | SIX,
+        MOONLIGHT | SMALL | FIVE[1],
         {"dtype": "bfloat16", "router_bias_update_rate": 0.01, "param_offload": True, "router_aux_loss_coef": 0.1},
     ),
 }

@@ -16,6 +16,7 @@ from vexact.training import Actor, ActorConfig, OptimConfig
 from vexact.training.passes.experts import check_experts, load_metrics
 
 RATE = 0.01
+DENSE = MOONLIGHT | {"first_k_dense_replace": 3}  # of 3 layers
 
 
 def actor_of(raw, seed=0, **config):
@@ -179,6 +180,8 @@ def test_a_dense_model_reports_nothing_of_experts():
     [
         (None, {"router_aux_loss_coef": 0.1}, r"router_aux_loss_coef=0.1: Qwen3ForCausalLM has no experts to balance"),
         (None, {"router_bias_update_rate": 0.1}, r"router_bias_update_rate=0.1: Qwen3ForCausalLM has no bias"),
+        (DENSE, {"router_aux_loss_coef": 0.1}, r"DeepseekV3ForCausalLM has no experts to balance"),
+        (DENSE, {"router_bias_update_rate": 0.1}, r"DeepseekV3ForCausalLM has no bias"),
         (MIXTRAL, {"router_bias_update_rate": 0.1}, r"MixtralForCausalLM has no bias.*set it to 0 and use actor_roll"),
         (
             QWEN3_MOE | {"output_router_logits": True, "router_aux_loss_coef": "much"},

@@ -64,6 +64,70 @@ def _llama(head_dim: int, factor: float, *sizes: Any) -> dict[str, Any]:
     }
 
 
+def _qwen3_moe(experts: int, per_token: int, expert_width: int, *sizes: Any) -> dict[str, Any]:
+    return _qwen3(*sizes) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": expert_width,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _deepseek(architecture: str, vocab: int, *sizes: Any) -> dict[str, Any]:
+    """Latent attention without query compression; the first layer is dense, the others have 64 + 2 experts."""
+    return _sizes(*sizes) | {
+        "architectures": [f"Deepseek{architecture}ForCausalLM"],
+        "model_type": f"deepseek_{architecture.lower()}",
+        "vocab_size": vocab,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "attention_bias": False,
+    }
+
+
+_MOONLIGHT = {
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.446,
+}
+_DEEPSEEK_V2_LITE = {
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, True),
@@ -75,4 +139,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama3.2-1b": _llama(64, 32.0, 2048, 8192, 16, 32, 8, True),
     "llama3.2-3b": _llama(128, 32.0, 3072, 8192, 28, 24, 8, True),
     "llama3.1-8b": _llama(128, 8.0, 4096, 14336, 32, 32, 8, False),
+    "qwen3-30b-a3b": _qwen3_moe(128, 8, 768, 2048, 6144, 48, 32, 4, False),
+    "moonlight-16b-a3b": _deepseek("V3", 163840, 2048, 11264, 27, 16, 16, False) | _MOONLIGHT,
+    "deepseek-v2-lite": _deepseek("V2", 102400, 2048, 10944, 27, 16, 16, False) | _DEEPSEEK_V2_LITE,
 }

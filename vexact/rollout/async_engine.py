@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import accumulate
 from typing import TypeVar
 
 from vexact.rollout.engine import Engine
-from vexact.rollout.sampling.sampler import NonFiniteLogprobError
+from vexact.rollout.engine_thread import EngineThread, fail
 from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.stream import Ask, EngineClosedError, Order, Stream
 from vexact.types import Sample
 
 T = TypeVar("T")
 
 
-class AsyncEngine:
+class AsyncEngine(EngineThread):
     """Everything happens on the thread, between two steps, in the order in which it was asked for.
 
     Nobody else may call ``engine``. Which requests share a batch depends on when they come; no bit of a sample does.
@@ -25,120 +28,129 @@ class AsyncEngine:
 
         engine = AsyncEngine(Engine("path/to/model"))
         samples = await engine.generate([1, 2, 3], SamplingParams(max_tokens=32), "mine")
-        await engine.run(lambda engine: engine.update_weights(named, version=1))
+        async with engine.stream([1, 2, 3], SamplingParams(max_tokens=32)) as deltas:
+            async for delta in deltas:
+                print(delta.token_ids, delta.logprobs)
+        async with engine.paused():
+            await engine.run(lambda engine: engine.update_weights(named, version=1))
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._calls: list[Callable[[], None]] = []
-        self._waiting: dict[str, Future[Sample]] = {}  # of the thread alone
-        self._wake, self._closed = threading.Condition(), False
-        self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
-        self._thread.start()
-
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        draw_id: str | None = None,
     ) -> list[Sample]:
         """The n samples of one prompt. A caller that is cancelled takes its request along.
 
-        Raises what ``Engine.add_request`` raises; NonFiniteLogprobError for a sample of its own; and what ended a step
-        in which it had part.
+        Raises what ``Engine.add_request`` raises; NonFiniteLogprobError for a sample of its own; what ended a step in
+        which it had part; EngineClosedError, EngineFailedError and QueueFullError.
         """
-        futures = await self.run(lambda engine: self._add(prompt_token_ids, sampling_params, request_id))
+        found: dict[int, Sample] = {}
+        async with self.stream(prompt_token_ids, sampling_params, request_id, draw_id, live=False) as deltas:
+            async for delta in deltas:
+                if delta.sample is not None:
+                    found[delta.index] = delta.sample
+        return [found[index] for index in sorted(found)]
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        draw_id: str | None = None,
+        *,
+        live: bool = True,
+    ) -> AsyncIterator[Stream]:
+        """The tokens of the n samples as they are sampled. Who leaves before the end takes the request along.
+
+        Entering raises what keeps the request from starting, the stream what ends it: see ``generate``.
+        """
+        ask = Ask(prompt_token_ids, sampling_params, request_id, draw_id)
+        async with self.stream_all([ask], live=live) as deltas:
+            yield deltas
+
+    @asynccontextmanager
+    async def stream_all(self, asks: Sequence[Ask], *, live: bool = True) -> AsyncIterator[Stream]:
+        """``stream`` for several requests, all of them or none: one that cannot start keeps the others from it."""
+        stream = Stream(asyncio.get_running_loop(), sum(ask.num_samples for ask in asks), live=live)
+        firsts = accumulate((ask.num_samples for ask in asks), initial=0)
+        orders = [Order(ask, stream, first) for ask, first in zip(asks, firsts)]
+        self._reserve(orders)
         try:
-            return await asyncio.gather(*(asyncio.wrap_future(future) for future in futures.values()))
-        except asyncio.CancelledError:
-            self._post(lambda: self._resolve(self._engine.abort(futures)))
-            raise
+            for order in orders:
+                await asyncio.wrap_future(order.added)
+            yield stream
+        finally:
+            for order in orders:
+                if order.num_reserved:  # it has neither ended nor failed
+                    self._post(partial(self._withdraw, order), lambda _: None, quietly=True)
 
     async def abort(self, request_ids: Collection[str] | None = None) -> list[str]:
-        """Ends these requests, or all: their callers get what was sampled so far. Returns the ids of those it ended."""
+        """Ends these requests, or all: their callers get what was sampled so far. Returns the ids of the samples ended.
+
+        An id may be that of a request or of one of its samples. All does not mean those that a pause holds back.
+        """
 
         def end(engine: Engine) -> list[str]:
-            samples = engine.abort(request_ids)
+            names = None
+            if request_ids is not None:
+                self._start_held(request_ids)
+                names = {name for name in self._parts if not {name, name.rpartition("/")[0]}.isdisjoint(request_ids)}
+            samples = engine.abort(names)
             self._resolve(samples)
             return [sample.request_id for sample in samples]
 
         return await self.run(end)
 
+    async def pause(self, *, abort: bool = False) -> None:
+        """Begin no request until ``resume``; those asked for meanwhile wait in their order. Returns when what ran has
+        ended, which ``abort`` hastens: the callers get what was sampled so far.
+
+        Raises RuntimeError if it is paused already.
+        """
+        mine = object()
+
+        def hold(engine: Engine) -> None:
+            if self._pause is not None:
+                raise RuntimeError("the engine is paused already; resume() comes first")
+            self._pause = mine
+            if abort:
+                self._resolve(engine.abort())
+
+        try:
+            await self.run(hold)
+            await self._until(lambda: not self._engine.has_unfinished)
+        except BaseException:
+            self._post(lambda: self._go_on(mine), lambda _: None, quietly=True)
+            raise
+
+    async def resume(self) -> None:
+        """Begin what the pause held back. Does nothing if it is not paused."""
+        await self.run(lambda _: self._go_on(self._pause))
+
+    @asynccontextmanager
+    async def paused(self, *, abort: bool = False) -> AsyncIterator[None]:
+        """``pause`` on the way in, ``resume`` on the way out: around an update of the weights."""
+        await self.pause(abort=abort)
+        try:
+            yield
+        finally:
+            await self.resume()
+
+    async def drain(self) -> None:
+        """Take no new request, for good, and return when the last one has ended."""
+        with self._wake:
+            self._refusal = self._refusal or EngineClosedError("the engine drains: it ends what runs and takes no more")
+        await self._until(lambda: not self._num_reserved)
+
     async def run(self, call: Callable[[Engine], T]) -> T:
         """``call(engine)`` on the engine's thread; its result, or what it raises."""
         return await asyncio.wrap_future(self.submit(call))
 
-    def submit(self, call: Callable[[Engine], T]) -> Future[T]:
-        """``run`` for callers without an event loop."""
-        future: Future[T] = Future()
-
-        def answer() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(call(self._engine))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(answer)
-        return future
-
-    def close(self) -> None:
-        """Ends the thread after the step that it is in. Callers that wait get RuntimeError."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join()
-
-    def _post(self, call: Callable[[], None]) -> None:
-        with self._wake:
-            if self._closed:
-                raise RuntimeError("the engine is closed")
-            self._calls.append(call)
-            self._wake.notify()
-
-    def _drive(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._calls or self._closed or self._engine.has_unfinished):
-                    self._wake.wait()
-                calls, self._calls = self._calls, []
-            for call in calls:
-                call()
-            if self._closed:
-                return self._end(RuntimeError("the engine was closed"))
-            if self._engine.has_unfinished:
-                self._step()
-
-    def _add(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None) -> dict[str, Future[Sample]]:
-        names = self._engine.add_request(prompt, params, request_id)
-        futures: dict[str, Future[Sample]] = {name: Future() for name in names}
-        self._waiting |= futures
-        return futures
-
-    def _step(self) -> None:
-        try:
-            self._resolve(self._engine.step())
-        except NonFiniteLogprobError as error:
-            self._resolve(error.samples)
-            for name in error.request_ids:
-                _set(self._waiting.pop(name, None), error)
-        except BaseException as error:
-            self._end(error)
-
-    def _resolve(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            _set(self._waiting.pop(sample.request_id, None), sample)
-
-    def _end(self, error: BaseException) -> None:
-        self._engine.abort_all()
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            _set(future, error)
-
-
-def _set(future: Future[Sample] | None, outcome: Sample | BaseException) -> None:
-    """Unless its caller is gone."""
-    if future is None or not future.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, Sample):
-        future.set_result(outcome)
-    else:
-        future.set_exception(outcome)
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        future: Future[None] = Future()
+        self._post(lambda: self._waiters.append((condition, future)), partial(fail, future))
+        await asyncio.wrap_future(future)

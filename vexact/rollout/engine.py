@@ -35,6 +35,7 @@ from vexact.rollout.weights import copy_weights
 from vexact.types import Sample
 
 INVALID_VERSION = -1
+TokenObserver = Callable[[Sequence[str], StepOutput], None]
 
 
 class Engine:
@@ -85,13 +86,7 @@ class Engine:
 
     def _build(self, loaded: Loaded) -> None:
         config, model = self.config, loaded.model
-        self.max_model_len = config.max_model_len or model.config.max_position_embeddings
-        if self.max_model_len > model.config.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len={self.max_model_len} exceeds the model's max_position_embeddings="
-                f"{model.config.max_position_embeddings}; lower max_model_len"
-            )
-        config.check_model_len(self.max_model_len)
+        self.max_model_len = config.resolve_model_len(model.config.max_position_embeddings)
         device = loaded.device
         self.num_pages = config.resolve_num_pages(
             page_bytes=kv_page_bytes(model, config.page_size),
@@ -123,6 +118,7 @@ class Engine:
             hash_pages=config.enable_prefix_caching,
         )
         self._finisher = Finisher(self._state, loaded.tokenizer)
+        self._on_tokens: TokenObserver | None = None
         self._stats = EngineStats()
 
     @property
@@ -146,10 +142,21 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished
 
+    @property
+    def num_requests(self) -> tuple[int, int]:
+        """Unfinished requests: those that hold a slot, and those that wait for one."""
+        return self._scheduler.num_running, self._scheduler.num_waiting
+
     def add_request(
-        self, prompt_token_ids: Sequence[int], sampling_params: SamplingParams, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        draw_id: str | None = None,
     ) -> list[str]:
         """Queue one prompt; returns the ids of its n samples (the request's own id if n is 1, else ``id/0 .. id/n-1``).
+
+        ``draw_id``: what the tokens depend on instead of ``request_id``; running requests may share one.
 
         Raises ValueError, naming the value and the knob, for a request that could never run or an id in use. Whatever
         it raises, nothing of the request stays behind.
@@ -157,7 +164,7 @@ class Engine:
         self._check_ready()
         if not self.has_unfinished:
             self._runner.refresh()
-        requests = self._intake.make(prompt_token_ids, sampling_params, request_id)
+        requests = self._intake.make(prompt_token_ids, sampling_params, request_id, draw_id)
         try:
             for request in requests:
                 self._scheduler.add(request)
@@ -189,11 +196,8 @@ class Engine:
         samples = self._collect(batch, output) if output is not None else []
         if samples and not self.has_unfinished:
             self.check_idle()
-        self._stats.record(
-            num_tokens=len(batch.sample_slots),
-            step_seconds=time.perf_counter() - started,
-            execute_seconds=execute_seconds,
-        )
+        seconds = time.perf_counter() - started
+        self._stats.record(num_tokens=len(batch.sample_slots), step_seconds=seconds, execute_seconds=execute_seconds)
         return samples
 
     def _collect(self, batch: Batch, output: StepOutput) -> list[Sample]:
@@ -210,19 +214,14 @@ class Engine:
         for request in requests:
             self._scheduler.release(request)
             self._intake.forget(request)
-        values = f"log-probability {output.logprobs[0]}"
-        if not output.min_logits[0] < np.inf:
-            values += f" and threshold {output.min_logits[0]}"
-        more = f" (and {len(requests) - 1} more requests of this step)" if len(requests) > 1 else ""
-        message = (
-            f"request {first.request_id}, response position {position}: token {output.token_ids[0]} was sampled with "
-            f"{values}{more}. "
-            + cause_of_nonfinite(chain(model.named_parameters(), model.named_buffers()), model.lm_head_weight.dtype)
-        )
-        return message, [request.request_id for request in requests]
+        tensors = chain(model.named_parameters(), model.named_buffers())
+        cause = cause_of_nonfinite(tensors, model.lm_head_weight.dtype)
+        return output.describe_nonfinite(first.request_id, position) + cause, [one.request_id for one in requests]
 
     def _append(self, slots: np.ndarray, output: StepOutput) -> list[Sample]:
         self._state.append_sampled(slots, *output)
+        if self._on_tokens is not None:
+            self._on_tokens([self._state.request(slot).request_id for slot in slots.tolist()], output)
         samples = []
         for slot, ending in self._finisher.endings(slots, output.token_ids):
             request = self._state.request(slot)
@@ -327,6 +326,10 @@ class Engine:
         """
         self._runner.on_logits = observer
 
+    def observe_tokens(self, observer: TokenObserver | None) -> None:
+        """Shows ``observer`` the ids of a step's requests and their tokens before ``step`` returns; None stops it."""
+        self._on_tokens = observer
+
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Overwrite the model's parameters and forget the prefix cache.
 
@@ -374,20 +377,14 @@ class Engine:
 
     def take_stats(self) -> EngineStats:
         """The counters behind ``stats()``, for ``merge_stats`` to add up over replicas. Takes them from the engine."""
-        scheduler, stats = self._scheduler, self._stats
-        stats.num_pages = self.num_pages
-        stats.num_preemptions = scheduler.num_preemptions
-        stats.num_prefix_queried = scheduler.num_prefix_queried
-        stats.num_prefix_hits = scheduler.num_prefix_hits
-        stats.num_replays = self._runner.take_num_replays()
-        self._stats = EngineStats()
-        scheduler.reset_counters()
+        stats, self._stats = self._stats, EngineStats()
+        stats.num_pages, stats.num_replays = self.num_pages, self._runner.take_num_replays()
+        stats.num_preemptions, stats.num_prefix_queried, stats.num_prefix_hits = self._scheduler.take_counters()
         return stats
 
     @property
     def num_named(self) -> int:
-        """Prompts that this engine has named itself: the id of the next one that comes without. Replicas that share a
-        stream of prompts are set to the same number."""
+        """Prompts that this engine has named itself. Replicas that share a stream of them get the same number."""
         return self._intake.num_named
 
     @num_named.setter

@@ -55,7 +55,18 @@ class EngineConfig(EngineSettings):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
 
-    def check_model_len(self, max_model_len: int) -> None:
+    def resolve_model_len(self, max_position_embeddings: int) -> int:
+        """Most tokens of a prompt and its response, for a model of so many positions."""
+        max_model_len = self.max_model_len or max_position_embeddings
+        if max_model_len > max_position_embeddings:
+            raise ValueError(
+                f"max_model_len={max_model_len} exceeds the model's max_position_embeddings="
+                f"{max_position_embeddings}; lower max_model_len"
+            )
+        self._check_model_len(max_model_len)
+        return max_model_len
+
+    def _check_model_len(self, max_model_len: int) -> None:
         """Without chunking every prompt (and every recomputed request) has to fit one forward pass."""
         if not self.enable_chunked_prefill and self.max_num_batched_tokens < max_model_len:
             raise ValueError(

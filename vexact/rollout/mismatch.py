@@ -63,8 +63,10 @@ def apply_mismatch(model: CausalLM, mode: str, scale: float, seed: int = 0) -> N
     if mode in LAYER_MODES:
         ops = replace(model.ops, attention=stock.attention)
         if mode == "k_order":
-            reordered = {"linear": _k_order(model.ops.linear), "grouped_linear": _grouped(model.ops.grouped_linear)}
-            ops = replace(model.ops, **reordered)
+            grouped = _grouped(model.ops.grouped_linear)
+            activated = _then_swiglu(grouped, model.ops.swiglu)
+            linear = _k_order(model.ops.linear)
+            ops = replace(model.ops, linear=linear, grouped_linear=grouped, grouped_swiglu=activated)
         for layer in model.layers[: math.ceil(scale * len(model.layers))]:
             set_ops(layer, ops)
         return
@@ -96,6 +98,13 @@ def _grouped(grouped_linear: Linear) -> Linear:
         return last + first
 
     return mark_replayable(reordered, if_is=grouped_linear)
+
+
+def _then_swiglu(grouped_linear: Linear, swiglu: Callable[[Tensor], Tensor]) -> Linear:
+    def reordered(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
+        return swiglu(grouped_linear(x, weight, groups, gather=gather))
+
+    return mark_replayable(reordered, if_is=swiglu)
 
 
 def _cut(weight: Tensor) -> int:

@@ -64,7 +64,10 @@ def make_invariant(model: Model) -> Model:
 
 
 def _convert(model: Any, undo: list[Callable[[], None]]) -> list[str]:
-    before = _trial(model)
+    try:
+        before = _trial(model)
+    except Exception as error:  # of any class: its configuration may be no model at all
+        return [f"as it is, it cannot run {_TRIAL_TOKENS} tokens: {error}"]
     random = dropouts(model)
     reasons = swap_modules(model, undo=undo)
     _attend(model, undo)
@@ -131,8 +134,8 @@ def _put_table(model: nn.Module, name: str, rotary: nn.Module, undo: list[Callab
     parent = model.get_submodule(parent_name)
     config: Any = rotary.config
     tables = tables_of(rotary, config.max_position_embeddings)
-    undo.append(lambda: parent.__setattr__(child, rotary))
-    parent.__setattr__(child, RotaryTable(tables))
+    undo.append(lambda: parent.add_module(child, rotary))
+    parent.add_module(child, RotaryTable(tables))
 
 
 def _class_back(module: nn.Module) -> Callable[[], None]:

@@ -10,7 +10,10 @@ from vexact_veomni.slots import ops_implementation
 
 
 class ExactTextTrainer(TextTrainer):
-    """``TextTrainer(args)``, whatever ``model.ops_implementation`` says but for its attention, on our operators."""
+    """``TextTrainer(args)`` on our operators, whatever ``model.ops_implementation`` says.
+
+    The attention is that of ``VEOMNI_ATTN_IMPLEMENTATION``, and anything but ``triton-invariant`` is refused.
+    """
 
     def __init__(self, args: VeOmniArguments) -> None:
         args.model.ops_implementation = ops_implementation()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_model
 from vexact_vllm import weights
+from vexact_vllm.settings import engine_arguments
 
 from vexact.config import ConfigError, load_config
 from vexact.models import ModelConfig, load_model
@@ -173,6 +174,20 @@ def test_a_layer_of_another_shape_is_named(tiny):
         weights.prove(model, ModelConfig.from_hf_dir(tiny / "model"), [("norm.weight", torch.ones(8, 4))], {})
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"), [("gpu_memory_utilization=0.5", 15), ("kv_cache_bytes=1073741824", 1)]
+)
+def test_on_a_gpu_vllm_asks_for_what_the_actor_has_left(settings, monkeypatch, override, expected):
+    """It would not start if the share of *all* memory that it is told were not free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 << 30, 80 << 30))
+    config = load_config(settings(f"actor_rollout_ref.rollout.{override}"))
+    arguments = engine_arguments(config, torch.device("cuda"))
+    assert arguments["kv_cache_memory_bytes"] == expected << 30
+    assert arguments["gpu_memory_utilization"] * 80 == expected
+    assert arguments["enable_sleep_mode"]
+    assert not arguments["enforce_eager"]
+
+
 def test_what_vllm_does_not_have_is_refused_by_name(settings, tmp_path, start):
     assert list(installed("vexact.rollouts")) == ["vllm"]
     prefix = "actor_rollout_ref.rollout"
@@ -196,3 +211,7 @@ def test_what_vllm_does_not_have_is_refused_by_name(settings, tmp_path, start):
         load_config(settings("trainer.exactness=strict"))
     with pytest.raises(ValueError, match="and the model's is 16"):
         start(write_model(tmp_path / "narrow", head_dim=16), "float32")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    names = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    with pytest.raises(ValueError, match="the model is a Qwen3MoeForCausalLM"):
+        start(write_model(tmp_path / "experts", **names, **experts), "float32")

@@ -47,7 +47,7 @@ class VllmRollout:
         self.tokenizer, self.device, self.seed = tokenizer, device, config.rollout_seed
         self.eos_token_ids = end_of_sequence_ids(self.model_config, tokenizer)
         self.vocab_size, self.max_model_len = self.model_config.vocab_size, config.max_model_len
-        _check_heads(self.model_config, device)
+        _check_model(self.model_config, device)
         self.llm = LLM(**engine_arguments(config, device))
         cache = self.llm.llm_engine.vllm_config.cache_config
         self.num_cache_tokens = int(cache.num_gpu_blocks) * int(cache.block_size)
@@ -157,8 +157,13 @@ class VllmRollout:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def _check_heads(config: ModelConfig, device: torch.device) -> None:
-    """Raises ValueError for heads that vLLM would stumble over in its first step only."""
+def _check_model(config: ModelConfig, device: torch.device) -> None:
+    """Raises ValueError for a model over which vLLM, or the proof of its weights, would stumble in the first step."""
+    if config.moe is not None or config.mla is not None:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name=vllm: the proof that vLLM computes with the weights that were sent knows "
+            f"dense models only, and the model is a {config.architecture}; use vexact's own rollout"
+        )
     if device.type == "cpu":
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 

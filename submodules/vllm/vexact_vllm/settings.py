@@ -81,6 +81,10 @@ def engine_arguments(config: Config, device: torch.device) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer computes them
         "trust_remote_code": False,
     }
+    if on_gpu:
+        # vLLM does not start unless this share of all memory is free, and some is the actor's
+        share = arguments["kv_cache_memory_bytes"] / torch.cuda.mem_get_info(device)[1]
+        arguments["gpu_memory_utilization"] = min(1.0, max(0.01, share))
     if rollout.cudagraph_capture_sizes is not None:
         arguments["compilation_config"] = {"cudagraph_capture_sizes": sorted(rollout.cudagraph_capture_sizes)}
     return arguments

@@ -26,12 +26,20 @@ _TINY = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
 }
+_EXPERTS = _TINY | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 
 
 def check_guard(device: str, make: Callable[..., CausalLM] = random_model) -> CheckResult:
-    """Rollout and training forward of a tiny random model under the guard; ``make`` builds it."""
-    model = make(ModelConfig.from_hf_dict(_TINY), seed=0, device=device)
-    guard = watch(lambda: _both_sides(model))
+    """Rollout and training forward of tiny random models, dense and with experts, under the guard; ``make`` builds
+    them."""
+    models = [make(ModelConfig.from_hf_dict(raw), seed=0, device=device) for raw in (_TINY, _EXPERTS)]
+    guard = watch(lambda: _both_sides(*models))
     return guard_result(guard)
 
 
@@ -48,7 +56,12 @@ def guard_result(guard: ReductionGuard) -> CheckResult:
     return ok("guard", f"no reduction outside vexact.ops in rollout and training forward ({watched})")
 
 
-def _both_sides(model: CausalLM) -> None:
+def _both_sides(*models: CausalLM) -> None:
+    for model in models:
+        _roll_out_and_score(model)
+
+
+def _roll_out_and_score(model: CausalLM) -> None:
     device = model.lm_head_weight.device
     params = SamplingParams(n=2, max_tokens=4, ignore_eos=True, temperature=0.9, top_p=0.9)
     samples = Engine(model=model, max_model_len=64).generate([[1, 2, 3, 4, 5], [6, 7]], params)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from vexact.audit.compare import Comparison, TokenDifference, compare
 from vexact.audit.draws import DrawDifference, compare_draws
 from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded, show_targets
 from vexact.audit.verify.workload import Round
-from vexact.models import CausalLM
 from vexact.ops import SamplingTensors
-from vexact.rollout import Engine
+from vexact.rollout import SamplingParams
 from vexact.rollout.requests.request import draw_settings, request_seed
 from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.passes.redraw import Redraw, Redrawn
@@ -126,19 +125,33 @@ class LogitsCapture:
         return torch.stack([self._rows[key, start + i] for i in range(len(sample.token_ids))])
 
 
+class Rollout(Protocol):
+    """What samples: our engine, or something with these methods of it."""
+
+    def observe_logits(self, observer: Callable[[Tensor, SamplingTensors], None] | None) -> None: ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], request_ids: Sequence[str]
+    ) -> list[Sample]: ...
+
+    def stats(self) -> dict[str, float]: ...
+
+
 @torch.no_grad()
 def compare_round(
-    model: CausalLM,
+    start: Callable[..., Rollout],
     side: TrainingSide,
     one_round: Round,
     *,
+    device: torch.device,
     fused: bool,
     padded: bool,
     unobserved: bool,
     seed: int,
     tally: BitTally,
 ) -> tuple[list[Sample], dict[str, float]]:
-    """Samples one round with an engine of its own, rescores it in two random packings and adds to ``tally``.
+    """Samples one round, rescores it in two random packings and adds to ``tally``; ``start`` makes a rollout of the
+    round's settings.
 
     The first packing compares logits, and the log-probabilities that the sampler's definition gives for them; the
     second compares the log-probabilities of the fused head (or of logits again without ``fused``). With ``unobserved``
@@ -147,7 +160,7 @@ def compare_round(
 
     Returns the samples and the engine's statistics.
     """
-    engine = Engine(model=model, **one_round.engine)
+    engine = start(**one_round.engine)
     capture = LogitsCapture()
     engine.observe_logits(capture)
     samples = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
@@ -159,7 +172,7 @@ def compare_round(
         again = engine.generate(one_round.prompts, one_round.params, one_round.request_ids)
     redraw = _redraw_of_all(one_round, samples)
     for second, generated in enumerate((samples, again)):
-        for indices, batch in _random_batches(rng, generated, padded, model.lm_head_weight.device):
+        for indices, batch in _random_batches(rng, generated, padded, device):
             interrupt.check()
             group = [generated[i] for i in indices]
             if second and fused:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vexact.audit.verify.bits import BitTally
 from vexact.audit.verify.native import LEAST_ARGMAX, LEAST_COSINE, Native, NativeComparisons
@@ -20,6 +20,7 @@ class VerifyReport:
 
     options: VerifyOptions
     architecture: str
+    rollout: Literal["engine", "model"]  # ours, or the converted model with its own key cache
     num_parameters: int
     environment: dict[str, object]
     bits: BitTally
@@ -42,6 +43,7 @@ class VerifyReport:
             "passed": self.passed,
             "options": dataclasses.asdict(self.options) | {"model_path": str(self.options.model_path)},
             "architecture": self.architecture,
+            "rollout": self.rollout,
             "num_parameters": self.num_parameters,
             "environment": self.environment,
             "seconds": self.seconds,
@@ -72,13 +74,17 @@ class VerifyReport:
             ("model", f"{o.model_path}: {self.architecture}, {self.num_parameters / 1e6:.4g} M parameters"),
             ("run on", f"{self.environment['device']}, {o.dtype}, {self.seconds:.0f} s, seed {o.seed}"),
             ("training side", f"{o.model_backend}, {o.attn_impl}, {self._layout()}, {self._head_kind()}"),
-            (
-                "rollout",
-                f"{self.scheduling['rounds']:.0f} engines with random settings, "
-                f"{self.scheduling['preemptions']:.0f} preemptions, "
-                f"{self.scheduling['rounds_with_prefix_hits']:.0f} with prefix cache hits",
-            ),
+            ("rollout", self._rollout()),
         ]
+
+    def _rollout(self) -> str:
+        rounds = f"{self.scheduling['rounds']:.0f}"
+        if self.rollout == "model":
+            return f"the same model from its key cache, {rounds} lengths of prompt pieces (our engine does not run it)"
+        return (
+            f"{rounds} engines with random settings, {self.scheduling['preemptions']:.0f} preemptions, "
+            f"{self.scheduling['rounds_with_prefix_hits']:.0f} with prefix cache hits"
+        )
 
     def _layout(self) -> str:
         return "packed" if self.options.use_remove_padding else "padded"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
 from vexact import interrupt
 from vexact.audit.environment import environment, tile_table_hash
-from vexact.audit.verify.bits import BitTally, compare_round
+from vexact.audit.verify.bits import BitTally, Rollout, compare_round
+from vexact.audit.verify.cache_rollout import CacheRollout
 from vexact.audit.verify.native import NativeComparisons, compare_native
 from vexact.audit.verify.report import VerifyReport
 from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
 from vexact.audit.verify.workload import Round, rounds
 from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
+from vexact.rollout import Engine
+from vexact.swaps import make_invariant
 from vexact.types import Sample
 
 log = logging.getLogger(__name__)
@@ -59,7 +64,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
     """
     started = perf_counter()
     device, dtype, path = torch.device(options.device), _DTYPES[options.dtype], Path(options.model_path)
-    config = ModelConfig.from_hf_dir(path)
+    config = _engine_config(options)
     side = load_side(options.model_backend, path, dtype, device, options.attn_impl)
     tally, samples, scheduling = _bits(options, side, config)
     log.info("comparing with transformers")
@@ -78,7 +83,8 @@ def verify(options: VerifyOptions) -> VerifyReport:
         yardstick = compare_native(HfSide(hf), reference, samples, False, dtype, device)
     return VerifyReport(
         options=options,
-        architecture=config.architecture,
+        architecture=type(hf).__name__ if config is None else config.architecture,
+        rollout="model" if config is None else "engine",
         num_parameters=num_parameters,
         environment=environment(device) | {"tile_table": tile_table_hash()},
         bits=tally,
@@ -88,21 +94,54 @@ def verify(options: VerifyOptions) -> VerifyReport:
     )
 
 
+def _engine_config(options: VerifyOptions) -> ModelConfig | None:
+    """None for a model that our engine does not run; with ``--model_backend hf`` it can sample from itself.
+
+    Raises ValueError for any other training side.
+    """
+    try:
+        return ModelConfig.from_hf_dir(options.model_path)
+    except ValueError as error:
+        if options.model_backend != "hf":
+            raise
+        log.info("our engine does not run this model (%s); the converted model samples from its own key cache", error)
+        return None
+
+
+class Shape(Protocol):
+    """What a workload has to fit, of our configuration or of transformers'."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
+def _rollout(options: VerifyOptions, config: ModelConfig | None) -> tuple[Callable[..., Rollout], Shape]:
+    """A function of an engine's settings, over a model of its own."""
+    device, dtype, path = torch.device(options.device), _DTYPES[options.dtype], Path(options.model_path)
+    if config is not None:
+        return partial(Engine, model=load_model(path, dtype=dtype, device=device, attn_impl=ROLLOUT_ATTENTION)), config
+    converted = make_invariant(load_hf(path, dtype, device, "sdpa"))
+    return partial(CacheRollout, converted), converted.config
+
+
 def _bits(
-    options: VerifyOptions, side: TrainingSide, config: ModelConfig
+    options: VerifyOptions, side: TrainingSide, config: ModelConfig | None
 ) -> tuple[BitTally, list[Sample], dict[str, float]]:
     """Part (a) over all rounds: the tally, every sample, and what the schedulers went through."""
-    device, path = torch.device(options.device), Path(options.model_path)
-    model = load_model(path, dtype=_DTYPES[options.dtype], device=device, attn_impl=ROLLOUT_ATTENTION)
+    device = torch.device(options.device)
+    start, shape = _rollout(options, config)
     tally, samples = BitTally(), []
     scheduling = {"rounds": 0.0, "preemptions": 0.0, "rounds_with_prefix_hits": 0.0}
-    for one_round in rounds_of(options, config):
+    for one_round in rounds_of(options, shape):
         interrupt.check()
         started = perf_counter()
         done, stats = compare_round(
-            model,
+            start,
             side,
             one_round,
+            device=device,
             fused=options.use_fused_lce,
             padded=not options.use_remove_padding,
             unobserved=device.type == "cuda",
@@ -126,13 +165,13 @@ def _bits(
     return tally, samples, scheduling
 
 
-def rounds_of(options: VerifyOptions, config: ModelConfig) -> Iterator[Round]:
+def rounds_of(options: VerifyOptions, shape: Shape) -> Iterator[Round]:
     """What these options run, the same on every call."""
     return rounds(
         num_prompts=options.num_prompts,
         max_new_tokens=options.max_new_tokens,
-        max_model_len=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
+        max_model_len=shape.max_position_embeddings,
+        vocab_size=shape.vocab_size,
         tokenizer=read_tokenizer(options.model_path) if has_tokenizer(options.model_path) else None,
         on_gpu=options.device.startswith("cuda"),
         seed=options.seed,

@@ -67,16 +67,26 @@ class HfSide:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
+        self._head_is_last = False  # not known yet
 
     def logits(self, batch: PackedBatch) -> Tensor:
         rows = batch.targets.rows
         return self.hf(**_packed_row(batch), logits_to_keep=rows).logits[0].float()
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
-        """The fused head; it takes the place of the model's head, not of what a model does with logits afterwards."""
+        """Raises ValueError for a model that changes the logits of its head, which the fused head would not do."""
         targets = batch.targets
         hidden = self.hf.base_model(**_packed_row(batch)).last_hidden_state[0].index_select(0, targets.rows)
-        weight = self.hf.get_output_embeddings().weight
+        head = self.hf.get_output_embeddings()
+        if not self._head_is_last:
+            with torch.no_grad():
+                self._head_is_last = torch.equal(head(hidden).float(), self.logits(batch))
+        if not self._head_is_last or head.bias is not None:
+            raise ValueError(
+                f"{type(self.hf).__name__} {'changes the logits of' if head.bias is None else 'has a bias in'} its "
+                "head, which the fused head would leave out; use --use_fused_lce false"
+            )
+        weight = head.weight
         return linear_cross_entropy(
             hidden, weight, targets.token_ids, targets.inv_temperature, targets.min_logit
         ).logprobs

@@ -66,7 +66,8 @@ class Parts:
         """What one trainer keeps in the memory of its machine."""
         offloaded = 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
         on_its_way = 12 * self._share * (self.device == "cuda" and self.config.actor.checkpoint.async_save)
-        return offloaded + on_its_way + self._width * self._share * self._num_past_versions
+        past = self._num_past_versions  # and the present weights, while earlier ones are in their place
+        return offloaded + on_its_way + self._share * (self._width * past + 4 * (past > 0))
 
     @property
     def _num_past_versions(self) -> int:

@@ -98,6 +98,6 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
         """(T, H) -> (P, H), a row for every pair of token and expert, in the order of ``groups``."""
-        gate_up = self.ops.grouped_linear(x, self.gate_up_proj, groups, gather=True)
-        out: Tensor = self.ops.grouped_linear(self.ops.swiglu(gate_up), self.down_proj, groups, gather=False)
+        activated = self.ops.grouped_swiglu(x, self.gate_up_proj, groups, gather=True)
+        out: Tensor = self.ops.grouped_linear(activated, self.down_proj, groups, gather=False)
         return out

@@ -40,8 +40,10 @@ class Intake:
         self._in_use: set[str] = set()
         self.num_named = 0  # prompts that came without an id
 
-    def make(self, prompt: Sequence[int], params: SamplingParams, request_id: str | None) -> list[Request]:
-        """The n requests of one prompt; their ids are taken from now on.
+    def make(
+        self, prompt: Sequence[int], params: SamplingParams, request_id: str | None, draw_id: str | None = None
+    ) -> list[Request]:
+        """The n requests of one prompt; their ids are taken from now on. ``draw_id``: see ``Engine.add_request``.
 
         Raises ValueError for one that could never run; then no id is taken, and the counter stands where it stood.
         """
@@ -51,11 +53,13 @@ class Intake:
             )
         token_ids = self._prompt_array(prompt)
         name = str(self.num_named) if request_id is None else request_id
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"request id {name!r} must be a non-empty string")
+        drawn = name if draw_id is None else draw_id
+        for what, given in (("request", name), ("draw", drawn)):
+            if not isinstance(given, str) or not given:
+                raise ValueError(f"{what} id {given!r} must be a non-empty string")
         self._check_fits(name, len(token_ids), params)
         self._check_stops(name, params)
-        ids = [name] if params.n == 1 else [f"{name}/{index}" for index in range(params.n)]
+        ids = sample_ids(name, params.n)
         used = self._in_use.intersection(ids)
         if used:
             raise ValueError(f"request id {sorted(used)[0]!r} is already running; ids must be unique")
@@ -63,7 +67,10 @@ class Intake:
         if self._hash_pages:
             self._blocks.extend_keys(keys, token_ids, (len(token_ids) - 1) // self._blocks.page_size)
         prompt_token_ids = tuple(token_ids.tolist())
-        requests = [self._request(sample_id, prompt_token_ids, token_ids, params, list(keys)) for sample_id in ids]
+        requests = [
+            self._request(sample_id, draw, prompt_token_ids, token_ids, params, list(keys))
+            for sample_id, draw in zip(ids, sample_ids(drawn, params.n))
+        ]
         self._in_use.update(ids)
         self.num_named += request_id is None
         return requests
@@ -71,6 +78,7 @@ class Intake:
     def _request(
         self,
         request_id: str,
+        draw_id: str,
         prompt_token_ids: tuple[int, ...],
         token_ids: np.ndarray,
         params: SamplingParams,
@@ -85,7 +93,7 @@ class Intake:
             request_id=request_id,
             prompt_token_ids=prompt_token_ids,
             params=params,
-            seed=request_seed(self._seed if params.seed is None else params.seed, request_id),
+            seed=request_seed(self._seed if params.seed is None else params.seed, draw_id),
             stop_ids=stop_token_ids if params.ignore_eos else stop_token_ids + self._eos_token_ids,
             token_ids=token_ids,
             page_keys=page_keys,
@@ -137,6 +145,11 @@ class Intake:
                 f"pages of {self._blocks.page_size} tokens but the engine has {self._blocks.num_pages}; raise "
                 "num_pages (or kv_cache_bytes, or gpu_memory_utilization), or lower max_tokens"
             )
+
+
+def sample_ids(name: str, n: int) -> list[str]:
+    """The ids of the n samples of a request."""
+    return [name] if n == 1 else [f"{name}/{index}" for index in range(n)]
 
 
 def expand(name: str, value: T | Sequence[T], count: int) -> list[T]:

@@ -30,6 +30,18 @@ class StepOutput(NamedTuple):
         digests = None if self.route_digests is None else self.route_digests[chosen]
         return StepOutput(self.token_ids[chosen], self.logprobs[chosen], self.min_logits[chosen], digests)
 
+    def describe_nonfinite(self, request_id: str, position: int) -> str:
+        """What to say of rows that are not ``finite``: ``request_id`` and ``position`` are those of the first."""
+        values = f"log-probability {self.logprobs[0]}"
+        if not self.min_logits[0] < np.inf:
+            values += f" and threshold {self.min_logits[0]}"
+        others = len(self.token_ids) - 1
+        more = f" (and {others} more requests of this step)" if others else ""
+        return (
+            f"request {request_id}, response position {position}: token {self.token_ids[0]} was sampled with "
+            f"{values}{more}. "
+        )
+
 
 class NonFiniteLogprobError(NonFiniteError):
     """A request sampled a token whose log-probability, or threshold, is NaN or infinite: nothing to train on.

@@ -257,5 +257,8 @@ class Scheduler:
             else:
                 request.prefix.append(entry)
 
-    def reset_counters(self) -> None:
+    def take_counters(self) -> tuple[int, int, int]:
+        """Preemptions, and tokens of prompts looked up and found in the prefix cache, since the last call."""
+        counters = self.num_preemptions, self.num_prefix_queried, self.num_prefix_hits
         self.num_preemptions = self.num_prefix_queried = self.num_prefix_hits = 0
+        return counters

@@ -26,16 +26,17 @@ def check_experts(config: ActorConfig, model: ModelConfig) -> float:
         ValueError: a setting asks for what the model does not have; or config.json's coefficient is none.
     """
     coefficient, rate = config.router_aux_loss_coef, config.router_bias_update_rate
-    if model.moe is None and coefficient:
+    moe = model.moe if model.moe is not None and model.moe.layers else None
+    if moe is None and coefficient:
         raise ValueError(f"{AUX_KEY}={coefficient:g}: {model.architecture} has no experts to balance; set it to 0")
-    if rate and (model.moe is None or not model.moe.correction_bias):
+    if rate and (moe is None or not moe.correction_bias):
         raise ValueError(
             f"{RATE_KEY}={rate:g}: {model.architecture} has no bias that is added to the scores of experts, as "
-            f"DeepseekV3ForCausalLM has; set it to 0{f' and use {AUX_KEY}' if model.moe else ''}"
+            f"DeepseekV3ForCausalLM has; set it to 0{f' and use {AUX_KEY}' if moe else ''}"
         )
     if coefficient is not None:
         return coefficient
-    return 0.0 if model.moe is None else _own_coefficient(model.raw)
+    return 0.0 if moe is None else _own_coefficient(model.raw)
 
 
 def _own_coefficient(raw: Mapping[str, Any]) -> float:

@@ -22,22 +22,20 @@ class PastWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self._model, self._dtype = model, dtype
+        self._model = model
+        self._dtypes = [parameter_dtype(name, dtype) for name, _ in model.named_parameters()]
         self._kept: dict[int, list[Tensor]] = {}
 
     def advance(self, version: int, keep: bool) -> None:
         """The weights are now ``version``: copies them, if they are to be kept, and forgets what is too old."""
         self._kept = {old: parts for old, parts in self._kept.items() if version - DEPTH < old < version}
         if keep:
-            self._kept[version] = [
-                part.to("cpu", parameter_dtype(name, self._dtype), copy=True)
-                for (name, _), part in zip(self._model.named_parameters(), self._parts(), strict=True)
-            ]
+            self._kept[version] = _on_host(self._parts(), self._dtypes)
 
     @contextmanager
     def in_place(self, version: int) -> Iterator[None]:
         """Within it the model has the weights of ``version``, which must have been kept."""
-        past, present = self._kept[version], [part.to("cpu", copy=True) for part in self._parts()]
+        past, present = self._kept[version], _on_host(self._parts())
         try:
             self._put(past)
             yield
@@ -49,4 +47,16 @@ class PastWeights:
 
     def _put(self, values: list[Tensor]) -> None:
         for part, value in zip(self._parts(), values, strict=True):
-            part.copy_(value)
+            part.copy_(value.to(part.device, non_blocking=True))  # cast where the weights are
+
+
+def _on_host(parts: list[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
+    """Copies in host memory, cast where the parts are; a GPU's in pinned memory, which torch keeps for the next copies:
+    a copy to new pageable memory takes seconds, most of them in page faults."""
+    held = []
+    for part, dtype in zip(parts, dtypes or [part.dtype for part in parts], strict=True):
+        host = torch.empty(part.shape, dtype=dtype, pin_memory=part.is_cuda)
+        held.append(host.copy_(part.to(dtype), non_blocking=True))
+    for device in {part.device for part in parts if part.is_cuda}:
+        torch.cuda.synchronize(device)
+    return held

@@ -14,33 +14,17 @@ on every run.
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.attention.keys import Columns, dot_columns, load_columns, load_tile, rest_width
+from vexact.ops.kernels.attention.columns import (
+    Columns,
+    dot_columns,
+    load_columns,
+    load_tile,
+    store_columns,
+    zero_columns,
+)
 from vexact.ops.kernels.attention.rows import find_sequence, unowned_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def zero_columns(ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Accumulators of a gradient of this many rows."""
-    REST: tl.constexpr = rest_width(D, D_PAD)
-    first = tl.zeros((ROWS, D_PAD), tl.float32)
-    rest = first
-    if REST > 0:
-        rest = tl.zeros((ROWS, REST), tl.float32)
-    return Columns(first, rest)
-
-
-@triton.jit
-def store_columns(target, rows, inside, gradient, scale, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Write accumulators, times scale, to the rows of target that start at the offsets `rows` (rows, 1)."""
-    offs_d = tl.arange(0, D_PAD)
-    value = (gradient.first * scale).to(target.dtype.element_ty)
-    tl.store(target + rows + offs_d[None, :], value, mask=inside[:, None] & (offs_d < D)[None, :])
-    if D > D_PAD:
-        offs_rest = D_PAD + tl.arange(0, rest_width(D, D_PAD))
-        value = (gradient.rest * scale).to(target.dtype.element_ty)
-        tl.store(target + rows + offs_rest[None, :], value, mask=inside[:, None] & (offs_rest < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -7,7 +7,8 @@ table.
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.attention.keys import Columns, Keys, load_columns
+from vexact.ops.kernels.attention.columns import Columns, load_columns
+from vexact.ops.kernels.attention.keys import Keys
 from vexact.ops.kernels.attention.rows import find_sequence, key_limits, row_coordinates, unowned_rows
 from vexact.ops.kernels.attention.step import finish
 from vexact.ops.kernels.attention.walk import walk_keys

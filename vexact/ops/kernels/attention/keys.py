@@ -1,20 +1,11 @@
-"""Where the keys and values of a sequence are, packed or in pages, and how a block of them is loaded.
-
-A tile is a power of two wide. Rows of queries and keys that are D wide therefore come in a tile of D_PAD columns and,
-where D is more than that, the rest in a second one; 192 columns are 128 and 64 rather than 256.
-"""
+"""Where the keys and values of a sequence are, packed or in pages, and how a block of them is loaded."""
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-
-class Columns(NamedTuple):
-    """Rows of queries or keys, their gradients, or descriptors of them."""
-
-    first: tl.tensor  # D_PAD columns
-    rest: tl.tensor  # those from D_PAD on; where there are none the same as `first`, and never read
+from vexact.ops.kernels.attention.columns import Columns, load_columns, load_tile
 
 
 class Keys(NamedTuple):
@@ -33,51 +24,6 @@ class Keys(NamedTuple):
     stride_kt: tl.tensor  # and from row to row
     stride_vp: tl.tensor
     stride_vt: tl.tensor
-
-
-@triton.jit
-def load_tile(pointers, row_mask, offs_d, D: tl.constexpr, D_PAD: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """A (rows, D_PAD) tile; rows outside `row_mask` and columns past D read as 0."""
-    if MASK_ROWS:
-        if D == D_PAD:
-            tile = tl.load(pointers, mask=row_mask[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=row_mask[:, None] & (offs_d < D)[None, :], other=0.0)
-    else:
-        if D == D_PAD:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
-    return tile
-
-
-@triton.constexpr_function
-def rest_width(D, D_PAD):
-    """Width of the second tile, 0 if the first holds all columns."""
-    return max(16, 1 << (D - D_PAD - 1).bit_length()) if D > D_PAD else 0
-
-
-@triton.jit
-def load_columns(rows, row_mask, D: tl.constexpr, D_PAD: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Rows that start at the pointers (rows, 1); see `load_tile`."""
-    REST: tl.constexpr = rest_width(D, D_PAD)
-    FIRST: tl.constexpr = D if REST == 0 else D_PAD
-    offs_d = tl.arange(0, D_PAD)
-    first = load_tile(rows + offs_d[None, :], row_mask, offs_d, FIRST, D_PAD, MASK_ROWS)
-    rest = first
-    if REST > 0:
-        offs_rest = tl.arange(0, REST)
-        rest = load_tile(rows + D_PAD + offs_rest[None, :], row_mask, offs_rest, D - D_PAD, REST, MASK_ROWS)
-    return Columns(first, rest)
-
-
-@triton.jit
-def dot_columns(a, b, D: tl.constexpr, D_PAD: tl.constexpr):
-    """a b^T in fp32: one sum over all columns, in order."""
-    product = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
-    if D > D_PAD:
-        product = tl.dot(a.rest, tl.trans(b.rest), product, input_precision="ieee")
-    return product
 
 
 @triton.jit

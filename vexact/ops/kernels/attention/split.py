@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vexact.ops.kernels.attention.columns import Columns
 from vexact.ops.kernels.attention.forward import clear_rows, load_queries, store_rows
-from vexact.ops.kernels.attention.keys import Columns, Keys
+from vexact.ops.kernels.attention.keys import Keys
 from vexact.ops.kernels.attention.rows import key_limits, row_coordinates
 from vexact.ops.kernels.attention.step import finish, merge_states
 from vexact.ops.kernels.attention.walk import walk_keys

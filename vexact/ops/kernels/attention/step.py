@@ -20,7 +20,7 @@ The recurrence is that of Milakov and Gimelshein, "Online normalizer calculation
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.attention.keys import dot_columns
+from vexact.ops.kernels.attention.columns import dot_columns
 
 ONES = tl.constexpr(16)  # the narrowest matrix product every architecture takes
 LN2 = tl.constexpr(0.6931471805599453)

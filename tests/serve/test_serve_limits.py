@@ -1,0 +1,194 @@
+"""Who is let in, how much, and what becomes of requests when the server ends."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import openai
+import pytest
+from serve_support import serving, tiny_engine
+
+from vexact.serve.server import Server
+from vexact.serve.settings import ServeSettings, is_loopback, listening_socket
+
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 500, "extra_body": {"ignore_eos": True}}
+SHORT = LONG | {"max_tokens": 3}
+
+
+def connect(server: Server, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def ask(server: Server, path: str, content: bytes | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of a plain request."""
+    sent = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, content, sent)) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Any:
+    """One slot, no queue, a key, small bodies."""
+    engine = tiny_engine(max_num_seqs=1, page_size=16)
+    limits: dict[str, Any] = {"max_queue": 0, "max_body_bytes": 2000, "receive_timeout": 0.3}
+    with serving(engine, api_key="secret", **limits) as running:
+        yield running
+
+
+def test_a_wrong_key_lets_nobody_in(narrow: Server) -> None:
+    for key in ("wrong", "secre", "secrets"):
+        with (
+            connect(narrow, key) as client,
+            pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"),
+        ):
+            client.models.list()
+    for path in ("/v1/models", "/metrics", "/nowhere", "/v1/completions"):
+        assert ask(narrow, path)[0] == 401
+    assert ask(narrow, "/health") == (200, {"status": "ok"})
+    with connect(narrow, "secret") as client:
+        assert client.completions.create(**SHORT).usage.completion_tokens == 3
+
+
+def test_a_full_queue_is_429_and_the_client_may_try_again(narrow: Server) -> None:
+    with connect(narrow, "secret") as client:
+        stream = client.completions.create(**LONG, stream=True)
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(**SHORT)
+        assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
+        stream.close()
+        assert client.with_options(max_retries=5).completions.create(**SHORT).choices
+
+
+def test_a_body_that_is_too_large_slow_or_no_json_is_refused(narrow: Server) -> None:
+    key = {"authorization": "Bearer secret"}
+    with connect(narrow, "secret") as client:
+        for size in (2100, 7000, 300_000):  # the last is not even read
+            with pytest.raises(openai.APIError) as caught:
+                client.completions.create(model="tiny", prompt="x" * size)
+            assert size > 8000 or caught.value.code == "body_too_large"
+    assert ask(narrow, "/v1/completions", b"{", **key)[1]["error"]["message"].startswith("the body is no JSON")
+    assert ask(narrow, "/v1/completions", b"[1]", **key)[0] == 400
+    assert ask(narrow, "/v1/completions", b'{"prompt": ' + b"[" * 1500, **key)[0] == 400
+    assert ask(narrow, "/v1/completions", b"\xff", **key)[0] == 400
+    assert ask(narrow, "/v1/completions", b"{}", content_type="text/plain", **key)[0] == 415
+    assert ask(narrow, "/v1/completions", **key)[0] == 405
+    host, port = narrow._socket.getsockname()
+    with socket.create_connection((host, port)) as slow:
+        slow.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\n"
+            b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_without_a_key_only_this_machine_is_served_by_its_own_name(server: Server) -> None:
+    assert ask(server, "/v1/models", host="evil.example")[0] == 403
+    assert ask(server, "/v1/models", host="localhost:1")[0] == ask(server, "/v1/models", host="[::1]")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"host": "0.0.0.0"}, "host=0.0.0.0 can be reached from other machines"),
+        ({"host": "::"}, "can be reached"),
+        ({"host": ""}, "can be reached"),
+        ({"host": "no.such.host.invalid"}, "no address of this machine"),
+        ({"api_key": " "}, "api_key must be printable"),
+        ({"api_key": "é"}, "api_key must be printable"),
+        ({"port": 70000}, "port=70000"),
+        ({"drain_timeout": 0.0}, "drain_timeout=0.0"),
+        ({"model_names": ("a", "")}, "served_model_name"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ServeSettings(**{"model_names": ("m",)} | settings)
+
+
+def test_addresses() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "127.8.8.8")))
+    assert ServeSettings(("m",), host="0.0.0.0", api_key="k").host == "0.0.0.0"
+    with listening_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
+            listening_socket("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_the_end_answers_what_runs(in_time: bool) -> None:
+    found: list[Any] = []
+    engine = tiny_engine(max_num_seqs=2, page_size=16)
+    with serving(engine, drain_timeout=20.0 if in_time else 0.2) as server, connect(server) as client:
+        asked = LONG | {"max_tokens": 60 if in_time else 500}
+
+        def whole() -> None:
+            found.append(client.completions.create(**asked, n=2).choices)
+
+        other = threading.Thread(target=whole)
+        stream = client.completions.create(**asked, stream=True)
+        ends = [next(iter(stream)).choices[0].finish_reason]
+        other.start()
+        while server._service.engine.num_unfinished < 3:
+            time.sleep(0.005)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        ends += [chunk.choices[0].finish_reason for chunk in stream]
+        other.join()
+        stopping.join()
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+    reason = "length" if in_time else "abort"
+    assert ends[-1] == reason
+    assert [choice.finish_reason for choice in found[0]] == [reason, reason]
+
+
+def test_a_failed_engine_is_503_and_its_requests_are_told() -> None:
+    engine = tiny_engine(max_num_seqs=2, page_size=16)
+    with serving(engine) as server, connect(server) as client:
+        driven = server._service.engine
+        page = driven.submit(lambda engine: engine._blocks.allocate()).result()
+        with pytest.raises(openai.InternalServerError, match="still referenced"):
+            client.completions.create(**SHORT)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(**SHORT)
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_failed")
+        assert ask(server, "/health")[0] == 503
+        engine._blocks.release([page])
+
+
+def test_an_error_in_a_stream_is_an_event_that_the_client_raises() -> None:
+    engine = tiny_engine(max_num_seqs=2, page_size=16)
+    with serving(engine) as server, connect(server) as client:
+        stream = client.completions.create(**LONG, stream=True)
+        next(iter(stream))
+
+        def poison(engine: Any) -> None:
+            engine.model.norm.weight.data[0] = float("nan")
+
+        server._service.engine.submit(poison).result()
+        with pytest.raises(openai.APIError, match="log-probability nan"):
+            list(stream)
+
+
+def test_tokens_are_served_without_a_tokenizer() -> None:
+    with serving(tiny_engine(with_tokenizer=False)) as server, connect(server) as client:
+        answer = client.completions.create(
+            model="tiny", prompt=[1, 2], logprobs=0, extra_body={"return_token_ids": True}
+        )
+        assert len(answer.choices[0].token_ids) == 16
+        for text in ("x", ["x"]):
+            with pytest.raises(openai.BadRequestError, match="no tokenizer"):
+                client.completions.create(model="tiny", prompt=text)
+        streamed = list(client.completions.create(model="tiny", prompt=[1, 2], stream=True))
+        assert streamed[-1].choices[0].finish_reason == "length"

@@ -1,0 +1,190 @@
+"""What a request may say: OpenAI's parameters, those of ``SamplingParams``, and token ids in and out.
+
+A parameter that this server does not know, or knows and cannot honour, is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vexact.rollout import SamplingParams
+from vexact.serve.errors import ApiError
+
+_LATER = (
+    "logit_bias",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "allowed_token_ids",
+)
+_ENGINE = {item.name for item in fields(SamplingParams)}
+_OFFERED = ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
+SAMPLING = frozenset(_OFFERED) | _ENGINE.intersection(_LATER)
+_MOST = {"stop": 64, "stop_token_ids": 256}
+
+# Parameters that others have, the values at which they do nothing, and why others cannot be had.
+_NOTHING: tuple[Any, ...] = ("", [], {}, False)
+_TOOLS = "tool calls are not parsed; put what the model needs to know into the messages and read its text"
+_SHAPED = "only free text is sampled: a constraint would change the distribution that the log-probabilities are of"
+_TEXT = "the model reads and writes text"
+_DRAWN = "every sample that is drawn is returned"
+REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "best_of": ((1,), _DRAWN),
+    "use_beam_search": (_NOTHING, _DRAWN),
+    "length_penalty": ((1,), _DRAWN),
+    "echo": (_NOTHING, "the prompt is not repeated; return_token_ids gives its tokens"),
+    "suffix": (_NOTHING, "there is no insertion into a text"),
+    "top_logprobs": ((0,), "the engine gives the exact log-probability of the sampled token only"),
+    "prompt_logprobs": (_NOTHING, "log-probabilities are those of sampled tokens"),
+    "logit_bias": (_NOTHING, _SHAPED),
+    "presence_penalty": ((0,), _SHAPED),
+    "frequency_penalty": ((0,), _SHAPED),
+    "repetition_penalty": ((1,), _SHAPED),
+    "min_tokens": ((0,), _SHAPED),
+    "allowed_token_ids": (_NOTHING, _SHAPED),
+    "bad_words": (_NOTHING, _SHAPED),
+    "response_format": (({"type": "text"},), _SHAPED),
+    "structured_outputs": (_NOTHING, _SHAPED),
+    "guided_json": (_NOTHING, _SHAPED),
+    "guided_regex": (_NOTHING, _SHAPED),
+    "guided_choice": (_NOTHING, _SHAPED),
+    "guided_grammar": (_NOTHING, _SHAPED),
+    "tools": (_NOTHING, _TOOLS),
+    "tool_choice": (("none", "auto"), _TOOLS),
+    "parallel_tool_calls": ((True, False), _TOOLS),
+    "functions": (_NOTHING, _TOOLS),
+    "function_call": (("none", "auto"), _TOOLS),
+    "modalities": ((["text"],), _TEXT),
+    "audio": (_NOTHING, _TEXT),
+    "prediction": (_NOTHING, "nothing is predicted"),
+    "reasoning_effort": (_NOTHING, "chat templates take theirs from chat_template_kwargs"),
+    "verbosity": (_NOTHING, "chat templates take theirs from chat_template_kwargs"),
+    "web_search_options": (_NOTHING, "there is no search"),
+    "store": ((False,), "nothing is stored"),
+    "service_tier": (("auto", "default"), "there is one tier"),
+    "priority": ((0,), "requests are served in their order"),
+    "skip_special_tokens": ((True,), "text is shown without special tokens; return_token_ids gives them"),
+    "include_stop_str_in_output": ((False,), "text ends before a stop string; return_token_ids gives its tokens"),
+    "truncate_prompt_tokens": (_NOTHING, "a prompt is taken whole or refused"),
+    "add_generation_prompt": ((True,), "set it in chat_template_kwargs"),
+    "continue_final_message": ((False,), "send the tokens so far as prompt_token_ids"),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class Body(_Strict):
+    """What both endpoints take besides ``SAMPLING``."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    prompt_token_ids: list[int] | None = None
+    return_token_ids: bool = False
+    request_id: str | None = Field(None, min_length=1, max_length=256, pattern=r"^[\x21-\x7e]+$")
+    user: str | None = None  # labels: they change nothing by definition
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def wants_usage(self) -> bool:
+        """In a stream, as its last chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(Body):
+    prompt: Any = None  # text, token ids, or a list of either
+    logprobs: int | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+
+class ChatBody(Body):
+    messages: list[Any] | None = None
+    logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], content: bytes) -> tuple[B, dict[str, Any]]:
+    """A request's body, and its arguments for ``SamplingParams``.
+
+    Raises ApiError (400) naming the parameter.
+    """
+    try:
+        given = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, f"the body must be a JSON object, it is {type(given).__name__}")
+    given = {name: value for name, value in given.items() if value is not None}
+    longest = given.pop("max_completion_tokens", given.get("max_tokens"))
+    if longest is not None and given.setdefault("max_tokens", longest) != longest:
+        raise ApiError(400, "max_tokens and max_completion_tokens are one setting with two values", param="max_tokens")
+    sampling = {name: given.pop(name) for name in SAMPLING.intersection(given)}
+    for name in REFUSED.keys() & given.keys():
+        harmless, reason = REFUSED[name]
+        value = given.pop(name)
+        if not any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in harmless):
+            raise ApiError(
+                400, f"{name}={value!r:.80} is not supported: {reason}", param=name, code="unsupported_parameter"
+            )
+    try:
+        body = kind.model_validate(given)
+    except ValidationError as error:
+        raise _invalid(kind, error) from None
+    _check(body, sampling)
+    return body, sampling
+
+
+def _check(body: Body, sampling: Mapping[str, Any]) -> None:
+    for name, limit in _MOST.items():
+        if isinstance(sampling.get(name), list) and len(sampling[name]) > limit:
+            raise ApiError(400, f"{name} holds {len(sampling[name])} items; at most {limit} are looked for", param=name)
+    if isinstance(body, CompletionBody) and body.logprobs:
+        raise ApiError(
+            400,
+            f"logprobs={body.logprobs} is not supported: the engine gives the exact log-probability of the sampled "
+            "token only; use logprobs=0",
+            param="logprobs",
+            code="unsupported_parameter",
+        )
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+
+
+def _invalid(kind: type[Body], error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = [*kind.model_fields, *SAMPLING, "max_completion_tokens"]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return ApiError(400, f"unknown parameter {name}{hint}", param=name, code="unknown_parameter")
+    return ApiError(400, f"{name}={first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)
