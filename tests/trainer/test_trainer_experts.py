@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import rank_runs
 import torch
 from moe_configs import MOONLIGHT, QWEN3_MOE
 from run_results import digest
@@ -37,10 +38,13 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_a_run_is_exact_in_bits_and_routes_and_goes_on_after_a_break(name, models, overrides, metrics, tmp_path):
-    def train(directory, steps):
+    def arguments(directory, steps):
         more = (*BALANCED[name], "trainer.save_freq=2", f"trainer.total_training_steps={steps}")
         paths = (f"actor_rollout_ref.model.path={models[name]}", f"trainer.default_local_dir={tmp_path / directory}")
-        assert run(load_config(overrides(*paths, *more, "trainer.resume_mode=auto"))) == 0
+        return overrides(*paths, *more, "trainer.resume_mode=auto")
+
+    def train(directory, steps):
+        assert run(load_config(arguments(directory, steps))) == 0
 
     train("run", 3)
     for row in metrics():
@@ -58,6 +62,13 @@ def test_a_run_is_exact_in_bits_and_routes_and_goes_on_after_a_break(name, model
     train("broken", 3)
     assert digest(tmp_path / "broken", 3) == digest(tmp_path / "run", 3)
     assert metrics("broken")[-1]["bitwise/routes_different"] == 0
+    if name == "moonlight":  # two processes, each with half of the experts
+        more = f"{ACTOR}.fsdp_config.expert_parallel_size=2", "trainer.logger=[console,jsonl]"
+        shared = rank_runs.start(tmp_path, [*arguments("shared", 3), *more])
+        assert shared.wait(120) == [0, 0], shared.output()
+        assert "2 groups of training GPUs share the 8 experts of a layer" in shared.output()
+        assert digest(tmp_path / "shared", 3) == digest(tmp_path / "run", 3)
+        assert [row["bitwise/routes_different"] for row in metrics("shared")] == [0] * 3
 
 
 def test_experts_that_differ_stop_a_strict_run(models, overrides, metrics, monkeypatch, tmp_path):
