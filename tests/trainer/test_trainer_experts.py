@@ -97,6 +97,13 @@ def test_routes_that_one_rank_does_not_give_are_missing_for_all():
     assert gathered([Scored([0], *values), Scored([1], values[0], None)]).routes is None
 
 
-def test_what_balances_experts_is_refused_for_a_dense_model(overrides):
-    with pytest.raises(ValueError, match="has no bias that is added"):
-        run(load_config(overrides(f"{ACTOR}.router_bias_update_rate=0.01")))
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("router_bias_update_rate=0.01", "has no bias that is added"),
+        ("fsdp_config.expert_parallel_size=2", "expert_parallel_size=2: Qwen3ForCausalLM has no experts to share"),
+    ],
+)
+def test_what_concerns_experts_is_refused_for_a_dense_model(overrides, setting, said):
+    with pytest.raises(ValueError, match=said):
+        run(load_config(overrides(f"{ACTOR}.{setting}")))

@@ -34,7 +34,7 @@ CASES = {
 SHARED_CASES = {
     "eight": (QWEN3_MOE | SMALL, {"router_aux_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_agg_mode": "token-sum"}),
     "eight latent": (DEEPSEEK_V3 | SMALL, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
-    "six latent": CASES["latent"],
+    "six latent": (CASES["latent"][0] | {"n_routed_experts": 6}, CASES["latent"][1]),
 }
 STEPS = 4
 

@@ -29,7 +29,7 @@ from vexact.training.parallel.sequence_parallel import either
 from vexact.training.parallel.subgroup import subgroup
 
 KEY = "actor_rollout_ref.actor.fsdp_config.expert_parallel_size"
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
 _ALIGNMENT = 64  # bytes, which BLAS and compiled kernels tell apart
 
 
