@@ -13,6 +13,9 @@ import pytest
 from packaging.requirements import Requirement
 from stand_ins import executable
 
+from vexact.config import load_config
+from vexact.prepare import PREPARERS
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("scripts", "examples", "submodules")
 SCRIPTS = sorted(
@@ -251,8 +254,16 @@ ANSWERS = 'case "$*" in *"{}/constraints"*) echo /dev/null; exit;; *version_info
 FAKE_RUN = 'if [[ "$*" == *vexact* ]]; then printf "%s\\n" "$*" "--" >>"$FAKE_LOG"; else exit 9; fi'
 
 
-def started(tmp_path: Path, *arguments: str, **variables: str) -> list[str]:
-    """What examples/getting_started/run_qwen3_1b7.sh runs, from a foreign working directory."""
+EXAMPLES = {  # script: recipe of its model, what is prepared without one, and the recipe of that
+    "getting_started/run_qwen3_1b7.sh": ("qwen3_1b7", "tiny", "tiny_arithmetic"),
+    "moe/run_qwen3_30b_a3b.sh": ("qwen3_30b_a3b", "tiny_moe", "tiny_moe"),
+    "moe/run_moonlight.sh": ("moonlight", "tiny_moonlight", "tiny_moonlight"),
+}
+examples = pytest.mark.parametrize("example", EXAMPLES)
+
+
+def started(tmp_path: Path, example: str, *arguments: str, **variables: str) -> list[str]:
+    """What a script of examples/ runs, from a foreign working directory."""
     venv = tmp_path / "venv"
     python = executable(venv / "bin" / "python", f"{ANSWERS}\n{FAKE_RUN}")
     log = tmp_path / "log"
@@ -265,19 +276,30 @@ def started(tmp_path: Path, *arguments: str, **variables: str) -> list[str]:
         "VEXACT_CACHE": str(tmp_path / "cache"),
         **variables,
     }
-    script = ROOT / "examples" / "getting_started" / "run_qwen3_1b7.sh"
-    subprocess.run(["bash", script, *arguments], cwd=elsewhere, env=environment, check=True, timeout=30)
+    subprocess.run(["bash", ROOT / "examples" / example, *arguments], cwd=elsewhere, env=environment, check=True, timeout=30)
     assert python.exists()
     return log.read_text().split("--\n")[:-1]
 
 
-def test_main_job_without_a_model_prepares_and_trains_the_tiny_one(tmp_path: Path) -> None:
-    prepare, train = started(tmp_path, "trainer.experiment_name=two words")
-    assert prepare.startswith("-m vexact prepare tiny --out")
-    assert "-m vexact train recipe=tiny_arithmetic" in train
+@examples
+def test_an_example_without_a_model_prepares_and_trains_the_tiny_one(tmp_path: Path, example: str) -> None:
+    _, name, recipe = EXAMPLES[example]
+    prepare, train = started(tmp_path, example, "trainer.experiment_name=two words")
+    folder = tmp_path / "cache" / name
+    assert prepare == f"-m vexact prepare {name} --out {folder}\n"
+    assert train.startswith(f"-m vexact train recipe={recipe} actor_rollout_ref.model.path={folder}/model ")
     assert train.endswith("trainer.experiment_name=two words\n")
+    assert name in PREPARERS
 
 
-def test_main_job_with_a_model_trains_it(tmp_path: Path) -> None:
-    (train,) = started(tmp_path, "trainer.seed=1", model_dir="/m", train_path="/t.parquet")
-    assert train == "-m vexact train --from_env recipe=qwen3_1b7 trainer.seed=1\n"
+@examples
+def test_an_example_with_a_model_trains_it(tmp_path: Path, example: str) -> None:
+    (train,) = started(tmp_path, example, "trainer.seed=1", model_dir="/m", train_path="/t.parquet")
+    assert train == f"-m vexact train --from_env recipe={EXAMPLES[example][0]} trainer.seed=1\n"
+
+
+@examples
+def test_the_recipes_of_an_example_can_be_read(example: str) -> None:
+    recipe, _, tiny = EXAMPLES[example]
+    names = [load_config([f"recipe={name}"], checked=False).trainer.experiment_name for name in (recipe, tiny)]
+    assert names == [recipe, tiny]

@@ -7,6 +7,7 @@ from typing import Any
 
 from vexact.config.memory import (
     BYTES,
+    ExpertShape,
     Machine,
     ModelShape,
     Placement,
@@ -54,6 +55,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
     rows = (
         ("run directory", str(config.run_dir)),
         ("model", f"{config.model.path} ({_parameters(shape)}, {config.dtype(device)}, {device})"),
+        *(() if shape.experts is None else [("experts", _experts_row(config, shape.experts, shape.num_layers))]),
         ("data", ", ".join(config.data.train_files) or "none"),
         ("step", _step_row(config)),
         ("updates", _updates_row(config)),
@@ -78,6 +80,21 @@ def _parameters(shape: ModelShape) -> str:
     if shape.experts is None:
         return total
     return f"{total}, {_count(shape.num_active_parameters)} of them for one token"
+
+
+def _experts_row(config: Config, experts: ExpertShape, num_layers: int) -> str:
+    shared = " and a shared one" if experts.shared_intermediate_size else ""
+    coefficient, rate = config.actor.router_aux_loss_coef, config.actor.router_bias_update_rate
+    ways = [f"a bias that moves by {rate:g} a step"] if rate else []
+    if coefficient is None:
+        ways.append("the loss of config.json, if it asks for one")
+    elif coefficient:
+        ways.append(f"a loss of weight {coefficient:g}")
+    balanced = f"balanced by {' and '.join(ways)}" if ways else "not balanced"
+    return (
+        f"{experts.top_k} of {experts.num_experts} a token{shared}, in {experts.num_layers} of {num_layers} layers; "
+        f"{balanced}"
+    )
 
 
 def _step_row(config: Config) -> str:

@@ -12,12 +12,14 @@ from vexact.prepare.directory import build_directory
 from vexact.prepare.random_weights import write_random_model
 from vexact.prepare.smollm2 import write_smollm2
 from vexact.prepare.task import write_task
-from vexact.prepare.tiny import write_tiny
+from vexact.prepare.tiny import write_tiny, write_tiny_moe, write_tiny_moonlight
 
 Writer = Callable[..., None]  # writer(empty directory, **options)
 
 PREPARERS: dict[str, Writer] = {
     "tiny": write_tiny,
+    "tiny_moe": write_tiny_moe,
+    "tiny_moonlight": write_tiny_moonlight,
     "smollm2": write_smollm2,
     "random": write_random_model,
     "task": write_task,
@@ -30,7 +32,7 @@ def prepare(name: str, out_dir: str | Path | None = None, **options: Any) -> Pat
     """Make the directory and return it; one that was already made with the same options is returned as it is.
 
     Args:
-        name: ``tiny`` (model, tokenizer and data), ``smollm2`` (model), ``random`` (model; option ``arch``), ``task``
+        name: ``tiny``, ``tiny_moe`` or ``tiny_moonlight`` (model, tokenizer and data), ``smollm2`` (model), ``random`` (model; option ``arch``), ``task``
             (data; option ``task``) or a ``reasoning_gym:NAME?…`` specification, short for ``task``.
         out_dir: where to; a folder of the cache by default.
         options: keyword arguments of the writer, such as ``seed``.

@@ -1,4 +1,4 @@
-"""A tiny Qwen3 model, its tokenizer and an arithmetic task: everything a first run needs, made in half a minute.
+"""A tiny model, its tokenizer and an arithmetic task: everything a first run needs, made in half a minute.
 
 The supervised warm-up has two parts. The first teaches sums. The second, short, shows the same prompts with answers of
 which about a third are right and the others are off by one to three: now the model doubts, and a sampled answer is
@@ -7,19 +7,20 @@ right about three times in ten. What is left for reinforcement learning is to fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vexact.prepare.addition import Pair, addition_rows, doubtful_answers, right_answers
 from vexact.prepare.files import write_generation_config, write_parquet
+from vexact.prepare.tiny_shapes import tiny_config, tiny_moe_config, tiny_moonlight_config
 from vexact.prepare.tokenizers import character_tokenizer
 
 RIGHT_STEPS, DOUBTFUL_STEPS = 220, 60
 RIGHT_LR, DOUBTFUL_LR = 1e-3, 2e-4
 BATCH_SIZE = 64
-VOCAB_SIZE = 32  # the tokenizer has 19; the warm-up drives the probability of the others to nothing
+BALANCE_LOSS, BIAS_RATE = 0.05, 0.01  # or a few experts take all tokens
 
 
 def write_tiny(
@@ -32,40 +33,41 @@ def write_tiny(
         right_steps: optimizer steps on right answers.
         doubtful_steps: optimizer steps on doubtful answers.
     """
+    _write(directory, tiny_config, seed, right_steps, doubtful_steps)
+
+
+def write_tiny_moe(
+    directory: Path, seed: int = 0, right_steps: int = RIGHT_STEPS, doubtful_steps: int = DOUBTFUL_STEPS
+) -> None:
+    """The same with experts, as in Qwen3-MoE; a loss balances them."""
+    _write(directory, tiny_moe_config, seed, right_steps, doubtful_steps, router_aux_loss_coef=BALANCE_LOSS)
+
+
+def write_tiny_moonlight(
+    directory: Path, seed: int = 0, right_steps: int = RIGHT_STEPS, doubtful_steps: int = DOUBTFUL_STEPS
+) -> None:
+    """The same with experts and latent attention, as in Moonlight; the correction bias balances the experts."""
+    _write(directory, tiny_moonlight_config, seed, right_steps, doubtful_steps, router_bias_update_rate=BIAS_RATE)
+
+
+def _write(
+    directory: Path,
+    config: Callable[[Any], dict[str, Any]],
+    seed: int,
+    right_steps: int,
+    doubtful_steps: int,
+    **balance: float,
+) -> None:
     train, test = addition_rows(seed)
     write_parquet(train, directory / "train.parquet", "train")
     write_parquet(test, directory / "test.parquet", "test")
     tokenizer = character_tokenizer()
-    raw = tiny_config(tokenizer)
+    raw = config(tokenizer)
     model = _new_model(raw, seed)
     with _one_thread():
-        _teach(model, tokenizer, right_answers(train), right_steps, RIGHT_LR, seed)
-        _teach(model, tokenizer, doubtful_answers(train, seed), doubtful_steps, DOUBTFUL_LR, seed)
+        _teach(model, tokenizer, right_answers(train), right_steps, RIGHT_LR, seed, balance)
+        _teach(model, tokenizer, doubtful_answers(train, seed), doubtful_steps, DOUBTFUL_LR, seed, balance)
     _save(model, raw, tokenizer, directory / "model")
-
-
-def tiny_config(tokenizer: Any) -> dict[str, Any]:
-    """Hugging Face configuration of the model: Qwen3, 0.79 million parameters."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "initializer_range": 0.04,  # at this width it learns the sums in half the steps that the usual 0.02 takes
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
 
 
 def _new_model(raw: dict[str, Any], seed: int) -> Any:
@@ -75,7 +77,9 @@ def _new_model(raw: dict[str, Any], seed: int) -> Any:
     return random_model(ModelConfig.from_hf_dict(raw), seed, ops="stock", attn_impl="sdpa")
 
 
-def _teach(model: Any, tokenizer: Any, pairs: list[Pair], num_steps: int, lr: float, seed: int) -> None:
+def _teach(
+    model: Any, tokenizer: Any, pairs: list[Pair], num_steps: int, lr: float, seed: int, balance: dict[str, float]
+) -> None:
     from vexact.training.config import OptimConfig
     from vexact.training.sft import SupervisedConfig, supervised_steps
 
@@ -88,7 +92,7 @@ def _teach(model: Any, tokenizer: Any, pairs: list[Pair], num_steps: int, lr: fl
         total_training_steps=num_steps,
         min_lr_ratio=0.05,
     )
-    config = SupervisedConfig(batch_size=BATCH_SIZE, seed=seed, optim=optim)
+    config = SupervisedConfig(batch_size=BATCH_SIZE, seed=seed, optim=optim, **balance)
     supervised_steps(model, [_encode(tokenizer, pair) for pair in pairs], num_steps, config)
 
 

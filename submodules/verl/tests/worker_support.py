@@ -31,7 +31,7 @@ from vexact_verl.server import VexactServer
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.prepare.files import write_generation_config
-from vexact.prepare.tiny import tiny_config
+from vexact.prepare.tiny_shapes import tiny_config
 from vexact.prepare.tokenizers import character_tokenizer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from vexact import plugins
 from vexact.models import CausalLM, Targets, load_model
 from vexact.models.checkpoint.index import check_one_reading
-from vexact.models.hf_names import to_hf
+from vexact.models.hf_names import to_module
 from vexact.models.opset import INVARIANT_ATTENTION
 from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
 from vexact.swaps import make_invariant
@@ -35,7 +35,7 @@ class TrainingSide(Protocol):
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's gradient by its Hugging Face name."""
+        """Every trained parameter's gradient by the name it has in a transformers module."""
         ...
 
     def zero_grad(self) -> None: ...
@@ -55,8 +55,8 @@ class VexactSide:
         return token_scores(self.model, batch).logprobs
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        named = ((name, _gradient(parameter)) for name, parameter in self.model.named_parameters())
-        return to_hf(self.model.config, named)
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return to_module(self.model.config, ((name, _gradient(parameter)) for name, parameter in trained))
 
     def zero_grad(self) -> None:
         self.model.zero_grad(set_to_none=True)

@@ -9,12 +9,13 @@ from vexact.config.memory.advice import (
     out_of_memory_advice,
 )
 from vexact.config.memory.kv_cache import BYTES, kv_cache_tokens
-from vexact.config.memory.model_shape import ModelShape
+from vexact.config.memory.model_shape import ExpertShape, ModelShape
 from vexact.config.memory.placement import Placement
 from vexact.config.memory.plan import MemoryPlan, memory_plan, memory_rows, size_text
 
 __all__ = [
     "BYTES",
+    "ExpertShape",
     "Machine",
     "MemoryPlan",
     "MemoryProblem",

@@ -109,11 +109,17 @@ def _plan(config: Config, shape: ModelShape, placement: Placement, machine: Mach
 
 
 def _fix(config: Config, shape: ModelShape, placement: Placement, machine: Machine) -> str:
-    """The settings that make the plan fit: each that does alone, else the fewest that do together, else more GPUs."""
+    """The settings that make the plan fit: each that does alone, else the fewest that do together, else GPUs that only
+    sample, else more GPUs."""
 
     def excess(changed: Config, where: Placement = placement) -> int:
         assert machine.device_bytes is not None
         return _plan(changed, shape, where, machine).worst().total - machine.device_bytes
+
+    def settings_on(where: Placement) -> list[str] | None:
+        """What makes it fit in another placement; None if nothing does."""
+        settings, best = _together(config, lambda changed: excess(changed, where))
+        return settings if excess(best, where) <= 0 else None
 
     before = excess(config)
     alone = [
@@ -126,14 +132,21 @@ def _fix(config: Config, shape: ModelShape, placement: Placement, machine: Machi
     settings, best = _together(config, excess)
     if excess(best) <= 0:
         return f"set {' and '.join(settings)}"
+    if machine.device == "cpu":
+        return "no setting makes room for it: use a smaller model or a GPU with more memory"
+    if placement.is_colocated and placement.total > 1:
+        apart = max(1, placement.total // 4)
+        separate = settings_on(Placement(placement.total - apart, apart, False))
+        if separate is not None:
+            return f"set {' and '.join([f'trainer.rollout_gpus={apart}', *separate])}"
     factor = 2
     while placement.total * factor <= MOST_GPUS:
         more = dataclasses.replace(
             placement, trainers=placement.trainers * factor, replicas=placement.replicas * factor
         )
-        settings, best = _together(config, lambda changed, more=more: excess(changed, more))  # type: ignore[misc]
-        if machine.device == "cuda" and excess(best, more) <= 0:
-            also = f" with {' and '.join(settings)}" if settings else ""
+        needed = settings_on(more)
+        if needed is not None:
+            also = f" with {' and '.join(needed)}" if needed else ""
             return f"no setting makes room for it here: use {more.total} GPUs{also}, or a smaller model"
         factor *= 2
     return "no setting makes room for it: use a smaller model or a GPU with more memory"
