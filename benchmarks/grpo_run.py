@@ -40,6 +40,10 @@ TINY = CHECKPOINTS["qwen3-0.6b"] | {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
+TINY_MOE = TINY | {
+    **{key: CHECKPOINTS["qwen3-30b-a3b"][key] for key in ("architectures", "model_type", "norm_topk_prob")},
+    **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Shape:
 OFFLOAD = (f"{ACTOR}.fsdp_config.param_offload=true", f"{ACTOR}.fsdp_config.optimizer_offload=true")
 SHAPES = {
     "tiny": Shape(TINY, 4, 4, 24, 16, 128),
+    "tiny-moe": Shape(TINY_MOE, 4, 4, 24, 16, 128),
     "qwen3-1.7b": Shape(CHECKPOINTS["qwen3-1.7b"], 64, 8, 512, 1024, 16384),
     # layers of the public checkpoints, as many as one GPU trains without offload
     "qwen3-30b-a3b": Shape(CHECKPOINTS["qwen3-30b-a3b"] | {"num_hidden_layers": 4}, 16, 8, 128, 576, 16384),
@@ -97,6 +102,10 @@ def inputs(shape: Shape, work: Path, steps: int, seed: int = 0) -> list[str]:
         "trainer.logger=[console,jsonl]",
         *shape.overrides,
     ]
+
+
+def trainers(gpus: int, layout: str) -> int:
+    return gpus - gpus // 2 if layout == "disaggregated" else gpus
 
 
 def layout_overrides(gpus: int, layout: str) -> list[str]:

@@ -2,11 +2,13 @@
 
     python benchmarks/multi_gpu.py --gpus 1 2 --layout colocated disaggregated --out multi_gpu_h100.json
     python benchmarks/multi_gpu.py --shape qwen3-8b --gpus 2 --steps 2 --no_digest --out …
+    python benchmarks/multi_gpu.py --shape qwen3-30b-a3b --gpus 1 2 --expert_groups 1 2 --out …
 
 Peer: the same work on one GPU. Every run is the ordinary trainer with the same global batch; figures come from its
 metrics.jsonl, weights and moments from its last checkpoint. ``--launcher ray`` leaves the processes to the program.
 Exit code 1: a run failed, a bit differed, or two layouts ended with other weights or moments.
-``--shape tiny`` runs on a CPU in seconds. Further overrides stand at the end: ``key=value``.
+``--expert_groups``: values of actor.fsdp_config.expert_parallel_size, for runs on so many GPUs.
+``--shape tiny`` and ``tiny-moe`` run on a CPU in seconds. Further overrides stand at the end: ``key=value``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from grpo_run import SHAPES, figures, inputs, layout_overrides, machine, state_digests, train
+from grpo_run import ACTOR, SHAPES, figures, inputs, layout_overrides, machine, state_digests, train, trainers
 
 from vexact.config import Config
 
@@ -59,6 +61,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layout", nargs="+", choices=("colocated", "disaggregated"), default=["colocated"])
+    parser.add_argument("--expert_groups", type=int, nargs="+", default=[1])
     parser.add_argument("--launcher", choices=("torchrun", "ray"), default="torchrun")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--no_digest", action="store_true", help="interrupt after the steps, save nothing")
@@ -73,16 +76,20 @@ def main() -> int:
     report |= {"token_budget": SHAPES[arguments.shape].token_budget, "max_num_seqs": Config().rollout.max_num_seqs}
     report |= {"runs": {}, "efficiency": {}, "problems": []}
     plans = [
-        (gpus, layout) for gpus in arguments.gpus for layout in arguments.layout if gpus > 1 or layout == "colocated"
+        (gpus, layout, groups)
+        for gpus in arguments.gpus
+        for layout in arguments.layout
+        for groups in arguments.expert_groups
+        if (gpus > 1 or layout == "colocated") and trainers(gpus, layout) % groups == 0
     ]
-    for gpus, layout in plans:
-        name = f"{gpus} {layout}"
-        directory = work / name.replace(" ", "-")
+    for gpus, layout, groups in plans:
+        name = f"{gpus} {layout}" + (f", {groups} groups of experts" if groups > 1 else "")
+        directory = work / name.replace(",", "").replace(" ", "-")
         try:
             run = train(
                 gpus,
                 arguments.launcher,
-                [*common, *layout_overrides(gpus, layout)],
+                [*common, *layout_overrides(gpus, layout), f"{ACTOR}.fsdp_config.expert_parallel_size={groups}"],
                 directory,
                 arguments.timeout_s,
                 stop_after=arguments.steps if arguments.no_digest else None,
@@ -91,7 +98,7 @@ def main() -> int:
             print(error)
             report["problems"].append(f"{name}: failed: {str(error).splitlines()[-1]}")
             continue
-        report["runs"][name] = {"gpus": gpus, "layout": layout} | figures(run)
+        report["runs"][name] = {"gpus": gpus, "layout": layout, "expert_groups": groups} | figures(run)
         if not arguments.no_digest:
             report["runs"][name] |= state_digests(directory)
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)

@@ -53,6 +53,11 @@ def base(tmp_path: Path) -> list[str]:
             [f"{ACTOR}.ulysses_sequence_parallel_size=3", "trainer.n_gpus_per_node=4"],
             "=3 does not divide the 4 training GPU(s)",
         ),
+        (
+            [f"{ACTOR}.fsdp_config.expert_parallel_size=4", "trainer.n_gpus_per_node=6"],
+            "fsdp_config.expert_parallel_size=4 does not divide the 6 training GPU(s) (trainer.nnodes x "
+            "trainer.n_gpus_per_node); try 3, or train on a multiple of 4 GPUs",
+        ),
         ([f"{ROLLOUT}.num_pages=15"], "set it to at least 16"),
         ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
         ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),

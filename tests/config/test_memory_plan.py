@@ -154,6 +154,30 @@ def test_experts_take_memory_for_rows_and_for_all_of_their_weights() -> None:
     assert generation - without == 16 * 4 * (3 * 92 - 120) + 2 * config.max_model_len * 8
 
 
+def test_experts_that_groups_share_by_hand() -> None:
+    """8 experts of 3 x 32 x 20 numbers over four trainers: a group gathers a part, and rows come from all of them."""
+    shape, four, expert = ModelShape.of(QWEN3_MOE), Placement(4, 4, True), 4 * 3 * 32 * 20
+    keys = f"{ACTOR}.fsdp_config.expert_parallel_size=", "actor_rollout_ref.model.enable_gradient_checkpointing="
+    found = {}
+    for size, recomputed in ((1, "true"), (2, "true"), (4, "true"), (4, "false"), (1, "false")):
+        config = configured(*SMALL, f"{keys[0]}{size}", f"{keys[1]}{recomputed}")
+        parts = memory_plan(config, shape, four, "cpu").stages[1].parts
+        found[size, recomputed] = parts["gathered layers"], parts["activations"]
+    layer, root = shape.layer_parameters, shape.root_parameters
+    rest = shape.largest_layer(0)
+    assert rest == layer - 8 * expert // 4
+    assert found[1, "true"][0] == 4 * (root + 2 * layer) + 12 * max(layer, root)
+    without = 4 * (root + 2 * rest) + 12 * max(rest, root)
+    assert found[2, "true"][0] == without + (8 + 3 * 4) * expert  # gradients of all, a group's, and two on their way
+    assert found[4, "true"][0] == without + (8 + 2) * expert
+    assert found[4, "false"][0] == without + (8 + 3 * 2) * expert  # those of three layers are kept
+    row = 32 * 4 * 3 * 32  # of every token to three experts: as it has arrived, and a gradient on either side
+    assert found[4, "true"][1] - found[1, "true"][1] == 3 * row
+    assert found[4, "false"][1] - found[1, "false"][1] == (3 + 2) * row
+    advice = build_plan(configured(*SMALL, f"{keys[0]}4"), "cpu", shape).advice
+    assert any(note.startswith("4 groups of training GPUs share the 8 experts of a layer") for note in advice)
+
+
 def test_one_process_on_a_cpu_by_hand() -> None:
     config = configured(*SMALL)
     stages = stages_of(config, ONE, "cpu")

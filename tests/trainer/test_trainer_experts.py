@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import rank_runs
 import torch
 from moe_configs import MOONLIGHT, QWEN3_MOE
 from run_results import digest
@@ -37,10 +38,13 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_a_run_is_exact_in_bits_and_routes_and_goes_on_after_a_break(name, models, overrides, metrics, tmp_path):
-    def train(directory, steps):
+    def arguments(directory, steps):
         more = (*BALANCED[name], "trainer.save_freq=2", f"trainer.total_training_steps={steps}")
         paths = (f"actor_rollout_ref.model.path={models[name]}", f"trainer.default_local_dir={tmp_path / directory}")
-        assert run(load_config(overrides(*paths, *more, "trainer.resume_mode=auto"))) == 0
+        return overrides(*paths, *more, "trainer.resume_mode=auto")
+
+    def train(directory, steps):
+        assert run(load_config(arguments(directory, steps))) == 0
 
     train("run", 3)
     for row in metrics():
@@ -58,6 +62,13 @@ def test_a_run_is_exact_in_bits_and_routes_and_goes_on_after_a_break(name, model
     train("broken", 3)
     assert digest(tmp_path / "broken", 3) == digest(tmp_path / "run", 3)
     assert metrics("broken")[-1]["bitwise/routes_different"] == 0
+    if name == "moonlight":  # two processes, each with half of the experts
+        more = f"{ACTOR}.fsdp_config.expert_parallel_size=2", "trainer.logger=[console,jsonl]"
+        shared = rank_runs.start(tmp_path, [*arguments("shared", 3), *more])
+        assert shared.wait(120) == [0, 0], shared.output()
+        assert "2 groups of training GPUs share the 8 experts of a layer" in shared.output()
+        assert digest(tmp_path / "shared", 3) == digest(tmp_path / "run", 3)
+        assert [row["bitwise/routes_different"] for row in metrics("shared")] == [0] * 3
 
 
 def test_experts_that_differ_stop_a_strict_run(models, overrides, metrics, monkeypatch, tmp_path):
@@ -86,6 +97,13 @@ def test_routes_that_one_rank_does_not_give_are_missing_for_all():
     assert gathered([Scored([0], *values), Scored([1], values[0], None)]).routes is None
 
 
-def test_what_balances_experts_is_refused_for_a_dense_model(overrides):
-    with pytest.raises(ValueError, match="has no bias that is added"):
-        run(load_config(overrides(f"{ACTOR}.router_bias_update_rate=0.01")))
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("router_bias_update_rate=0.01", "has no bias that is added"),
+        ("fsdp_config.expert_parallel_size=2", "expert_parallel_size=2: Qwen3ForCausalLM has no experts to share"),
+    ],
+)
+def test_what_concerns_experts_is_refused_for_a_dense_model(overrides, setting, said):
+    with pytest.raises(ValueError, match=said):
+        run(load_config(overrides(f"{ACTOR}.{setting}")))

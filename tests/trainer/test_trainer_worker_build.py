@@ -32,7 +32,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     def stand_in(name: str) -> Callable[..., Any]:
         def make(*args: Any) -> Any:
             made.append((name, args[-1]))
-            return SimpleNamespace(model=None, config=SimpleNamespace(torch_dtype=torch.float32), sharded_state=dict)
+            return SimpleNamespace(
+                model=torch.nn.Module(), config=SimpleNamespace(torch_dtype=torch.float32), sharded_state=dict
+            )
 
         return make
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from moe_configs import MOONLIGHT, QWEN3_MOE, with_router_biases
+from moe_configs import DEEPSEEK_V3, MOONLIGHT, QWEN3_MOE, with_router_biases
 from training_support import random_sequences, tiny_model
 
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
@@ -30,18 +30,24 @@ CASES = {
         {"dtype": "bfloat16", "router_bias_update_rate": 0.01, "param_offload": True, "router_aux_loss_coef": 0.1},
     ),
 }
+# What groups of ranks can share: as many experts for every rank, and for the last ranks fewer.
+SHARED_CASES = {
+    "eight": (QWEN3_MOE | SMALL, {"router_aux_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_agg_mode": "token-sum"}),
+    "eight latent": (DEEPSEEK_V3 | SMALL, {"dtype": "bfloat16", "enable_gradient_checkpointing": True}),
+    "six latent": (CASES["latent"][0] | {"n_routed_experts": 6}, CASES["latent"][1]),
+}
 STEPS = 4
 
 
 def actor_of(case, group=None, seed=0, **overrides):
-    model, config = CASES[case]
+    model, config = (CASES | SHARED_CASES)[case]
     config = COMMON | {"optim": OptimConfig(lr=1e-2, betas=(0.9, 0.95))} | config | overrides
     return Actor(with_router_biases(tiny_model(seed, **model)), ActorConfig(**config), group=group)
 
 
 def batch_of(case, step, group=None):
     """The sequences of an update, with a reference's log-probabilities where the loss wants them."""
-    model, config = CASES[case]
+    model, config = (CASES | SHARED_CASES)[case]
     sequences = random_sequences(12, seed=step)
     if not config.get("use_kl_loss"):
         return sequences

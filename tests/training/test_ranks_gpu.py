@@ -46,6 +46,11 @@ VARIANTS = {
         LATENT,
         {"router_bias_update_rate": 0.001, "param_offload": True, "enable_gradient_checkpointing": True},
     ),
+    "shared experts": (EXPERTS | {"num_experts": 16}, {"router_aux_loss_coef": 0.01}),
+    "latent attention, shared experts": (
+        LATENT | {"n_routed_experts": 16},
+        {"router_bias_update_rate": 0.001, "param_offload": True, "enable_gradient_checkpointing": True},
+    ),
 }
 
 
@@ -64,12 +69,15 @@ def run(rank, directory):
     torch.cuda.set_device(rank)
     found = {}
     with process_group(rank, 2, directory, "cpu:gloo,cuda:nccl"):
-        groups = {world: dist.new_group(range(world)) for world in (1, 2)}
+        alone = [dist.new_group([each]) for each in range(2)]  # as many groups for both
+        groups = {1: alone[rank], 2: dist.new_group([0, 1])}
         for name, (shape, extra) in VARIANTS.items():
             for world, group in groups.items():
                 if rank < world:
                     config = {"dtype": "bfloat16", "ppo_mini_batch_size": 13, "ppo_max_token_len_per_gpu": 1024}
                     config |= {"optim": OptimConfig(lr=1e-4)} | extra
+                    if "shared" in name:
+                        config["expert_parallel_size"] = world
                     model = random_model(ModelConfig.from_hf_dict(shape), 0, device=f"cuda:{rank}")
                     actor = Actor(model, ActorConfig(**config), f"cuda:{rank}", group)
                     metrics = [without_times(actor.update(sequences(step))) for step in range(3)]

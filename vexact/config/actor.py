@@ -71,6 +71,13 @@ class FSDPConfig(OffloadSettings):
     model_dtype: Literal["float32"] = opt(
         "float32", "Type of the master weights and optimizer state.", aliases=DTYPE_ALIASES
     )
+    expert_parallel_size: int = opt(
+        1,
+        "Groups of training GPUs that share the experts of a mixture: each computes with the experts that its GPUs "
+        "keep, for tokens of all, instead of gathering every expert. Must divide the training GPUs and the experts; "
+        "with as many groups as GPUs no expert is gathered. No bit changes. The reference policy is shared alike.",
+        ge=1,
+    )
 
 
 @dataclass(frozen=True)

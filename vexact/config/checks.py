@@ -75,13 +75,18 @@ def _batches(config: Config) -> Iterator[str]:
             f"{ROLLOUT}.n={config.rollout.n}: {config.algorithm.adv_estimator} compares the samples of a prompt with "
             "each other; use n of at least 2, or algorithm.adv_estimator=reinforce_plus_plus"
         )
-    sharing, gpus = config.actor.ulysses_sequence_parallel_size, config.trainer.training_gpus
-    if gpus is not None and gpus % sharing:
-        yield (
-            f"{ACTOR}.ulysses_sequence_parallel_size={sharing} does not divide the {gpus} training GPU(s) "
-            f"(trainer.nnodes x trainer.n_gpus_per_node); try {_nearest_divisor(gpus, sharing)}, or train on a "
-            f"multiple of {sharing} GPUs"
-        )
+    gpus = config.trainer.training_gpus
+    parts = {
+        "ulysses_sequence_parallel_size": config.actor.ulysses_sequence_parallel_size,
+        "fsdp_config.expert_parallel_size": config.actor.fsdp_config.expert_parallel_size,
+    }
+    for key, size in parts.items():
+        if gpus is not None and gpus % size:
+            yield (
+                f"{ACTOR}.{key}={size} does not divide the {gpus} training GPU(s) "
+                f"(trainer.nnodes x trainer.n_gpus_per_node); try {_nearest_divisor(gpus, size)}, or train on a "
+                f"multiple of {size} GPUs"
+            )
     if config.algorithm.filter_groups.enable and config.rollout.n < 2:
         yield (
             f"algorithm.filter_groups.enable=true needs several samples per prompt, and {ROLLOUT}.n={config.rollout.n}"

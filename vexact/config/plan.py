@@ -169,6 +169,12 @@ def _advice(config: Config, machine: Machine, shape: ModelShape) -> list[str]:
             f"{sharing} GPUs share each packed forward: log-probabilities keep their bits, and weights after an update "
             f"are those of actor_rollout_ref.actor.ulysses_sequence_parallel_size={sharing}, on any number of GPUs"
         )
+    groups = config.actor.fsdp_config.expert_parallel_size
+    if groups > 1 and shape.experts is not None:
+        advice.append(
+            f"{groups} groups of training GPUs share the {shape.experts.num_experts} experts of a layer: tokens travel "
+            "to them, and no bit depends on it"
+        )
     tokens = kv_cache_tokens(config, machine.device, shape)
     if tokens is not None and tokens < config.max_model_len:
         advice.append(

@@ -28,6 +28,7 @@ from vexact.trainer.workers import (
     roles_of,
     start_rewards,
 )
+from vexact.training.parallel.expert_parallel import check_expert_size
 from vexact.training.parallel.sequence_parallel import check_size
 from vexact.training.passes.experts import check_experts
 
@@ -47,6 +48,7 @@ def check_settings(config: Config, layout: Layout) -> None:
     validation_sampling(config)
     device, machine = torch.device(layout.device), machine_of(layout)
     trainers = roles_of(config, layout.world_size).trainers
+    check_expert_size(config.actor.fsdp_config.expert_parallel_size, len(trainers), model)
     check_size(config.actor.ulysses_sequence_parallel_size, len(trainers), model.num_heads)
     check_experts(actor_config(config, device, total_steps=config.trainer.total_training_steps or 1), model)
     engine = EngineConfig(**engine_settings(config))

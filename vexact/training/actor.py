@@ -63,8 +63,8 @@ class Actor:
 
         Raises:
             ValueError: sharding is off but needed, several ranks are to train weights that are not float32, the
-                ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``, or experts are
-                to be balanced that the model does not have.
+                ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``, or the ranks or
+                the experts into ``expert_parallel_size``, or experts are to be balanced that the model does not have.
         """
         self.config, self.model = config, model
         self.one_pass = one_pass.applies(config, model.config)
@@ -80,7 +80,7 @@ class Actor:
             given, fixed = config.loss_agg_mode, config.agg_mode
             log.warning("actor.loss_agg_mode=%s is not used: %s aggregates by %s", given, config.loss_mode, fixed)
         model.gradient_checkpointing = config.enable_gradient_checkpointing
-        prepare(model, self.ranks, config.torch_dtype, config.fsdp)
+        prepare(model, self.ranks, config.torch_dtype, config.fsdp, config.expert_parallel_size)
         self.optimizer = Optimizer(model.parameters(), config.optim, self.ranks, config.optimizer_offload)
         self.gradients = GradientSum(model, self.ranks.world_size)
         self._parked = park(model, config.param_offload)

@@ -77,6 +77,7 @@ class ActorConfig(OffloadSettings, ActorSettings):
     loss_scale_factor: int | None = None
     enable_gradient_checkpointing: bool = False
     dtype: str = "float32"  # of the forward, the backward and the weights that the rollout receives
+    expert_parallel_size: int = 1  # groups of ranks that share the experts
     fsdp: bool | None = None  # None: shard when there are several ranks or the model's dtype is not ``dtype``
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -92,7 +93,7 @@ class ActorConfig(OffloadSettings, ActorSettings):
         if not self.grad_clip > 0:
             raise ValueError(f"actor.grad_clip must be positive (use inf for no clipping), got {self.grad_clip}")
         positive = "ppo_mini_batch_size", "ppo_max_token_len_per_gpu", "ulysses_sequence_parallel_size", "ppo_epochs"
-        for key in positive:
+        for key in (*positive, "expert_parallel_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"actor.{key} must be at least 1, got {getattr(self, key)}")
 

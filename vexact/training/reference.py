@@ -33,13 +33,13 @@ class Reference:
     ) -> None:
         """Freezes ``model`` in place.
 
-        Of ``config`` only dtype, fsdp, param_offload, ppo_max_token_len_per_gpu and ulysses_sequence_parallel_size are
-        read. ``group`` is as for ``Actor``.
+        Of ``config`` only dtype, fsdp, param_offload, ppo_max_token_len_per_gpu, ulysses_sequence_parallel_size and
+        expert_parallel_size are read. ``group`` is as for ``Actor``.
         """
         self.config, self.model = config, model.requires_grad_(False)
         where = torch.device(device) if device is not None else model.lm_head_weight.device
         self.ranks = Ranks.of_process(where, group).sharing(config.ulysses_sequence_parallel_size, model.config)
-        prepare(model, self.ranks, config.torch_dtype, config.fsdp)
+        prepare(model, self.ranks, config.torch_dtype, config.fsdp, config.expert_parallel_size)
         self._parked = park(model, config.param_offload)
 
     def score(self, sequences: Sequence[TrainSequence]) -> Scored:

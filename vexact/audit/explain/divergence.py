@@ -14,6 +14,7 @@ STAGES = (
     "inputs",
     "kv page",
     "operator",
+    "route",
     "logits",
     "temperature",
     "truncation",
@@ -23,7 +24,7 @@ STAGES = (
     "training state",
     "none",
 )
-"""In the order in which they are checked; "none" means that nothing differs now."""
+"""In the order in which they are checked, a route among the operators; "none" means that nothing differs now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Side:
     is_right: bool | None = None  # equals what vexact.ops computes from the same arguments; None: not applicable
 
     @classmethod
-    def of(cls, value: float | int, call: Call, is_right: bool | None = None) -> Side:
+    def of(cls, value: float | int | str, call: Call, is_right: bool | None = None) -> Side:
         return cls(value, call.path, call.shape, call.dtype, is_right)
 
     def line(self, name: str, op: str) -> str:
@@ -57,6 +58,7 @@ class Divergence:
     where: str = ""  # tensor, operator and module
     op: str = ""
     layer: int | None = None
+    expert: int | None = None  # whose row or weight it is
     position: int | None = None  # of the token in the whole sequence
     response_position: int | None = None  # of the token that this row predicts; None inside the prompt
     element: tuple[int, ...] = ()
@@ -73,7 +75,8 @@ class Divergence:
         """A few lines for a terminal or a log."""
         lines = [f"first divergence: {self.stage}: {self.summary}", f"  request  {self.request_id}"]
         if self.where:
-            lines.append(f"  where    {self.where}" + (f", layer {self.layer}" if self.layer is not None else ""))
+            parts = [self.where, *(f"{name} {i}" for name, i in self._indices() if i is not None)]
+            lines.append(f"  where    {', '.join(parts)}")
         if self.position is not None:
             predicted = "" if self.response_position is None else f", predicts response token {self.response_position}"
             lines.append(f"  token    position {self.position}{predicted}")
@@ -81,6 +84,9 @@ class Divergence:
             lines.append(f"  element  {list(self.element)}" + (f", {self.ulp} ulp apart" if self.ulp else ""))
         lines += [side.line(name, self.op) for name, side in self._sides() if side is not None]
         return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
+
+    def _indices(self) -> tuple[tuple[str, int | None], ...]:
+        return ("layer", self.layer), ("expert", self.expert)
 
     def _sides(self) -> tuple[tuple[str, Side | None], tuple[str, Side | None]]:
         return ("rollout", self.rollout), ("trainer", self.trainer)

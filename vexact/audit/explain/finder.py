@@ -12,9 +12,17 @@ from torch import Tensor
 
 from vexact import interrupt
 from vexact.audit.compare import TokenDifference
-from vexact.audit.explain.align import first_mismatch, only_on_one_side
+from vexact.audit.explain.align import Mismatch, first_mismatch, only_on_one_side
 from vexact.audit.explain.divergence import Divergence, Side, first_element
-from vexact.audit.explain.recorder import Recorder, Site, Spot
+from vexact.audit.explain.expert_text import (
+    count_text,
+    expert_of,
+    experts_of_tensor,
+    listed,
+    route_change,
+)
+from vexact.audit.explain.outputs import EXPERTS
+from vexact.audit.explain.recorder import Kept, Recorder, Site, Spot
 from vexact.audit.explain.rollout_side import (
     LOGITS,
     CachedPage,
@@ -108,6 +116,9 @@ def _weights(engine: Engine, trainer: Trainer, sample: Sample) -> Divergence | N
         return Divergence("weights", summary, sample.request_id, **common)
     element = first_element(held, sent)
     assert element is not None, "the fingerprints of this tensor differ"
+    experts = experts_of_tensor(name, held, sent)
+    if experts:
+        common |= {"expert": experts[0], "notes": (*notes, count_text(experts, len(sent)))}
     dtype, shape = str(sent.dtype).removeprefix("torch."), tuple(sent.shape)
     return Divergence(
         "weights",
@@ -209,11 +220,11 @@ def _operators(case: Case) -> Divergence | None:
         assert other is not None, "the site was recorded in the first pass"
         trained, right = other.row, _equals(other.row, other.expected)
     case.rows = {"rollout": kept.row, "trainer": trained}
+    if found.site.output == EXPERTS:
+        return _changed_route(case, found, kept, right)
     element = first_element(kept.row, trained) if kept.row.dtype == trained.dtype else None
-    stage, summary, notes = "operator", f"{found.site} differs first", _operator_notes(case, found.site)
-    notes.insert(0, f"{found.num_different} of {found.num_compared} tokens differ here; all operators before it agree")
-    if found.rollout.arguments != found.trainer.arguments:
-        notes.append(f"arguments: rollout {dict(found.rollout.arguments)}, trainer {dict(found.trainer.arguments)}")
+    ours = _equals(kept.row, kept.expected)
+    stage, summary, notes = "operator", f"{found.site} differs first", _operator_notes(case, found, ours and right)
     if found.site in rollout.recorder.stale:
         stage = "kv page"
         summary = (
@@ -221,6 +232,8 @@ def _operators(case: Case) -> Divergence | None:
         )
     elif found.site == HEAD and _is_bf16(kept.row) and not _is_bf16(trained):
         stage, summary = "logits", "the rollout's head rounds its logits to bf16"
+    elif kept.experts:
+        notes.append(f"{listed(kept.experts)} of this token")
     return case.divergence(
         stage,
         summary,
@@ -228,11 +241,30 @@ def _operators(case: Case) -> Divergence | None:
         where=str(found.site),
         op=found.site.op,
         layer=found.site.layer,
+        expert=expert_of(found.site, element.index, kept.experts) if element else None,
         element=element.index if element else (),
         ulp=element.ulp if element else None,
-        rollout=Side.of(element.rollout if element else 0.0, found.rollout, _equals(kept.row, kept.expected)),
+        rollout=Side.of(element.rollout if element else 0.0, found.rollout, ours),
         trainer=Side.of(element.trainer if element else 0.0, found.trainer, right),
         notes=tuple(notes),
+    )
+
+
+def _changed_route(case: Case, found: Mismatch, kept: Kept, right: bool | None) -> Divergence:
+    """A token whose router has the same logits on both sides and chooses other experts."""
+    change = route_change(case.rollout.recorder, case.packed.recorder)
+    assert change is not None, "the fingerprints of its experts differ"
+    ours = _equals(kept.row, kept.expected)
+    return case.divergence(
+        "route",
+        change.describe(),
+        found.position,
+        where=str(found.site),
+        op=found.site.op,
+        layer=found.site.layer,
+        rollout=Side.of(listed(change.rollout), found.rollout, ours),
+        trainer=Side.of(listed(change.trainer), found.trainer, right),
+        notes=tuple(_operator_notes(case, found, ours and right)),
     )
 
 
@@ -242,9 +274,20 @@ def _second_pass(case: Case, spot: Spot) -> tuple[RolloutReplay, TrainerReplay]:
     return rollout, replay_trainer(case.trainer, case.sample, Recorder(keep=spot))
 
 
-def _operator_notes(case: Case, site: Site) -> list[str]:
-    missing = only_on_one_side(case.rollout.recorder, case.packed.recorder)
-    return [f"only one side calls {', '.join(missing[:3])}"] if missing else []
+def _operator_notes(case: Case, found: Mismatch, both_right: bool | None) -> list[str]:
+    site, sides = found.site, (case.rollout.recorder, case.packed.recorder)
+    notes = [f"{found.num_different} of {found.num_compared} tokens differ here; all operators before it agree"]
+    if found.rollout.arguments != found.trainer.arguments:
+        notes.append(f"arguments: rollout {dict(found.rollout.arguments)}, trainer {dict(found.trainer.arguments)}")
+    elif both_right:
+        notes.append(f"each side computes {site.op} as it should: what it is given was changed since the last operator")
+    missing = only_on_one_side(*sides)
+    if missing:
+        notes.append(f"only one side calls {', '.join(missing[:3])}")
+    change = route_change(*sides)
+    if change is not None and site.output != EXPERTS:
+        notes.append(f"{change.num_different} tokens change experts; first {change.describe()}")
+    return notes
 
 
 def _logits(case: Case) -> Divergence | None:

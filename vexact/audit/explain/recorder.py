@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import vexact.ops as invariant
+from vexact.audit.explain.outputs import EXPERTS, Output, deciding_arguments, outputs_of, without_effects
 from vexact.models.opset import OpSet
 from vexact.ops import PagedMetadata
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # elements widened to 64 bits at a time
-_OUTPUTS = {"add_rms_norm": ("residual", "output"), "rope": ("query", "key"), "qk_norm_rope": ("query", "key")}
 KV = ("key", "value")
 
 
@@ -69,6 +69,7 @@ class Kept:
 
     row: Tensor  # the operator's output of the token
     expected: Tensor | None = None  # what the operator of vexact.ops gives for the same arguments
+    experts: tuple[int, ...] = ()  # whose the parts of the row are, or what it was made of
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +78,7 @@ class Rows:
 
     prints: dict[int, int] = field(default_factory=dict)
     calls: dict[int, Call] = field(default_factory=dict)
+    experts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of a router: what the token chose
 
 
 class Recorder:
@@ -111,7 +113,7 @@ class Recorder:
     def _wrapped(self, function: Callable[..., Any], op: str, name: str, module: nn.Module) -> Callable[..., Any]:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            self._record(op, _owner(name, module, op, args), args, kwargs, result)
+            self._record(op, owner_of(name, module, op, args), args, kwargs, result)
             return result
 
         return recorded
@@ -119,30 +121,34 @@ class Recorder:
     def _record(self, op: str, owner: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if op == "attention":
             for label, rows in zip(KV, args[1:3]):
-                self._store(Site(owner, op, label), rows, ())
-        arguments = _scalars(op, args, kwargs)
-        for index, (label, rows) in enumerate(_outputs(op, result)):
-            site = self._store(Site(owner, op, label), rows, arguments)
-            row = self._row_of_spot(site, rows)
+                self._store(owner, Output(op, label, rows), ())
+        arguments = deciding_arguments(op, args, kwargs)
+        for index, output in enumerate(outputs_of(op, args, kwargs, result)):
+            site = self._store(owner, output, arguments)
+            row = self._row_of_spot(site, output.rows)
             if row is not None:
                 if op == "attention":
                     self._check_pages(site, args)  # before the reference writes the new keys again
-                expected = getattr(invariant, op)(*args, **kwargs)
-                self.kept = Kept(_host(rows[row]), _host(_outputs(op, expected)[index][1][row]))
+                assert self.kept is not None, "stored just now"
+                expected = getattr(invariant, op)(*args, **without_effects(kwargs))
+                self.kept.expected = _host(outputs_of(op, args, kwargs, expected)[index].rows[row])
 
-    def _store(self, site: Site, rows: Tensor, arguments: tuple[tuple[str, Any], ...]) -> Site:
-        key = site.module, site.op, site.output
+    def _store(self, owner: str, output: Output, arguments: tuple[tuple[str, Any], ...]) -> Site:
+        key, rows = (owner, output.op, output.label), output.rows
         site = Site(*key, repeat=self._seen[key])
         self._seen[key] += 1
         # the head sees the last tokens of a step only
         positions = self._positions[len(self._positions) - rows.shape[0] :]
         call = Call(self._path, tuple(rows.shape), _dtype(rows), arguments)
         self.add(site, positions, rows, call)
+        if output.label == EXPERTS:
+            self.rows[site].experts.update(zip(positions.tolist(), map(tuple, rows.tolist())))
         if site == self.hold:
             self.held = rows.detach()
         row = self._row_of_spot(site, rows)
         if row is not None:
-            self.kept = Kept(_host(rows[row]))
+            experts = () if output.experts is None else tuple(output.experts[row].tolist())
+            self.kept = Kept(_host(rows[row]), experts=experts)
         return site
 
     def _row_of_spot(self, site: Site, rows: Tensor) -> int | None:
@@ -193,14 +199,9 @@ def fingerprints(rows: Tensor) -> list[int]:
     return [value for chunk in bits.split(step) for value in (chunk.long() * weights).sum(1).tolist()]
 
 
-def _outputs(op: str, result: Any) -> list[tuple[str, Tensor]]:
-    if op == "add_rms_norm":  # the residual is an input of the norm, hence the earlier of the two
-        return [("residual", result[1]), ("output", result[0])]
-    return list(zip(_OUTPUTS.get(op, ("output",)), result if isinstance(result, tuple) else (result,)))
-
-
-def _owner(name: str, module: nn.Module, op: str, args: tuple[Any, ...]) -> str:
-    """The parameter's module for a call with a weight (fused projections, embedding, head), else the caller."""
+def owner_of(name: str, module: nn.Module, op: str, args: tuple[Any, ...]) -> str:
+    """The parameter's module for a call with a weight (fused projections, embedding, head), the parameter where the
+    module has several (experts), else the caller."""
     if op == "embedding":
         return "embed_tokens"
     if op == "linear":
@@ -208,16 +209,10 @@ def _owner(name: str, module: nn.Module, op: str, args: tuple[Any, ...]) -> str:
             if getattr(child, "weight", None) is args[1] and child_name != "embed_tokens":
                 return f"{name}.{child_name}".lstrip(".")
         return name or "lm_head"  # a tied head multiplies by the embedding
+    if op.startswith("grouped_"):
+        own = [own for own, parameter in module.named_parameters(recurse=False) if parameter is args[1]]
+        return ".".join([name, *own])
     return name
-
-
-def _scalars(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    if op == "attention":
-        causal = args[6] if len(args) > 6 else kwargs.get("causal", True)
-        return (("softmax_scale", args[4] if len(args) > 4 else kwargs["softmax_scale"]), ("causal", causal))
-    if op in ("rms_norm", "add_rms_norm"):
-        return (("eps", args[-1] if "eps" not in kwargs else kwargs["eps"]),)
-    return ()
 
 
 def _dtype(tensor: Tensor) -> str:

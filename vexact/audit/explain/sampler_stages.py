@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vexact.audit.compare import TokenDifference
 from vexact.audit.explain.divergence import Side, same_bits
+from vexact.audit.explain.expert_text import route_digests
 from vexact.audit.explain.rollout_side import Draw, RolloutReplay
 from vexact.types import Sample
 
@@ -76,14 +77,27 @@ def recorded_stage(
 ) -> Found | None:
     """Replay and trainer agree; is that also what was recorded when the request ran, and what the audit was given?"""
     first = len(sample.prompt_token_ids) - 1
+    rerouted = _rerouted(rollout, sample)
     for i, draw in enumerate(rollout.draws):
         if not same_bits(float(sample.logprobs[i]), float(trained[i])):
-            sides = {
+            more: dict[str, Any] = {
+                "where": "log-prob",
                 "rollout": Side(float(sample.logprobs[i]), "recorded at generation"),
                 "trainer": Side(float(trained[i]), "packed, and replayed now"),
             }
+            if rerouted:
+                more["notes"] = (
+                    f"{len(rerouted)} of {len(sample.token_ids)} rows went to other experts at generation, the first "
+                    f"predicts response token {rerouted[0]}",
+                )
             stage, summary = _why_recorded(rollout, draw, sample, i)
-            return stage, summary, first + i, {"where": "log-prob"} | sides
+            return stage, summary, first + i, more
+    if rerouted:
+        summary = (
+            f"{len(rerouted)} of {len(sample.token_ids)} rows went to other experts at generation than now, in the "
+            "replay and in the trainer; every log-prob agrees"
+        )
+        return "generation state", summary, first + rerouted[0], {"where": "routes"}
     if observed is not None and not same_bits(observed.trainer, float(trained[observed.position])):
         sides = {
             "rollout": Side(observed.rollout, "recorded at generation"),
@@ -95,6 +109,15 @@ def recorded_stage(
         )
         return "training state", summary, first + observed.position, {"where": "log-prob"} | sides
     return None
+
+
+def _rerouted(rollout: RolloutReplay, sample: Sample) -> list[int]:
+    """Response tokens whose recorded digest of experts is not that of the replay."""
+    first = len(sample.prompt_token_ids) - 1
+    now = route_digests(rollout.recorder, range(first, first + len(sample.token_ids)))
+    if now is None or sample.route_digests is None:
+        return []
+    return [i for i, pair in enumerate(zip(sample.route_digests.tolist(), now, strict=True)) if pair[0] != pair[1]]
 
 
 def _why_recorded(rollout: RolloutReplay, draw: Draw, sample: Sample, index: int) -> tuple[str, str]:

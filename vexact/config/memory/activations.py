@@ -8,7 +8,13 @@ from vexact.config.memory.model_shape import ModelShape
 
 
 def activation_bytes(
-    sizes: ModelShape, num_tokens: int, width: int, *, recomputed: bool = False, sharing: int = 1
+    sizes: ModelShape,
+    num_tokens: int,
+    width: int,
+    *,
+    recomputed: bool = False,
+    sharing: int = 1,
+    rows_travel: bool = False,
 ) -> int:
     """The most that one rank holds of the layers' activations at a time, without the LM head's.
 
@@ -17,9 +23,14 @@ def activation_bytes(
         width: bytes of a number of the compute type.
         recomputed: whether layers are computed again in the backward (gradient checkpointing).
         sharing: ranks that share the micro-batch (Ulysses sequence parallelism).
+        rows_travel: whether experts are on other ranks. One that gets more than its share of the rows needs more.
     """
     layers = {experts: layer_bytes_per_token(sizes, width, sharing, experts=experts) for experts in _kinds(sizes)}
     passing = max(_passing(sizes, width, experts) for experts in layers)
+    if rows_travel and sizes.experts is not None:
+        row = width * sizes.experts.top_k * sizes.hidden_size
+        layers[True] += row  # as it has arrived
+        passing += 2 * row  # gradients, before they leave and as they arrive
     if recomputed:
         # The two streams that enter each layer, and all of the one that is computed again.
         kept = 2 * sizes.num_layers * width * sizes.hidden_size + max(layers.values())

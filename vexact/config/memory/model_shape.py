@@ -151,9 +151,12 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Of the largest layer."""
-        every = 0 if self.experts is None else self.experts.num_experts
+        return self.largest_layer(0 if self.experts is None else self.experts.num_experts)
+
+    def largest_layer(self, num_experts: int) -> int:
+        """Parameters of the largest layer, with so many of its experts."""
         dense = self.dense_layer_parameters if self.num_layers > self.num_expert_layers else 0
-        return max(dense, self.expert_layer_parameters(every) if self.num_expert_layers else 0)
+        return max(dense, self.expert_layer_parameters(num_experts) if self.num_expert_layers else 0)
 
     @property
     def root_parameters(self) -> int:

@@ -133,15 +133,38 @@ class Parts:
         nothing where FSDP is not needed."""
         if self.placement.trainers == 1 and self._width == 4:
             return 0
-        layer, root = self.shape.layer_parameters, self.shape.root_parameters
+        layer = self.shape.largest_layer(0) if self._shares_experts else self.shape.layer_parameters
+        root, experts = self.shape.root_parameters, self._shared_experts() if self._shares_experts else 0
         sent_and_received = 8 if self.placement.trainers > 1 else 4  # fp32
-        return self._width * (root + 2 * layer) + (self._width + sent_and_received) * max(layer, root)
+        return self._width * (root + 2 * layer) + (self._width + sent_and_received) * max(layer, root) + experts
+
+    @property
+    def _shares_experts(self) -> bool:
+        return self.shape.experts is not None and self.config.actor.fsdp_config.expert_parallel_size > 1
+
+    def _shared_experts(self) -> int:
+        """A group's experts of one layer, of all where none is computed again; their gradients for every source, and
+        those of one source on their way to the ranks of the group."""
+        shape, moe = self.shape, self.shape.experts
+        assert moe is not None, "asked of a mixture only"
+        groups = self.config.actor.fsdp_config.expert_parallel_size
+        every = shape.expert_layer_parameters(moe.num_experts) - shape.expert_layer_parameters(0)
+        kept = 1 if self.config.model.enable_gradient_checkpointing else shape.num_expert_layers
+        travelling = 2 if groups < self.placement.trainers else 0
+        return self._width * (every + (kept + travelling) * -(-every // groups))
 
     def _activations(self) -> int:
         """What one rank's part of a full forward keeps for its backward."""
         tokens, sharing = self.config.actor.ppo_max_token_len_per_gpu, self.config.actor.ulysses_sequence_parallel_size
         recomputed = self.config.model.enable_gradient_checkpointing
-        layers = activation_bytes(self.shape, tokens * sharing, self._width, recomputed=recomputed, sharing=sharing)
+        layers = activation_bytes(
+            self.shape,
+            tokens * sharing,
+            self._width,
+            recomputed=recomputed,
+            sharing=sharing,
+            rows_travel=self._shares_experts,
+        )
         return layers + self._head(tokens)
 
     def _head(self, tokens: int) -> int:

@@ -49,6 +49,7 @@ def build_actor(
         Ranks.of_process(device, group),
         settings.torch_dtype,
         attn_impl=config.actor.attn_implementation,
+        expert_parallel_size=config.actor.fsdp_config.expert_parallel_size,
     )
     return Actor(model, settings, device, group)
 
@@ -63,11 +64,13 @@ def build_reference(config: Config, device: torch.device, group: dist.ProcessGro
         getattr(torch, dtype),
         master_dtype=getattr(torch, dtype),
         attn_impl=config.actor.attn_implementation,
+        expert_parallel_size=config.actor.fsdp_config.expert_parallel_size,
     )
     offload = config.ref.fsdp_config.param_offload
     settings = ActorConfig(
         ppo_max_token_len_per_gpu=budget,
         ulysses_sequence_parallel_size=config.actor.ulysses_sequence_parallel_size,
+        expert_parallel_size=config.actor.fsdp_config.expert_parallel_size,
         dtype=dtype,
         param_offload=offload,
     )

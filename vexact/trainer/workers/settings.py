@@ -27,6 +27,7 @@ def actor_config(config: Config, device: torch.device, total_steps: int) -> Acto
     return ActorConfig(
         **actor.actor_settings(),
         **actor.fsdp_config.offload_settings(),
+        expert_parallel_size=actor.fsdp_config.expert_parallel_size,
         ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
         data_loader_seed=config.data_seed,
         loss_mode=actor.policy_loss.loss_mode,

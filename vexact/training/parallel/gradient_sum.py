@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from vexact.training.parallel.expert_parallel import DistributedExperts
+from vexact.training.parallel.ordered_sum import OrderedSum
+
 MAX_RECEIVED = 1 << 26
 """Elements received at a time, over all ranks: 256 MiB, while the rows of an embedding of 8 B parameters are 2.5 GB."""
 
@@ -25,9 +28,11 @@ class GradientSum:
     def __init__(self, model: nn.Module, world_size: int) -> None:
         self._world_size, self._model = world_size, model
         self._missing = 0
-        self._parts: list[_OrderedReduceScatter] = []
+        self._parts: list[OrderedSum] = []
         if world_size > 1:
             for module in model.modules():
+                if isinstance(module, DistributedExperts):
+                    self._parts += module.sums
                 if isinstance(module, FSDPModule):
                     part = _OrderedReduceScatter()
                     module.set_custom_reduce_scatter(part)  # type: ignore[arg-type]
@@ -60,7 +65,7 @@ class GradientSum:
             part.reset()
 
 
-class _OrderedReduceScatter:
+class _OrderedReduceScatter(OrderedSum):
     """FSDP2's reduce-scatter of one module: its rows of all ranks' gradients, added in order onto those before.
 
     FSDP2 would have the mean taken; it is ignored, since a loss has the denominators of the whole mini-batch. On a GPU
@@ -68,23 +73,13 @@ class _OrderedReduceScatter:
     before each call: the sum of the last round is never overwritten while it is read.
     """
 
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-        self._leaves = 0
-
-    def reset(self) -> None:
-        self._total, self._leaves = None, 0
-
-    def expect(self, leaves: int) -> None:
-        self._leaves = leaves
-
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        assert self._leaves > 0, "a backward outside an update, or a second one of a module in one round"
+        leaves = self.take()
         assert input_tensor.dtype == torch.float32, "gradients are summed in float32"
         by_rank = input_tensor.view(group.size(), -1)
         width = max(1, MAX_RECEIVED // group.size())
@@ -94,11 +89,11 @@ class _OrderedReduceScatter:
             received = torch.empty_like(sent)
             dist.all_to_all_single(received, sent, group=group)
             total = output_tensor[columns]
-            first, *others = received[: self._leaves]
+            first, *others = received[:leaves]
             if self._total is None:
                 total.copy_(first)
             else:
                 torch.add(self._total[columns], first, out=total)
             for piece in others:
                 total.add_(piece)
-        self._total, self._leaves = output_tensor, 0
+        self._total = output_tensor

@@ -20,6 +20,7 @@ from vexact.models import LogitProbe, Targets
 from vexact.models.sequence_parallel import HeadExchange, SlicedMetadata
 from vexact.ops import PackedMetadata
 from vexact.ops.linear_cross_entropy import LinearCrossEntropy, TrainedCrossEntropy
+from vexact.training.parallel.subgroup import subgroup
 
 KEY = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
 
@@ -38,16 +39,17 @@ def check_size(size: int, num_ranks: int, num_heads: int) -> None:
     if num_ranks % size:
         ranks = f"{num_ranks} training rank{'s' if num_ranks > 1 else ''}"
         raise ValueError(
-            f"{KEY}={size}: {ranks} cannot be divided into groups of {size}; use {_either(fitting)}, or train on a "
+            f"{KEY}={size}: {ranks} cannot be divided into groups of {size}; use {either(fitting)}, or train on a "
             f"multiple of {size} GPUs (trainer.nnodes x trainer.n_gpus_per_node)"
         )
     raise ValueError(
         f"{KEY}={size}: the model's {num_heads} attention heads cannot be divided over {size} ranks; use "
-        f"{_either(fitting)}"
+        f"{either(fitting)}"
     )
 
 
-def _either(sizes: Sequence[int]) -> str:
+def either(sizes: Sequence[int]) -> str:
+    """ "1, 2 or 4"."""
     *others, last = map(str, sizes)
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -66,13 +68,9 @@ class SequenceRanks:
 
         Their collectives wait as long as those of ``group``.
         """
-        group = dist.group.WORLD if group is None else group
-        assert group is not None, "only ranks of a group share"
-        members, own = dist.get_process_group_ranks(group), dist.get_rank()
-        first = members.index(own) // size * size
-        sharing = members[first : first + size]
-        limit = group._get_backend(group._device_types[0]).options._timeout  # which a new group does not take over
-        return cls(dist.new_group(sharing, limit, use_local_synchronization=True), size, sharing.index(own))
+        rank = dist.get_rank(group)
+        first = rank // size * size
+        return cls(subgroup(group, slice(first, first + size)), size, rank - first)
 
     def add_whole(self, counts: Tensor) -> Tensor:
         """The sum of whole numbers over the ranks."""
