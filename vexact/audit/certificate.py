@@ -45,11 +45,11 @@ class SelfTest:
         return self.comparison.exact and not self.draws.different
 
     def first_different(self) -> tuple[Sample, SamplingParams]:
-        """The request of the first log-probability that differs."""
-        first = self.comparison.first
-        assert first is not None, "no log-probability differs"
+        """The request of the first log-probability or route that differs."""
+        name = self.comparison.first_request
+        assert name is not None, "no log-probability and no route differs"
         pairs = zip(self.samples, self.params, strict=True)
-        return next(pair for pair in pairs if pair[0].request_id == first.request_id)
+        return next(pair for pair in pairs if pair[0].request_id == name)
 
 
 class CertificateError(RuntimeError):

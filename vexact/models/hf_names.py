@@ -72,6 +72,15 @@ def to_hf(config: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[
         yield from zip(sources, parts, strict=True)
 
 
+def to_module(config: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same under the names of a transformers module, which has the experts of a layer in one tensor as we do."""
+    for name, tensor in named:
+        if is_experts(name) or ".router." in name:
+            yield _plain(name), tensor
+        else:
+            yield from to_hf(config, [(name, tensor)])
+
+
 def _fusions(config: ModelConfig, name: str) -> Iterator[tuple[str, tuple[str, ...], list[int]]]:
     """A fused projection, its parts and their sizes."""
     yield "qkv_proj", ("q_proj", "k_proj", "v_proj"), list(config.qkv_sizes)
