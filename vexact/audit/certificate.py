@@ -15,7 +15,7 @@ import numpy as np
 
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
-from vexact.audit.environment import tile_table_hash
+from vexact.audit.environment import kernel_constants, tile_table_hash
 from vexact.rollout import SamplingParams
 from vexact.rollout.protocol import RolloutEngine
 from vexact.rollout.requests.request import draw_settings
@@ -76,6 +76,7 @@ class Certificate:
     weights_version: int
     environment: dict[str, object]  # versions, device, threads
     tile_table: str  # hash of the kernel constants
+    kernel_constants: dict[str, str]  # the same by kind of kernel: attention, linear, moe, …
     seconds: float
 
     def to_json(self) -> str:
@@ -176,6 +177,7 @@ def require_certificate(
         weights_version=engine.weights_version,
         environment=environment,
         tile_table=tile_table_hash(),
+        kernel_constants=kernel_constants(),
         seconds=perf_counter() - started,
     )
     write(certificate, run_dir)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from vexact import interrupt
-from vexact.audit.environment import environment, tile_table_hash
+from vexact.audit.environment import environment, kernel_constants, tile_table_hash
 from vexact.audit.verify.bits import BitTally, Rollout, compare_round
 from vexact.audit.verify.cache_rollout import CacheRollout
 from vexact.audit.verify.native import NativeComparisons, compare_native
@@ -88,7 +88,8 @@ def verify(options: VerifyOptions) -> VerifyReport:
         architecture=type(hf).__name__ if config is None else config.architecture,
         rollout="model" if config is None else "engine",
         num_parameters=num_parameters,
-        environment=environment(device) | {"tile_table": tile_table_hash()},
+        environment=environment(device)
+        | {"tile_table": tile_table_hash(), "kernel_constants": kernel_constants()},
         bits=tally,
         scheduling=scheduling,
         native=NativeComparisons(same, float32, yardstick),
