@@ -84,3 +84,9 @@ def test_the_hash_is_stable_and_covers_the_tables(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(environment, "_CONSTANTS", tuple(each for each in environment._CONSTANTS if each != pattern))
             assert tile_table_hash() != before
+
+
+def test_constants_are_named_by_kind_of_kernel():
+    assert set(environment.kernel_constants()) == {"attention", "linear", "linear_cross_entropy", "moe"}
+    names = {file.name for file in environment._constant_files() if file.parent.name == "moe"}
+    assert {"tiles.py", "router.py", "combine.py"} <= names

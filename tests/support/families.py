@@ -28,6 +28,20 @@ LLAMA3 = {
 # torch's grouped product asks for rows of whole 16 bytes
 EXPERTS = {"hidden_size": 64, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 
+LATENT = {  # attention of DeepSeek-V2 and V3, with their shared experts
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
+
 
 def build(kind, dtype=torch.float32, seed=0, **changes):
     torch.manual_seed(seed)

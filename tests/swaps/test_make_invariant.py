@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from families import EXPERTS, LLAMA3, bits, build
+from families import EXPERTS, LATENT, LLAMA3, bits, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ from vexact.ops import PackedMetadata
 from vexact.swaps import check_operators
 from vexact.swaps.invariant import KINDS, _attend, swap_modules
 from vexact.swaps.operators import foreign_operators
+from vexact.swaps.router import round_routers
 
 LENGTHS = [37, 21, 1, 40, 21]
 EXACT = {
@@ -39,6 +40,9 @@ EXACT = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
+    # latent attention: neighbouring columns turn together, and a cache of latent vectors
+    "deepseek_v3": {**EXPERTS, **LATENT, "n_group": 4, "topk_group": 2},
+    "deepseek_v2": {**EXPERTS, **LATENT, "topk_method": "greedy", "norm_topk_prob": False},  # complex angles
 }
 REFUSED = {
     "gpt2": r"transformer\.drop \(Dropout\) and \d+ more drop a share of 0\.1 at random; .*"
@@ -101,12 +105,19 @@ def test_a_token_has_the_bits_it_has_alone(kind, dtype):
         ("qwen2", {"hidden_size": 80}),
         ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+        ("qwen3_moe", EXACT["qwen3_moe"]),
+        ("mixtral", EXACT["mixtral"]),
+        ("deepseek_v3", EXACT["deepseek_v3"]),
+        ("deepseek_v3", {**EXACT["deepseek_v3"], "rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False}),
+        ("deepseek_v2", EXACT["deepseek_v2"]),
     ],
 )
 def test_the_bits_are_those_of_our_decoder(tmp_path, kind, changes, dtype):
     build(kind, **changes).save_pretrained(tmp_path)
     ours = load_model(tmp_path, dtype=dtype)
-    theirs = vexact.make_invariant(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    round_routers(theirs)
+    vexact.make_invariant(theirs)
     ids = torch.randint(0, 97, (sum(LENGTHS),))
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     with torch.no_grad():
@@ -170,7 +181,7 @@ def test_only_this_instance_changes(tmp_path):
     assert torch.equal(again(input_ids=ids).logits, other(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "qwen3_moe", "glm4_moe", "deepseek_v3", "deepseek_v2"])
 def test_gradients_are_those_of_the_stock_model(kind):
     stock, ours = build(kind, **EXACT[kind]), vexact.make_invariant(build(kind, **EXACT[kind]))
     ours.gradient_checkpointing_enable()

@@ -15,7 +15,7 @@ import numpy as np
 
 from vexact.audit.compare import Comparison, compare
 from vexact.audit.draws import DrawComparison, compare_draws
-from vexact.audit.environment import tile_table_hash
+from vexact.audit.environment import kernel_constants, tile_table_hash
 from vexact.rollout import SamplingParams
 from vexact.rollout.protocol import RolloutEngine
 from vexact.rollout.requests.request import draw_settings
@@ -45,11 +45,11 @@ class SelfTest:
         return self.comparison.exact and not self.draws.different
 
     def first_different(self) -> tuple[Sample, SamplingParams]:
-        """The request of the first log-probability that differs."""
-        first = self.comparison.first
-        assert first is not None, "no log-probability differs"
+        """The request of the first log-probability or route that differs."""
+        name = self.comparison.first_request
+        assert name is not None, "no log-probability and no route differs"
         pairs = zip(self.samples, self.params, strict=True)
-        return next(pair for pair in pairs if pair[0].request_id == first.request_id)
+        return next(pair for pair in pairs if pair[0].request_id == name)
 
 
 class CertificateError(RuntimeError):
@@ -76,6 +76,7 @@ class Certificate:
     weights_version: int
     environment: dict[str, object]  # versions, device, threads
     tile_table: str  # hash of the kernel constants
+    kernel_constants: dict[str, str]  # the same by kind of kernel: attention, linear, moe, …
     seconds: float
 
     def to_json(self) -> str:
@@ -176,6 +177,7 @@ def require_certificate(
         weights_version=engine.weights_version,
         environment=environment,
         tile_table=tile_table_hash(),
+        kernel_constants=kernel_constants(),
         seconds=perf_counter() - started,
     )
     write(certificate, run_dir)

@@ -62,6 +62,12 @@ class Comparison:
         """Whether something that was compared differs."""
         return self.first is not None or (self.routes is not None and self.routes.first is not None)
 
+    @property
+    def first_request(self) -> str | None:
+        """The request of the first log-probability that differs, else of the first token with other experts."""
+        first = self.first or (None if self.routes is None else self.routes.first)
+        return None if first is None else first.request_id
+
     def metrics(self) -> dict[str, float]:
         """``bitwise/*``; ``first_different_position`` is -1 when there is none."""
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +14,12 @@ import torch
 import vexact.ops
 
 _PACKAGES = ("vexact", "torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
-_CONSTANTS = ("kernels/linear/tile*.py", "kernels/attention/launch.py")
+_CONSTANTS = (
+    "kernels/linear/tile*.py",
+    "kernels/attention/launch.py",
+    "kernels/linear_cross_entropy/launch.py",
+    "kernels/moe/*.py",
+)
 """Files that decide which tile shapes and key blocks run, relative to the operators."""
 
 
@@ -45,8 +51,26 @@ def _version(package: str) -> str | None:
 
 def tile_table_hash() -> str:
     """SHA-256 over the kernel constants, by file name and content: equal hashes mean equal tiles."""
-    root = Path(os.path.dirname(vexact.ops.__file__))
+    return _hash(_constant_files())
+
+
+def kernel_constants() -> dict[str, str]:
+    """The same for each kind of kernel by itself (attention, linear, moe, …), to say which of them are others."""
+    files = _constant_files()
+    kinds = sorted({file.parent.name for file in files})
+    return {kind: _hash([file for file in files if file.parent.name == kind]) for kind in kinds}
+
+
+def _constant_files() -> list[Path]:
+    return sorted(file for pattern in _CONSTANTS for file in _root().glob(pattern))
+
+
+def _hash(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(file for pattern in _CONSTANTS for file in root.glob(pattern)):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    for file in files:
+        digest.update(file.relative_to(_root()).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def _root() -> Path:
+    return Path(os.path.dirname(vexact.ops.__file__))

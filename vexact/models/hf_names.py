@@ -73,7 +73,7 @@ def to_hf(config: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[
 
 
 def to_module(config: ModelConfig, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Under the names of the parameters of a transformers module, which holds the experts of a layer in one tensor."""
+    """The same under the names of a transformers module, which has the experts of a layer in one tensor as we do."""
     for name, tensor in named:
         if is_experts(name) or ".router." in name:
             yield _plain(name), tensor

@@ -15,7 +15,8 @@ from vexact.swaps.mlp import activation_class, mlp_class
 from vexact.swaps.norm import norm_class
 from vexact.swaps.operators import describe, foreign_operators
 from vexact.swaps.rotary import RotaryTable, is_rotary, rotating_class, tables_of
-from vexact.swaps.router import router_class
+from vexact.swaps.router import Router, router_class
+from vexact.swaps.shared_experts import shared_experts_class
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -83,10 +84,18 @@ def _look_at_all(model: Any, before: Tensor) -> list[str]:
         return [f"with its modules exchanged it stops: {error}"]
     if foreign:
         return [str(one) for one in foreign]
-    change = float((found[0] - before).norm() / before.norm())
+    change = _relative_change(found[0], before, any(isinstance(module, Router) for module in model.modules()))
     if not change <= _MOST_RELATIVE_CHANGE[_dtype(model)]:
         return [f"its logits change by {change:.2g} of their size, so an exchanged module computes something else"]
     return []
+
+
+def _relative_change(after: Tensor, before: Tensor, chooses_experts: bool) -> float:
+    """Of logits (1, T, V). With experts the middle one of the tokens': a score that was rounded may choose others for
+    some."""
+    if not chooses_experts:
+        return float((after - before).norm() / before.norm())
+    return float(((after - before).norm(dim=-1) / before.norm(dim=-1)).median())
 
 
 def swap_modules(model: Any, kinds: tuple[str, ...] = KINDS, undo: list[Callable[[], None]] | None = None) -> list[str]:
@@ -123,7 +132,7 @@ def _class_for(module: nn.Module, kinds: tuple[str, ...], is_head: bool) -> type
     if found is None and "mlp" in kinds:
         found = mlp_class(module) or activation_class(module)
     if found is None and "router" in kinds:
-        found = router_class(module)
+        found = router_class(module) or shared_experts_class(module)
     if found is None and "rotary" in kinds:
         found = rotating_class(module)
     return found

@@ -1,8 +1,8 @@
 """Rotary embedding: positions and one fp32 table reach our operator in the place of cosines and sines.
 
-Models hand ``(cos, sin)`` from their rotary module to every layer, whose ``forward`` gives them to a function of its
-own file. On a converted instance the module returns ``(positions, table)``, and the layer runs the same code with
-:func:`rotate` under that function's name.
+Models hand ``(cos, sin)``, or both as one complex tensor, from their rotary module to every layer, whose ``forward``
+gives them to a function of its own file. On a converted instance the module returns :class:`Angles`, and the layer runs
+the same code with :func:`rotate` or :func:`rotate_pairs` under that function's name.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ from vexact.ops import rope
 from vexact.swaps.classes import before
 
 _BATCH_DEPENDENT = ("dynamic", "longrope")  # their angles follow the longest sequence of the batch
+
+
+class Angles(NamedTuple):
+    """Positions (B * T,) int64 and the table's bits (P, D) int32, which travel like ``(cos, sin)``."""
+
+    positions: Tensor
+    bits: Tensor
+
+    def to(self, *_: Any) -> Self:
+        """Itself: a layer of DeepSeek-V2 sends its angles to the device on which they are."""
+        return self
 
 
 class RotaryTable(nn.Module):
@@ -33,12 +44,11 @@ class RotaryTable(nn.Module):
         super().__init__()
         self._bits = {(one, torch.device("cpu")): table.contiguous().view(torch.int32) for one, table in tables.items()}
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """Positions (B * T,) int64 and the table's bits (P, D) int32."""
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Angles:
         key = layer_type, x.device
         if key not in self._bits:
             self._bits[key] = self._bits[layer_type, torch.device("cpu")].to(x.device)
-        return position_ids.expand(x.shape[0], -1).reshape(-1), self._bits[key]
+        return Angles(position_ids.expand(x.shape[0], -1).reshape(-1), self._bits[key])
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -64,6 +74,22 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     q_turned, k_turned = rope(q[..., :width].flatten(0, 1), k[..., :width].flatten(0, 1), positions, table)
     q, k = _with_rest(q_turned, q), _with_rest(k_turned, k)
     return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
+
+
+def rotate_pairs(q: Tensor, k: Tensor, cos: Any, sin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same for heads whose neighbouring columns turn together: the even columns come out before the odd ones.
+
+    Attention does not see the order, which is the same in queries and keys, and vexact's own decoder has this one.
+
+    Args:
+        cos: both parts of :class:`Angles`, where ``sin`` is not given.
+    """
+    return rotate(_halves(q), _halves(k), *(cos if sin is None else (cos, sin)))
+
+
+def _halves(x: Tensor) -> Tensor:
+    """(a0, b0, a1, b1, …) -> (a0, a1, …, b0, b1, …)."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def _with_rest(turned: Tensor, x: Tensor) -> Tensor:
@@ -112,18 +138,32 @@ def tables_of(rotary: Any, num_positions: int) -> dict[str | None, Tensor]:
 def _angles(rotary: Any, layer_type: str | None, num_positions: int) -> Tensor:
     """Cosines in the first half of the columns, sines in the last."""
     more = () if layer_type is None else (layer_type,)
-    cos, sin = rotary(torch.zeros(1), torch.arange(num_positions)[None], *more)
+    positions = torch.arange(num_positions)
+    angles = rotary(torch.zeros(1), positions[None], *more)
+    if isinstance(angles, Tensor) and angles.is_complex():
+        return _from_complex(rotary, angles[0], positions)
+    cos, sin = angles
     half = cos.shape[-1] // 2
     if not (torch.equal(cos[..., :half], cos[..., half:]) and torch.equal(sin[..., :half], sin[..., half:])):
         raise ValueError("it pairs neighbouring columns; only pairs that are half a head apart are supported")
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1).float()
 
 
+def _from_complex(rotary: Any, angles: Tensor, positions: Tensor) -> Tensor:
+    """The table of a module that returns cosines and sines as one complex tensor (P, D/2), whose polar form has a last
+    bit of its own."""
+    turned = positions[:, None].float() * rotary.inv_freq.float()
+    table = torch.cat((turned.cos(), turned.sin()), dim=-1) * rotary.attention_scaling
+    if not torch.allclose(table, torch.cat((angles.real, angles.imag), dim=-1).float(), atol=1e-5):
+        raise ValueError("its angles are not position times inv_freq")
+    return table
+
+
 def rotating_class(module: nn.Module) -> type | None:
     """What to make of a layer whose ``forward`` calls a rotary function; None for one that does not.
 
     Raises:
-        ValueError: the function computes something else than :func:`rotate`.
+        ValueError: the function computes neither what :func:`rotate` nor what :func:`rotate_pairs` does.
     """
     original = type(module)
     if original not in _found:
@@ -140,11 +180,10 @@ def _find(original: Any) -> type | None:
     names = [name for name in code.co_names if name.startswith("apply_") and "rotary" in name] if code else []
     if not names:
         return None
-    for name in names:
-        _require_rotate_half(name, forward.__globals__[name])
+    ours = {name: _same_rotation(name, forward.__globals__[name]) for name in names}
     changed = types.FunctionType(
         forward.__code__,
-        forward.__globals__ | dict.fromkeys(names, rotate),
+        forward.__globals__ | ours,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -154,19 +193,36 @@ def _find(original: Any) -> type | None:
 
 
 @torch.no_grad()
-def _require_rotate_half(name: str, function: Callable[..., Any]) -> None:
-    """Raises ValueError unless ``function`` is :func:`rotate` for ordinary cosines and sines."""
+def _same_rotation(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which of ours computes what ``function`` does with ordinary angles. Raises ValueError for none."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
     positions = torch.tensor([[0, 1, 2, 3, 9], [7, 0, 1, 2, 3]])
     angles = torch.rand(10, 4, generator=generator) * 6
     table = torch.cat((angles.cos(), angles.sin()), dim=-1)
     cos, sin = (torch.cat((half, half), dim=-1)[positions] for half in table.chunk(2, dim=-1))
-    ours = rotate(q, k, *RotaryTable({None: table})(q, positions))
+    known = RotaryTable({None: table})(q, positions)
+    theirs = _tried(lambda: function(q, k, cos, sin))
+    for ours in (rotate, rotate_pairs):
+        if theirs is not None and _close(ours(q, k, *known), theirs):
+            return ours
+    theirs = _tried(lambda: function(q, k, torch.polar(torch.ones_like(angles), angles)[positions]))
+    if theirs is not None and _close(rotate_pairs(q, k, known), [_halves(x) for x in theirs]):
+        return rotate_pairs
+    raise ValueError(f"its {name} is not the rotation of pairs half a head apart that our operator computes")
+
+
+def _tried(call: Callable[[], Any]) -> list[Tensor] | None:
+    """Queries and keys; None for a function that takes or returns something else."""
     try:
-        theirs = function(q, k, cos, sin)
-        same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
-    except Exception:  # of any class: it takes other arguments
-        same = False
-    if not same:
-        raise ValueError(f"its {name} is not the rotation of pairs half a head apart that our operator computes")
+        q, k = call()
+        return [q, k]
+    except Exception:  # of any class
+        return None
+
+
+def _close(ours: Sequence[Tensor], theirs: Sequence[Any]) -> bool:
+    return all(
+        isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(ours, theirs, strict=True)
+    )

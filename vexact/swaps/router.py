@@ -51,6 +51,20 @@ def _settings(router: Any) -> dict[str, Any]:
     return {"normalize": getattr(router, "norm_topk_prob", True)}
 
 
+def round_routers(model: nn.Module) -> None:
+    """Gives the routers' weights the dtype of the embedding, as this package's decoder holds them. transformers leaves
+    DeepSeek's in fp32 whatever the model's dtype is; a correction bias stays so here too."""
+    for module in model.modules():
+        if looks_like_router(module):
+            router: Any = module
+            router.weight.data = router.weight.data.to(next(model.parameters()).dtype)
+
+
+def looks_like_router(module: nn.Module) -> bool:
+    known = {"weight"} == set(module._parameters) and set(module._buffers) <= {"e_score_correction_bias"}
+    return known and all(hasattr(module, name) for name in ("top_k", "num_experts", "hidden_dim"))
+
+
 @torch.no_grad()
 def router_class(module: nn.Module) -> type | None:
     """What to make of a router; None for a module that computes something else.
@@ -58,8 +72,7 @@ def router_class(module: nn.Module) -> type | None:
     Raises:
         ValueError: it looks like one but chooses or weighs in another way.
     """
-    known = {"weight"} == set(module._parameters) and set(module._buffers) <= {"e_score_correction_bias"}
-    if not (known and all(hasattr(module, name) for name in ("top_k", "num_experts", "hidden_dim"))):
+    if not looks_like_router(module):
         return None
     try:
         rounds = _tried(module, torch.bfloat16)[1].dtype == torch.bfloat16

@@ -102,7 +102,7 @@ class Driver:
                 environment=dict(self.identity["environment"]),
             )
         except CertificateError as error:
-            if error.comparison.first is not None:
+            if error.comparison.first_request is not None:
                 sample, sampling = error.self_test.first_different()
                 diagnose(error, sample, sampling, workers, config.run_dir, config.model.path)
             raise
@@ -192,8 +192,9 @@ class Driver:
             self.health.check(metrics, actor.problems)
         except (ExactnessError, DrawError, UpdateError) as error:
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
-            if isinstance(error, ExactnessError) and error.comparison.first is not None:
-                name, config = error.comparison.first.request_id, self.config
+            name = error.comparison.first_request if isinstance(error, ExactnessError) else None
+            if isinstance(error, ExactnessError) and name is not None:
+                config = self.config
                 sample = next(s.sample for s in sequences if s.sample.request_id == name)
                 diagnose(error, sample, self.collector.sampling, self.workers, config.run_dir, config.model.path)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -10,14 +11,17 @@ from torch import Tensor
 from vexact.audit.doctor import probes
 from vexact.audit.doctor.result import CheckResult, error, ok
 from vexact.models.config import MoeConfig
-from vexact.models.layers import MoE
+from vexact.models.layers.moe import NO_EXPERT, MoE
 from vexact.models.opset import op_set
+from vexact.ops import combine, group_tokens, grouped_linear, grouped_swiglu, linear, route, swiglu
+from vexact.ops.moe.groups import group_tokens_reference
 
 BATCHES = (1, 2, 3, 7, 25, 49, 100)
 TINY = MoeConfig(
     num_experts=8, top_k=3, intermediate_size=48, layers=frozenset((0,)), scoring="sigmoid", correction_bias=True
 )
 HIDDEN = 64
+_OF_WEIGHTS = ("the gradient of gate and up", "the gradient of down")
 _MOST_EXPERTS = 16  # whose products are tried: one after another is the same again
 
 
@@ -36,6 +40,89 @@ def check_experts(
         f"routes, rows and gradients have the same bits in batches of 1 to {max(BATCHES)}: {moe.top_k} of "
         f"{moe.num_experts} experts of {moe.intermediate_size}",
     )
+
+
+def check_expert_products(
+    device: str, dtype: torch.dtype, moe: MoeConfig = TINY, hidden: int = HIDDEN, title: str = "probe grouped products"
+) -> CheckResult:
+    """What an expert computes, operator by operator: against plain products, and without the other experts' tokens."""
+    name, few = f"{title} {probes.short(dtype)}", _fewer(moe)
+    bad = list(dict.fromkeys(_wrong_products(_Products(few, hidden, device, dtype), moe)))
+    if bad:
+        return error(name, f"other bits than alone: {probes.some(bad)}", probes.REPORT)
+    width = few.intermediate_size
+    return ok(
+        name,
+        f"groups, rows, sums and all gradients of an expert have the bits they have alone: {2 * width} x {hidden}, "
+        f"{hidden} x {width}",
+    )
+
+
+class _Products:
+    """The operators of a layer on fixed numbers."""
+
+    def __init__(self, moe: MoeConfig, hidden: int, device: str, dtype: torch.dtype) -> None:
+        width, self.num_experts = moe.intermediate_size, moe.num_experts
+        self.x, self.dout = (probes.normal((max(BATCHES), hidden), dtype, device, seed) for seed in (1, 2))
+        self.first = probes.normal((self.num_experts, 2 * width, hidden), dtype, device, 3) * hidden**-0.5
+        self.second = probes.normal((self.num_experts, hidden, width), dtype, device, 4) * width**-0.5
+        logits = probes.normal((max(BATCHES), self.num_experts), torch.float32, device, 5)
+        self.routes = route(logits, top_k=moe.top_k)
+
+    def run(self, tokens: Tensor, only: int | None = None) -> dict[str, Tensor]:
+        """Of these tokens (T,): what stands by token (T, ...), and the gradients of the experts' weights; with ``only``
+        as if no other expert got any."""
+        leaves = [x.clone().requires_grad_() for x in (self.x[tokens], self.first, self.second)]
+        weights = self.routes.weights[tokens]
+        experts = self.routes.experts[tokens]
+        if only is not None:
+            experts = torch.where(experts == only, experts, NO_EXPERT)
+        groups = group_tokens(experts, self.num_experts)
+        inner = grouped_linear(leaves[0], leaves[1], groups, gather=True)
+        outer = grouped_linear(swiglu(inner), leaves[2], groups, gather=False)
+        out = combine(outer, weights, groups)
+        dx, dfirst, dsecond = torch.autograd.grad(out, leaves, self.dout[tokens])
+        slots = groups.slots.long().clamp_min(0)
+        with torch.no_grad():
+            joined = grouped_swiglu(leaves[0], leaves[1], groups, gather=True)[slots]
+        return {
+            "gate and up": inner.detach()[slots],
+            "joined gate and up": joined,
+            "down": outer.detach()[slots],
+            "the sum over experts": out.detach(),
+            "the gradient of rows": dx,
+            "the gradient of gate and up": dfirst,
+            "the gradient of down": dsecond,
+        }
+
+
+def _wrong_products(products: _Products, moe: MoeConfig) -> Iterator[str]:
+    experts, everything = products.routes.experts, torch.arange(max(BATCHES), device=products.x.device)
+    full = route(probes.normal((max(BATCHES), moe.num_experts), torch.float32, str(experts.device)), top_k=moe.top_k)
+    expected = group_tokens_reference(full.experts, moe.num_experts)
+    if not all(torch.equal(a, b) for a, b in zip(group_tokens(full.experts, moe.num_experts), expected)):
+        yield f"groups of {moe.num_experts} experts"
+    whole = products.run(everything)
+    activated = swiglu(whole["gate and up"].flatten(0, 1)).view_as(whole["joined gate and up"])
+    if not probes.same(activated, whole["joined gate and up"]):
+        yield "gate and up joined with the activation"
+    for expert in sorted({0, products.num_experts // 2, products.num_experts - 1}):
+        tokens = (experts == expert).any(1).nonzero().flatten()
+        if not len(tokens):
+            continue
+        alone, places = products.run(tokens), (experts[tokens] == expert).nonzero(as_tuple=True)
+        alone |= {name: products.run(everything, only=expert)[name] for name in _OF_WEIGHTS}
+        rows = {
+            "gate and up": linear(products.x[tokens], products.first[expert]),
+            "down": linear(swiglu(whole["gate and up"][tokens][places]), products.second[expert]),
+        }
+        for name, row in rows.items():
+            if not probes.same(whole[name][tokens][places], row):
+                yield f"{name} of expert {expert}, against a plain product"
+        for name, ours in whole.items():
+            pair = (ours[expert], alone[name][expert]) if name in _OF_WEIGHTS else (ours[tokens], alone[name])
+            if not probes.same(*pair):
+                yield f"{name} of expert {expert}, without the others"
 
 
 def _changed(layer: MoE, num_compared: int) -> list[int]:

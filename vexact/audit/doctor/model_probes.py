@@ -67,10 +67,11 @@ def model_probe_checks(path: str, device: str) -> Iterator[CheckResult]:
             ),
         }
         if config.moe is not None:
-            experts = partial(
-                expert_probes.check_experts, device, dtype, config.moe, config.hidden_size, "model experts"
-            )
-            checks[f"model experts {short}"] = experts
+            for title, probe in (
+                ("model experts", expert_probes.check_experts),
+                ("model grouped products", expert_probes.check_expert_products),
+            ):
+                checks[f"{title} {short}"] = partial(probe, device, dtype, config.moe, config.hidden_size, title)
         yield from (attempt(name, check) for name, check in checks.items())
 
 

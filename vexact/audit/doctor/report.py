@@ -39,6 +39,7 @@ def probe_checks(device: str) -> Iterator[CheckResult]:
         "attention": probes.check_attention_bits,
         "logprob": probes.check_logprob,
         "experts": expert_probes.check_experts,
+        "grouped products": expert_probes.check_expert_products,
     }
     for dtype in probes.DTYPES:
         for name, check in checks.items():

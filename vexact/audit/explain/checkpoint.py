@@ -32,7 +32,7 @@ def explain_report(options: VerifyOptions, report: VerifyReport, out_path: Path 
     Raises:
         ValueError: the training side is not this package's decoder, whose operators could be compared.
     """
-    first = report.bits.first_logprob or report.bits.first_logit
+    first = report.bits.first_logprob or report.bits.first_logit or report.bits.first_route
     if first is None:
         return None
     check_backend(options.model_backend)

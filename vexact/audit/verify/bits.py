@@ -14,7 +14,8 @@ from torch import Tensor
 from vexact import interrupt
 from vexact.audit.compare import Comparison, TokenDifference, compare
 from vexact.audit.draws import DrawDifference, compare_draws
-from vexact.audit.verify.sides import TrainingSide, logprobs_of, pack_padded, show_targets
+from vexact.audit.routes import RouteDifference, compare_routes
+from vexact.audit.verify.sides import TrainingSide, digests_of, logprobs_of, pack_padded, show_targets
 from vexact.audit.verify.workload import Round
 from vexact.ops import SamplingTensors
 from vexact.rollout import SamplingParams
@@ -40,7 +41,7 @@ class LogitDifference:
 @dataclass(slots=True)
 class BitTally:
     """Sums over rounds and packings. A token is matched when its log-probability and all its logits have equal bits,
-    and it can be drawn again."""
+    the row that predicts it goes to the same experts in all layers, and it can be drawn again."""
 
     tokens: int = 0  # distinct response tokens
     logprobs_compared: int = 0
@@ -53,14 +54,20 @@ class BitTally:
     non_finite: int = 0  # of the compared log-probabilities: NaN or infinite on either side
     draws_repeated: int = 0
     draws_different: int = 0
+    routes_compared: int = 0  # rows of a model with experts
+    routes_different: int = 0
+    routes_missing: int = 0  # rows of which the training side does not say what they chose
     unmatched: set[tuple[str, int]] = field(default_factory=set)  # (request, response position)
     first_logprob: TokenDifference | None = None
     first_logit: LogitDifference | None = None
     first_draw: DrawDifference | None = None
+    first_route: RouteDifference | None = None
 
     @property
     def exact(self) -> bool:
-        different = self.logprobs_different or self.logits_different or self.draws_different
+        different = (
+            self.logprobs_different or self.logits_different or self.draws_different or self.routes_different
+        )
         return not different and self.logprobs_compared > 0
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
@@ -98,8 +105,22 @@ class BitTally:
         self.first_draw = _earlier(self.first_draw, result.first)
         self.unmatched.update(result.where)
 
+    def add_routes(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray] | None) -> None:
+        """``trainer``: (R,) int64 of each sample, as ``Sample.route_digests``."""
+        result = compare_routes(samples, trainer)
+        if result is None:
+            return
+        self.routes_compared += result.compared
+        self.routes_different += result.different
+        self.routes_missing += result.missing
+        self.first_route = _earlier(self.first_route, result.first)
+        for sample, theirs in zip(samples, trainer or ()):
+            if sample.route_digests is not None:
+                where = np.flatnonzero(sample.route_digests != theirs)
+                self.unmatched.update((sample.request_id, int(i)) for i in where)
 
-Difference = TypeVar("Difference", TokenDifference, LogitDifference, DrawDifference)
+
+Difference = TypeVar("Difference", TokenDifference, LogitDifference, DrawDifference, RouteDifference)
 
 
 def _earlier(known: Difference | None, new: Difference | None) -> Difference | None:
@@ -185,8 +206,10 @@ def compare_round(
                 parts = logits.split(batch.response_lengths.tolist())
                 for sample, part in zip(group, parts, strict=True):
                     tally.add_logits(sample, capture.of(sample, one_round.engine["seed"]).to(part.device), part)
-            split = logprobs.cpu().split(batch.response_lengths.tolist())
-            tally.add_logprobs(group, [part.numpy() for part in split])
+            lengths, digests = batch.response_lengths.tolist(), digests_of(side, batch)
+            tally.add_logprobs(group, [part.numpy() for part in logprobs.cpu().split(lengths)])
+            routes = None if digests is None else [part.numpy() for part in digests.cpu().split(lengths)]
+            tally.add_routes(group, routes)
     drawn = redraw.take()
     for generated in (samples, again) if unobserved else (samples,):
         tally.add_draws(generated, drawn)

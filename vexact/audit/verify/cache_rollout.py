@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vexact import interrupt
+from vexact.audit.verify.routes import RouteTap
 from vexact.ops import SamplingTensors, sample
 from vexact.rollout import SamplingParams
 from vexact.rollout.requests.request import draw_settings
@@ -19,13 +20,14 @@ from vexact.types import Sample
 class CacheRollout:
     """What verify asks of an engine. One request after another: the prompt in pieces, then token by token."""
 
-    def __init__(self, model: Any, *, seed: int, max_num_batched_tokens: int, **_: Any) -> None:
+    def __init__(self, model: Any, routes: RouteTap, *, seed: int, max_num_batched_tokens: int, **_: Any) -> None:
         """
         Args:
             model: of transformers, after ``make_invariant``.
+            routes: of this model.
             max_num_batched_tokens: the longest piece of a prompt; an engine's other settings have no meaning here.
         """
-        self.model, self.seed, self.longest_piece = model, seed, max_num_batched_tokens
+        self.model, self.routes, self.seed, self.longest_piece = model, routes, seed, max_num_batched_tokens
         self.device = next(model.parameters()).device
         self._observer: Callable[[Tensor, SamplingTensors], None] | None = None
 
@@ -46,6 +48,7 @@ class CacheRollout:
         settings = draw_settings(params, self.seed, request_id)
         tokens: list[int] = []
         drawn: list[Tensor] = []
+        digests: list[Tensor] = []
         cache: Any = None
         pieces = torch.tensor(prompt, device=self.device).split(self.longest_piece)
         while len(tokens) < params.max_tokens:
@@ -67,6 +70,8 @@ class CacheRollout:
             token, logprob, min_logit = sample(logits, sampling)
             tokens.append(int(token))
             drawn.append(torch.stack((logprob, min_logit)))
+            if self.routes.digests is not None:
+                digests.append(self.routes.digests[-1])
             pieces = (token,)
         logprobs, min_logits = torch.cat(drawn, dim=1).cpu().numpy()
         return Sample(
@@ -78,4 +83,5 @@ class CacheRollout:
             temperature=float(np.float32(params.temperature)),
             finish_reason="length",
             weights_version=0,
+            route_digests=torch.stack(digests).cpu().numpy() if digests else None,
         )

@@ -25,7 +25,7 @@ def native_lines(native: NativeComparisons, dtype: str) -> list[str]:
         *_aligned(("(b) logits", *_LOGITS), logits),
         "",
         *_aligned(("(c) gradients", *_GRADIENTS), gradients),
-        f"    training side: {problems(ours) or f'finite and non-zero in all {ours.parameters} parameters'}",
+        f"    training side: {problems(ours) or _all_well(ours)}",
         "",
         agreement_line(native),
     ]
@@ -47,11 +47,22 @@ def agreement_line(native: NativeComparisons) -> str:
 def problems(gradients: Gradients) -> str:
     """Which parameters have no usable gradient; empty when all have."""
     parts = []
-    for what, names in (("non-finite", gradients.non_finite), ("zero", gradients.zero)):
+    for what, names in (
+        ("non-finite", gradients.non_finite),
+        ("zero", gradients.zero),
+        ("without a token, but not zero,", gradients.stray),
+    ):
         if names:
             more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
             parts.append(f"{what} in {', '.join(names[:_SHOWN_NAMES])}{more}")
     return "; ".join(parts)
+
+
+def _all_well(gradients: Gradients) -> str:
+    text = f"finite and non-zero in all {gradients.parameters} parameters"
+    if gradients.idle_experts:
+        text += f", zero in the {gradients.idle_experts} of {gradients.experts} experts that no token chose"
+    return text
 
 
 def percent(part: int, whole: int) -> str:

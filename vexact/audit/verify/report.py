@@ -37,7 +37,7 @@ class VerifyReport:
         """JSON-ready."""
         tally = {f.name: getattr(self.bits, f.name) for f in dataclasses.fields(self.bits)}
         unmatched = sorted(tally.pop("unmatched"))
-        for name in ("first_logprob", "first_logit", "first_draw"):
+        for name in ("first_logprob", "first_logit", "first_draw", "first_route"):
             tally[name] = dataclasses.asdict(tally[name]) if tally[name] is not None else None
         return {
             "passed": self.passed,
@@ -112,6 +112,8 @@ class VerifyReport:
         rows.append(
             ("    draws different", f"{b.draws_different} / {b.draws_repeated} drawn again from training logits")
         )
+        if b.routes_compared or b.routes_missing:
+            rows.append(("    routes different", _routes(b)))
         if b.non_finite:
             rows.append(("    non-finite log-probs", str(b.non_finite)))
         for name, first in (("log-prob", b.first_logprob), ("logit", b.first_logit)):
@@ -125,6 +127,8 @@ class VerifyReport:
             rows.append(
                 ("    first different draw", f"{where}: sampled {first_draw.sampled}, drawn again {first_draw.redrawn}")
             )
+        if b.first_route is not None:
+            rows.append(("    first different route", b.first_route.describe()))
         return rows
 
     def verdict(self) -> str:
@@ -137,6 +141,14 @@ class VerifyReport:
                 hint = " (expected: only triton-invariant is the attention of the rollout)"
             return f"NOT EXACT: {len(self.bits.unmatched)} of {self.bits.tokens} tokens differ{hint}"
         return f"EXACT, but the gradients are unusable: {problems(self.native.same.gradients)}"
+
+
+def _routes(b: BitTally) -> str:
+    """Of a model with experts."""
+    if not b.routes_compared:
+        return "not compared: the training side does not say which experts it chose"
+    missing = f", {b.routes_missing} not compared" if b.routes_missing else ""
+    return f"{b.routes_different} / {b.routes_compared} rows went to other experts in some layer{missing}"
 
 
 def _native_dict(native: Native | None) -> dict[str, Any] | None:

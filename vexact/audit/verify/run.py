@@ -13,17 +13,19 @@ from typing import Protocol
 import torch
 
 from vexact import interrupt
-from vexact.audit.environment import environment, tile_table_hash
+from vexact.audit.environment import environment, kernel_constants, tile_table_hash
 from vexact.audit.verify.bits import BitTally, Rollout, compare_round
 from vexact.audit.verify.cache_rollout import CacheRollout
 from vexact.audit.verify.native import NativeComparisons, compare_native
 from vexact.audit.verify.report import VerifyReport
+from vexact.audit.verify.routes import RouteTap
 from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
 from vexact.audit.verify.workload import Round, rounds
 from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout import Engine
 from vexact.swaps import make_invariant
+from vexact.swaps.router import round_routers
 from vexact.types import Sample
 
 log = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def verify(options: VerifyOptions) -> VerifyReport:
         architecture=type(hf).__name__ if config is None else config.architecture,
         rollout="model" if config is None else "engine",
         num_parameters=num_parameters,
-        environment=environment(device) | {"tile_table": tile_table_hash()},
+        environment=environment(device)
+        | {"tile_table": tile_table_hash(), "kernel_constants": kernel_constants()},
         bits=tally,
         scheduling=scheduling,
         native=NativeComparisons(same, float32, yardstick),
@@ -122,8 +125,10 @@ def _rollout(options: VerifyOptions, config: ModelConfig | None) -> tuple[Callab
     device, dtype, path = torch.device(options.device), _DTYPES[options.dtype], Path(options.model_path)
     if config is not None:
         return partial(Engine, model=load_model(path, dtype=dtype, device=device, attn_impl=ROLLOUT_ATTENTION)), config
-    converted = make_invariant(load_hf(path, dtype, device, "sdpa"))
-    return partial(CacheRollout, converted), converted.config
+    stock = load_hf(path, dtype, device, "sdpa")
+    round_routers(stock)
+    converted = make_invariant(stock)
+    return partial(CacheRollout, converted, RouteTap(converted)), converted.config
 
 
 def _bits(

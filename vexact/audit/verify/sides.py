@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from vexact import plugins
+from vexact.audit.verify.routes import RouteTap
 from vexact.models import CausalLM, Targets, load_model
 from vexact.models.checkpoint.index import check_one_reading
 from vexact.models.hf_names import to_module
 from vexact.models.opset import INVARIANT_ATTENTION
 from vexact.ops import PackedMetadata, linear_cross_entropy, token_logprobs
 from vexact.swaps import make_invariant
+from vexact.swaps.router import round_routers
 from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
 from vexact.training.passes.forward import token_scores
 
@@ -24,7 +26,10 @@ ATTENTION = ("triton-invariant", "sdpa")
 
 
 class TrainingSide(Protocol):
-    """A forward that training would run. R is the number of response tokens of a batch."""
+    """A forward that training would run. R is the number of response tokens of a batch.
+
+    One with an attribute ``routes``, a :class:`RouteTap`, also says which experts it chose.
+    """
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """(R, V) fp32."""
@@ -35,7 +40,7 @@ class TrainingSide(Protocol):
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trained parameter's gradient by the name it has in a transformers module."""
+        """Every parameter's gradient by the name that a transformers module has for it."""
         ...
 
     def zero_grad(self) -> None: ...
@@ -46,6 +51,7 @@ class VexactSide:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
+        self.routes = RouteTap(model)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         hidden = self.model(batch.input_ids, batch.positions, batch.attention)
@@ -67,6 +73,7 @@ class HfSide:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
+        self.routes = RouteTap(hf)
         self._head_is_last = False  # not known yet
 
     def logits(self, batch: PackedBatch) -> Tensor:
@@ -119,6 +126,7 @@ def load_side(backend: str, path: Path, dtype: torch.dtype, device: torch.device
         return VexactSide(load_model(path, dtype=dtype, device=device, attn_impl=attn_impl))
     if backend == "hf":
         stock = load_hf(path, dtype, device, "sdpa")
+        round_routers(stock)
         return HfSide(make_invariant(stock) if attn_impl in INVARIANT_ATTENTION else stock)
     load_foreign = plugins.load(plugins.VERIFY_BACKENDS, backend, "--model_backend", OWN_BACKENDS)
     side: TrainingSide = load_foreign(path, dtype, device, attn_impl)
@@ -146,6 +154,13 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
 def hf_logits(hf: Any, batch: PackedBatch) -> Tensor:
     """(R, V) of a stock model for a batch that holds one sequence, in its dtype's values but as fp32."""
     return hf(input_ids=batch.input_ids[None], use_cache=False).logits[0].index_select(0, batch.targets.rows).float()
+
+
+def digests_of(side: TrainingSide, batch: PackedBatch) -> Tensor | None:
+    """(R,) int64, the experts of the rows that predict the response tokens, in the side's last forward; None without
+    experts, or for a side that does not say."""
+    tap: RouteTap | None = getattr(side, "routes", None)
+    return None if tap is None or tap.digests is None else tap.digests[batch.targets.rows]
 
 
 def scorer(side: TrainingSide, fused: bool) -> Callable[[PackedBatch], Tensor]:

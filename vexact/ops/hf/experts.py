@@ -20,7 +20,14 @@ _LAYOUT = {  # what transformers' decorator notes on a module, and what it has t
 }
 
 
-def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    module: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    shared: Tensor | None = None,
+) -> Tensor:
     """Gated SiLU experts of a transformers model.
 
     A token's experts are added in the order of their index, whatever the order of the router's choice, in fp32 and
@@ -28,6 +35,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
     Args:
         hidden_states: (T, H). top_k_index: (T, k) integers, distinct. top_k_weights: (T, k).
+        shared: (T, H), added before the rounding.
 
     Returns:
         (T, H) in the dtype of ``hidden_states``.
@@ -42,7 +50,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     away = index >= layer.num_experts  # on another rank of expert parallelism
     groups = group_tokens(torch.where(away, -1, index).to(torch.int32), layer.num_experts)
     inner = swiglu(grouped_linear(hidden_states, layer.gate_up_proj, groups, gather=True))
-    return combine(grouped_linear(inner, layer.down_proj, groups, gather=False), weights, groups)
+    return combine(grouped_linear(inner, layer.down_proj, groups, gather=False), weights, groups, shared)
 
 
 def _refuse_other_forms(layer: Any) -> None:
