@@ -22,7 +22,8 @@ from vexact.ops import PagedMetadata
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # elements widened to 64 bits at a time
-_OUTPUTS = {"add_rms_norm": ("residual", "output"), "rope": ("query", "key"), "qk_norm_rope": ("query", "key")}
+_HEADS = dict.fromkeys(("rope", "qk_norm_rope", "latent_rope"), ("query", "key"))
+_OUTPUTS = {"add_rms_norm": ("residual", "output"), **_HEADS}
 KV = ("key", "value")
 
 
