@@ -79,7 +79,9 @@ def _rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Cas
 
 def _latent_rope(dtype: str, num_heads: int, plain: int, rotated: int, interleaved: bool) -> Case:
     tensors = dict.fromkeys(("q_ptr", "k_plain_ptr", "k_rotated_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
-    integers = dict.fromkeys(("q_token", "q_head", "k_token", "k_head", "rotated_token", "num_positions"), "i32")
+    integers = dict.fromkeys(
+        ("q_stride", "q_head_stride", "k_stride", "k_head_stride", "rotated_stride", "num_positions"), "i32"
+    )
     types = {**tensors, **integers, "positions_ptr": "*i64", "cos_sin_ptr": "*fp32"}
     constants = {"HEADS": num_heads, "PLAIN": plain, "HALF": rotated // 2, "INTERLEAVED": interleaved}
     name = f"latent_rope {dtype} {num_heads}x{plain}+{rotated}"

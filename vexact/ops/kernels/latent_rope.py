@@ -18,18 +18,18 @@ BLOCK_HEADS = 8
 
 @triton.jit(do_not_specialize=["num_positions"])
 def _latent_rope_kernel(
-    q_ptr,  # (T, HEADS, PLAIN + 2 * HALF), strides q_token and q_head
-    k_plain_ptr,  # (T, HEADS, PLAIN), strides k_token and k_head
-    k_rotated_ptr,  # (T, 2 * HALF), token stride rotated_token
+    q_ptr,  # (T, HEADS, PLAIN + 2 * HALF), strides q_stride and q_head_stride
+    k_plain_ptr,  # (T, HEADS, PLAIN), strides k_stride and k_head_stride
+    k_rotated_ptr,  # (T, 2 * HALF), token stride rotated_stride
     positions_ptr,  # (T,)
     cos_sin_ptr,  # (P, 2 * HALF) fp32
     q_out_ptr,  # (T, HEADS, PLAIN + 2 * HALF) contiguous
     k_out_ptr,  # the same
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    rotated_token,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    rotated_stride,
     num_positions,
     HEADS: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -49,12 +49,12 @@ def _latent_rope_kernel(
     if INTERLEAVED:
         first, second = 2 * lanes, 2 * lanes + 1
     position = tl.load(positions_ptr + token).to(tl.int64)
-    q_at = q_ptr + token * q_token + heads * q_head
+    q_at = q_ptr + token * q_stride + heads * q_head_stride
     q_plain = tl.load(q_at + columns, mask=plain)
-    k_plain = tl.load(k_plain_ptr + token * k_token + heads * k_head + columns, mask=plain)
+    k_plain = tl.load(k_plain_ptr + token * k_stride + heads * k_head_stride + columns, mask=plain)
     q_first = tl.load(q_at + PLAIN + first, mask=rotated, other=0.0)
     q_second = tl.load(q_at + PLAIN + second, mask=rotated, other=0.0)
-    k_at = k_rotated_ptr + token * rotated_token
+    k_at = k_rotated_ptr + token * rotated_stride
     k_first = tl.load(k_at + first, mask=lanes < HALF, other=0.0)
     k_second = tl.load(k_at + second, mask=lanes < HALF, other=0.0)
     cos, sin = token_angles(cos_sin_ptr, position, num_positions, HALF, BLOCK_HALF)
