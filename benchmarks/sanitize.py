@@ -85,6 +85,8 @@ def rowwise(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     table = torch.randn(rows, 40, device="cuda")
     positions, norms = torch.arange(rows, device="cuda"), (draw(40, dtype=dtype), draw(40, dtype=dtype))
     results += with_gradients(ops.rope(q, k, positions, table), (q, k))
+    latent = q, q[..., 1:-1], k[:, 0, :2], positions, table[:, :2].contiguous(), True
+    results += with_gradients(ops.latent_rope(*latent), (q, k))
     results += with_gradients(ops.qk_norm_rope(q, k, *norms, 1e-6, positions, table), (q, k, *norms))
     # One token is most of the batch: its gradient is added by several programs.
     ids, embeddings = torch.randint(0, 50, (rows,), device="cuda"), draw(50, width, dtype=dtype)

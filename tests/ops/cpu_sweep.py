@@ -21,6 +21,7 @@ from vexact.ops import (
     combine,
     group_tokens,
     grouped_linear,
+    latent_rope,
     linear,
     linear_cross_entropy,
     rms_norm,
@@ -165,6 +166,10 @@ def check_rowwise(full: bool, dtype: torch.dtype) -> list[object]:
             "add_rms_norm": (lambda x, y, w=weight: add_rms_norm(x, y, w, 1e-6)[0], (x, y)),
             "rms_norm dx": (lambda dy, x, r, w=weight: cpu_rms_norm.backward(dy, x, w, r)[0], (y, x, rstd)),
             "rope": (lambda q, p, t=table: rope(q, q, p, t)[0], (heads, positions)),
+            "latent_rope": (
+                lambda q, k, p, t=table: latent_rope(q, q[..., :0], k, p, t, True)[0],
+                (heads, wide, positions),
+            ),
             "swiglu": (swiglu, (wide,)),
             "swiglu dx": (cpu_swiglu.backward, (x, wide)),
         }

@@ -173,6 +173,7 @@ def _arguments() -> dict[str, tuple]:
         "rms_norm_backward": (x.flip(0), x, torch.rand(8), torch.rand(6)),
         "rope_forward": (q, k, ids, table, False),
         "qk_norm_rope_forward": (q, k, torch.rand(16), torch.rand(16), 1e-6, ids, table),
+        "latent_rope_forward": (q, torch.randn(6, 4, 12), torch.randn(6, 4), ids, table[:, :4], True),
         "swiglu_forward": (x,),
         "swiglu_backward": (torch.randn(6, 4), x),
         "embedding_forward": (ids, weight),

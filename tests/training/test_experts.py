@@ -116,7 +116,8 @@ def test_the_bias_moves_by_the_rate_towards_the_mean_load():
         actor = actor_of(MOONLIGHT, router_bias_update_rate=RATE, ppo_max_token_len_per_gpu=budget)
         chosen = {router.layer: [] for router in routers(actor)}
 
-        def note(module, _inputs, routes, chosen=chosen):
+        def note(module, _inputs, outputs, chosen=chosen):
+            routes, _ = outputs
             chosen[module.layer].append(routes.experts.flatten())
 
         for router in routers(actor):

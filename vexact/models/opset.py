@@ -32,6 +32,7 @@ class OpSet:
     add_rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
     qk_norm_rope: Callable[..., Any]
+    latent_rope: Callable[..., Any]
     swiglu: Callable[..., Any]
     embedding: Callable[..., Any]
     attention: Callable[..., Any]

@@ -5,6 +5,7 @@ CUDA tensors run Triton kernels, CPU tensors run their plain-torch twins; each i
 
 from vexact.ops.attention import PackedMetadata, PagedMetadata, attention, flash_attn_varlen_func, write_kv
 from vexact.ops.embedding import embedding
+from vexact.ops.latent_rope import latent_rope
 from vexact.ops.linear import linear
 from vexact.ops.linear_cross_entropy import (
     linear_cross_entropy,
@@ -42,6 +43,7 @@ __all__ = [
     "group_tokens",
     "grouped_linear",
     "grouped_swiglu",
+    "latent_rope",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",

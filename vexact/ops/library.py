@@ -87,6 +87,13 @@ def rope_forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inver
     return module("rope", q).forward(q, k, positions, cos_sin, inverse)
 
 
+@_opaque(lambda q, *others: _same(q, q))
+def latent_rope_forward(
+    q: Tensor, k_plain: Tensor, k_rotated: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    return module("latent_rope", q).forward(q, k_plain, k_rotated, positions, cos_sin, interleaved)
+
+
 @_opaque(lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     return module("swiglu", gate_up).forward(gate_up)
@@ -314,6 +321,7 @@ OPS = {
         write_kv=attention_write_kv,
     ),
     "embedding": SimpleNamespace(forward=embedding_forward, backward=embedding_backward),
+    "latent_rope": SimpleNamespace(forward=latent_rope_forward),
     "linear": SimpleNamespace(
         forward=linear_forward,
         grad_input=linear_grad_input,

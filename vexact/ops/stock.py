@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vexact.ops.attention.interface import KVCache, write_kv
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
+from vexact.ops.latent_rope import rotated_and_joined
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -42,6 +43,13 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """torch's RMSNorm of every head, then rotate-half."""
     return rope(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), positions, cos_sin)
+
+
+def latent_rope(
+    q: Tensor, k_plain: Tensor, k_rotated: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Rotate-half of the rotated slices, then torch's concatenation."""
+    return rotated_and_joined(rope, q, k_plain, k_rotated, positions, cos_sin, interleaved)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

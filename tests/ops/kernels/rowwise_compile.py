@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from vexact.ops.kernels import (
     checksum,
+    latent_rope,
     qk_norm_rope,
     rms_norm,
     rope,
@@ -39,6 +40,8 @@ def cases() -> Iterator[Case]:
     for dtype, heads in (("bf16", (16, 8, 128)), ("fp32", (9, 3, 80))):
         yield _rope(dtype, *heads)
         yield _qk_norm_rope(dtype, *heads)
+    yield _latent_rope("bf16", 16, 128, 64, True)
+    yield _latent_rope("fp32", 9, 20, 6, False)
     for dtype, width in (("bf16", 6144),):
         yield from _swiglu(dtype, width)
     for dtype, width in (("bf16", 2048),):
@@ -72,6 +75,18 @@ def _rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Cas
     constants = {"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2, "INVERSE": True}
     config = rope.launch_config(num_q_heads, num_kv_heads, head_dim)
     return f"rope {dtype} {num_q_heads}/{num_kv_heads}x{head_dim}", rope._rope_kernel, types, {**constants, **config}
+
+
+def _latent_rope(dtype: str, num_heads: int, plain: int, rotated: int, interleaved: bool) -> Case:
+    tensors = dict.fromkeys(("q_ptr", "k_plain_ptr", "k_rotated_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
+    integers = dict.fromkeys(
+        ("q_stride", "q_head_stride", "k_stride", "k_head_stride", "rotated_stride", "num_positions"), "i32"
+    )
+    types = {**tensors, **integers, "positions_ptr": "*i64", "cos_sin_ptr": "*fp32"}
+    constants = {"HEADS": num_heads, "PLAIN": plain, "HALF": rotated // 2, "INTERLEAVED": interleaved}
+    name = f"latent_rope {dtype} {num_heads}x{plain}+{rotated}"
+    config = latent_rope.launch_config(plain, rotated)
+    return name, latent_rope._latent_rope_kernel, types, {**constants, **config}
 
 
 def _qk_norm_rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Case:

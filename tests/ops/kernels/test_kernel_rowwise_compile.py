@@ -23,7 +23,7 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     )
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) == 32
+    assert len(binaries) == 34
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT[arch], binary
         assert binary["cubin"] > 0
@@ -32,7 +32,12 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
         # A load that follows a store would wait for it.
         assert binary["loads_first"] or "rope" not in binary["name"], binary
     by_name = {binary["name"]: binary for binary in binaries}
-    wide = ("rope bf16 16/8x128", "qk_norm_rope bf16 16/8x128", "swiglu backward bf16 6144")
+    wide = (
+        "rope bf16 16/8x128",
+        "qk_norm_rope bf16 16/8x128",
+        "latent_rope bf16 16x128+64",
+        "swiglu backward bf16 6144",
+    )
     wide += ("rms_norm forward fused=True bf16 2048", "checksum of 2 bytes", "checksum of 4 bytes")
     wide += ("square_sums fp32 576", "square_sums fp32 2048", "square_sums bf16 2048")
     for name in wide:

@@ -12,7 +12,8 @@ from vexact.ops import ExpertGroups
 NOWHERE, MISPLACED = -1, -2
 """In the place of an expert: a pair that no expert gets, and one that stands where its groups say another does."""
 EXPERTS = "experts"  # the output of route that names them
-_LABELS = {"add_rms_norm": ("residual", "output"), "rope": ("query", "key"), "qk_norm_rope": ("query", "key")}
+_HEADS = dict.fromkeys(("rope", "qk_norm_rope", "latent_rope"), ("query", "key"))
+_LABELS = {"add_rms_norm": ("residual", "output"), **_HEADS}
 _GROUPED = ("grouped_linear", "grouped_swiglu")
 _ROUTING = ("top_k", "scoring", "num_groups", "top_groups", "normalize", "scale", "round_to", "salt")
 

@@ -6,7 +6,6 @@ queries by that expansion instead, as decoding engines like to, is another arith
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vexact.models.config import MlaConfig, ModelConfig
@@ -41,24 +40,11 @@ class LatentAttention(nn.Module):
         q, latent, k_rotated = self.ops.linear(x, self.qkv_a_proj.weight).split(self.first_sizes, dim=1)
         if mla.q_rank is not None:
             q = self.ops.linear(self.q_a_norm(q), self.q_b_proj.weight)
-        q_plain, q_rotated = q.unflatten(1, (heads, mla.key_dim)).split((mla.nope_dim, mla.rope_dim), dim=2)
-        q_rotated, k_rotated = self._rotate(q_rotated, k_rotated.unsqueeze(1), tokens)
         expanded = self.ops.linear(self.kv_a_norm(latent), self.kv_b_proj.weight)
         k_plain, v = expanded.unflatten(1, (heads, -1)).split((mla.nope_dim, mla.value_dim), dim=2)
-        q = torch.cat((q_plain, q_rotated), dim=2)
-        k = torch.cat((k_plain, k_rotated.expand(-1, heads, -1)), dim=2)
+        q, k = self.ops.latent_rope(
+            q.unflatten(1, (heads, mla.key_dim)), k_plain, k_rotated, tokens.positions, tokens.cos_sin, mla.interleaved
+        )
         out = tokens.attend(self.ops, q, k, v, mla.softmax_scale, kv_cache)
         projected: Tensor = self.ops.linear(out.flatten(1), self.o_proj.weight)
         return projected
-
-    def _rotate(self, q: Tensor, k: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """(T, Hq, rope_dim) and (T, 1, rope_dim); the order of a rotated head's numbers is that of the halves."""
-        if self.mla.interleaved:
-            q, k = _halves(q), _halves(k)
-        q, k = self.ops.rope(q, k, tokens.positions, tokens.cos_sin)
-        return q, k
-
-
-def _halves(x: Tensor) -> Tensor:
-    """(a0, b0, a1, b1, …) -> (a0, a1, …, b0, b1, …): pairs that turn together, as rotate-half wants them."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
