@@ -39,7 +39,7 @@ def check_guard(device: str, make: Callable[..., CausalLM] = random_model) -> Ch
     """Rollout and training forward of tiny random models, dense and with experts, under the guard; ``make`` builds
     them."""
     models = [make(ModelConfig.from_hf_dict(raw), seed=0, device=device) for raw in (_TINY, _EXPERTS)]
-    guard = watch(lambda: [_both_sides(model) for model in models])
+    guard = watch(lambda: _both_sides(*models))
     return guard_result(guard)
 
 
@@ -56,7 +56,12 @@ def guard_result(guard: ReductionGuard) -> CheckResult:
     return ok("guard", f"no reduction outside vexact.ops in rollout and training forward ({watched})")
 
 
-def _both_sides(model: CausalLM) -> None:
+def _both_sides(*models: CausalLM) -> None:
+    for model in models:
+        _both_sides_of(model)
+
+
+def _both_sides_of(model: CausalLM) -> None:
     device = model.lm_head_weight.device
     params = SamplingParams(n=2, max_tokens=4, ignore_eos=True, temperature=0.9, top_p=0.9)
     samples = Engine(model=model, max_model_len=64).generate([[1, 2, 3, 4, 5], [6, 7]], params)
