@@ -238,15 +238,15 @@ def test_mistakes_are_named(deepseek, tmp_path, changes, message):
     [
         (
             {"first_k_dense_replace": 2},
-            r"layer 1 has no experts, but there is model\.layers\.1\.mlp\..*; correct first_k",
+            r"layer 1 has no experts, the checkpoint holds model\.layers\.1\.mlp\..*; correct first_k",
         ),
         (
             {"first_k_dense_replace": 0},
-            r"layer 0 has experts, but there is model\.layers\.0\.mlp\.down_proj\.weight; correct",
+            r"layer 0 has experts, the checkpoint holds model\.layers\.0\.mlp\.down_proj\.weight; correct",
         ),
         ({"moe_layer_freq": 2}, r"layer 1 has no experts, .*; correct first_k_dense_replace, moe_layer_freq"),
         ({"n_routed_experts": 12}, r"lacks .* config\.json says 12 experts; that number is wrong, or"),
-        ({"n_routed_experts": 4}, r"no use for .*experts\.4\..* config\.json says 4 experts"),
+        ({"n_routed_experts": 4, "n_group": 2}, r"no use for .*experts\.4\..* config\.json says 4 experts"),
         (
             {"n_shared_experts": 3},
             r"shared_experts\.gate_proj\.weight is \(40, 32\), but config\.json implies \(60, 32\)",
