@@ -233,6 +233,35 @@ def test_mistakes_are_named(deepseek, tmp_path, changes, message):
     assert len(files) == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"first_k_dense_replace": 2},
+            r"layer 1 has no experts, the checkpoint holds model\.layers\.1\.mlp\..*; correct first_k",
+        ),
+        (
+            {"first_k_dense_replace": 0},
+            r"layer 0 has experts, the checkpoint holds model\.layers\.0\.mlp\.down_proj\.weight; correct",
+        ),
+        ({"moe_layer_freq": 2}, r"layer 1 has no experts, .*; correct first_k_dense_replace, moe_layer_freq"),
+        ({"n_routed_experts": 12}, r"lacks .* config\.json says 12 experts; that number is wrong, or"),
+        ({"n_routed_experts": 4, "n_group": 2}, r"no use for .*experts\.4\..* config\.json says 4 experts"),
+        (
+            {"n_shared_experts": 3},
+            r"shared_experts\.gate_proj\.weight is \(40, 32\), but config\.json implies \(60, 32\)",
+        ),
+        ({"kv_lora_rank": 23}, r"kv_a_proj_with_mqa\.weight is \(32, 32\), but config\.json implies \(31, 32\)"),
+    ],
+)
+def test_a_configuration_of_another_model_is_named(deepseek, tmp_path, changes, message):
+    for file in deepseek.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    edit_json(tmp_path / "config.json", **{"moe_layer_freq": 1} | changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
 def test_mistakes_in_fused_tensors_are_named(tmp_path):
     transformers_model("qwen3-moe").save_pretrained(tmp_path, save_original_format=False)
     name = "model.layers.1.mlp.experts.gate_up_proj"

@@ -17,6 +17,8 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Frequencies that old Llama checkpoints carry along; they are computed from config.json, and must be those
 _LEFTOVER = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.inv_freq")
 _ROUNDED, _TINY = 2**-7, 1e-7  # rounding to bfloat16, and that of a small number in float16
+_FEED_FORWARD = re.compile(r"model\.layers\.(\d+)\.(mlp|block_sparse_moe)\.")
+_LAYER_KEYS = {"first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"}
 _QUANTISED_PARTS = ("scale", "scales", "zeros", "zero_point", "qweight", "qzeros", "g_idx", "absmax")
 
 
@@ -41,7 +43,7 @@ def check_contents(reader: CheckpointReader, config: ModelConfig, wanted: Mappin
     if missing := [name for name in wanted if name not in reader]:
         raise ValueError(
             f"{reader.directory}: the checkpoint lacks {len(missing)} tensors that {config.architecture} needs: "
-            f"{listed(missing)}; {_why_missing(missing, surplus)}"
+            f"{listed(missing)}; {_why_missing(missing, surplus, config)}"
         )
     if config.tie_word_embeddings and HEAD in surplus:
         _check_tied_head(reader)
@@ -110,12 +112,33 @@ def _check_frequencies(reader: CheckpointReader, config: ModelConfig, name: str)
     )
 
 
-def _why_missing(missing: list[str], surplus: list[str]) -> str:
+def _why_missing(missing: list[str], surplus: list[str], config: ModelConfig) -> str:
     if missing == [HEAD]:
         return "is tie_word_embeddings=true missing in config.json?"
+    if config.moe is not None:
+        wanted = {_layer(name): _is_of_experts(name) for name in missing if _FEED_FORWARD.match(name)}
+        found = [name for name in surplus if _FEED_FORWARD.match(name)]
+        other = next((name for name in found if wanted.get(_layer(name)) not in (None, _is_of_experts(name))), None)
+        if other is not None:
+            what = "no experts" if _is_of_experts(other) else "experts"
+            keys = ", ".join(sorted(_LAYER_KEYS & config.raw.keys())) or "its keys about layers"
+            return (
+                f"config.json says that layer {_layer(other)} has {what}, the checkpoint holds {other}; correct {keys}"
+            )
     if surplus:
         return f"it holds {len(surplus)} under names without use: {listed(surplus, 3)}; save it under the usual names"
+    if config.moe is not None and all(".experts." in name for name in missing):
+        count = config.moe.num_experts
+        return f"config.json says {count} experts; that number is wrong, or the checkpoint was not copied whole"
     return "config.json is another model's, or the checkpoint was not copied whole"
+
+
+def _layer(name: str) -> str:
+    return name.split(".")[2]
+
+
+def _is_of_experts(name: str) -> bool:
+    return any(part in name for part in (".experts.", ".shared_experts.", ".gate."))
 
 
 def _reason(surplus: list[str], config: ModelConfig) -> str:

@@ -92,9 +92,9 @@ def compare_named(
             zero.append(name)
         elif ".experts." in name and loads:
             chosen = loads[layer_of(name)] > 0
-            odd = _odd_experts(gradient, theirs[name], chosen)
-            zero += [f"{name}[{i}]" for i in odd[0]]
-            stray += [f"{name}[{i}]" for i in odd[1]]
+            missing, surplus = _odd_experts(gradient, theirs[name], chosen)
+            zero += [f"{name}[{i}]" for i in missing]
+            stray += [f"{name}[{i}]" for i in surplus]
             if name.endswith(".down_proj"):  # an expert has several tensors
                 experts, idle = experts + len(chosen), idle + int((~chosen).sum())
         products = float(a @ b), float(a @ a), float(b @ b)
@@ -104,7 +104,16 @@ def compare_named(
     ratio = (our_square / their_square) ** 0.5 if their_square else float("nan")
     cosine = _cosine(dot, our_square, their_square)
     return Gradients(
-        len(ours), non_finite, zero, cosines[worst], worst, cosine, ratio, experts=experts, idle_experts=idle, stray=stray
+        len(ours),
+        non_finite,
+        zero,
+        cosines[worst],
+        worst,
+        cosine,
+        ratio,
+        experts=experts,
+        idle_experts=idle,
+        stray=stray,
     )
 
 

@@ -53,7 +53,7 @@ def read_moe(config: Fields, architecture: str, num_layers: int) -> MoeConfig | 
     if architecture == "Qwen3MoeForCausalLM":
         return _qwen(config, num_layers)
     if architecture == "MixtralForCausalLM":
-        num_experts, top_k = _experts(config)
+        num_experts, top_k = _experts(config, "num_local_experts")
         width = config.size("intermediate_size", _MOST_WIDTH)
         return MoeConfig(num_experts, top_k, width, frozenset(range(num_layers)))
     if architecture in MOE_KEYS:
@@ -77,7 +77,7 @@ def _qwen(config: Fields, num_layers: int) -> MoeConfig:
 
 
 def _deepseek(config: Fields, num_layers: int, v3: bool) -> MoeConfig:
-    num_experts, top_k = _experts(config)
+    num_experts, top_k = _experts(config, "n_routed_experts")
     config.choice("scoring_func", ("sigmoid",) if v3 else ("softmax",), "sigmoid" if v3 else "softmax")
     method = config.choice("topk_method", _METHODS[v3], _METHODS[v3][0])
     normalize = config.flag("norm_topk_prob", v3)
@@ -104,10 +104,10 @@ def _deepseek(config: Fields, num_layers: int, v3: bool) -> MoeConfig:
     )
 
 
-def _experts(config: Fields) -> tuple[int, int]:
+def _experts(config: Fields, usual: str = "num_experts") -> tuple[int, int]:
     """How many there are, under any of the names for it, and how many a token chooses."""
     names = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in config]
-    key = names[0] if names else "num_experts"
+    key = names[0] if names else usual
     num_experts = config.size(key, _MOST_EXPERTS)
     for other in names[1:]:
         if config.values[other] != num_experts:

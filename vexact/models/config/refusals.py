@@ -8,6 +8,7 @@ from vexact.models.config.fields import Fields, is_number
 _QUANTISED = "says that the weights are quantised, which is not supported; use the bf16 or fp32 original"
 _ATTENTION = "changes the attention, and is not supported; it must be absent"
 _EXPERTS = "asks for a mixture of experts, which is not what the architecture computes; it must be absent"
+_ROUTING = "routes tokens in a way that the architecture does not compute; it must be absent"
 _JITTER = "would multiply what the router sees by random numbers in training alone; set it to 0"
 _DROPOUT = "asks for dropout, which would make training and rollout two functions; set it to 0"
 _SCALE = "scales the model in a way that is not supported; it must be 1 or absent"
@@ -33,6 +34,9 @@ _MUST_BE_OFF = _by_key({
     _EXPERTS: (
         "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
         "shared_expert_intermediate_size",
+    ),
+    _ROUTING: (
+        "scoring_func", "topk_method", "n_shared_experts", "first_k_dense_replace", "mlp_only_layers",
     ),
     _JITTER: (
         "router_jitter_noise", "jitter_noise", "input_jitter_noise",
@@ -60,6 +64,9 @@ _MUST_BE_ONE = _by_key({
         "logits_scaling", "logit_scale", "embedding_multiplier", "residual_multiplier", "scale_emb", "embedding_scale",
         "lm_head_multiplier", "key_multiplier", "attention_in_multiplier", "attention_out_multiplier",
         "width_multiplier", "mup_width_multiplier", "residual_scale", "embed_scale",
+    ),
+    _ROUTING: (
+        "n_group", "topk_group", "routed_scaling_factor", "moe_layer_freq", "decoder_sparse_step",
     ),
     _PARTIAL: (
         "rotary_pct", "rotary_percentage", "rope_percent", "rope_pct",
@@ -110,7 +117,8 @@ def refuse_unsupported(config: Fields, architecture: str, num_layers: int, honou
     for key, value in config.values.items():
         if key in _MUST_BE_OFF and value and key not in honoured:
             config.refuse(key, _MUST_BE_OFF[key])
-        if key in _MUST_BE_ONE and value is not None and not (is_number(value) and value == 1):
+        is_one = value is None or (is_number(value) and value == 1)
+        if key in _MUST_BE_ONE and not is_one and key not in honoured:
             config.refuse(key, _MUST_BE_ONE[key])
     for key in ("hidden_act", "hidden_activation", "activation_function"):
         if key in config:
