@@ -57,7 +57,9 @@ def test_a_gradient_that_takes_in_another_experts_rows_is_named(monkeypatch):
     right = twin.grad_weight
 
     def shifted(dy, x, rows, offsets, top_k):
-        return right(dy, x, rows, offsets.clone().index_add_(0, torch.tensor([1]), torch.ones(1, dtype=torch.int32)), top_k)
+        return right(
+            dy, x, rows, offsets.clone().index_add_(0, torch.tensor([1]), torch.ones(1, dtype=torch.int32)), top_k
+        )
 
     monkeypatch.setattr(twin, "grad_weight", shifted)
     assert "the gradient of gate and up of expert 0" in probe().message
@@ -79,7 +81,9 @@ def test_an_order_of_places_that_is_not_that_of_tokens_is_named(monkeypatch):
         first, last = offsets[:2].tolist()
         rows[first:last] = rows[first:last].flip(0)
         places = torch.arange(len(rows), dtype=torch.int32)
-        return ExpertGroups(rows, torch.empty_like(slots).view(-1).index_put_((rows.long(),), places).view_as(slots), offsets)
+        return ExpertGroups(
+            rows, torch.empty_like(slots).view(-1).index_put_((rows.long(),), places).view_as(slots), offsets
+        )
 
     monkeypatch.setattr(expert_probes, "group_tokens", unstable)
     assert "groups of 8 experts" in probe().message
@@ -92,7 +96,10 @@ def test_the_shapes_of_a_model_with_experts_are_probed(tmp_path, family):
     results = list(model_probes.model_probe_checks(str(tmp_path), "cpu"))
     assert [result.status for result in results] == ["ok"] * 5
     text = "\n".join(map(str, results))
-    assert "model experts fp32: routes, rows and gradients have the same bits in batches of 1 to 100: 3 of 8 experts" in text
+    assert (
+        "model experts fp32: routes, rows and gradients have the same bits in batches of 1 to 100: 3 of 8 experts"
+        in text
+    )
     assert "model grouped products fp32" in text
     assert "40 x 32, 32 x 20" in text
     if config.mla is not None:

@@ -257,7 +257,10 @@ def test_a_correction_bias_and_a_row_of_the_router():
 
 def test_a_correction_bias_that_the_router_does_not_get():
     engine, model = build()
-    plant(engine.model.layers[LAYER].mlp.router, route=lambda logits, bias, **settings: invariant.route(logits, **settings))
+    plant(
+        engine.model.layers[LAYER].mlp.router,
+        route=lambda logits, bias, **settings: invariant.route(logits, **settings),
+    )
     found = diagnose(engine, model)
     assert (found.stage, found.layer, blamed(found)) == ("route", LAYER, (False, True))
 

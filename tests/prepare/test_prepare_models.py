@@ -226,7 +226,11 @@ def test_too_little_disk_is_said_before_any_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tinny", {}, "unknown name 'tinny'; use tiny, tiny_moe, tiny_moonlight, smollm2, random, task or reasoning_gym:NAME"),
+        (
+            "tinny",
+            {},
+            "unknown name 'tinny'; use tiny, tiny_moe, tiny_moonlight, smollm2, random, task or reasoning_gym:NAME",
+        ),
         ("random", {"arch": "qwen9-1b"}, r"unknown arch 'qwen9-1b'; known: qwen3-0\.6b, qwen3-1\.7b"),
         ("random", {}, r"random needs arch.*qwen3-1\.7b"),
         ("random", {"arch": "qwen3-0.6b", "dtype": "int8"}, "unknown dtype 'int8'; known: bfloat16, float16, float32"),

@@ -108,7 +108,10 @@ def test_a_token_has_the_bits_it_has_alone(kind, dtype):
         ("qwen3_moe", EXACT["qwen3_moe"]),
         ("mixtral", EXACT["mixtral"]),
         ("deepseek_v3", EXACT["deepseek_v3"]),
-        ("deepseek_v3", {**EXACT["deepseek_v3"], "rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False}),
+        (
+            "deepseek_v3",
+            {**EXACT["deepseek_v3"], "rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False},
+        ),
         ("deepseek_v2", EXACT["deepseek_v2"]),
     ],
 )

@@ -32,8 +32,9 @@ def prepare(name: str, out_dir: str | Path | None = None, **options: Any) -> Pat
     """Make the directory and return it; one that was already made with the same options is returned as it is.
 
     Args:
-        name: ``tiny``, ``tiny_moe`` or ``tiny_moonlight`` (model, tokenizer and data), ``smollm2`` (model), ``random`` (model; option ``arch``), ``task``
-            (data; option ``task``) or a ``reasoning_gym:NAME?…`` specification, short for ``task``.
+        name: ``tiny``, ``tiny_moe`` or ``tiny_moonlight`` (model, tokenizer and data), ``smollm2`` (model), ``random``
+            (model; option ``arch``), ``task`` (data; option ``task``) or a ``reasoning_gym:NAME?…`` specification,
+            short for ``task``.
         out_dir: where to; a folder of the cache by default.
         options: keyword arguments of the writer, such as ``seed``.
 

@@ -65,9 +65,7 @@ class BitTally:
 
     @property
     def exact(self) -> bool:
-        different = (
-            self.logprobs_different or self.logits_different or self.draws_different or self.routes_different
-        )
+        different = self.logprobs_different or self.logits_different or self.draws_different or self.routes_different
         return not different and self.logprobs_compared > 0
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:

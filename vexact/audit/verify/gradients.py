@@ -104,7 +104,16 @@ def compare_named(
     ratio = (our_square / their_square) ** 0.5 if their_square else float("nan")
     cosine = _cosine(dot, our_square, their_square)
     return Gradients(
-        len(ours), non_finite, zero, cosines[worst], worst, cosine, ratio, experts=experts, idle_experts=idle, stray=stray
+        len(ours),
+        non_finite,
+        zero,
+        cosines[worst],
+        worst,
+        cosine,
+        ratio,
+        experts=experts,
+        idle_experts=idle,
+        stray=stray,
     )
 
 

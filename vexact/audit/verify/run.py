@@ -88,8 +88,7 @@ def verify(options: VerifyOptions) -> VerifyReport:
         architecture=type(hf).__name__ if config is None else config.architecture,
         rollout="model" if config is None else "engine",
         num_parameters=num_parameters,
-        environment=environment(device)
-        | {"tile_table": tile_table_hash(), "kernel_constants": kernel_constants()},
+        environment=environment(device) | {"tile_table": tile_table_hash(), "kernel_constants": kernel_constants()},
         bits=tally,
         scheduling=scheduling,
         native=NativeComparisons(same, float32, yardstick),
