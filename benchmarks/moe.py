@@ -5,9 +5,9 @@
     python benchmarks/moe.py --out results.json  # and keeps them
 
 Bits: every row of the grouped products, under several routings, sizes and tiles, against ``linear`` and ``swiglu`` of
-that row with its expert's matrix; exit 1 if one differs. Times: medians of graph replays; routings change from call to
-call, so that decoding finds its experts' weights cold. The floor is the bytes of the experts hit over the bandwidth of
-a copy.
+that row with its expert's matrix. What fails is named and kept with the others' figures; exit 1 if a row differs or
+something failed. Times: medians of graph replays; routings change from call to call, so that decoding finds its
+experts' weights cold. The floor is the bytes of the experts hit over the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from linear_timing import environment, median_ms
@@ -34,6 +39,7 @@ SHAPES = (QWEN3, MOONLIGHT)
 PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "gate_up_in_place", "down", "combine")
 STOCK = ("stock_gather_gate_up", "stock_gate_up", "stock_down", "stock_layer")
 TRAIN = (4096, 16384, 32768)
+Named = tuple[str, Future[Any]]
 
 
 def many_times(layer: Layer, tokens: int, what: str) -> float:
@@ -85,40 +91,70 @@ def prepare(shape: MoeShape, tokens: int, training: bool) -> None:
     torch.cuda.empty_cache()
 
 
-def compare_and_compile(quick: bool, forward: tuple[int, ...], train: tuple[int, ...]) -> dict[str, dict[str, int]]:
-    """Compares all rows, in several processes, which also compile what will be timed."""
+def attempt(errors: dict[str, str], what: str, call: Callable[[], Any]) -> Any:
+    """Result of ``call``; None with an entry in ``errors`` if it fails, so that the others still get their figures."""
+    try:
+        return call()
+    except Exception as error:  # whatever a compiler or a device may raise
+        traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0]
+        errors[what] = f"{type(error).__name__}: {first}"
+        print(f"{what} FAILED: {errors[what]}", flush=True)
+        return None
+
+
+def compare_and_compile(
+    quick: bool, forward: tuple[int, ...], train: tuple[int, ...], errors: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    """Compares all rows, in several processes, which also compile what will be timed; each shape has its own, because
+    an error may leave a process without a usable device."""
     record = {}
-    with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
-        prepared = [
-            pool.submit(prepare, shape, tokens, tokens in train)
-            for shape in SHAPES
-            for tokens in sorted({*forward, *train})
-            if tokens <= 16384
-        ]
-        counts = {shape: [pool.submit(count_rows, shape, *case) for case in bit_cases(quick)] for shape in SHAPES}
-        for shape, futures in counts.items():
-            rows, different = (sum(column) for column in zip(*(future.result() for future in futures), strict=True))
+    with ExitStack() as stack:
+        work: list[tuple[MoeShape, list[Named], list[Named]]] = []
+        for shape in SHAPES:
+            pool = stack.enter_context(ProcessPoolExecutor(10 // len(SHAPES), mp_context=get_context("spawn")))
+            prepared = [
+                (f"{shape.name}, {tokens} tokens", pool.submit(prepare, shape, tokens, tokens in train))
+                for tokens in sorted({*forward, *train})
+                if tokens <= 16384
+            ]
+            counts = [
+                (f"{shape.name}, bits of {kind} {tokens}", pool.submit(count_rows, shape, kind, tokens))
+                for kind, tokens in bit_cases(quick)
+            ]
+            work.append((shape, prepared, counts))
+        for shape, prepared, counts in work:
+            found = [attempt(errors, name, future.result) for name, future in counts]
+            rows, different = (sum(pair[i] for pair in found if pair) for i in (0, 1))
             record[shape.name] = {"rows": rows, "different": different}
             print(f"{shape.name}: {rows:,} rows compared, {different} different", flush=True)
-        for future in prepared:
-            future.result()
+            for name, future in prepared:
+                attempt(errors, f"{name}, first run", future.result)
     return record
 
 
-def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], bandwidth: float) -> dict:
+def run(
+    shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], bandwidth: float, errors: dict[str, str]
+) -> dict[str, Any]:
     layer = Layer(shape, make_weights(shape))
-    record: dict = {"forward": {}, "training": {}}
+    record: dict[str, Any] = {"forward": {}, "training": {}}
     print(f"\n{shape.name}: E {shape.experts} H {shape.hidden} I {shape.width} k {shape.top_k} shared {shape.shared}")
     print("tokens   layer   floor ratio TFLOP/s | route   gate_up: SwiGLU  plain  placed   down combine", end=" ")
     print("| torch: gather+gate_up  gate_up   down | layer TFLOP/s")
     for tokens in forward:
-        case = record["forward"][tokens] = time_forward(layer, tokens, bandwidth)
+        case = attempt(errors, f"{shape.name}, {tokens} tokens", partial(time_forward, layer, tokens, bandwidth))
+        if case is None:
+            continue
+        record["forward"][tokens] = case
         whole = f"{case['layer']:8.1f} {case['floor']:7.1f} {case['layer'] / case['floor']:5.2f} {case['tflops']:7.1f}"
         parts = " ".join(f"{case[part]:8.1f}" for part in PARTS[1:])
         stock = " ".join(f"{case[part]:8.1f}" for part in STOCK)
         print(f"{tokens:6d}{whole} | {parts} | {stock} {case['stock_tflops']:7.1f}", flush=True)
     for tokens in train:
-        case = record["training"][tokens] = time_training(layer, tokens)
+        case = attempt(errors, f"{shape.name}, training on {tokens} tokens", partial(time_training, layer, tokens))
+        if case is None:
+            continue
+        record["training"][tokens] = case
         figures = "  ".join(f"{name} {value:.2f}" for name, value in case.items())
         print(f"forward and backward, {tokens} tokens: {figures}", flush=True)
     return record
@@ -131,18 +167,23 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     began = time.monotonic()
-    record: dict = {**environment(), "copy_bytes_per_s": copy_bandwidth(), "bits": {}, "shapes": {}}
+    errors: dict[str, str] = {}
+    record: dict[str, Any] = {**environment(), "copy_bytes_per_s": copy_bandwidth(), "shapes": {}, "errors": errors}
     print(f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}")
     print(f"copy {record['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     forward, train = (QUICK, QUICK[-1:]) if args.quick else ((*DECODE, *MANY), TRAIN)
-    record["bits"] = compare_and_compile(args.quick, forward, train)
+    record["bits"] = compare_and_compile(args.quick, forward, train, errors)
     print(f"compared and compiled after {time.monotonic() - began:.0f} s", flush=True)
     for shape in SHAPES:
-        record["shapes"][shape.name] = run(shape, forward, train, record["copy_bytes_per_s"])
-        torch.cuda.empty_cache()
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(bits["different"] for bits in record["bits"].values()))
+        figures = partial(run, shape, forward, train, record["copy_bytes_per_s"], errors)
+        record["shapes"][shape.name] = attempt(errors, shape.name, figures)
+        attempt(errors, f"after {shape.name}", torch.cuda.empty_cache)
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for what, error in errors.items():
+        print(f"{what} FAILED: {error}")
+    print(f"done after {time.monotonic() - began:.0f} s", flush=True)
+    sys.exit(bool(errors) or any(bits["different"] for bits in record["bits"].values()))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def experts(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> list[Te
     out = ops.combine(ops.grouped_linear(act, down, groups, gather=False), routes.weights, groups, shared=x)
     results = with_gradients((out,), (x, logits, gate_up, down))
     with torch.no_grad():
-        routes, groups = ops.route_and_group(logits, bias, **settings)
+        padding = torch.arange(tokens, device="cuda") == tokens - 1
+        routes, groups = ops.route_and_group(logits, bias, padding=padding, **settings)
         act = ops.grouped_swiglu(x, gate_up, groups, gather=True)
         fused = ops.combine(ops.grouped_linear(act, down, groups, gather=False), routes.weights, groups)
     return [*results, fused]

@@ -184,7 +184,7 @@ def _arguments() -> dict[str, tuple]:
         "linear_cross_entropy_forward": head,
         "linear_cross_entropy_backward": (logprobs, None, *head, lse_of_head, entropy),
         "moe_router_forward": (logits, torch.randn(8), digest, *routing),
-        "moe_router_grouped_forward": (logits, None, digest, *routing),
+        "moe_router_grouped_forward": (logits, None, digest, torch.arange(6) > 4, *routing),
         "moe_router_backward": (expert_weights, logits, experts, 2, "sigmoid", True, 2.5),
         "moe_groups_forward": (experts, 8),
         "moe_grouped_linear_forward": (x, matrices, places, offsets, 2),

@@ -2,6 +2,14 @@
 
 from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
 from vexact.algorithms.aggregate import LOSS_AGG_MODES, Denominators, aggregate, check_agg_mode, token_weights
+from vexact.algorithms.correction import (
+    CorrectionConfig,
+    LossScales,
+    Rejection,
+    importance_weights,
+    kept_tokens,
+    loss_scales,
+)
 from vexact.algorithms.dapo import informative_groups, overlong_penalty
 from vexact.algorithms.kl import KL_ESTIMATORS, kl_penalty
 from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
@@ -23,15 +31,21 @@ __all__ = [
     "POLICY_LOSSES",
     "AdvantageConfig",
     "AdvantageInputs",
+    "CorrectionConfig",
     "Denominators",
+    "LossScales",
     "PolicyLossConfig",
     "PolicyLossInputs",
     "PolicyLossOutput",
+    "Rejection",
     "advantage_estimator",
     "aggregate",
     "check_agg_mode",
+    "importance_weights",
     "informative_groups",
+    "kept_tokens",
     "kl_penalty",
+    "loss_scales",
     "overlong_penalty",
     "policy_loss",
     "token_weights",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from vexact.config.actor import KLKind
 from vexact.config.fields import opt, section
+from vexact.config.rollout_correction import RolloutCorrection
 
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 _NOT_BUILT_IN = (
@@ -64,3 +65,10 @@ class AlgorithmSection:
         "rollout that is not exact gets a meaningful importance ratio.",
     )
     filter_groups: FilterGroups = section(FilterGroups, "Dynamic sampling.")
+    rollout_correction: RolloutCorrection = section(RolloutCorrection, "Samples of another policy than the trainer's.")
+
+    @property
+    def bypasses(self) -> bool:
+        """Whether samples are corrected towards the policy being trained, not towards recomputed old ones."""
+        given = self.rollout_correction.bypass_mode
+        return not self.recompute_old_log_prob if given is None else given

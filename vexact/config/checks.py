@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from vexact.config.correction_checks import correction_problems
 from vexact.config.fields import ConfigError
 from vexact.config.rollout import MIN_TEMPERATURE
 from vexact.config.schema import Config
@@ -24,6 +25,7 @@ def check(config: Config) -> None:
     """
     problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config)]
     problems += [*_mismatch(config), *_counts(config), *_texts(config), *_run(config), *_foreign_rollout(config)]
+    problems += correction_problems(config, config.trainer.exactness == "strict" and not inexact(config))
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -35,6 +37,18 @@ def attention_notices(config: Config) -> list[str]:
     check_attention(trainer, f"{ACTOR}.attn_implementation")
     warning = attention_warning(rollout, trainer)
     return [] if warning is None else [warning]
+
+
+def inexact(config: Config) -> str:
+    """The setting that rules exactness out by itself; empty for none."""
+    if not config.rollout.is_own:
+        return f"actor_rollout_ref.rollout.name={config.rollout.name}"
+    if not config.rollout.batch_invariant:
+        return "actor_rollout_ref.rollout.batch_invariant=false"
+    if config.rollout.mismatch.mode != "none":
+        return f"actor_rollout_ref.rollout.mismatch.mode={config.rollout.mismatch.mode}"
+    rollout, trainer = config.rollout.attn_impl, config.actor.attn_implementation
+    return f"attention {rollout} (rollout) with {trainer} (trainer)" if attention_warning(rollout, trainer) else ""
 
 
 def _sources(config: Config) -> Iterator[str]:

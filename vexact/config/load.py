@@ -11,13 +11,12 @@ from typing import Any
 
 import yaml
 
-from vexact.config.checks import attention_notices, check
+from vexact.config.checks import attention_notices, check, inexact
 from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, nearest, typographic, unknown_keys
 from vexact.config.recipe import read_recipe
 from vexact.config.schema import Config, Keys
 from vexact.config.values import is_literal, parse, takes_text
 from vexact.config.verl_compat import MOVED, translate
-from vexact.env import attention_warning
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BASELINE = "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on"
@@ -58,7 +57,7 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
         warnings = attention_notices(config)
     else:
         warnings = []
-    baseline, strict = _baseline(config), config.trainer.exactness == "strict"
+    baseline, strict = inexact(config), config.trainer.exactness == "strict"
     if strict and not config.rollout.is_own and "trainer.exactness" in dict(pairs):
         raise ConfigError(
             f"trainer.exactness=strict: {baseline} samples with other arithmetic than the trainer's, and would stop at "
@@ -69,18 +68,6 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
         warnings = [_BASELINE.format(baseline) + (_STRICT if config.rollout.is_own else "")]
     notices += warnings
     return dataclasses.replace(config, notices=tuple(notices))
-
-
-def _baseline(config: Config) -> str:
-    """The setting that rules exactness out by itself; empty for none."""
-    if not config.rollout.is_own:
-        return f"actor_rollout_ref.rollout.name={config.rollout.name}"
-    if not config.rollout.batch_invariant:
-        return "actor_rollout_ref.rollout.batch_invariant=false"
-    if config.rollout.mismatch.mode != "none":
-        return f"actor_rollout_ref.rollout.mismatch.mode={config.rollout.mismatch.mode}"
-    rollout, trainer = config.rollout.attn_impl, config.actor.attn_implementation
-    return f"attention {rollout} (rollout) with {trainer} (trainer)" if attention_warning(rollout, trainer) else ""
 
 
 def _build(values: Mapping[str, Any]) -> Config:

@@ -62,8 +62,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
         (
             "algorithm",
-            f"{config.algorithm.adv_estimator}, {config.actor.policy_loss.loss_mode} loss, lr "
-            f"{config.actor.optim.lr:g}",
+            f"{config.algorithm.adv_estimator}, {config.loss_mode} loss, lr {config.actor.optim.lr:g}",
         ),
         ("attention", _attention_row(config)),
         ("exactness", _exactness_row(config)),

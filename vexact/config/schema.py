@@ -98,6 +98,12 @@ class Config(Keys):
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward
 
     @property
+    def loss_mode(self) -> str:
+        """The policy loss in force."""
+        replaced = self.algorithm.bypasses and self.algorithm.rollout_correction.loss_type == "reinforce"
+        return "reinforce" if replaced else self.actor.policy_loss.loss_mode
+
+    @property
     def run_dir(self) -> Path:
         if self.trainer.default_local_dir is not None:
             return Path(self.trainer.default_local_dir).expanduser()

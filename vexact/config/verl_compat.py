@@ -98,16 +98,6 @@ REFUSED = (
     Refused(f"{_MODEL}.enable_activation_offload", (False,), "offloading is not supported yet"),
     Refused(f"{_MODEL}.external_lib", (None,), "nothing is patched from outside"),
     Refused(
-        "algorithm.rollout_correction.rollout_is",
-        (None, False),
-        "rollout and trainer agree bit for bit: nothing to correct",
-    ),
-    Refused(
-        "algorithm.rollout_correction.rollout_rs",
-        (None, False),
-        "rollout and trainer agree bit for bit: nothing to correct",
-    ),
-    Refused(
         "reward.reward_model.enable", (False,), "reward models are not supported yet; use reward.custom_reward_function"
     ),
     Refused(
@@ -167,7 +157,6 @@ UNUSED = (
     ),
     Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
-    Unused("algorithm.rollout_correction.*", "rollout and trainer agree bit for bit: nothing to correct"),
     Unused("global_profiler.*", "profiling is not built in"),
     Unused("ray_kwargs.*", "trainer.ray_address names the cluster, and RAY_* variables set it up"),
 )

@@ -42,6 +42,12 @@ class OpSet:
     grouped_swiglu: Callable[..., Any]
     combine: Callable[..., Any]
 
+    @property
+    def fuses_routing(self) -> bool:
+        """Whether ``route_and_group`` stands for ``route`` and ``group_tokens``: not where one of them was replaced."""
+        sources = (invariant, stock_moe)
+        return any(self.route is of.route and self.group_tokens is of.group_tokens for of in sources)
+
 
 OP_NAMES = tuple(field.name for field in fields(OpSet))
 

@@ -228,7 +228,7 @@ def _groups(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _grouped_routes(
-    logits: Tensor, bias: Tensor | None, digest: Tensor | None, top_k: int, *_: Any
+    logits: Tensor, bias: Tensor | None, digest: Tensor | None, padding: Tensor | None, top_k: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     experts, weights = _routes(logits, bias, digest, top_k)
     return experts, weights, *_groups(experts, logits.shape[1])
@@ -239,6 +239,7 @@ def moe_router_grouped_forward(
     logits: Tensor,
     bias: Tensor | None,
     digest: Tensor | None,
+    padding: Tensor | None,
     top_k: int,
     scoring: str,
     num_groups: int,
@@ -248,8 +249,8 @@ def moe_router_grouped_forward(
     round_to: torch.dtype,
     salt: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    choice = top_k, scoring, num_groups, top_groups
-    return module("moe.router", logits).grouped_forward(logits, bias, digest, *choice, normalize, scale, round_to, salt)
+    choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
+    return module("moe.router", logits).grouped_forward(logits, bias, digest, padding, *choice)
 
 
 @_opaque(lambda dweights, logits, *others: _same(logits)[0])

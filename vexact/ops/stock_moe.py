@@ -14,6 +14,7 @@ from torch import Tensor
 from vexact.ops.moe import ExpertGroups, Routes
 from vexact.ops.moe.digest import digest_of
 from vexact.ops.moe.route import SIGMOID_EPS
+from vexact.ops.moe.route_and_group import route_then_group
 from vexact.ops.stock import swiglu
 
 __all__ = ["combine", "group_tokens", "grouped_linear", "grouped_swiglu", "route", "route_and_group"]
@@ -67,8 +68,7 @@ def group_tokens(experts: Tensor, num_experts: int) -> ExpertGroups:
 
 def route_and_group(logits: Tensor, bias: Tensor | None = None, **settings: Any) -> tuple[Routes, ExpertGroups]:
     """One after the other."""
-    routes = route(logits, bias, **settings)
-    return routes, group_tokens(routes.experts, logits.shape[1])
+    return route_then_group(route, group_tokens, logits, bias, **settings)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:

@@ -37,6 +37,26 @@ METRICS: dict[str, dict[str, str]] = {
         "rollout_corr/{training_ppl,rollout_ppl}": "Perplexity of the responses on either side; equal when exact.",
         "rollout_corr/<name>": "verl's further measures of the rollout-training gap.",
     },
+    "Correction": {
+        "rollout_corr/rollout_is_{mean,max,min,std}": "Importance weights pi / rollout per token after truncation "
+        "(algorithm.rollout_correction.rollout_is); at sequence level max and min are of the ratios before it. 1, 1, 1 "
+        "and 0 when exact.",
+        "rollout_corr/rollout_is_eff_sample_size": "Effective sample size, as a share of the tokens: mean(w)^2 / "
+        "mean(w^2). 1 when exact.",
+        "rollout_corr/rollout_is_ratio_fraction_{high,low}": "Share of the weights beyond the bounds before truncation; "
+        "without a lower bound, below 1 / upper.",
+        "rollout_corr/rollout_is_seq_<statistic>": "The same over sequences, of the mean weight of each.",
+        "rollout_corr/rollout_is_oob_ratio": "With two bounds: share of the tokens whose weight is 0.",
+        "rollout_corr/rollout_is_batch_norm_factor": "The mean that weights were divided by "
+        "(rollout_is_batch_normalize). 1 when exact.",
+        "rollout_corr/rollout_rs_{masked_fraction,seq_masked_fraction}": "Share of the tokens that rollout_rs leaves "
+        "out, and of the sequences that lose a token. 0 when exact.",
+        "rollout_corr/rollout_rs_<option>_<statistic>": "The statistic of one option: its spread, the share beyond its "
+        "bounds, and what it alone leaves out.",
+        "rollout_corr/rollout_is_veto_fraction": "Share of the sequences left out by rollout_token_veto_threshold. 0 "
+        "when exact.",
+        "rollout_corr/rollout_is_catastrophic_token_fraction": "Share of the tokens whose ratio is below it.",
+    },
     "Reward": {
         f"critic/score/{_SPREAD}": "What the grader gave per sample. The name is verl's; there need be no critic.",
         f"critic/rewards/{_SPREAD}": "Score after shaping (overlong penalty, KL in the reward), per sample.",

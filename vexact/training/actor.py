@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vexact import interrupt
-from vexact.algorithms import Denominators
+from vexact.algorithms import Denominators, LossScales
 from vexact.models import CausalLM, parameter_dtype
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training.batches.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
@@ -27,6 +28,7 @@ from vexact.training.parallel.gradient_sum import GradientSum
 from vexact.training.parallel.ranks import Ranks, unsharded
 from vexact.training.parallel.sharding import prepare
 from vexact.training.passes import one_pass
+from vexact.training.passes.correction import SampleCorrection, packed_scales
 from vexact.training.passes.experts import ExpertWatch, check_experts, load_metrics, update_router_bias
 from vexact.training.passes.forward import Scored, by_sequence, fingerprint, group_batch, join, routed_scores, score
 from vexact.training.passes.loss import MiniBatchMetrics, micro_batch_loss
@@ -223,16 +225,19 @@ class Actor:
             beyond = self._score(sequences, [i for i in range(len(sequences)) if i not in first], redraw)
             audit_seconds = perf_counter() - started
         self.problems = []
+        correction = SampleCorrection.of(self.config, sequences, self.logprobs)
         for epoch in range(self.config.ppo_epochs):
             mini_batches = self._mini_batches(len(sequences), epoch)
             ledger.require_each_once(range(len(sequences)), [i for indices in mini_batches for i in indices])
             for indices in mini_batches:
-                steps.append(self._step(sequences, indices, ledger, audit, beyond, redraw))
+                scales = None if correction is None else correction.scales(indices)
+                steps.append(self._step(sequences, indices, scales, ledger, audit, beyond, redraw))
                 longest = max(longest, self.skipped_in_a_row)
                 audit = redraw = None
         self.num_updates += 1
         health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
         means = _mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
+        means |= {} if correction is None else correction.metrics()
         return means | {"actor/lr": lr} | self._coefficients()
 
     def _score(self, sequences: Sequence[TrainSequence], indices: list[int], redraw: Redraw | None = None) -> Scored:
@@ -285,6 +290,7 @@ class Actor:
         self,
         sequences: Sequence[TrainSequence],
         indices: list[int],
+        scales: Sequence[LossScales] | None,
         ledger: Ledger,
         audit: Audit | None,
         beyond: Scored,
@@ -309,7 +315,7 @@ class Actor:
             if redraw is not None:
                 batch = redraw.watch(batch, [indices[i] for i in group])
             self.gradients.next_round()
-            logprobs, digest, checksum = self._accumulate(chosen, batch, group, denominators, metrics, watch)
+            logprobs, digest, checksum = self._accumulate(chosen, scales, batch, group, denominators, metrics, watch)
             values.append(logprobs)
             routes.append(digest)
             read += checksum
@@ -344,6 +350,7 @@ class Actor:
     def _accumulate(
         self,
         chosen: Sequence[TrainSequence],
+        scales: Sequence[LossScales] | None,
         batch: PackedBatch,
         group: list[int],
         denominators: Denominators,
@@ -356,9 +363,12 @@ class Actor:
         read = []
         if group:
             targets = policy_targets([chosen[i] for i in group], self.config.use_kl_loss, self.ranks.device)
+            if scales is not None:
+                targets = replace(targets, scales=packed_scales([scales[i] for i in group], self.ranks.device))
             read.append(checksums(batch.targets.token_ids, targets, batch.response_lengths))
         else:
-            targets = PolicyTargets(*[torch.zeros_like(batch.targets.min_logit)] * 3)
+            zeros = torch.zeros_like(batch.targets.min_logit)
+            targets = PolicyTargets(zeros, zeros, zeros)
         if self.one_pass:
             batch = one_pass.with_derivative(batch, targets, self.config, denominators)
         routing = watch.begin(batch) if watch is not None and group else None

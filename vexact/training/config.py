@@ -10,6 +10,7 @@ import torch
 from vexact.algorithms import (
     FIXED_AGG_MODES,
     KL_ESTIMATORS,
+    CorrectionConfig,
     PolicyLossConfig,
     check_agg_mode,
     policy_loss,
@@ -74,6 +75,7 @@ class ActorConfig(OffloadSettings, ActorSettings):
     balance_micro_batches: bool = True
     loss_mode: str = "vanilla"
     clip: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     loss_scale_factor: int | None = None
     enable_gradient_checkpointing: bool = False
     dtype: str = "float32"  # of the forward, the backward and the weights that the rollout receives

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vexact import ops
+from vexact.ops import stock_moe
 
 SETTINGS = {"top_k": 2, "scoring": "sigmoid", "num_groups": 4, "top_groups": 2, "scale": 2.5, "salt": 3}
 
@@ -37,13 +38,18 @@ def test_grouped_swiglu_is_both_of_its_steps(dtype, gather):
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_route_and_group_is_both_of_its_steps(gradient):
+@pytest.mark.parametrize("padded", [None, (1, 4, 8), range(9)])
+@pytest.mark.parametrize("of", [ops, stock_moe])
+def test_route_and_group_is_both_of_its_steps(of, padded, gradient):
     _, logits, _, bias = layer(torch.float32)
     logits.requires_grad_(gradient)
     digests = torch.zeros(2, 9, dtype=torch.int64)
-    routes, groups = ops.route_and_group(logits, bias, digest=digests[0], **SETTINGS)
-    expected = ops.route(logits, bias, digest=digests[1], **SETTINGS)
-    for one, other in zip((*routes, *groups), (*expected, *ops.group_tokens(expected.experts, 8)), strict=True):
+    padding = None if padded is None else torch.zeros(9, dtype=torch.bool).index_fill_(0, torch.tensor(padded), True)
+    routes, groups = of.route_and_group(logits, bias, digest=digests[0], padding=padding, **SETTINGS)
+    expected = of.route(logits, bias, digest=digests[1], **SETTINGS)
+    experts = expected.experts.clone()
+    experts[list(padded or ())] = -1
+    for one, other in zip((*routes, *groups), (*expected, *of.group_tokens(experts, 8)), strict=True):
         assert torch.equal(one, other)
     assert torch.equal(digests[0], digests[1])
     assert routes.weights.requires_grad == gradient
@@ -59,3 +65,7 @@ def test_refusals_name_the_operator():
         ops.grouped_swiglu(x[:, :23], weight, groups, gather=True)
     with pytest.raises(ValueError, match="route_and_group: top_k=9"):
         ops.route_and_group(logits, top_k=9)
+    with pytest.raises(ValueError, match=r"route_and_group: padding is \(8,\), expected \(9,\)"):
+        ops.route_and_group(logits, top_k=2, padding=torch.zeros(8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"route_and_group: padding is torch.int64, expected torch.bool"):
+        ops.route_and_group(logits, top_k=2, padding=torch.zeros(9, dtype=torch.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import torch
@@ -14,8 +15,7 @@ from vexact.models.layers.context import Routing
 from vexact.models.layers.mlp import MLP
 from vexact.models.opset import OpSet
 from vexact.ops.moe import ExpertGroups, Routes
-
-NO_EXPERT = -1  # of a pair that no expert computes
+from vexact.ops.moe.route_and_group import route_then_group
 
 
 class MoE(nn.Module):
@@ -32,11 +32,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, route_digest: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """(T, H) -> (T, H); ``route_digest`` (T,) int64 is added to in place."""
         routing = routing or Routing()
-        routes = self.router(x, route_digest, routing)
-        experts = routes.experts
-        if routing.padding is not None:
-            experts = experts.masked_fill(routing.padding.unsqueeze(1), NO_EXPERT)
-        groups = self.ops.group_tokens(experts, self.moe.num_experts)
+        routes, groups = self.router(x, route_digest, routing)
         if routing.loads is not None:
             routing.loads[self.router.layer] = groups.offsets[1:] - groups.offsets[:-1]
         out: Tensor = self.ops.combine(
@@ -56,11 +52,12 @@ class Router(nn.Module):
         bias = torch.zeros(moe.num_experts) if moe.correction_bias else None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, x: Tensor, route_digest: Tensor | None, routing: Routing) -> Routes:
-        """Routes of x (T, H), k a token."""
-        moe = self.moe
-        logits = self.ops.linear(x, self.weight, out_dtype=torch.float32)
-        routes: Routes = self.ops.route(
+    def forward(self, x: Tensor, route_digest: Tensor | None, routing: Routing) -> tuple[Routes, ExpertGroups]:
+        """Routes of x (T, H), k a token, and the groups of those that are no padding."""
+        moe, ops = self.moe, self.ops
+        logits = ops.linear(x, self.weight, out_dtype=torch.float32)
+        choose = ops.route_and_group if ops.fuses_routing else partial(route_then_group, ops.route, ops.group_tokens)
+        routes, groups = choose(
             logits,
             self.bias.full_tensor() if isinstance(self.bias, DTensor) else self.bias,
             top_k=moe.top_k,
@@ -72,8 +69,11 @@ class Router(nn.Module):
             round_to=x.dtype if moe.round_weights else torch.float32,
             digest=route_digest,
             salt=self.layer,
+            padding=routing.padding,
         )
-        return routes if routing.balance is None else routing.balance.attach(routes, logits, self.layer, moe)
+        if routing.balance is not None:
+            routes = routing.balance.attach(routes, logits, self.layer, moe)
+        return routes, groups
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A cast of the whole model leaves the bias in fp32: rounded, it would choose other experts than the ones that

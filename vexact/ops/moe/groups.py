@@ -10,6 +10,8 @@ from torch import Tensor
 from vexact.ops.checks import check_dims
 from vexact.ops.dispatch import backend
 
+NO_EXPERT = -1  # of a pair that no expert computes
+
 
 class ExpertGroups(NamedTuple):
     """The P = T k pairs in the order of (expert, pair index), where pair t k + j is choice j of token t."""

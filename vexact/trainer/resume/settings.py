@@ -7,6 +7,7 @@ from typing import Any
 
 from vexact.config import Config
 from vexact.config.fields import flatten
+from vexact.config.rollout_correction import KEY as CORRECTION
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
@@ -109,11 +110,14 @@ def is_one_of(key: str, names: Iterable[str]) -> bool:
 def _switched_off(config: Config) -> list[str]:
     """Keys without effect because of the value of another one."""
     actor, algorithm, optim = config.actor, config.algorithm, config.actor.optim
+    correction = algorithm.rollout_correction
     off = {
         f"{ACTOR}.kl_loss_coef": not actor.use_kl_loss,
         f"{ACTOR}.kl_loss_type": not actor.use_kl_loss,
         f"{ACTOR}.router_aux_loss_coef": actor.router_aux_loss_coef == 0,
         f"{ACTOR}.router_bias_update_rate": actor.router_bias_update_rate == 0,
+        CORRECTION: not correction.is_on and correction.loss_type == "ppo_clip",
+        f"{CORRECTION}.rollout_is_threshold": correction.rollout_is is None,
         "algorithm.kl_penalty": not algorithm.use_kl_in_reward,
         "algorithm.kl_ctrl": not algorithm.use_kl_in_reward,
         "algorithm.filter_groups.metric": not algorithm.filter_groups.enable,

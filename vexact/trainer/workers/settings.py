@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vexact.algorithms import PolicyLossConfig
+from vexact.algorithms import CorrectionConfig, PolicyLossConfig, Rejection
 from vexact.config import Config
 from vexact.training import ActorConfig, OptimConfig
 
@@ -30,12 +30,29 @@ def actor_config(config: Config, device: torch.device, total_steps: int) -> Acto
         expert_parallel_size=actor.fsdp_config.expert_parallel_size,
         ppo_mini_batch_size=config.mini_batch_prompts * config.rollout.n,
         data_loader_seed=config.data_seed,
-        loss_mode=actor.policy_loss.loss_mode,
+        loss_mode=config.loss_mode,
         clip=PolicyLossConfig(
             clip_ratio_low=actor.clip_low, clip_ratio_high=actor.clip_high, clip_ratio_c=actor.clip_ratio_c
         ),
+        correction=correction_config(config),
         loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
         enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
         dtype=config.dtype(device.type),
         optim=OptimConfig(**vars(actor.optim), total_training_steps=total_steps),
+    )
+
+
+def correction_config(config: Config) -> CorrectionConfig:
+    """What ``algorithm.rollout_correction`` asks for; the weights apply unless the loss holds their ratio already."""
+    given, bypass = config.algorithm.rollout_correction, config.algorithm.bypasses
+    lower, upper = given.weight_bounds()
+    return CorrectionConfig(
+        level=given.rollout_is,
+        upper=upper,
+        lower=lower,
+        batch_normalize=given.rollout_is_batch_normalize,
+        rejections=tuple(Rejection(name, most, least) for name, least, most in given.rejections()),
+        veto=given.rollout_token_veto_threshold,
+        bypass=bypass,
+        weights_apply=not bypass or config.loss_mode == "reinforce",
     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vexact.algorithms import LossScales
 from vexact.models import Targets
 from vexact.models.sequence_parallel import SlicedMetadata
 from vexact.ops import PackedMetadata
@@ -40,16 +41,18 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicyTargets:
-    """What the policy loss needs per response token, all (R,) fp32."""
+    """What the policy loss needs per response token, all (R,) fp32. ``scales`` are there when samples are corrected."""
 
     old_logprobs: Tensor
     advantages: Tensor
     ref_logprobs: Tensor | None
+    scales: LossScales | None = None
 
     def at(self, tokens: slice) -> PolicyTargets:
         """Those of some response tokens."""
         reference = None if self.ref_logprobs is None else self.ref_logprobs[tokens]
-        return PolicyTargets(self.old_logprobs[tokens], self.advantages[tokens], reference)
+        scales = None if self.scales is None else LossScales(self.scales.policy[tokens], self.scales.others[tokens])
+        return PolicyTargets(self.old_logprobs[tokens], self.advantages[tokens], reference, scales)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,14 +18,19 @@ def policy_terms(
 ) -> tuple[PolicyLossOutput, Tensor | None]:
     """Policy loss and KL penalty (None without ``use_kl_loss``) per token, of ``logprobs`` (R,) that carry gradients.
 
+    Both are as corrected, where ``targets`` have scales.
+
     ``lengths`` (B,) are those of the sequences; only a loss outside ``PER_TOKEN_LOSSES`` reads them.
     """
     inputs = PolicyLossInputs(logprobs, targets.old_logprobs, targets.advantages, lengths)
-    policy = policy_loss(config.loss_mode)(inputs, config.clip)
+    policy, scales = policy_loss(config.loss_mode)(inputs, config.clip), targets.scales
+    if scales is not None:
+        policy = replace(policy, losses=policy.losses * scales.policy)
     if not config.use_kl_loss:
         return policy, None
     assert targets.ref_logprobs is not None, "the actor checks for reference log-probs before it packs"
-    return policy, kl_penalty(logprobs, targets.ref_logprobs, config.kl_loss_type)
+    kl = kl_penalty(logprobs, targets.ref_logprobs, config.kl_loss_type)
+    return policy, kl if scales is None else kl * scales.others
 
 
 def micro_batch_loss(
@@ -43,7 +50,8 @@ def micro_batch_loss(
     loss = (policy.losses * weights).sum()
     shares = {"pg_loss": loss}
     if config.entropy_coeff != 0:
-        shares["entropy_loss"] = (scores.entropy * weights).sum()
+        entropy = scores.entropy if targets.scales is None else scores.entropy * targets.scales.others
+        shares["entropy_loss"] = (entropy * weights).sum()
         loss = loss - config.entropy_coeff * shares["entropy_loss"]
     if kl is not None:
         shares["kl_loss"] = (kl * weights).sum()

@@ -20,6 +20,7 @@ from vexact.ops.kernels.moe import combine, grouped_linear, groups, router, tile
 
 TOKENS = (1, 37, 512, 20000)  # one binary must serve them all
 QWEN3 = (128, 8, "softmax", 1, 1, True, 1.0, BF16)
+MOONLIGHT = (64, 6, "sigmoid", 1, 1, True, 2.446, FP32)
 DEEPSEEK_V3 = (256, 8, "sigmoid", 8, 4, True, 2.5, FP32)
 
 
@@ -33,6 +34,14 @@ def routing(model: tuple[Any, ...], tokens: int) -> None:
     router.forward(logits, bias, meta(tokens, dtype=torch.int64), *model[1:], 3)
     router.backward(meta(tokens, top_k, dtype=FP32), logits, chosen, top_k, scoring, normalize, scale)
     groups.forward(chosen, experts)
+
+
+def routing_in_one_launch(model: tuple[Any, ...], tokens: int) -> None:
+    """A step of decoding; one token alone is never padded."""
+    bias = meta(model[0], dtype=FP32) if model[2] == "sigmoid" else None
+    padding = meta(tokens, dtype=torch.bool) if tokens > 1 else None
+    digest = meta(tokens, dtype=torch.int64)
+    router.grouped_forward(meta(tokens, model[0], dtype=FP32), bias, digest, padding, *model[1:], 3)
 
 
 def combining(dtype: torch.dtype, tokens: int) -> None:
@@ -61,6 +70,10 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
     """Name and launch, given the number of tokens: all tiles of sm_90, a few of the newest."""
     for name, model in (("qwen3", QWEN3), ("deepseek-v3", DEEPSEEK_V3))[: 2 if arch == 90 else 1]:
         yield f"routing {name}", lambda tokens, model=model: routing(model, tokens)
+    for model in (MOONLIGHT, DEEPSEEK_V3, QWEN3)[: 3 if arch == 90 else 1]:
+        for rows in (1, 16):  # a tile of one row takes other ways through the compiler
+            one = model, rows
+            yield f"routing in one launch {one}", lambda tokens, one=one: routing_in_one_launch(*one)
     for dtype in (BF16, FP32)[: 2 if arch == 90 else 1]:
         yield f"combining {dtype}", lambda tokens, dtype=dtype: combining(dtype, tokens)
     first = -1 if arch > 90 else 0

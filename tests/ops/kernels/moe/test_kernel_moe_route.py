@@ -91,17 +91,25 @@ def test_gradient_of_the_router_is_that_of_the_twin(name):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17])
-@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3"])
-def test_routing_and_grouping_in_one_launch_change_nothing(name, tokens):
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3", "odd"])
+@pytest.mark.parametrize("padded", ["none of them", "some", "all"])
+def test_routing_and_grouping_in_one_launch_change_nothing(name, tokens, padded):
     experts, bias, choice = settings(name)
     logits = logits_with_ties(23, experts)[:tokens].contiguous()
     digests = torch.zeros(2, tokens, dtype=torch.int64, device=DEVICE)
+    padding = torch.arange(tokens, device=DEVICE) % 3 == 1 if padded == "some" else None
+    if padded == "all":
+        padding = torch.ones(tokens, dtype=torch.bool, device=DEVICE)
     with poisoned_outputs():
-        found = router.grouped_forward(logits, bias, digests[0], *choice)
+        found = router.grouped_forward(logits, bias, digests[0], padding, *choice)
         routes = router.forward(logits, bias, digests[1], *choice)
-    for one, other in zip(found, (*routes, *groups.forward(routes[0], experts)), strict=True):
+    chosen = routes[0] if padding is None else routes[0].masked_fill(padding[:, None], -1)
+    for one, other in zip(found, (*routes, *groups.forward(chosen, experts)), strict=True):
         assert same_bits(one, other)
     assert torch.equal(digests[0], digests[1])
+    expected = router_twin.grouped_forward(*on_cpu((logits, bias)), None, *on_cpu((padding,)), *choice)
+    for one, other in zip((found[0], *found[2:]), (expected[0], *expected[2:]), strict=True):
+        assert torch.equal(one.cpu(), other)
 
 
 def pairs(kind: str, tokens: int, top_k: int, experts: int) -> Tensor:

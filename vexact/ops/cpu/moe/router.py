@@ -50,6 +50,7 @@ def grouped_forward(
     logits: Tensor,
     bias: Tensor | None,
     digest: Tensor | None,
+    padding: Tensor | None,
     top_k: int,
     scoring: str,
     num_groups: int,
@@ -59,10 +60,11 @@ def grouped_forward(
     round_to: torch.dtype,
     salt: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`forward`, then rows, slots and offsets of its experts."""
+    """:func:`forward`, then rows, slots and offsets of its experts, none for ``padding`` (T,) bool."""
     choice = top_k, scoring, num_groups, top_groups
     experts, weights = forward(logits, bias, digest, *choice, normalize, scale, round_to, salt)
-    return experts, weights, *groups.forward(experts, logits.shape[1])
+    placed = experts if padding is None else experts.masked_fill(padding.unsqueeze(1), -1)
+    return experts, weights, *groups.forward(placed, logits.shape[1])
 
 
 def backward(

@@ -39,12 +39,22 @@ def routed(
         order = tl.where(in_best_groups(order, ROWS, GROUPS, SIZE, TOP_GROUPS, BEST), order, LEFT_OUT)
     in_batch = (rows < num_tokens)[:, None]
     chosen = largest(order, TOP_K) & in_batch
-    position = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    left = tl.where(chosen, columns[None, :], GROUPS * SIZE)
+    position = tl.zeros(left.shape, tl.int32)
+    total = tl.zeros((ROWS,), tl.float32)
+    state = (salt.to(tl.int64) + 1) * -7046029254386353131 + tl.zeros((ROWS,), tl.int64)
+    for j in tl.static_range(TOP_K):
+        first = tl.min(left, 1)
+        here = left == first[:, None]
+        position = tl.where(here, j, position)
+        left = tl.where(here, GROUPS * SIZE, left)
+        if NORMALIZE:
+            total += tl.sum(tl.where(here, scores, 0.0), 1)
+        if HAS_DIGEST:
+            expert = first // SIZE * (E // NUM_GROUPS) + first % SIZE
+            state = mixed(state + (expert.to(tl.int64) + 1) * -3335678366873096957)
     weights = scores
     if NORMALIZE:
-        total = tl.sum(tl.where(chosen & (position == 0), scores, 0.0), 1)
-        for j in tl.static_range(1, TOP_K):
-            total += tl.sum(tl.where(chosen & (position == j), scores, 0.0), 1)
         if SIGMOID:
             total += 1e-20
         weights = tl.div_rn(scores, tl.broadcast_to(total[:, None], scores.shape))
@@ -53,10 +63,6 @@ def routed(
     tl.store(experts_ptr + pairs, tl.broadcast_to(index[None, :], chosen.shape), mask=chosen)
     tl.store(weights_ptr + pairs, weights, mask=chosen)
     if HAS_DIGEST:
-        state = (salt.to(tl.int64) + 1) * -7046029254386353131 + tl.zeros_like(rows).to(tl.int64)
-        for j in tl.static_range(TOP_K):
-            expert = tl.sum(tl.where(chosen & (position == j), index[None, :], 0), 1).to(tl.int64)
-            state = mixed(state + (expert + 1) * -3335678366873096957)
         before = tl.load(digest_ptr + rows, mask=rows < num_tokens, other=0)
         tl.store(digest_ptr + rows, before + state, mask=rows < num_tokens)
     return chosen, position, index, known
@@ -67,6 +73,7 @@ def route_kernel(
     logits_ptr,  # (T, E) fp32
     bias_ptr,  # (E,) fp32
     digest_ptr,  # (T,) int64
+    padding_ptr,  # (T,) bool, tokens that get no place
     experts_ptr,  # (T, TOP_K) int32
     weights_ptr,  # (T, TOP_K) fp32
     rows_ptr,  # (T * TOP_K,) int32, as the next two written when GROUP
@@ -84,11 +91,13 @@ def route_kernel(
     BEST: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,  # at least ROWS * TOP_K
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ROUND_TO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DIGEST: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """ROWS tokens; with GROUP these are all, and a column of the choice tells the places of an expert."""
@@ -98,13 +107,19 @@ def route_kernel(
         LEVELS, GROUPS, SIZE, TOP_GROUPS, BEST, TOP_K, ROWS, SIGMOID, NORMALIZE, ROUND_TO, HAS_BIAS, HAS_DIGEST,
     )  # fmt: skip
     if GROUP:
-        taken = chosen.to(tl.int32)
-        counts = tl.sum(taken, 0)
+        taken = chosen
+        if HAS_PADDING:
+            padding = tl.load(padding_ptr + rows, mask=rows < num_tokens, other=0).to(tl.int1)
+            taken = chosen & ~padding[:, None]
+        counts = tl.sum(taken.to(tl.int32), 0)
         past = tl.cumsum(counts, 0)
-        places = (past - counts)[None, :] + tl.cumsum(taken, 0) - 1
+        places = (past - counts)[None, :] + tl.cumsum(taken.to(tl.int32), 0) - 1
         pairs = rows[:, None] * TOP_K + position
-        tl.store(slots_ptr + pairs, places, mask=chosen)
-        tl.store(rows_ptr + places, pairs, mask=chosen)
+        tl.store(slots_ptr + pairs, tl.where(taken, places, -1), mask=chosen)
+        tl.store(rows_ptr + places, pairs, mask=taken)
+        if HAS_PADDING:
+            behind = tl.sum(counts, 0) + tl.arange(0, PAIRS)
+            tl.store(rows_ptr + behind, tl.zeros((PAIRS,), tl.int32), mask=behind < num_tokens * TOP_K)
         tl.store(offsets_ptr + index + 1, past, mask=known)
         tl.store(offsets_ptr, 0)
 
@@ -175,7 +190,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """logits (T, E) fp32 contiguous -> experts (T, k) int32 ascending, weights (T, k) fp32; adds to ``digest`` (T,)."""
     choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
-    experts, weights, *_ = _launch(logits, bias, digest, *choice, group=False)
+    experts, weights, *_ = _launch(logits, bias, digest, None, *choice, group=False)
     return experts, weights
 
 
@@ -183,6 +198,7 @@ def grouped_forward(
     logits: Tensor,
     bias: Tensor | None,
     digest: Tensor | None,
+    padding: Tensor | None,
     top_k: int,
     scoring: str,
     num_groups: int,
@@ -192,14 +208,16 @@ def grouped_forward(
     round_to: torch.dtype,
     salt: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`forward`, then rows, slots and offsets of its experts: one launch for FEW_TOKENS, else several."""
+    """:func:`forward`, then rows, slots and offsets of its experts, none for ``padding`` (T,) bool: one launch for
+    FEW_TOKENS, else several."""
     choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
     if 0 < logits.shape[0] <= FEW_TOKENS:
-        return _launch(logits, bias, digest, *choice, group=True)
+        return _launch(logits, bias, digest, padding, *choice, group=True)
     from vexact.ops.kernels.moe import groups
 
     experts, weights = forward(logits, bias, digest, *choice)
-    return experts, weights, *groups.forward(experts, logits.shape[1])
+    placed = experts if padding is None else experts.masked_fill(padding.unsqueeze(1), -1)
+    return experts, weights, *groups.forward(placed, logits.shape[1])
 
 
 def backward(
@@ -230,6 +248,7 @@ def _launch(
     logits: Tensor,
     bias: Tensor | None,
     digest: Tensor | None,
+    padding: Tensor | None,
     top_k: int,
     scoring: str,
     num_groups: int,
@@ -252,6 +271,7 @@ def _launch(
         logits,
         logits if bias is None else bias,
         logits if digest is None else digest,
+        logits if padding is None else padding,
         experts,
         weights,
         rows,
@@ -269,11 +289,13 @@ def _launch(
         BEST=2 if scoring == "sigmoid" else 1,
         TOP_K=top_k,
         ROWS=block,
+        PAIRS=next_power_of_2(block * top_k),
         SIGMOID=scoring == "sigmoid",
         NORMALIZE=normalize,
         ROUND_TO=ROUND_TO[round_to],
         HAS_BIAS=bias is not None,
         HAS_DIGEST=digest is not None,
+        HAS_PADDING=padding is not None,
         GROUP=group,
         num_warps=4,
         enable_fp_fusion=False,
