@@ -92,9 +92,9 @@ def compare_named(
             zero.append(name)
         elif ".experts." in name and loads:
             chosen = loads[layer_of(name)] > 0
-            odd = _odd_experts(gradient, theirs[name], chosen)
-            zero += [f"{name}[{i}]" for i in odd[0]]
-            stray += [f"{name}[{i}]" for i in odd[1]]
+            without, beyond = _odd_experts(gradient, theirs[name], chosen)
+            zero += [f"{name}[{i}]" for i in without]
+            stray += [f"{name}[{i}]" for i in beyond]
             if name.endswith(".down_proj"):  # an expert has several tensors
                 experts, idle = experts + len(chosen), idle + int((~chosen).sum())
         products = float(a @ b), float(a @ a), float(b @ b)
