@@ -61,4 +61,12 @@ def _accepted(name: str, writer: Writer, options: dict[str, Any]) -> dict[str, A
     for key in parameters:
         if key not in wished:
             raise ValueError(f"{name} needs {key}; for example {key}={_EXAMPLES[key]}")
+        _check_type(name, key, wished[key], str(parameters[key].annotation))
     return wished
+
+
+def _check_type(name: str, key: str, value: Any, annotation: str) -> None:
+    """What is written on the command line may be a number, a text or anything else that JSON has."""
+    if type(value).__name__ != annotation:
+        kind = {"int": "a whole number", "str": "text"}[annotation]
+        raise ValueError(f"{name}: {key}={value!r} must be {kind}")
