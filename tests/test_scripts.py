@@ -276,7 +276,9 @@ def started(tmp_path: Path, example: str, *arguments: str, **variables: str) -> 
         "VEXACT_CACHE": str(tmp_path / "cache"),
         **variables,
     }
-    subprocess.run(["bash", ROOT / "examples" / example, *arguments], cwd=elsewhere, env=environment, check=True, timeout=30)
+    subprocess.run(
+        ["bash", ROOT / "examples" / example, *arguments], cwd=elsewhere, env=environment, check=True, timeout=30
+    )
     assert python.exists()
     return log.read_text().split("--\n")[:-1]
 

@@ -72,8 +72,10 @@ def test_tiny_is_made_once_and_only_where_it_may(tiny):
     before = (tiny / "model/model.safetensors").stat().st_mtime_ns
     assert prepare("tiny", tiny, arch=None, seed=0) == tiny
     assert (tiny / "model/model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"was made by 'vexact prepare tiny' with the options .* choose another --out"):
-        prepare("tiny", tiny, seed=7)
+    for name, seed in (("tiny", 7), ("tiny_moe", 0)):
+        other = rf"was made by 'vexact prepare tiny' with .*, not by 'vexact prepare {name}' with .* another --out"
+        with pytest.raises(ValueError, match=other):
+            prepare(name, tiny, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_moe", "tiny_moonlight"])
@@ -226,10 +228,19 @@ def test_too_little_disk_is_said_before_any_work(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("tinny", {}, "unknown name 'tinny'; use tiny, tiny_moe, tiny_moonlight, smollm2, random, task or reasoning_gym:NAME"),
+        (
+            "tinny",
+            {},
+            "unknown name 'tinny'; use tiny, tiny_moe, tiny_moonlight, smollm2, random, task or reasoning_gym:NAME",
+        ),
         ("random", {"arch": "qwen9-1b"}, r"unknown arch 'qwen9-1b'; known: qwen3-0\.6b, qwen3-1\.7b"),
         ("random", {}, r"random needs arch.*qwen3-1\.7b"),
         ("random", {"arch": "qwen3-0.6b", "dtype": "int8"}, "unknown dtype 'int8'; known: bfloat16, float16, float32"),
+        ("tiny_moe", {"right_steps": "many"}, "tiny_moe: right_steps='many' must be a whole number"),
+        ("tiny_moe", {"doubtful_steps": 0}, "doubtful_steps=0 must be at least 1"),
+        ("tiny", {"seed": True}, "tiny: seed=True must be a whole number"),
+        ("task", {"task": 3}, "task: task=3 must be text"),
+        ("random", {"arch": "qwen3-0.6b", "dtype": 16}, "random: dtype=16 must be text"),
         ("tiny", {"arch": "qwen3-1.7b"}, "tiny has no option arch='qwen3-1.7b'; its options: seed"),
     ],
 )

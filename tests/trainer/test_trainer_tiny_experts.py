@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vexact.cli import main
 from vexact.prepare import prepare
 
-
 PROMPTS = ["7+8=", "17+15=", "0+0=", "3+19="]
 
 
@@ -83,7 +82,9 @@ def test_transformers_reads_the_checkpoint_and_gives_the_same_answers(
     made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = [text for prompt in PROMPTS for text in ("--prompt", prompt)]
-    assert main(["generate", "--model_path", str(made.checkpoint), "--device", "cpu", "--max_tokens", "6", *prompts]) == 0
+    assert (
+        main(["generate", "--model_path", str(made.checkpoint), "--device", "cpu", "--max_tokens", "6", *prompts]) == 0
+    )
     answers = capsys.readouterr().out.splitlines()
     tokenizer = AutoTokenizer.from_pretrained(made.checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(made.checkpoint, dtype=torch.float32).eval()

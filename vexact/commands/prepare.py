@@ -15,7 +15,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="make a local model or dataset directory",
         description="Make a local model or dataset directory and print where it is.",
     )
-    parser.add_argument("name", metavar="NAME", help="tiny, tiny_moe, tiny_moonlight, smollm2, random, or reasoning_gym:TASK?size=2000&seed=1")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="tiny, tiny_moe, tiny_moonlight, smollm2, random, or reasoning_gym:TASK?size=2000&seed=1",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further options of NAME, e.g. test_size=200")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: a folder of the cache)")
     parser.add_argument("--arch", metavar="A", help="shape of a random model, e.g. qwen3-1.7b")

@@ -32,8 +32,9 @@ def prepare(name: str, out_dir: str | Path | None = None, **options: Any) -> Pat
     """Make the directory and return it; one that was already made with the same options is returned as it is.
 
     Args:
-        name: ``tiny``, ``tiny_moe`` or ``tiny_moonlight`` (model, tokenizer and data), ``smollm2`` (model), ``random`` (model; option ``arch``), ``task``
-            (data; option ``task``) or a ``reasoning_gym:NAME?…`` specification, short for ``task``.
+        name: ``tiny``, ``tiny_moe`` or ``tiny_moonlight`` (model, tokenizer and data), ``smollm2`` (model), ``random``
+            (model; option ``arch``), ``task`` (data; option ``task``) or a ``reasoning_gym:NAME?…`` specification,
+            short for ``task``.
         out_dir: where to; a folder of the cache by default.
         options: keyword arguments of the writer, such as ``seed``.
 
@@ -60,4 +61,12 @@ def _accepted(name: str, writer: Writer, options: dict[str, Any]) -> dict[str, A
     for key in parameters:
         if key not in wished:
             raise ValueError(f"{name} needs {key}; for example {key}={_EXAMPLES[key]}")
+        _check_type(name, key, wished[key], str(parameters[key].annotation))
     return wished
+
+
+def _check_type(name: str, key: str, value: Any, annotation: str) -> None:
+    """What is written on the command line may be a number, a text or anything else that JSON has."""
+    if type(value).__name__ != annotation:
+        kind = {"int": "a whole number", "str": "text"}[annotation]
+        raise ValueError(f"{name}: {key}={value!r} must be {kind}")

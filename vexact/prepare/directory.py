@@ -78,7 +78,7 @@ def _is_made(out: Path, recipe: dict[str, Any]) -> bool:
     if (made.get("name"), made.get("options")) != (wanted["name"], wanted["options"]):
         raise ValueError(
             f"{out} was made by 'vexact prepare {made.get('name')}' with the options {made.get('options')}, "
-            f"not {wanted['options']}; choose another --out or remove it"
+            f"not by 'vexact prepare {wanted['name']}' with {wanted['options']}; choose another --out or remove it"
         )
     return True
 

@@ -32,6 +32,9 @@ def write_tiny(
         seed: of the weights, the rows and the warm-up.
         right_steps: optimizer steps on right answers.
         doubtful_steps: optimizer steps on doubtful answers.
+
+    Raises:
+        ValueError: fewer than one step of either.
     """
     _write(directory, tiny_config, seed, right_steps, doubtful_steps)
 
@@ -58,6 +61,9 @@ def _write(
     doubtful_steps: int,
     **balance: float,
 ) -> None:
+    for name, steps in {"right_steps": right_steps, "doubtful_steps": doubtful_steps}.items():
+        if steps < 1:
+            raise ValueError(f"{name}={steps} must be at least 1")
     train, test = addition_rows(seed)
     write_parquet(train, directory / "train.parquet", "train")
     write_parquet(test, directory / "test.parquet", "test")

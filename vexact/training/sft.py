@@ -25,7 +25,7 @@ TokenPair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class SupervisedConfig:
-    """Plain AdamW on batches drawn without replacement per pass over the data. What balances experts is as in the actor."""
+    """Plain AdamW on batches drawn without replacement per pass over the data. Experts are balanced as in the actor."""
 
     batch_size: int = 64
     grad_clip: float = 1.0
@@ -72,9 +72,7 @@ def supervised_steps(
     return torch.stack(losses).tolist() if losses else []
 
 
-def _watch_experts(
-    model: CausalLM, config: SupervisedConfig, num_sequences: int, ranks: Ranks
-) -> ExpertWatch | None:
+def _watch_experts(model: CausalLM, config: SupervisedConfig, num_sequences: int, ranks: Ranks) -> ExpertWatch | None:
     if not model.chooses_experts:
         return None
     return ExpertWatch(model.config, config.router_aux_loss_coef, num_sequences, ranks)

@@ -11,10 +11,10 @@ from torch import Tensor
 from vexact.audit.doctor import probes
 from vexact.audit.doctor.result import CheckResult, error, ok
 from vexact.models.config import MoeConfig
-from vexact.models.layers.moe import NO_EXPERT, MoE
+from vexact.models.layers.moe import MoE
 from vexact.models.opset import op_set
 from vexact.ops import combine, group_tokens, grouped_linear, grouped_swiglu, linear, route, swiglu
-from vexact.ops.moe.groups import group_tokens_reference
+from vexact.ops.moe.groups import NO_EXPERT, group_tokens_reference
 
 BATCHES = (1, 2, 3, 7, 25, 49, 100)
 TINY = MoeConfig(

@@ -44,7 +44,7 @@ class RouteTap:
         self._digests = None
 
     def _see(self, layer: int, module: Any, _args: Any, out: Any) -> None:
-        experts = out.experts if isinstance(module, Router) else out[-1]
+        experts = out[0].experts if isinstance(module, Router) else out[-1]
         experts = experts.detach().reshape(-1, experts.shape[-1]).sort(dim=1).values  # (T, k)
         digest = digest_of(experts, layer)
         self._digests = digest if self._digests is None else self._digests + digest

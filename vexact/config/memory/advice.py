@@ -116,11 +116,6 @@ def _fix(config: Config, shape: ModelShape, placement: Placement, machine: Machi
         assert machine.device_bytes is not None
         return _plan(changed, shape, where, machine).worst().total - machine.device_bytes
 
-    def settings_on(where: Placement) -> list[str] | None:
-        """What makes it fit in another placement; None if nothing does."""
-        settings, best = _together(config, lambda changed: excess(changed, where))
-        return settings if excess(best, where) <= 0 else None
-
     before = excess(config)
     alone = [
         f"{key}={_value(value)} ({size_text(before - excess(changed))} less)"
@@ -132,24 +127,30 @@ def _fix(config: Config, shape: ModelShape, placement: Placement, machine: Machi
     settings, best = _together(config, excess)
     if excess(best) <= 0:
         return f"set {' and '.join(settings)}"
-    if machine.device == "cpu":
-        return "no setting makes room for it: use a smaller model or a GPU with more memory"
-    if placement.is_colocated and placement.total > 1:
-        apart = max(1, placement.total // 4)
-        separate = settings_on(Placement(placement.total - apart, apart, False))
-        if separate is not None:
-            return f"set {' and '.join([f'trainer.rollout_gpus={apart}', *separate])}"
-    factor = 2
+    no_room = "no setting makes room for it"
+    factor = 1 if machine.device == "cuda" else MOST_GPUS
     while placement.total * factor <= MOST_GPUS:
         more = dataclasses.replace(
             placement, trainers=placement.trainers * factor, replicas=placement.replicas * factor
         )
-        needed = settings_on(more)
-        if needed is not None:
-            also = f" with {' and '.join(needed)}" if needed else ""
-            return f"no setting makes room for it here: use {more.total} GPUs{also}, or a smaller model"
+        for settings, where in _placements(more):
+            others, best = _together(config, lambda changed, where=where: excess(changed, where))  # type: ignore[misc]
+            needed = " and ".join([*settings, *others])
+            if excess(best, where) <= 0:
+                if factor == 1:
+                    return f"set {needed}"
+                return f"{no_room} here: use {where.total} GPUs{needed and f' with {needed}'}, or a smaller model"
         factor *= 2
-    return "no setting makes room for it: use a smaller model or a GPU with more memory"
+    return f"{no_room}: use a smaller model or a GPU with more memory"
+
+
+def _placements(placement: Placement) -> Iterator[tuple[list[str], Placement]]:
+    """As it is, and with a quarter of the GPUs for the rollout alone, whose whole copy of the weights trainers then do
+    not hold; each with the setting that it takes."""
+    yield [], placement
+    if placement.is_colocated and placement.total > 1:
+        apart = max(1, placement.total // 4)
+        yield [f"trainer.rollout_gpus={apart}"], Placement(placement.total - apart, apart, False)
 
 
 def _together(config: Config, excess: Callable[[Config], int]) -> tuple[list[str], Config]:
