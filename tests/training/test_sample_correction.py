@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 import torch
 from ranks_support import digest
-from training_support import gradients_of_update, random_sequences, tiny_actor, tiny_model
+from training_support import CORRECTIONS, gradients_of_update, random_sequences, tiny_actor, tiny_model
 
 from vexact.algorithms import CorrectionConfig, Rejection
 from vexact.training import Actor, ActorConfig
 
-REJECT = (Rejection("token_k2", 0.02), Rejection("seq_mean_k1", 1.5, 0.66))
-CORRECTIONS = {
-    "token": CorrectionConfig("token", 2.0),
-    "icepop": CorrectionConfig("token", 1.2, 0.8),
-    "sequence": CorrectionConfig("sequence", 2.0),
-    "normalised": CorrectionConfig("sequence", 2.0, batch_normalize=True),
-    "rejected": CorrectionConfig(rejections=REJECT),
-    "veto": CorrectionConfig(veto=0.9),
-    "all": CorrectionConfig("token", 2.0, batch_normalize=True, rejections=REJECT, veto=0.5),
-}
 LOSSES = {
     "reinforce": {"loss_mode": "reinforce"},
     "vanilla": {"loss_agg_mode": "seq-mean-token-mean", "use_kl_loss": True, "kl_loss_coef": 0.3},
