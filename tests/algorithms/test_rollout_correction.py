@@ -164,7 +164,8 @@ def test_a_loss_with_the_ratio_in_it_takes_the_rejections_only():
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_a_batch_of_which_nothing_is_kept_counts_zero(mode):
     scales = loss_scales(None, torch.zeros(5, dtype=torch.bool), LENGTHS, mode, CorrectionConfig(bypass=False))
-    assert not scales.policy.any() and not scales.others.any()
+    assert not scales.policy.any()
+    assert not scales.others.any()
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -178,7 +179,8 @@ def test_equal_policies_give_exactly_one(level, mode):
     keep, rejected = kept_tokens(zero, lengths, config)
     scales = loss_scales(values, keep, lengths, mode, config)
     ones = torch.ones(23)
-    assert torch.equal(scales.policy, ones) and torch.equal(scales.others, ones)
+    assert torch.equal(scales.policy, ones)
+    assert torch.equal(scales.others, ones)
     assert metrics["rollout_is_eff_sample_size"] == metrics["rollout_is_batch_norm_factor"] == 1
     assert metrics["rollout_is_std"] == metrics["rollout_is_oob_ratio"] == 0
     assert all(value == 0 for value in rejected.values()), rejected

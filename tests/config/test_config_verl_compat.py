@@ -29,7 +29,7 @@ ROLLOUT = "actor_rollout_ref.rollout"
         (f"{ROLLOUT}.name=sglang", "there is no bridge to it"),
         (f"{ROLLOUT}.engine_kwargs.vexact.max_cache_blocks=9", f"set {ROLLOUT}.num_pages"),
         (f"{ROLLOUT}.response_length=9", "set data.max_response_length"),
-        ("algorithm.rollout_correction.rollout_is=token", "nothing to correct"),
+        ("algorithm.rollout_correction.rollout_is=geometric", "expected token | sequence or null"),
         ("actor_rollout_ref.model.trust_remote_code=true", "never run"),
         ("actor_rollout_ref.actor.strategy=megatron", "only FSDP2"),
     ],
@@ -54,6 +54,8 @@ def test_refused_with_the_reason(override: str, reason: str) -> None:
         "trainer.critic_warmup=0",
         "actor_rollout_ref.model.use_remove_padding=True",
         "algorithm.rollout_correction.rollout_is=null",
+        "algorithm.rollout_correction.rollout_rs=null",
+        "algorithm.rollout_correction.rollout_is_threshold=2.0",
     ],
 )
 def test_harmless_value_is_accepted_in_silence(override: str) -> None:

@@ -10,16 +10,19 @@ import torch.distributed as dist
 from moe_configs import DEEPSEEK_V3, MOONLIGHT, QWEN3_MOE, with_router_biases
 from training_support import random_sequences, tiny_model
 
+from vexact.algorithms import CorrectionConfig, Rejection
 from vexact.training import Actor, ActorConfig, OptimConfig, Reference
 from vexact.training.parallel.ranks import PeerStopped
 
 SMALL = {"vocab_size": 53, "num_hidden_layers": 2, "initializer_range": 0.2}
 FIVE = ({"num_experts": 5}, {"n_routed_experts": 5})  # of four ranks the last one has no expert
+WEIGHED = CorrectionConfig("sequence", 2.0, batch_normalize=True, rejections=(Rejection("token_k2", 0.5),))
 COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": True}
 # The mini-batches of 7 and 5 sequences have 3 to 6 micro-batches: no two numbers of ranks divide them alike.
 CASES = {
     "plain": ({"tie_word_embeddings": False}, {"loss_agg_mode": "seq-mean-token-mean"}),
     "reference": ({}, {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_mode": "gspo"}),
+    "corrected": ({"num_hidden_layers": 1}, {"loss_mode": "reinforce", "correction": WEIGHED}),
     "bfloat16": (
         {"num_hidden_layers": 1},
         {"dtype": "bfloat16", "param_offload": True, "optimizer_offload": True, "enable_gradient_checkpointing": True},

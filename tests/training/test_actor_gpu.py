@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from moe_configs import MOONLIGHT, QWEN3_MOE
-from ranks_support import without_times
-from training_support import assert_same_bits, weights_of
+from ranks_support import digest, without_times
+from training_support import CORRECTIONS, assert_same_bits, weights_of
 
 from vexact.models import ModelConfig, random_model
 from vexact.rollout import Engine, NonFiniteLogprobError, SamplingParams
@@ -87,6 +87,28 @@ def test_updates_are_exactly_on_policy_and_resume_bit_for_bit(shape, config):
     for sequences, metrics in kept:
         assert without_times(resumed.update(sequences)) == without_times(metrics)
     assert_same_bits(weights_of(resumed), weights_of(actor))
+
+
+@pytest.mark.parametrize("loss_mode", ["vanilla", "reinforce", "gspo"])
+def test_every_correction_of_an_exact_rollout_changes_no_bit(loss_mode):
+    actor = gpu_actor(1, loss_mode=loss_mode)
+    rollout = random_model(ModelConfig.from_hf_dict(SIZES), 1, torch.bfloat16, "cuda")
+    engine = Engine(model=rollout, dtype="bfloat16", device="cuda", max_model_len=256, num_pages=512)
+    sync_weights(actor, engine, 1)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 1024, length).tolist() for length in (3, 17, 90)]
+    samples = engine.generate(prompts, SamplingParams(n=4, max_tokens=40, temperature=0.8, ignore_eos=True))
+    sequences = [TrainSequence(s, rng.normal(size=len(s.token_ids)).astype(np.float32)) for s in samples]
+    actor.update(sequences)
+    plain = digest(actor.state_dict())
+    for name, correction in CORRECTIONS.items():
+        for bypass in (True, False):
+            corrected = gpu_actor(1, loss_mode=loss_mode, correction=replace(correction, bypass=bypass))
+            metrics = corrected.update(sequences)
+            seen = {value for key, value in metrics.items() if key.startswith("rollout_corr/")}
+            assert seen
+            assert seen <= {0, 1}
+            assert digest(corrected.state_dict()) == plain, (name, bypass)
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.0}])

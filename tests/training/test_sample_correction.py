@@ -1,4 +1,4 @@
-"""Corrections in whole updates: no-ops where the policies agree, the formula where not, the same bits however packed."""
+"""Corrections in whole updates: no-ops where the policies agree, the formula where not, however they are packed."""
 
 from dataclasses import replace
 
@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 import torch
 from ranks_support import digest
-from training_support import gradients_of_update, random_sequences, tiny_actor, tiny_model
+from training_support import CORRECTIONS, gradients_of_update, random_sequences, tiny_actor, tiny_model
 
 from vexact.algorithms import CorrectionConfig, Rejection
 from vexact.training import Actor, ActorConfig
 
-REJECT = (Rejection("token_k2", 0.02), Rejection("seq_mean_k1", 1.5, 0.66))
-CORRECTIONS = {
-    "token": CorrectionConfig("token", 2.0),
-    "icepop": CorrectionConfig("token", 1.2, 0.8),
-    "sequence": CorrectionConfig("sequence", 2.0),
-    "normalised": CorrectionConfig("sequence", 2.0, batch_normalize=True),
-    "rejected": CorrectionConfig(rejections=REJECT),
-    "veto": CorrectionConfig(veto=0.9),
-    "all": CorrectionConfig("token", 2.0, batch_normalize=True, rejections=REJECT, veto=0.5),
-}
 LOSSES = {
     "reinforce": {"loss_mode": "reinforce"},
     "vanilla": {"loss_agg_mode": "seq-mean-token-mean", "use_kl_loss": True, "kl_loss_coef": 0.3},
@@ -113,7 +103,7 @@ def test_the_gradient_is_that_of_the_weighted_loss(entropy_coeff):
 
 
 def test_rejected_sequences_are_as_good_as_absent():
-    """Under token-mean of a decoupled correction, but for the number of sequences: what is rejected leaves the mean."""
+    """With token-mean and decoupled: they leave the policy loss, the KL term and the mean."""
     sequences = exact_sequences()
     far = off_by(sequences[:2], scale=3.0)
     kept = [replace(s, recomputed_logprobs=s.sample.logprobs) for s in sequences[2:]]
@@ -124,7 +114,7 @@ def test_rejected_sequences_are_as_good_as_absent():
     assert metrics["rollout_corr/rollout_rs_seq_masked_fraction"] == pytest.approx(2 / 6)
     _, expected = gradients_of_update(Actor(tiny_model(), ActorConfig(**config)), kept)
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_an_update_of_which_nothing_is_kept_has_no_gradient():

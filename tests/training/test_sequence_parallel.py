@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from moe_configs import QWEN3_MOE
+from ranks_support import WEIGHED
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
 from vexact.config.memory import ModelShape
@@ -49,7 +50,11 @@ CASES = {
         LATENT,
         {"enable_gradient_checkpointing": True, "router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.1},
     ),
-    "fp32, biases": (QWEN2, {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}),
+    "fp32, biases": (
+        QWEN2,
+        {"loss_agg_mode": "seq-mean-token-mean", "enable_gradient_checkpointing": True}
+        | {"loss_mode": "reinforce", "correction": WEIGHED},
+    ),
 }
 
 

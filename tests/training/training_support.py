@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from vexact.algorithms import CorrectionConfig, Rejection
 from vexact.models import ModelConfig, random_model
 from vexact.training import Actor, ActorConfig, OptimConfig
 from vexact.training.passes.forward import token_scores
@@ -23,6 +24,16 @@ TINY = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "initializer_range": 0.2,
+}
+REJECT = (Rejection("token_k2", 0.02), Rejection("seq_mean_k1", 1.5, 0.66))
+CORRECTIONS = {
+    "token": CorrectionConfig("token", 2.0),
+    "icepop": CorrectionConfig("token", 1.2, 0.8),
+    "sequence": CorrectionConfig("sequence", 2.0),
+    "normalised": CorrectionConfig("sequence", 2.0, batch_normalize=True),
+    "rejected": CorrectionConfig(rejections=REJECT),
+    "veto": CorrectionConfig(veto=0.9),
+    "all": CorrectionConfig("token", 2.0, batch_normalize=True, rejections=REJECT, veto=0.5),
 }
 
 

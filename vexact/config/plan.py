@@ -60,10 +60,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("step", _step_row(config)),
         ("updates", _updates_row(config)),
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
-        (
-            "algorithm",
-            f"{config.algorithm.adv_estimator}, {config.loss_mode} loss, lr {config.actor.optim.lr:g}",
-        ),
+        ("algorithm", f"{config.algorithm.adv_estimator}, {config.loss_mode} loss, lr {config.actor.optim.lr:g}"),
         ("attention", _attention_row(config)),
         ("exactness", _exactness_row(config)),
         ("placement", placement.text(device)),

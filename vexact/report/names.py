@@ -35,16 +35,15 @@ METRICS: dict[str, dict[str, str]] = {
         "rollout_corr/kl": "Mean of rollout log-prob minus training log-prob (nats). Expected: exactly 0.",
         "rollout_corr/k3_kl": "Mean of r - 1 - log r with r = training / rollout probability. Expected: exactly 0.",
         "rollout_corr/{training_ppl,rollout_ppl}": "Perplexity of the responses on either side; equal when exact.",
-        "rollout_corr/<name>": "verl's further measures of the rollout-training gap.",
     },
     "Correction": {
-        "rollout_corr/rollout_is_{mean,max,min,std}": "Importance weights pi / rollout per token after truncation "
+        "rollout_corr/rollout_is_{mean,max,min,std}": "Importance weights per token after truncation "
         "(algorithm.rollout_correction.rollout_is); at sequence level max and min are of the ratios before it. 1, 1, 1 "
         "and 0 when exact.",
         "rollout_corr/rollout_is_eff_sample_size": "Effective sample size, as a share of the tokens: mean(w)^2 / "
         "mean(w^2). 1 when exact.",
-        "rollout_corr/rollout_is_ratio_fraction_{high,low}": "Share of the weights beyond the bounds before truncation; "
-        "without a lower bound, below 1 / upper.",
+        "rollout_corr/rollout_is_ratio_fraction_{high,low}": "Share of the weights beyond the bounds before "
+        "truncation; without a lower bound, below 1 / upper.",
         "rollout_corr/rollout_is_seq_<statistic>": "The same over sequences, of the mean weight of each.",
         "rollout_corr/rollout_is_oob_ratio": "With two bounds: share of the tokens whose weight is 0.",
         "rollout_corr/rollout_is_batch_norm_factor": "The mean that weights were divided by "
@@ -56,6 +55,7 @@ METRICS: dict[str, dict[str, str]] = {
         "rollout_corr/rollout_is_veto_fraction": "Share of the sequences left out by rollout_token_veto_threshold. 0 "
         "when exact.",
         "rollout_corr/rollout_is_catastrophic_token_fraction": "Share of the tokens whose ratio is below it.",
+        "rollout_corr/<name>": "verl's further measures of the rollout-training gap.",
     },
     "Reward": {
         f"critic/score/{_SPREAD}": "What the grader gave per sample. The name is verl's; there need be no critic.",

@@ -67,8 +67,9 @@ def _passed(log_ratio: Tensor, lengths: Tensor, rejection: Rejection) -> tuple[T
         "seq_min": per_sequence.min(),
         "seq_max_deviation": per_sequence.abs().max(),
         "seq_fraction_high": (per_sequence > high).double().mean(),
-        "seq_fraction_low": (per_sequence < low).double().mean(),
     }
+    if kind == "k1":
+        metrics["seq_fraction_low"] = (per_sequence < low).double().mean()
     named = {f"{name}_{key}": float(value) for key, value in metrics.items()}
     return passed, named | _fractions(name, passed, lengths)
 
