@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from plotly import graph_objects as go
@@ -55,8 +55,8 @@ def curves(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> dict[
             style = _Style(
                 colour(place if len(groups) > 1 else number),
                 _DASHES[number % len(_DASHES)] if len(groups) > 1 else "solid",
-                escape(name if len(groups) == 1 else f"{group.label} · {name}" if len(names) > 1 else group.label),
                 escape(name),
+                escape(name if len(groups) == 1 else f"{group.label} · {name}" if len(names) > 1 else group.label),
                 in_legend=place == 0 and len(names) > 1,
             )
             seeds = [] if panel.sums or len(group.runs) < 2 else group.series(name)[:_MOST_SEEDS_SHOWN]
@@ -70,19 +70,23 @@ def curves(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> dict[
     return _plain(figure)
 
 
-class _Style:
-    def __init__(self, colour: str, dash: str, name: str, legend: str, in_legend: bool) -> None:
-        self.colour, self.dash, self.name, self.legend, self.in_legend = colour, dash, name, legend, in_legend
+class _Style(NamedTuple):
+    colour: str
+    dash: str
+    metric: str
+    label: str  # of the pointer
+    in_legend: bool
 
 
 def _traces(panel: Panel, band: Band, seeds: Sequence[Series], style: _Style, limit: int) -> Iterable[go.Scatter]:
-    quiet: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False, "legendgroup": style.legend}
+    quiet: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False, "legendgroup": style.metric}
     red, green, blue = (int(style.colour[place : place + 2], 16) for place in (1, 3, 5))
     faint = f"rgba({red},{green},{blue},0.28)"
     if band.has_interval:
         kept = np.unique(np.concatenate([kept_points(edge, limit // 2) for edge in (band.low, band.high)]))
         inside = kept[np.isfinite(band.low[kept])]
-        line, steps = {"width": 0}, _numbers(band.steps[inside])
+        line: dict[str, Any] = {"width": 0}
+        steps = _numbers(band.steps[inside])
         yield go.Scatter(x=steps, y=_numbers(band.low[inside]), mode="lines", line=line, **quiet)
         fill = {"fill": "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.16)"}
         yield go.Scatter(x=steps, y=_numbers(band.high[inside]), mode="lines", line=line, **fill, **quiet)
@@ -94,7 +98,8 @@ def _traces(panel: Panel, band: Band, seeds: Sequence[Series], style: _Style, li
             yield _line(band.steps, mean, limit, {"color": faint, "width": 1}, **quiet)
         mean = running_mean(mean, window)
     line = {"color": style.colour, "dash": style.dash, "width": 2}
-    legend = {"name": style.name, "showlegend": style.in_legend, "legendgroup": style.legend}
+    legend: dict[str, Any] = {"name": style.metric, "showlegend": style.in_legend, "legendgroup": style.metric}
+    legend["hovertemplate"] = f"%{{y}}<extra>{style.label}</extra>"
     yield _line(band.steps, mean, limit, line, marks=panel.marks or len(mean) <= _FEW, **legend)
 
 
@@ -125,7 +130,12 @@ def step_bars(group: Group) -> dict[str, Any] | None:
         bar = {"marker": {"color": colour(number) if label != "other" else "#c9ced6", "line": {"width": 0}}}
         figure.add_bar(x=_numbers(steps[first]), y=_numbers(values), name=label, **bar)
     figure.update_layout(
-        **_LAYOUT, barmode="stack", bargap=0.05, xaxis={"title": {"text": "step"}}, yaxis={"title": {"text": "seconds"}}
+        **_LAYOUT,
+        legend_traceorder="normal",
+        barmode="stack",
+        bargap=0.05,
+        xaxis={"title": {"text": "step"}},
+        yaxis={"title": {"text": "seconds"}},
     )
     return _plain(figure)
 
@@ -153,7 +163,9 @@ def _range(panel: Panel, shown: Sequence[np.ndarray]) -> list[float] | None:
     low, high = float(values.min()), float(values.max())
     if panel.expected is not None or panel.sums:
         low, high = min(low, 0.0), max(high, 0.0)
-    margin = 0.06 * (high - low) or max(abs(high) * 0.1, 1.0 if high == 0 else 1e-12)
+    if low == high == 0:
+        return [-0.06, 1.0]
+    margin = 0.06 * (high - low) or abs(high) * 0.1
     found = [low - margin, high + margin]
     return found if all(map(math.isfinite, found)) else None
 

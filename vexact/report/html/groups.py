@@ -19,7 +19,7 @@ _TRAINER_ONLY_WRITES = (
 SAME_TRAINING = {*SEED_KEYS, *(f"trainer.{name}" for name in _TRAINER_ONLY_WRITES.split())}
 """Keys that runs of one group may differ in."""
 
-# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond them the normal distribution's is 4 % off at most
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond them the normal distribution's is close enough
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 _T_NORMAL = 1.960

@@ -13,7 +13,7 @@ function element(tag, className, ...content) {
 function draw(place) {
   const figure = data.figures[Number(place.dataset.figure)];
   const layout = { ...figure.layout, template: data.template, autosize: true };
-  return Plotly.newPlot(place, figure.data, layout, { responsive: true, displaylogo: false }).then(() => {
+  return Plotly.newPlot(place, figure.data, layout, { responsive: true, displayModeBar: false }).then(() => {
     place.dataset.drawn = "yes";
   });
 }

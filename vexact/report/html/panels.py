@@ -13,11 +13,12 @@ PARTS = "parts of a step"
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One picture: the metrics that fit any of ``names``, which may hold ``*``."""
+    """One picture: the metrics that fit any of ``names``, which may hold ``*``, and not ``but``."""
 
     title: str
     names: tuple[str, ...]
     unit: str = ""
+    but: str = ""
     sums: bool = False  # show the sum over the steps so far
     marks: bool = False  # few points, each worth seeing
     smooth: bool = False  # a running mean beside the values
@@ -26,7 +27,10 @@ class Panel:
     def metrics(self, present: Iterable[str]) -> list[str]:
         """Those of ``present`` that belong here, in the order of ``names``."""
         found = sorted(present)
-        return list(dict.fromkeys(name for form in self.names for name in found if fnmatchcase(name, form)))
+        return list(dict.fromkeys(name for form in self.names for name in found if self._fits(name, form)))
+
+    def _fits(self, name: str, form: str) -> bool:
+        return fnmatchcase(name, form) and not fnmatchcase(name, self.but)
 
 
 def _zero(title: str, *names: str, unit: str = "") -> Panel:
@@ -38,7 +42,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("reward of a step's samples", ("critic/score/mean",), "score", smooth=True),
         Panel("validation", ("val-core/*",), "mean over prompts", marks=True),
         Panel("score after shaping", ("critic/rewards/mean",), "score", smooth=True),
-        Panel("further rewards", ("reward/*/mean",), "mean", smooth=True),
+        Panel("further rewards", ("reward/*/mean",), "mean", but="reward/time_s/*", smooth=True),
         Panel("further validation", ("val-aux/*",), "mean over prompts", marks=True),
         Panel("prompts whose samples all score the same", ("reward/frac_zero_std_groups",), "share"),
         Panel("graders that failed", ("reward/error_ratio", "reward/timeout_ratio"), "share of samples"),
@@ -76,6 +80,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("tokens sampled per second", ("rollout/decode_tokens_per_s",), "tokens / s", smooth=True),
         Panel("model FLOPs utilisation", ("perf/mfu",), "share of the peak"),
         Panel("memory", ("perf/*memory*_gb",), "GiB"),
+        Panel("grading one sample", ("reward/time_s/mean", "reward/time_s/max"), "seconds"),
         Panel("key-value pages in use", ("rollout/kv_usage",), "share, at the peak"),
         Panel("requests pushed out and recomputed", ("rollout/preemptions",), "requests"),
     ),

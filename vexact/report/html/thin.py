@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 
@@ -18,7 +20,7 @@ def kept_points(values: np.ndarray, limit: int) -> np.ndarray:
     edges = np.linspace(0, len(values), (limit - 2) // 2 + 1).astype(int)
     peaks = [
         start + int(extreme(part[start:end]))
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
+        for start, end in pairwise(edges)
         for extreme, part in ((np.argmin, low), (np.argmax, high))
     ]
     return np.unique([0, *peaks, len(values) - 1])
