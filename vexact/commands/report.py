@@ -33,8 +33,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     from vexact.report.html import FILE_NAME, read_run, write_report
 
-    places = list({Path(run).resolve(): run for run in arguments.runs}.values())
-    runs = [read_run(place) for place in places]
+    found = [read_run(run) for run in arguments.runs]
+    runs = list({run.path.resolve(): run for run in found}.values())
     default = runs[0].path / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
     out = Path(arguments.out) if arguments.out is not None else default
     if out.is_dir():

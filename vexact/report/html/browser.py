@@ -84,6 +84,8 @@ def _sample(line: str) -> dict[str, Any] | None:
     for key, most in _MOST_CHARACTERS.items():
         if record.get(key) is not None:
             sample[key] = _cut(record[key] if isinstance(record[key], str) else json.dumps(record[key]), most)
+    if len(record["response"]) > len(sample["response"]):
+        sample["cut"] = len(record["response"]) - len(sample["response"])
     score = record.get("score")
     sample["score"] = score if _is_finite(score) else None
     extra = record.get("extra")
@@ -123,4 +125,4 @@ def _short(value: Any) -> Any:
 
 
 def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[:most]
+    return text[:most]

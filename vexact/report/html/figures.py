@@ -112,13 +112,15 @@ def _line(steps: np.ndarray, values: np.ndarray, limit: int, line: dict[str, Any
 
 def step_bars(group: Group) -> dict[str, Any] | None:
     """Where the time of a step goes: its parts on top of each other, means over stretches of a long run."""
-    names = [name for name in step_parts(group.metric_names()) if group.band(name) is not None]
+    bands = {name: group.band(name) for name in step_parts(group.metric_names())}
+    parts = {name: band for name, band in bands.items() if band is not None}
     whole = group.band(_STEP)
-    steps = np.unique(np.concatenate([group.series(name)[0].steps for name in [*names, _STEP] if group.series(name)]))
+    steps = np.unique(np.concatenate([np.zeros(0, int), *(band.steps for band in parts.values())]))
     steps = steps[steps > 0]  # a validation before training is no step
-    if not names or not len(steps):
+    if not len(steps):
         return None
-    seconds = np.stack([_at(steps, group.band(name)) for name in names])
+    names = list(parts)
+    seconds = np.stack([_at(steps, band) for band in parts.values()])
     if whole is not None:
         names = [*names, "timing_s/other"]
         seconds = np.vstack([seconds, np.maximum(0.0, _at(steps, whole) - seconds.sum(axis=0))])
@@ -140,12 +142,11 @@ def step_bars(group: Group) -> dict[str, Any] | None:
     return _plain(figure)
 
 
-def _at(steps: np.ndarray, band: Band | None) -> np.ndarray:
+def _at(steps: np.ndarray, band: Band) -> np.ndarray:
     """Means at ``steps``; 0 where there is none."""
     values = np.zeros(len(steps))
-    if band is not None:
-        there = np.isin(band.steps, steps) & np.isfinite(band.mean)
-        values[np.searchsorted(steps, band.steps[there])] = band.mean[there]
+    there = np.isin(band.steps, steps) & np.isfinite(band.mean)
+    values[np.searchsorted(steps, band.steps[there])] = band.mean[there]
     return values
 
 

@@ -69,6 +69,7 @@ function response(sample) {
     start += length;
   }
   place.append(characters.slice(start).join(""));
+  if (sample.cut) place.append(element("span", "quiet", ` … and ${sample.cut} characters more`));
   return place;
 }
 
