@@ -11,7 +11,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 required="torch triton transformers safetensors tokenizers numpy pyarrow hydra omegaconf jinja2 rich"
-optional="wandb tensorboard reasoning_gym math_verify starlette uvicorn pydantic prometheus_client gguf accelerate ray \
+optional="wandb tensorboard plotly reasoning_gym math_verify starlette uvicorn pydantic prometheus_client gguf accelerate ray \
 pytest pytest_timeout xdist hypothesis ruff mypy openai"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -41,7 +41,7 @@ make_venv() { # PYTHON VENV [OPTION...]
 
 install_into() { # VENV EXTRAS OPTION...: the whole set, quietly
   local venv="$1" extras="$2" python="$1/bin/python" start="$SECONDS"; shift 2
-  local target="$root[$extras,dev,wandb,tensorboard,tasks,serve,smollm2,ray]"
+  local target="$root[$extras,dev,wandb,tensorboard,report,tasks,serve,smollm2,ray]"
   local install=("$python" -m pip install -q --disable-pip-version-check)
   # uv does not see packages that a system Python lends, and would fetch another torch
   if command -v uv >/dev/null && ! grep -qs 'include-system-site-packages = true' "$venv/pyvenv.cfg"; then

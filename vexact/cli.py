@@ -101,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     """The argument parser with every command."""
     # here, so that signals are handled before this takes time
-    from vexact.commands import doctor, generate, prepare, serve, train, verify
+    from vexact.commands import doctor, generate, prepare, report, serve, train, verify
 
     root = argparse.ArgumentParser(
         prog="vexact",
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"vexact {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (train, prepare, generate, serve, verify, doctor):
+    for module in (train, report, prepare, generate, serve, verify, doctor):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of a user error (VEXACT_DEBUG=1)")
         command.set_defaults(run=module.run)

@@ -11,19 +11,21 @@ from pathlib import Path
 
 import grpo_run
 import plot_run
-import pytest
 import scale_model
 from scale_shapes import MODELS
+
+from vexact.report.html import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_plot_means_and_series(tmp_path: Path) -> None:
+def test_a_plot_has_the_steps_that_have_the_metric(tmp_path: Path) -> None:
     rows = [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 3, "b": 2.0}]
-    assert plot_run.series(rows, "a") == ([2], [1.0])
-    assert plot_run.smooth([0.0, 1.0, 2.0], 2) == [0.0, 0.5, 1.5]
-    with pytest.raises(SystemExit, match="has no rows"):
-        plot_run.read_rows(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(tmp_path)
+    assert plot_run.series(run, "a") == ([2], [1.0])
+    assert plot_run.series(run, "b") == ([3], [2.0])
+    assert plot_run.series(run, "c") == ([], [])
 
 
 WRITER = """

@@ -45,4 +45,5 @@ def small_run(tiny: Path, directory: Path) -> list[str]:
         "actor_rollout_ref.actor.optim.lr=1e-3",
         "reward.num_workers=1",
         f"trainer.default_local_dir={directory}",
+        "trainer.report=false",
     ]

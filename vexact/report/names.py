@@ -142,7 +142,9 @@ METRICS: dict[str, dict[str, str]] = {
         "perf/time_per_step": "Seconds per step.",
         "perf/throughput": "Tokens per second and GPU (per process on a CPU).",
         "perf/mfu": "Model FLOPs utilisation, where the peak of the device is known.",
-        "perf/{max_memory_allocated_gb,max_memory_reserved_gb,cpu_memory_used_gb}": "Memory in GiB.",
+        "perf/{max_memory_allocated_gb,max_memory_reserved_gb}": "Most memory (GiB) that the process of this file had "
+        "on its GPU since the start; absent where it has none.",
+        "perf/cpu_memory_used_gb": "Memory of the machine in use (GiB).",
         "training/global_step": "The step.",
         "training/epoch": "Epoch of the step's first prompt.",
         "training/<name>": "Further counters of the training loop.",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vexact.report.token_text import TokenText
 from vexact.types import Sample, SampleGroup, Score
 
 
@@ -23,7 +25,8 @@ def write_samples(
 
     Args:
         groups: scored groups.
-        decode: token ids to text, for samples that carry no text.
+        decode: token ids to text. With it, samples that carry no text get one, and all get the log-probabilities of
+            their tokens and how many characters of the response each token wrote.
         limit: at most so many samples; -1 writes all, 0 writes no file.
         stem: "step", or "val" for a validation.
 
@@ -37,21 +40,22 @@ def write_samples(
     temporary = path.with_suffix(".tmp")
     # A lone surrogate, which UTF-8 has no bytes for, becomes \udc80, which JSON reads as the same character.
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in islice(_records(groups, decode), None if limit < 0 else limit):
+        for record in islice(_records(groups, TokenText(decode) if decode else None), None if limit < 0 else limit):
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     temporary.replace(path)
     return path
 
 
-def _records(groups: Sequence[SampleGroup], decode: Callable[[Sequence[int]], str] | None) -> Iterable[dict[str, Any]]:
+def _records(groups: Sequence[SampleGroup], tokens: TokenText | None) -> Iterable[dict[str, Any]]:
     for group in groups:
         for index, sample in enumerate(group.samples):
             score = group.scores[index] if group.scores else None
+            text = sample.text if sample.text is not None or tokens is None else tokens.decode(sample.token_ids)
             yield {
                 "row": group.prompt.row,
                 "data_source": group.prompt.data_source,
                 "prompt": group.prompt.text,
-                "response": _text(sample, decode),
+                "response": text,
                 "ground_truth": group.prompt.ground_truth,
                 **_score_fields(score),
                 "finish_reason": sample.finish_reason,
@@ -59,13 +63,16 @@ def _records(groups: Sequence[SampleGroup], decode: Callable[[Sequence[int]], st
                 "num_tokens": len(sample.token_ids),
                 "weights_version": sample.weights_version,
                 "request_id": sample.request_id,
+                **_token_fields(sample, text, tokens),
             }
 
 
-def _text(sample: Sample, decode: Callable[[Sequence[int]], str] | None) -> str | None:
-    if sample.text is None and decode is not None:
-        return decode(sample.token_ids)
-    return sample.text
+def _token_fields(sample: Sample, text: str | None, tokens: TokenText | None) -> dict[str, Any]:
+    """``token_lengths`` in characters, and ``logprobs`` to three digits; null is one that is not finite."""
+    if text is None or tokens is None:
+        return {}
+    logprobs = [round(value, 3) if math.isfinite(value) else None for value in sample.logprobs.tolist()]
+    return {"token_lengths": tokens.lengths(sample.token_ids, text), "logprobs": logprobs}
 
 
 def _score_fields(score: Score | None) -> dict[str, Any]:

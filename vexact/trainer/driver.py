@@ -20,6 +20,7 @@ from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver
 from vexact.trainer.collect import Collected, Collector
 from vexact.trainer.diagnose import diagnose
 from vexact.trainer.evaluate import evaluate
+from vexact.trainer.memory_use import memory_metrics
 from vexact.trainer.old_log_probs import recompute_old_log_probs
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.update_health import UpdateError, UpdateHealth
@@ -164,7 +165,7 @@ class Driver:
         # 10: report; a checkpoint without validation comes after, so that a killed run repeats a row and lacks none
         timing = self.timers.take()
         num_tokens = sum(sample.num_tokens for sample in samples)
-        metrics |= perf_metrics(num_tokens, timing["timing_s/step"], workers.num_processes) | timing
+        metrics |= perf_metrics(num_tokens, timing["timing_s/step"], workers.num_processes) | memory_metrics() | timing
         self.reporter.log(StepStats(step, metrics))
         self.pending.clear()
         if save and not validate:
@@ -251,7 +252,7 @@ class Driver:
 
     def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
         limit = self.config.trainer.samples_per_step
-        write_samples(self.config.run_dir, step, groups, limit=limit, stem=stem)
+        write_samples(self.config.run_dir, step, groups, self.workers.tokenizer.decode, limit=limit, stem=stem)
 
 
 def how_to_go_on(config: Config, saved_step: int) -> str:

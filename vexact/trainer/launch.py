@@ -19,6 +19,7 @@ from vexact.trainer.ahead import read_collected
 from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
 from vexact.trainer.collect import Collected
 from vexact.trainer.driver import Driver, how_to_go_on
+from vexact.trainer.final_report import final_report
 from vexact.trainer.machine import layout_of, machine_of
 from vexact.trainer.pending_step import PendingStep
 from vexact.trainer.preflight import check_before_training
@@ -97,7 +98,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         redraw_ratio = config.trainer.audit_redraw_ratio if config.rollout.is_own else 0.0  # it knows our draws only
         audit = Audit(config.trainer.exactness, redraw_ratio)
         driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
-        with advising(config, lambda: driver.stage):
+        with final_report(config), advising(config, lambda: driver.stage):
             _drive(driver)
         interrupt.check()
     return 0

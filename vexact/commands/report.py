@@ -1,0 +1,45 @@
+"""`vexact report`: one HTML file of one or more runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  vexact report runs/vexact/tiny_arithmetic
+  vexact report runs/vexact/seed_* runs/vexact/other_lr --out compared.html
+
+docs/reports.md says what is in it.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "report",
+        help="show runs in one HTML file",
+        description="Write one HTML file that shows a run, or several side by side, and opens without a network.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, done or not")
+    parser.add_argument(
+        "--out", metavar="FILE", help="default: report.html in the run's directory, or here if there are several"
+    )
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vexact.report.html import FILE_NAME, read_run, write_report
+
+    found = [read_run(run) for run in arguments.runs]
+    runs = list({run.path.resolve(): run for run in found}.values())
+    default = runs[0].path / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
+    out = Path(arguments.out) if arguments.out is not None else default
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a directory; give a file, such as {out / FILE_NAME}")
+    if not out.parent.is_dir():
+        raise NotADirectoryError(f"--out {out}: there is no directory {out.parent}")
+    sys.stdout.write(f"{write_report(runs, out)}\n")
+    return 0

@@ -1,0 +1,128 @@
+"""Which samples a page carries, and how: as data, which the page shows as text and never as markup."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vexact.report.html.record import RunRecord, SampleFile
+
+BYTES_OF_ALL = 2 << 20  # of text, all runs together
+_MOST_FILES, _MOST_SAMPLES = 200, 64
+_MOST_CHARACTERS = {"prompt": 4000, "response": 8000, "ground_truth": 1000, "message": 500}
+_PLAIN = ("row", "data_source", "status", "finish_reason", "num_tokens", "weights_version")
+
+
+def sample_pages(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """For every run its name, how many sample files it has, and the content of those that fit in the page."""
+    budget = BYTES_OF_ALL // max(1, len(runs))
+    return [
+        {"run": run.name, "files": len(run.sample_files), "shown": _contents(run.sample_files, budget)} for run in runs
+    ]
+
+
+def _contents(files: Sequence[SampleFile], budget: int) -> list[dict[str, Any]]:
+    """First and last, then what lies evenly between, coarse to fine, until the budget is spent."""
+    shown: dict[SampleFile, list[dict[str, Any]]] = {}
+    for place in _coarse_to_fine(len(files)):
+        if len(shown) >= _MOST_FILES or budget <= 0:
+            break
+        samples, size = _samples(files[place].path, budget)
+        budget -= size
+        if samples:
+            shown[files[place]] = samples
+    return [{"step": file.step, "stem": file.stem, "samples": shown[file]} for file in sorted(shown)]
+
+
+def _coarse_to_fine(count: int) -> list[int]:
+    """All of 0 … count-1, ends first, each further round twice as fine.
+
+    >>> _coarse_to_fine(5)
+    [0, 4, 2, 1, 3]
+    """
+    order: dict[int, None] = {}
+    parts = 1
+    while len(order) < min(count, _MOST_FILES):
+        order |= dict.fromkeys(np.linspace(0, count - 1, min(parts, count - 1) + 1).round().astype(int).tolist())
+        parts *= 2
+    return list(order)
+
+
+def _samples(file: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
+    """The samples of a file that fit, and their size; a line that is no sample is left out."""
+    samples: list[dict[str, Any]] = []
+    spent = 0
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                sample = _sample(line)
+                if sample is None:
+                    continue
+                size = len(json.dumps(sample))
+                if len(samples) == _MOST_SAMPLES or spent + size > budget:
+                    break
+                samples.append(sample)
+                spent += size
+    except OSError:
+        return [], 0
+    return samples, spent
+
+
+def _sample(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("response"), str):
+        return None
+    sample: dict[str, Any] = {key: _short(record[key]) for key in _PLAIN if key in record}
+    for key, most in _MOST_CHARACTERS.items():
+        if record.get(key) is not None:
+            sample[key] = _cut(record[key] if isinstance(record[key], str) else json.dumps(record[key]), most)
+    if len(record["response"]) > len(sample["response"]):
+        sample["cut"] = len(record["response"]) - len(sample["response"])
+    score = record.get("score")
+    sample["score"] = score if _is_finite(score) else None
+    extra = record.get("extra")
+    if isinstance(extra, dict):
+        sample["extra"] = {str(key)[:80]: value for key, value in extra.items() if _is_finite(value)}
+    tokens = _tokens(record, len(sample["response"]))
+    return sample | ({"tokens": tokens} if tokens else {})
+
+
+def _tokens(record: dict[str, Any], shown: int) -> list[list[float | None]]:
+    """[characters, log-probability] of the tokens of the response's first ``shown`` characters; [] if they are not
+    there or do not add up to the response."""
+    lengths, logprobs = record.get("token_lengths"), record.get("logprobs")
+    if not isinstance(lengths, list) or not isinstance(logprobs, list) or len(lengths) != len(logprobs):
+        return []
+    if not all(isinstance(length, int) and length >= 0 for length in lengths) or sum(lengths) != len(
+        record["response"]
+    ):
+        return []
+    tokens, end = [], 0
+    for length, logprob in zip(lengths, logprobs, strict=True):
+        end += length
+        if end > shown:
+            break
+        tokens.append([length, logprob if _is_finite(logprob) else None])
+    return tokens
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 2**53 if isinstance(value, int) else math.isfinite(value)
+
+
+def _short(value: Any) -> Any:
+    return value if value is None or _is_finite(value) else str(value)[:200]
+
+
+def _cut(text: str, most: int) -> str:
+    return text[:most]

@@ -1,0 +1,195 @@
+"""What a run directory holds, read as far as it can be: of a run that is done, was killed, or goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from vexact.report.jsonl import FILE_NAME as METRICS_FILE
+
+CONFIG_FILE, CERTIFICATE_FILE, ENVIRONMENT_FILE = "config.yaml", "certificate.json", "environment.json"
+_SAMPLE_FILE = re.compile(r"(step|val)_(\d{1,15})\.jsonl")
+_LARGEST_STEP = 2**53  # a page's numbers are doubles
+
+
+class NoRunError(ValueError):
+    """A path that is no run directory."""
+
+
+class Series(NamedTuple):
+    """One metric of one run."""
+
+    steps: np.ndarray  # (S,) int64, ascending
+    values: np.ndarray  # (S,) float64; NaN where the step wrote null
+
+
+class SampleFile(NamedTuple):
+    """``samples/step_7.jsonl`` or ``samples/val_7.jsonl``."""
+
+    step: int
+    stem: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its directory tells it. Nested files are flat: ``{"trainer.seed": 42}``."""
+
+    path: Path
+    name: str
+    series: Mapping[str, Series]
+    last_step: int | None
+    last_time: float | None  # seconds since 1970
+    config: Mapping[str, Any]
+    certificate: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    sample_files: tuple[SampleFile, ...]
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def total_steps(self) -> int | None:
+        """As far as the configuration says."""
+        total = self.config.get("trainer.total_training_steps")
+        return total if isinstance(total, int) else None
+
+    @cached_property
+    def seed(self) -> str:
+        """Everything that only makes the run another draw of the same configuration."""
+        return json.dumps([self.config.get(key) for key in SEED_KEYS], default=str)
+
+
+SEED_KEYS = ("trainer.seed", "data.seed", "actor_rollout_ref.rollout.seed")
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """The run in a directory, or that of a ``metrics.jsonl``.
+
+    What is missing or broken is left out and named in ``problems``.
+
+    Raises:
+        NoRunError: there is no such directory, or no run has written to it.
+    """
+    given = Path(path)
+    place = given.parent if given.name == METRICS_FILE and given.is_file() else given
+    if not place.is_dir():
+        reason = "is a file" if place.exists() else "does not exist"
+        raise NoRunError(f"{given} {reason}; give the directory of a run, such as runs/vexact/tiny_arithmetic")
+    if not any((place / name).is_file() for name in (METRICS_FILE, CONFIG_FILE)):
+        below = sorted(file.parent for file in place.glob(f"*/{METRICS_FILE}"))
+        hint = f"; did you mean {' '.join(map(str, below[:5]))}?" if below else ""
+        raise NoRunError(f"{given} is not a run directory: it has neither {METRICS_FILE} nor {CONFIG_FILE}{hint}")
+    problems: list[str] = []
+    rows = _rows(place / METRICS_FILE, problems)
+    series = _series(rows)
+    for name, (_, values) in series.items():
+        if count := int(np.isnan(values).sum()):
+            problems.append(f"{name} is not finite in {count} of {len(values)} steps")
+    times = [time for row in rows.values() if (time := row.get("time")) is not None]
+    return RunRecord(
+        path=place,
+        name=place.resolve().name,
+        series=series,
+        last_step=max(rows, default=None),
+        last_time=max(times, default=None),
+        config=_flat(_loaded(place / CONFIG_FILE, problems)),
+        certificate=_flat(_loaded(place / CERTIFICATE_FILE, problems)),
+        environment=_flat(_loaded(place / ENVIRONMENT_FILE, problems)),
+        sample_files=_sample_files(place / "samples"),
+        problems=tuple(problems),
+    )
+
+
+def _rows(file: Path, problems: list[str]) -> dict[int, dict[str, float | None]]:
+    """Step -> its metrics. A step that was written twice, by a run that was killed in between, has its later values."""
+    rows: dict[int, dict[str, float | None]] = {}
+    broken = []
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                step, row = _row(line)
+                if step is not None:
+                    rows.setdefault(step, {}).update(row)
+                elif line.strip():
+                    broken.append(number)
+    except OSError as error:
+        problems.append(f"{METRICS_FILE} cannot be read: {error.strerror}")
+    if broken:
+        where = f"line {broken[0]}" if len(broken) == 1 else f"{len(broken)} lines, the first of them {broken[0]},"
+        problems.append(f"{METRICS_FILE}: {where} left out: no JSON object with a step (cut off, or not ours)")
+    if not rows:
+        problems.append(f"{METRICS_FILE} has no steps yet (trainer.logger must name jsonl)")
+    return dict(sorted(rows.items()))
+
+
+def _row(line: str) -> tuple[int | None, dict[str, float | None]]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None, {}
+    step = record.get("step") if isinstance(record, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _LARGEST_STEP:
+        return None, {}
+    return step, {name: _finite(value) for name, value in record.items() if name != "step" and _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _finite(value: float | None) -> float | None:
+    try:
+        number = math.nan if value is None else float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _series(rows: Mapping[int, Mapping[str, float | None]]) -> dict[str, Series]:
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for step, row in rows.items():
+        for name, value in row.items():
+            if name != "time":
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(math.nan if value is None else value)
+    return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+
+
+def _loaded(file: Path, problems: list[str]) -> Any:
+    """The file's content; {} with a problem noted where it is absent or broken."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except FileNotFoundError:
+        problems.append(f"there is no {file.name}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problems.append(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}")
+    return {}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of a tree's leaves; an empty branch is a leaf."""
+    return dict(_leaves(tree, prefix)) if isinstance(tree, dict) else {}
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _sample_files(folder: Path) -> tuple[SampleFile, ...]:
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    found = ((file, _SAMPLE_FILE.fullmatch(file.name)) for file in files)
+    return tuple(sorted(SampleFile(int(name[2]), name[1], file) for file, name in found if name is not None))
