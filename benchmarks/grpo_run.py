@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -130,6 +131,7 @@ class Finished:
     directory: Path
     wall_s: float
     peak_bytes: int | None  # of the fullest GPU, as the driver sees it; None without a GPU
+    attention: str  # what the rollout attends with, by name
 
 
 def train(
@@ -165,7 +167,18 @@ def train(
         raise RuntimeError(f"{' '.join(line)}\nexit code {code}; the end of {log}:\n{tail}")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "timing_s/step" in row and "actor/loss" in row]
-    return Finished(steps, directory, time.monotonic() - started, max(peak, default=0) or None)
+    seconds = time.monotonic() - started
+    return Finished(steps, directory, seconds, max(peak, default=0) or None, attention(log.read_text(errors="replace")))
+
+
+def attention(log: str) -> str:
+    """What the engine of a run said that it attends with; only one on stock operators has anything to say.
+
+    >>> attention("INFO rollout on stock operators (batch_invariant=false), attention: sdpa (no CUDA graphs)\\n")
+    'sdpa (no CUDA graphs)'
+    """
+    found = re.search(r"rollout on stock operators .*, attention: (.*)", log)
+    return found[1].strip() if found else "triton-invariant"
 
 
 def wait(process: subprocess.Popen, rows: Path, deadline: float, stop_after: int | None) -> int | str:
@@ -197,6 +210,7 @@ def figures(run: Finished) -> dict:
         "prompt_tokens": run.rows[0]["prompt_length/mean"],
         "response_tokens": run.rows[0]["response_length/mean"],
         "graph_ratio": run.rows[-1].get("rollout/graph_ratio"),
+        "attention": run.attention,
         "grad_norm": [row["actor/grad_norm"] for row in run.rows],
         "seconds": {name: round(statistics.median(values), 4) for name, values in seconds.items() if values},
         "peak_gib": None if run.peak_bytes is None else round(run.peak_bytes / 2**30, 2),

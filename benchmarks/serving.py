@@ -6,7 +6,8 @@
 Every mode serves the same requests: prompts of 64 to 512 random tokens, response lengths log-normal with mean 245, one
 process after another on the same device, each after a warm-up that is not counted.
 
-* ``offline``: ``Engine.generate`` with all requests at once; ``stock``: the same with ``batch_invariant=False``.
+* ``offline``: ``Engine.generate`` with all requests at once; ``stock``: the same with ``batch_invariant=False``, as
+  others decode: cuBLAS, compiled pointwise operators, CUDA graphs, and the attention that its line names.
 * ``async``: ``AsyncEngine`` in one process; ``http``: ``vexact serve`` and a client in another process, streamed.
 * ``vllm-offline``, ``vllm-http``: vLLM with its defaults, where it is installed (``--vllm_python`` names its Python).
 
@@ -101,7 +102,8 @@ def line(mode: str, rate: str, figures: dict[str, Any]) -> str:
     for name in ("ttft_ms", "tpot_ms"):
         if name in figures:
             text += f"  {name[:4].upper()} p50 {figures[name]['p50']:.1f} p95 {figures[name]['p95']:.1f} ms"
-    return text + (f"  {figures['of_roofline']:.0%} of the roofline" if "of_roofline" in figures else "")
+    text += f"  {figures['of_roofline']:.0%} of the roofline" if "of_roofline" in figures else ""
+    return text + (f"  attention: {figures['attention']}" if mode == "stock" else "")
 
 
 def in_own_process(arguments: argparse.Namespace, mode: str) -> dict[str, dict[str, Any]]:
@@ -135,7 +137,8 @@ def run_mode(arguments: argparse.Namespace, mode: str) -> dict[str, dict[str, An
     loads = draw(arguments.requests, vocab_size, arguments.seed, scale(arguments))
     with PLAYERS[mode](arguments) as player:
         player(warm, math.inf)
-        return {f"{rate:g}": summary(player(loads, rate), loads) for rate in arguments.rates}
+        named = {"attention": player.attention} if hasattr(player, "attention") else {}
+        return {f"{rate:g}": named | summary(player(loads, rate), loads) for rate in arguments.rates}
 
 
 def make_engine(arguments: argparse.Namespace, **config: Any) -> Any:
@@ -168,6 +171,7 @@ def offline(arguments: argparse.Namespace, **config: Any) -> Iterator[Any]:
         assert [len(sample.token_ids) for sample in samples] == [load.max_tokens for load in loads]
         return at_once(loads, seconds)
 
+    play_all.attention = engine.attention  # type: ignore[attr-defined]
     yield play_all
 
 

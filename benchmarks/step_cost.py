@@ -4,9 +4,10 @@
 
 * ``exact``: as it is; the rollout's log-probabilities are the old ones.
 * ``recompute``: the same with ``algorithm.recompute_old_log_prob=true``, the pass that everyone else pays.
-* ``stock``: torch's operators in the rollout (``batch_invariant=false``), stock attention in the trainer, the
-  recomputed pass, no comparison. Its decode steps run without CUDA graphs, and its trainer keeps this project's other
-  operators.
+* ``stock``: torch's operators in the rollout (``batch_invariant=false``: cuBLAS, pointwise operators fused by torch's
+  compiler, paged FlashAttention where one is installed, CUDA graphs), stock attention in the trainer, the recomputed
+  pass, no comparison. Its trainer keeps this project's other operators. The report and the line below the table say
+  which attention the rollout of each run really had: on torch 2.11 without the package flash_attn it is this project's.
 
 Same model, prompts and number of tokens; a table of step parts (medians, the first step left out). The net cost of
 exactness is the exact step over the peers'. Runs are interrupted after their steps and save nothing. ``--shape tiny``
@@ -88,6 +89,9 @@ def main() -> int:
         shutil.rmtree(work / name)
         print(name, json.dumps(report["runs"][name]), flush=True)
     print(table(report["runs"]))
+    for name, run in report["runs"].items():
+        ratio = run["graph_ratio"]
+        print(f"{name}: rollout attention: {run['attention']}; {ratio:.0%} of its steps in CUDA graphs")
     if "exact" in report["runs"]:
         report["exact_over"] = net_cost(report["runs"])
         print(json.dumps(report["exact_over"], indent=2))

@@ -109,3 +109,15 @@ def test_an_answer_without_probabilities_is_refused_by_name(
     assert printed.out == ""
     assert "request 0, response position 0: token " in printed.err
     assert "log-probability nan. Every weight is finite, so a number overflows" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("min_tokens", "4"), ("logit_bias", '{"5": 1}'), ("bad_words", "a"), ("presence_penalty", "1")],
+)
+def test_what_cannot_be_exact_is_refused_with_the_reason(
+    option: str, value: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(checkpoint, "--prompt", "a", f"--{option}", value) == 2
+    assert f"sampling parameter {option}=" in capsys.readouterr().err
+    assert generate(checkpoint, "--prompt", "a", "--raw", "--min_tokens", "0", "--repetition_penalty", "1.0") == 0

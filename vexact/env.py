@@ -64,6 +64,7 @@ ATTENTION_VARIABLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
+_PAGED_TORCH = (2, 13)
 RAY_AUTH_MODES = ("token", "disabled")
 # What a worker on another node gets of the driver's environment: settings of libraries, and nothing of the machine.
 WORKER_PREFIXES = ("VEXACT_", "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "OMP_")
@@ -96,6 +97,21 @@ def check_attention(name: str, key: str) -> None:
         raise ValueError(
             f"{key}={name} runs on CUDA GPUs, and torch finds none on this machine; use {TRITON_INVARIANT} or sdpa"
         )
+
+
+def paged_flash_attention() -> tuple[str, str]:
+    """Which FlashAttention-2 can read a paged cache, and why none can; one of the two is empty.
+
+    ``varlen_attn`` of torch takes block tables from 2.12 on, and from 2.13 on also without FlashAttention-3.
+    """
+    import torch
+
+    if _installed("flash_attn.flash_attn_interface"):
+        return "the package flash_attn", ""
+    version = torch.__version__.partition("+")[0]
+    if tuple(map(int, version.split(".")[:2])) < _PAGED_TORCH:
+        return "", f"torch {version} has no paged attention, and the package flash_attn is not installed"
+    return f"torch {version}", ""
 
 
 def attention_warning(rollout: str, trainer: str) -> str | None:

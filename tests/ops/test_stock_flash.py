@@ -58,7 +58,7 @@ def test_each_name_has_its_own_function() -> None:
     assert op_set(attn_impl="sdpa").attention is stock.attention
     assert op_set(attn_impl="flash_attention_2").attention is stock_flash.flash_attention_2
     assert op_set("stock", "flash_attention_3").attention is stock_flash.flash_attention_3
-    assert op_set("stock").attention is stock.attention
+    assert op_set("stock").attention is op_set().attention
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -177,3 +177,94 @@ def test_random_traffic_never_loses_a_page():
     for pages in held:
         blocks.release(pages)
     blocks.check_idle(0)
+
+
+def test_a_page_goes_before_the_one_it_follows_although_that_is_older():
+    """The second request computed the first page as well, and its own second page hangs on the other's first."""
+    blocks = BlockManager(5, PAGE)
+    tokens = np.arange(8)
+    first = blocks.allocate()
+    (entry,) = cache_sequence(blocks, tokens[:PAGE], [first])
+    second = [blocks.allocate(), blocks.allocate()]
+    assert cache_sequence(blocks, tokens, second)[0] is entry
+    blocks.release([first])  # the oldest, and followed
+    blocks.release(second)
+    other = blocks.allocate()
+    cache_sequence(blocks, np.arange(50, 54), [other])
+    blocks.release([other])
+    free = [blocks.allocate(), blocks.allocate()]
+    assert set(free).isdisjoint({first, second[1], other})
+    assert len(find(blocks, tokens)) == 2
+    assert blocks.allocate() == second[1]
+    assert find(blocks, tokens) == [entry]
+    assert [blocks.allocate(), blocks.allocate()] == [first, other]
+
+
+def test_what_follows_an_evicted_page_is_forgotten_with_it():
+    """The page after it is in use: it can no longer be found, goes back as a free one, and nothing hangs on it."""
+    blocks = BlockManager(4, PAGE)
+    tokens = np.arange(12)
+    first = blocks.allocate()
+    cache_sequence(blocks, tokens[:PAGE], [first])
+    second = [blocks.allocate(), blocks.allocate()]
+    entries = cache_sequence(blocks, tokens[:8], second)
+    blocks.release([first])
+    third = blocks.allocate()
+    assert blocks.allocate() == first
+    assert find(blocks, tokens) == []
+    keys: list[bytes] = []
+    blocks.extend_keys(keys, tokens, 3)
+    assert blocks.register(third, keys[2], page_tokens(tokens, 2, PAGE), entries[1]) is None
+    blocks.release([*second, third, first])
+    blocks.check_idle(0)
+    assert blocks.num_available == 4
+    again = [blocks.allocate() for _ in range(3)]
+    assert len(cache_sequence(blocks, tokens, again)) == 3
+    assert [entry.page for entry in find(blocks, tokens)] == again
+
+
+def test_eviction_is_that_of_a_plain_model():
+    """Random requests over a small alphabet of pages; the model scans all pages for the one that must go."""
+    rng = random.Random(3)
+    evictions = 0
+    for _ in range(60):
+        blocks, clock, used_at, running = BlockManager(8, PAGE), 0, {}, []
+        for _ in range(60):
+            clock += 1
+            if running and (rng.random() < 0.5 or len(running) > 2):
+                pages = running.pop(rng.randrange(len(running)))
+                for page in reversed(pages):
+                    clock += 1
+                    used_at[page] = clock
+                blocks.release(pages)
+                continue
+            tokens = np.repeat([rng.randrange(2) for _ in range(rng.randint(1, 4))], PAGE)
+            found = find(blocks, tokens) if rng.random() < 0.7 else []  # else it is computed again, beside the other
+            missing = len(tokens) // PAGE - len(found)
+            revived = sum(not blocks.is_used(entry.page) for entry in found)
+            if blocks.num_available - revived < missing:
+                continue
+            pages = [blocks.acquire(entry) for entry in found]
+            for _ in range(missing):
+                cached = [entry for entry in blocks._entries if entry and not blocks.is_used(entry.page)]
+                followed = {entry.parent.page for entry in blocks._entries if entry and entry.parent}
+                leaves = [entry for entry in cached if entry.page not in followed] or cached
+                had_free = len(cached) < blocks.num_available
+                page = blocks.allocate()
+                if not had_free:
+                    evictions += 1
+                    assert page == min(leaves, key=lambda entry: used_at[entry.page]).page
+                pages.append(page)
+            keys, parent = [], found[-1] if found else None
+            blocks.extend_keys(keys, tokens, len(pages))
+            for index in range(len(found), len(pages)):
+                parent = blocks.register(pages[index], keys[index], page_tokens(tokens, index, PAGE), parent)
+                if parent is None:
+                    break
+            running.append(pages)
+            for entry in blocks._index.values():
+                assert entry.parent is None or blocks._entries[entry.parent.page] is entry.parent
+        for pages in running:
+            blocks.release(pages)
+        blocks.check_idle(0)
+    assert evictions > 300

@@ -1,8 +1,13 @@
 """Validation of sampling parameters: the message names the value and the fix."""
 
+import dataclasses
+import math
+import pickle
+
 import numpy as np
 import pytest
 
+from vexact.config.refused_sampling import REFUSED_SAMPLING
 from vexact.rollout.sampling.sampling_params import SamplingParams
 
 
@@ -70,3 +75,36 @@ def test_numbers_of_other_libraries_are_numbers():
     params = SamplingParams(n=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(-3))
     assert (params.n, params.temperature, params.top_p, params.seed) == (2, 0.5, 0.9, -3)
     assert SamplingParams(temperature=1).temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("min_tokens", 3, "forbids stop tokens at first"),
+        ("logit_bias", {5: 1.0}, "could not repeat"),
+        ("repetition_penalty", 1.1, "could not repeat"),
+        ("presence_penalty", -0.5, "could not repeat"),
+        ("frequency_penalty", np.float32(0.5), "could not repeat"),
+        ("allowed_token_ids", np.array([1, 2]), "could not repeat"),
+        ("bad_words", ("a",), "could not repeat"),
+        ("prompt_logprobs", 0, "sampled tokens only"),
+        ("min_tokens", True, "forbids stop tokens at first"),
+        ("presence_penalty", math.nan, "could not repeat"),
+    ],
+)
+def test_what_the_trainer_could_not_repeat_is_refused_by_name(name, value, reason):
+    with pytest.raises(ValueError, match=f"sampling parameter {name}=.* is not supported: .*{reason}.*; leave it out"):
+        SamplingParams(**{name: value})
+
+
+def test_the_same_at_values_that_do_nothing_is_accepted():
+    neutral = {
+        **{"min_tokens": 0, "logit_bias": {}, "repetition_penalty": 1.0, "presence_penalty": 0, "bad_words": ()},
+        **{"frequency_penalty": 0.0, "allowed_token_ids": None, "prompt_logprobs": None},
+    }
+    assert set(neutral) == set(REFUSED_SAMPLING)
+    params = SamplingParams(n=2, **neutral)
+    assert params == SamplingParams(n=2)
+    assert dataclasses.replace(params, n=1) == pickle.loads(pickle.dumps(SamplingParams()))
+    with pytest.raises(ValueError, match="min_tokens=1"):
+        dataclasses.replace(params, min_tokens=1)

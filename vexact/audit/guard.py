@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OPS = f"{_PACKAGE / 'ops'}{os.sep}"
-_STOCK = f"{_OPS}stock"  # stock.py and stock_flash.py: others' operators under our signatures, deliberate baselines
+_STOCK = f"{_OPS}stock"  # stock.py and stock_*.py: others' operators under our signatures, deliberate baselines
 _TRANSPARENT = (f"{Path(torch.__file__).parent}{os.sep}", __file__)  # whoever called into these is the author
 
 # Names without the underscores that mark internal and in-place variants. Maxima and minima have no rounding, so their

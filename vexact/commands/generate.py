@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import Any
+
+from vexact.config.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -24,10 +28,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampler (0)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    for name in REFUSED_SAMPLING:
+        parser.add_argument(f"--{name}", type=_value, help=argparse.SUPPRESS)
     return parser
 
 
+def _value(text: str) -> Any:
+    """A number or list as in JSON; any other text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def run(arguments: argparse.Namespace) -> int:
+    check_refused_sampling({name: getattr(arguments, name) for name in REFUSED_SAMPLING})
     from vexact.data.rows import Row
     from vexact.data.template import PromptFormat, tokenize
     from vexact.device import resolve_device

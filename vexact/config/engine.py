@@ -18,7 +18,10 @@ class EngineSettings:
     """
 
     batch_invariant: bool = opt(
-        True, "False samples with stock operators: a baseline that shows the mismatch this project removes."
+        True,
+        "False samples with stock operators: a baseline that shows the mismatch this project removes, and its cost. "
+        "Unless attn_impl names another, attention is then paged FlashAttention-2 where the package flash_attn or "
+        "torch 2.13 is installed (page_size becomes a multiple of 256), else triton-invariant; the plan says which.",
     )
     attn_impl: str = opt(
         TRITON_INVARIANT, f"Attention of the rollout, one of: {', '.join(ATTENTION)}. INFER_FA_IMPL sets it."
@@ -50,7 +53,7 @@ class EngineSettings:
     enforce_eager: bool = opt(
         False,
         "Decode without CUDA graphs: slower, less memory. Never changes results. There are none on the CPU, nor with "
-        "torch's operators (batch_invariant=false, mismatch.mode=softmax_blocks, a stock attn_impl).",
+        "attention that gathers keys (mismatch.mode=softmax_blocks, a stock attn_impl).",
     )
     cudagraph_capture_sizes: tuple[int, ...] | None = opt(
         None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vexact.config.baseline import baseline_attention
 from vexact.config.memory import (
     BYTES,
     ExpertShape,
@@ -17,7 +18,6 @@ from vexact.config.memory import (
     memory_rows,
 )
 from vexact.config.schema import Config
-from vexact.env import TRITON_INVARIANT
 
 TRAINING_BYTES_PER_PARAMETER = 16  # fp32 master weight, gradient and AdamW's two moments
 
@@ -61,7 +61,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("updates", _updates_row(config)),
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
         ("algorithm", f"{config.algorithm.adv_estimator}, {config.loss_mode} loss, lr {config.actor.optim.lr:g}"),
-        ("attention", _attention_row(config)),
+        ("attention", _attention_row(config, device, shape)),
         ("exactness", _exactness_row(config)),
         ("placement", placement.text(device)),
         ("key-value cache", _cache_row(config, device, shape)),
@@ -105,12 +105,14 @@ def _updates_row(config: Config) -> str:
     return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, {exact}"
 
 
-def _attention_row(config: Config) -> str:
+def _attention_row(config: Config, device: str, shape: ModelShape) -> str:
     rollout = config.rollout.attn_impl
     if not config.rollout.is_own:
         rollout = f"that of {config.rollout.name}"
     elif not config.rollout.batch_invariant:
-        rollout = f"{'sdpa' if rollout == TRITON_INVARIANT else rollout}, with all other operators stock too"
+        dtype = config.dtype(device)
+        found = baseline_attention(rollout, device, dtype, key_dim=shape.key_dim, value_dim=shape.value_dim)
+        rollout = f"{found}, with all other operators stock"
     return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
 
 

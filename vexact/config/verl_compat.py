@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from vexact.config.fields import ConfigError
+from vexact.config.refused_sampling import REFUSED_SAMPLING
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"
@@ -65,8 +66,14 @@ REFUSED = (
     ),
     Refused(f"{_ROLLOUT}.multi_turn.enable", (False,), "multi-turn rollouts are not supported yet"),
     Refused(f"{_ROLLOUT}.multi_turn.*", (None,), "multi-turn rollouts are not supported yet"),
-    Refused(
-        f"{_ROLLOUT}.repetition_penalty", (1, None), "it would make a token's probability depend on more than the model"
+    *(
+        Refused(f"{section}.{name}", harmless, reason)
+        for section in (_ROLLOUT, f"{_ROLLOUT}.val_kwargs")
+        for name, (harmless, reason) in REFUSED_SAMPLING.items()
+    ),
+    *(
+        Refused(f"{section}.logit_bias.*", (), REFUSED_SAMPLING["logit_bias"][1])
+        for section in (_ROLLOUT, f"{_ROLLOUT}.val_kwargs")
     ),
     Refused(f"{_ROLLOUT}.prompt_length", (None,), "set data.max_prompt_length"),
     Refused(f"{_ROLLOUT}.response_length", (None,), "set data.max_response_length"),

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import nn
 
 import vexact.ops as invariant
-from vexact.ops import stock, stock_flash, stock_moe
+from vexact.ops import stock, stock_flash, stock_moe, stock_paged
 
 OPS = ("invariant", "stock")
 STOCK_ATTENTION: dict[str, Callable[..., Any]] = {
@@ -20,7 +20,15 @@ STOCK_ATTENTION: dict[str, Callable[..., Any]] = {
 }
 INVARIANT_ATTENTION = ("triton-invariant",)
 
-_replayable: WeakSet[Callable[..., Any]] = WeakSet()
+# stock.attention and the experts' products by expert look at lengths on the host
+_replayable: WeakSet[Callable[..., Any]] = WeakSet(
+    (
+        *(stock.linear, stock.rms_norm, stock.add_rms_norm, stock.rope, stock.qk_norm_rope, stock.swiglu),
+        *(stock.embedding, stock_paged.paged_flash_attention_2),
+        *(stock_moe.route, stock_moe.group_tokens, stock_moe.route_and_group, stock_moe.combine),
+        *(stock_moe.grouped_product, stock_moe.grouped_product_swiglu),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ OP_NAMES = tuple(field.name for field in fields(OpSet))
 
 
 def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet:
-    """Builds the operator set; with ``ops="stock"`` and an invariant ``attn_impl`` attention is ``sdpa``.
+    """Builds the operator set. Attention is always the one named, also beside stock operators.
 
     Raises:
         ValueError: unknown ``ops`` or ``attn_impl``.
@@ -66,7 +74,14 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
         raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
     source = vars(invariant) if ops == "invariant" else vars(stock) | vars(stock_moe)
     chosen = {name: source[name] for name in OP_NAMES}
-    return OpSet(**chosen | {"attention": STOCK_ATTENTION.get(attn_impl, chosen["attention"])})
+    return OpSet(**chosen | {"attention": STOCK_ATTENTION.get(attn_impl, invariant.attention)})
+
+
+def attention_name(model: nn.Module) -> str:
+    """What attention the layers run, by the names users know it by."""
+    names = {op: name for name, op in STOCK_ATTENTION.items()} | {invariant.attention: INVARIANT_ATTENTION[0]}
+    sets = [ops for module in model.modules() if isinstance(ops := getattr(module, "ops", None), OpSet)]
+    return " and ".join(dict.fromkeys(names.get(ops.attention, "another") for ops in sets))
 
 
 def set_ops(model: nn.Module, ops: OpSet) -> None:
@@ -77,7 +92,7 @@ def set_ops(model: nn.Module, ops: OpSet) -> None:
 
 
 def replayable(ops: OpSet) -> bool:
-    """Whether a CUDA graph may stand for every one of the operators: the invariant ones, and those marked.
+    """Whether a CUDA graph may stand for every one of the operators: the invariant ones, most stock ones, those marked.
 
     Such an operator never waits for the device, and does nothing on the host that has to happen again in every call.
     """

@@ -2,7 +2,8 @@
 
 FlashAttention-2 is the package ``flash_attn`` or, without it, ``torch.nn.attention.varlen``; FlashAttention-3 is the
 package ``flash_attn_interface``. Neither is batch-invariant here. Of a paged cache the keys in use are gathered into
-packed rows before every call, since not every one of them reads pages of any size: right, but slower than they can be.
+packed rows before every call, since not every one of them reads pages of any size: right, but slower than they can be,
+and nothing for a CUDA graph. Where FlashAttention-2 reads pages, ``stock_paged.py`` has it read them.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _attend(
     kv_cache: KVCache | None,
     causal: bool,
 ) -> Tensor:
-    _check(name, q, k, v)
+    check_tensors(name, q, k, v)
     check_scale(softmax_scale)
     varlen = find()
     if isinstance(metadata, PackedMetadata):
@@ -86,7 +87,8 @@ def _attend(
     return varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, softmax_scale, causal)
 
 
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for tensors that FlashAttention does not take."""
     check_heads(q, k, v)
     if q.device.type != "cuda":
         raise ValueError(f"{name} runs on CUDA only, q is on {q.device}; use sdpa or triton-invariant there")

@@ -17,9 +17,20 @@ from vexact.ops.moe.route import SIGMOID_EPS
 from vexact.ops.moe.route_and_group import route_then_group
 from vexact.ops.stock import swiglu
 
-__all__ = ["combine", "group_tokens", "grouped_linear", "grouped_swiglu", "route", "route_and_group"]
+__all__ = [
+    "combine",
+    "group_tokens",
+    "grouped_linear",
+    "grouped_product",
+    "grouped_product_swiglu",
+    "grouped_swiglu",
+    "has_grouped_product",
+    "route",
+    "route_and_group",
+]
 
 _ALIGNED = 16  # bytes; what torch's grouped product asks of a row
+_GROUPED_GPUS = (9, 10)  # major compute capability
 
 
 def route(
@@ -72,20 +83,37 @@ def route_and_group(logits: Tensor, bias: Tensor | None = None, **settings: Any)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
-    """torch's grouped product on a GPU where it takes the tensors, else one product per expert."""
-    rows, offsets = x[groups.rows.long() // groups.top_k] if gather else x, groups.offsets
-    taken = torch.arange(rows.shape[0], device=x.device) < offsets[-1]
-    rows = torch.where(taken.unsqueeze(1), rows, 0)
-    if _has_grouped_product(rows, weight):
-        return torch.where(taken.unsqueeze(1), F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:]), 0)
-    ends = offsets.tolist()
+    """torch's grouped product where it takes the tensors, else one product per expert."""
+    if x.shape[0] and has_grouped_product(weight):
+        return grouped_product(x, weight, groups, gather=gather)
+    rows, taken = _rows(x, groups, gather)
+    rows = torch.where(taken, rows, 0)
+    ends = groups.offsets.tolist()
     parts = [F.linear(rows[a:b], matrix) for a, b, matrix in zip(ends, ends[1:], weight, strict=False)]
     return torch.cat([*parts, rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[1])])
+
+
+def grouped_product(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
+    """torch's grouped product, for weights that ``has_grouped_product``; it never waits for the device."""
+    rows, taken = _rows(x, groups, gather)
+    rows = torch.where(taken, rows, 0)
+    return torch.where(taken, F.grouped_mm(rows, weight.transpose(1, 2), offs=groups.offsets[1:]), 0)
+
+
+def _rows(x: Tensor, groups: ExpertGroups, gather: bool) -> tuple[Tensor, Tensor]:
+    """A row per pair of token and expert, and which of them an expert computes, (P, 1) bool."""
+    rows = x[groups.rows.long() // groups.top_k] if gather else x
+    return rows, (torch.arange(rows.shape[0], device=x.device) < groups.offsets[-1]).unsqueeze(1)
 
 
 def grouped_swiglu(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
     """One after the other."""
     return swiglu(grouped_linear(x, weight, groups, gather=gather))
+
+
+def grouped_product_swiglu(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: bool) -> Tensor:
+    """One after the other."""
+    return swiglu(grouped_product(x, weight, groups, gather=gather))
 
 
 def combine(y: Tensor, weights: Tensor, groups: ExpertGroups, shared: Tensor | None = None) -> Tensor:
@@ -96,6 +124,8 @@ def combine(y: Tensor, weights: Tensor, groups: ExpertGroups, shared: Tensor | N
     return out if shared is None else out + shared
 
 
-def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
-    widths = (size * x.element_size() % _ALIGNED for size in weight.shape[1:])
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0 and not any(widths)
+def has_grouped_product(weight: Tensor) -> bool:
+    """Whether torch has a kernel for these experts (E, N, K) and not a loop that waits for the device."""
+    widths = (size * weight.element_size() % _ALIGNED for size in weight.shape[1:])
+    fits = weight.is_cuda and weight.dtype == torch.bfloat16 and not any(widths)
+    return fits and torch.cuda.get_device_capability(weight.device)[0] in _GROUPED_GPUS

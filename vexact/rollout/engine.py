@@ -68,17 +68,19 @@ class Engine:
 
         Raises ValueError for a bad field, or if the KV cache cannot hold one page.
         """
-        self.config = EngineConfig(**config)
         loaded = load(
             model_path,
-            self.config,
+            EngineConfig(**config),
             model=model,
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids,
             dtype=dtype,
             device=device,
         )
+        self.config = loaded.config
         self.model = loaded.model
+        self.attention = loaded.attention  # what runs, by name, e.g. "triton-invariant"
+        self._own_attention = loaded.own_attention
         self.tokenizer = loaded.tokenizer
         self.eos_token_ids = loaded.eos_token_ids
         self.weights_version = 0
@@ -378,6 +380,7 @@ class Engine:
     def take_stats(self) -> EngineStats:
         """The counters behind ``stats()``, for ``merge_stats`` to add up over replicas. Takes them from the engine."""
         stats, self._stats = self._stats, EngineStats()
+        stats.own_attention = self._own_attention
         stats.num_pages, stats.num_replays = self.num_pages, self._runner.take_num_replays()
         stats.num_preemptions, stats.num_prefix_queried, stats.num_prefix_hits = self._scheduler.take_counters()
         return stats

@@ -13,7 +13,9 @@ import torch
 
 from vexact.models import ModelConfig, load_model
 from vexact.models.decoder import CausalLM
+from vexact.models.opset import attention_name
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
+from vexact.rollout.baseline import apply_baseline
 from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.mismatch import apply_mismatch
 from vexact.rollout.requests.stop_strings import Tokenizer
@@ -31,6 +33,9 @@ class Loaded:
     device: torch.device
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
+    config: EngineConfig  # as it was given, but for pages that the stock attention asks for
+    attention: str  # by name, with what there is to say about it
+    own_attention: bool | None = None  # whether it is the invariant one, of a model on stock operators
 
 
 def load(
@@ -55,6 +60,7 @@ def load(
             f"mismatch_mode={config.mismatch_mode!r} needs model_path: a ready model keeps its own operators; give the "
             "engine a model that apply_mismatch() of vexact.rollout.mismatch has changed"
         )
+    found = None
     if model is None:
         assert model_path is not None
         model = load_model(
@@ -64,11 +70,16 @@ def load(
             ops="invariant" if config.batch_invariant else "stock",
             attn_impl=config.attn_impl,
         )
+        if not config.batch_invariant:
+            config, found = apply_baseline(model, config)
         apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
         if tokenizer is None and has_tokenizer(model_path):  # without one: token ids in, token ids out
             tokenizer = read_tokenizer(model_path)
     eos = end_of_sequence_ids(model.config, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
-    return Loaded(model, model.lm_head_weight.device, tokenizer, eos)
+    device = model.lm_head_weight.device
+    if found is None:
+        return Loaded(model, device, tokenizer, eos, config, attention_name(model))
+    return Loaded(model, device, tokenizer, eos, config, str(found), found.is_own)
 
 
 def _given_eos(model: CausalLM, eos_token_ids: Sequence[int]) -> tuple[int, ...]:

@@ -47,6 +47,7 @@ class EngineStats:
     num_prefix_queried: int = 0
     num_prefix_hits: int = 0
     num_replays: int = 0
+    own_attention: bool | None = None  # of a rollout on stock operators: whether attention is none of them
     wall_seconds: float | None = None  # None: one engine, whose steps follow each other
 
     def record(self, *, num_tokens: int, step_seconds: float, execute_seconds: float) -> None:
@@ -59,7 +60,8 @@ class EngineStats:
         """Metric names to values; ratios over nothing are 0."""
         host_seconds = self.step_seconds - self.execute_seconds
         seconds = self.step_seconds if self.wall_seconds is None else self.wall_seconds
-        return {
+        baseline = {} if self.own_attention is None else {"rollout/own_attention": float(self.own_attention)}
+        return baseline | {
             "rollout/kv_usage": self.max_used_pages / max(1, self.num_pages),
             "rollout/preemptions": float(self.num_preemptions),
             "rollout/prefix_hit_ratio": self.num_prefix_hits / max(1, self.num_prefix_queried),
@@ -86,6 +88,7 @@ class EngineStats:
             num_prefix_queried=sum(one.num_prefix_queried for one in replicas),
             num_prefix_hits=sum(one.num_prefix_hits for one in replicas),
             num_replays=sum(one.num_replays for one in replicas),
+            own_attention=self.own_attention,
             wall_seconds=max(one.step_seconds if one.wall_seconds is None else one.wall_seconds for one in replicas),
         )
 

@@ -169,7 +169,7 @@ def test_narrower_weights_are_not_widened_in_silence(model_path, rollout):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (TRAINING | {"repetition_penalty": 1.1}, "repetition_penalty=1.1 is not built in"),
+        (TRAINING | {"repetition_penalty": 1.1}, "repetition_penalty=1.1 is not supported"),
         (TRAINING | {"top_p": 0.5}, r"asks for .*top_p=0\.5.*the trainer could not score it"),
         (TRAINING | {"min_p": 0.1}, r"asks for .*min_p=0\.1"),
         (TRAINING | {"temperature": 1.0}, "asks for temperature=1,"),

@@ -12,12 +12,13 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import RolloutConfig
 
+from vexact.config.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 from vexact.rollout import SamplingParams
 from vexact.types import Sample
 
 KEY = "vexact"
 """Under this name a sample carries its ``Draw`` in verl's ``extra_fields``."""
-_NEUTRAL = {"n": 1, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_NEUTRAL = {"n": 1}
 _PASSED_ON = ("stop", "stop_token_ids", "seed", "ignore_eos")
 _thresholds_expected = False
 
@@ -72,6 +73,7 @@ class Requests:
         for key, neutral in _NEUTRAL.items():
             if left.pop(key, neutral) not in (neutral, None):
                 raise ValueError(f"sampling parameter {key}={request[key]!r} is not built in; leave it at {neutral}")
+        check_refused_sampling({name: left.pop(name) for name in REFUSED_SAMPLING if name in left})
         kind = Kind(*(left.pop(name, default) for name, default in vars_of(self._training)))
         if kind not in (self._training, self._validation):
             raise ValueError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from numbers import Real
 from typing import Any
 
+from vexact.config.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 from vexact.rollout.requests.stop_strings import INCOMPLETE
 
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
@@ -21,7 +22,8 @@ class SamplingParams:
     """Validated sampling parameters of one request.
 
     ``temperature=0`` is greedy. ``top_k <= 0``, ``top_p=1`` and ``min_p=0`` turn a filter off. ``seed=None`` takes the
-    engine's. ``stop`` cuts the returned text before the stop string; the token ids keep every sampled token.
+    engine's. ``stop`` cuts the returned text before the stop string; the token ids keep every sampled token. The last
+    eight are vLLM's, in the order of ``config/refused_sampling.py``: values that would do something are refused.
 
     Raises ``ValueError`` naming the parameter, its value and the fix.
 
@@ -39,8 +41,17 @@ class SamplingParams:
     stop: str | Iterable[str] | None = None  # a tuple after construction
     stop_token_ids: Iterable[int] | None = None  # a tuple after construction
     ignore_eos: bool = False
+    min_tokens: InitVar[Any] = None
+    logit_bias: InitVar[Any] = None
+    repetition_penalty: InitVar[Any] = None
+    presence_penalty: InitVar[Any] = None
+    frequency_penalty: InitVar[Any] = None
+    allowed_token_ids: InitVar[Any] = None
+    bad_words: InitVar[Any] = None
+    prompt_logprobs: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *refused: Any) -> None:
+        check_refused_sampling(dict(zip(REFUSED_SAMPLING, refused, strict=True)))
         self._set("n", _integer("n", self.n, low=1, fix="ask for at least one sample"))
         if self.n > MAX_SAMPLES:
             raise ValueError(f"sampling parameter n={self.n} must be at most {MAX_SAMPLES} samples of one prompt")

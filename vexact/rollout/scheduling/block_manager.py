@@ -47,7 +47,8 @@ def page_tokens(token_ids: np.ndarray, index: int, page_size: int) -> bytes:
 class BlockManager:
     """Hands out ``num_pages`` pages.
 
-    A page is *used* (referenced), *cached* (unreferenced but findable; least recently used is evicted first) or *free*.
+    A page is *used* (referenced), *cached* (unreferenced but findable) or *free*. Of the cached ones the least recently
+    used is evicted first that no other page follows: what follows an evicted page could never be found again.
     """
 
     def __init__(self, num_pages: int, page_size: int, key_fn: Callable[[bytes, bytes], bytes] = chain_key) -> None:
@@ -57,6 +58,7 @@ class BlockManager:
         self._refs = [0] * num_pages
         self._entries: list[CachedPage | None] = [None] * num_pages
         self._index: dict[bytes, CachedPage] = {}
+        self._followers: dict[int, set[int]] = {}  # pages whose entry has this page's for its parent
         self._free = list(range(num_pages - 1, -1, -1))  # a stack: low pages first
         self._unused_cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
@@ -91,12 +93,17 @@ class BlockManager:
         """Make a just computed full page findable.
 
         Returns the entry that now stands for this prefix (another page's if it was computed twice), or None if the key
-        is taken by a different prefix; the caller then must not register the pages that follow.
+        is taken by a different prefix, or the page before it was evicted (which it can be if it is another request's
+        copy); the caller then must not register the pages that follow.
         """
         assert self._refs[page] > 0
         assert self._entries[page] is None
         if key in self._index:
             return self.lookup(key, tokens, parent)
+        if parent is not None:
+            if self._entries[parent.page] is not parent:
+                return None
+            self._followers.setdefault(parent.page, set()).add(page)
         entry = CachedPage(key, tokens, parent, page)
         self._index[key] = entry
         self._entries[page] = entry
@@ -107,8 +114,9 @@ class BlockManager:
         if self._free:
             page = self._free.pop()
         elif self._unused_cached:
-            page, _ = self._unused_cached.popitem(last=False)
+            page = self._least_recently_used()
             self._forget(page)
+            self._free.remove(page)  # at its end: short, since there were none
         else:
             raise BlockError(f"no page left: all {self.num_pages} are referenced")
         self._refs[page] = 1
@@ -142,12 +150,33 @@ class BlockManager:
         self._unused_cached.clear()
         self._entries = [None] * self.num_pages
         self._index.clear()
+        self._followers.clear()
+
+    def _least_recently_used(self) -> int:
+        """Of the cached pages that no other follows; of all, if what follows them is all in use."""
+        unfollowed = (page for page in self._unused_cached if page not in self._followers)
+        return next(unfollowed, next(iter(self._unused_cached)))
 
     def _forget(self, page: int) -> None:
+        """Its entry, and those of all pages after it, which nothing finds without it. Those not in use become free."""
         entry = self._entries[page]
         assert entry is not None
-        del self._index[entry.key]
-        self._entries[page] = None
+        if entry.parent is not None:
+            siblings = self._followers[entry.parent.page]
+            siblings.remove(page)
+            if not siblings:
+                del self._followers[entry.parent.page]
+        forgotten = [page]
+        while forgotten:
+            page = forgotten.pop()
+            forgotten += self._followers.pop(page, ())
+            entry = self._entries[page]
+            assert entry is not None
+            del self._index[entry.key]
+            self._entries[page] = None
+            if page in self._unused_cached:
+                del self._unused_cached[page]
+                self._free.append(page)
 
     def check_idle(self, slots_held: int) -> None:
         """With no request left, every page must be free or cached exactly once. Raises KVIntegrityError."""
