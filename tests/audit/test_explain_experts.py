@@ -184,9 +184,9 @@ def test_a_pair_in_another_experts_place():
         rows, slots, offsets = invariant.group_tokens(experts, num_experts)
         return ExpertGroups(rows, slots.roll(1, 1).contiguous(), offsets)
 
-    plant(engine.model.layers[LAYER].mlp, group_tokens=shifted)
+    plant(engine.model.layers[LAYER].mlp.router, group_tokens=shifted)
     found = diagnose(engine, model)
-    assert (found.stage, found.where, found.layer) == ("operator", "group_tokens of layers.1.mlp", LAYER)
+    assert (found.stage, found.where, found.layer) == ("operator", "group_tokens of layers.1.mlp.router", LAYER)
     assert "another one's place" in found.describe()
 
 
@@ -297,23 +297,22 @@ def test_parts_that_all_tokens_go_through(part, where):
 def test_the_rotated_part_and_its_angles():
     engine, model = build()
 
-    def late(q, k, positions, cos_sin):
-        return invariant.rope(q, k, positions + 1, cos_sin)
+    def late(q, k_plain, k_rotated, positions, cos_sin, interleaved):
+        return invariant.latent_rope(q, k_plain, k_rotated, positions + 1, cos_sin, interleaved)
 
-    plant(engine.model.layers[LAYER].attention, rope=late)
+    plant(engine.model.layers[LAYER].attention, latent_rope=late)
     found = diagnose(engine, model)
-    assert (found.stage, found.where) == ("operator", "rope of layers.1.attention (query)")
+    assert (found.stage, found.where) == ("operator", "latent_rope of layers.1.attention (query)")
     assert (found.layer, blamed(found)) == (LAYER, (False, True))
 
 
-def test_pairs_that_turn_together_chosen_otherwise_outside_of_any_operator():
+def test_pairs_that_turn_together_chosen_otherwise():
     engine, model = build()
     attention = engine.model.layers[LAYER].attention
     attention.mla = dataclasses.replace(attention.mla, interleaved=False)
     found = diagnose(engine, model)
-    assert (found.stage, found.where) == ("operator", "rope of layers.1.attention (query)")
-    assert blamed(found) == (True, True)
-    assert "each side computes rope as it should: what it is given was changed since the last operator" in found.notes
+    assert (found.stage, found.where) == ("operator", "latent_rope of layers.1.attention (query)")
+    assert "arguments: rollout {'interleaved': False}, trainer {'interleaved': True}" in found.notes
 
 
 def test_a_stale_page_of_expanded_keys(monkeypatch):

@@ -55,6 +55,8 @@ def deciding_arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return (("softmax_scale", args[4] if len(args) > 4 else kwargs["softmax_scale"]), ("causal", causal))
     if op in ("rms_norm", "add_rms_norm"):
         return (("eps", args[-1] if "eps" not in kwargs else kwargs["eps"]),)
+    if op == "latent_rope":
+        return (("interleaved", args[5] if len(args) > 5 else kwargs["interleaved"]),)
     if op in ("route", "route_and_group"):
         return tuple((name, _plain(kwargs[name])) for name in _ROUTING if name in kwargs)
     return ()
