@@ -133,7 +133,10 @@ def step_bars(group: Group) -> dict[str, Any] | None:
         figure.add_bar(x=_numbers(steps[first]), y=_numbers(values), name=label, **bar)
     figure.update_layout(
         **_LAYOUT,
-        legend_traceorder="normal",
+        legend_orientation="v",
+        legend_x=1.02,
+        legend_y=1,
+        legend_yanchor="top",
         barmode="stack",
         bargap=0.05,
         xaxis={"title": {"text": "step"}},
