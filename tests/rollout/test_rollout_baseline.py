@@ -123,7 +123,8 @@ def test_on_a_gpu_it_decodes_in_graphs_close_to_the_exact_log_probabilities(tmp_
     """Dense and with experts; whatever attention is installed."""
     sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     dense = tiny_config(max_position_embeddings=4096, initializer_range=0.05, **sizes)
-    experts = ModelConfig.from_hf_dict(QWEN3_MOE | {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 64})
+    widths = {"vocab_size": 256, "hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 64}
+    experts = ModelConfig.from_hf_dict(QWEN3_MOE | widths | {"initializer_range": 0.05})
     for name, config in (("dense", dense), ("experts", experts)):
         path = tmp_path / name
         save_hf(random_model(config, 0).named_parameters(), config, path)
