@@ -42,6 +42,7 @@ def test_ci_runs_exactly_the_test_script_and_the_bridges() -> None:
     here = '"$(dirname "${BASH_SOURCE[0]}")/..'
     assert commands == [
         "set -euo pipefail",
+        f'bash {here}/scripts/browser.sh"',
         f'bash {here}/scripts/test.sh"',
         f'bash {here}/submodules/ci.sh" all',
     ]
@@ -55,6 +56,13 @@ def test_the_wheel_carries_the_whole_hydra_tree() -> None:
     globs = re.findall(r'"([^"]+)"', patterns[1])
     shipped = {path for pattern in globs for path in (ROOT / "configs").glob(pattern)}
     assert shipped == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
+
+
+def test_the_wheel_carries_the_page_of_the_report() -> None:
+    patterns = re.search(r'"vexact.report.html": \[(.*?)\]', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert patterns is not None
+    there = {path.name for path in (ROOT / "vexact" / "report" / "html").iterdir() if path.suffix != ".py"}
+    assert set(re.findall(r'"([^"]+)"', patterns[1])) == there - {"__pycache__"}
 
 
 def test_set_up_names_only_extras_that_exist() -> None:

@@ -65,7 +65,7 @@ function response(sample) {
   let start = 0;
   for (const [length, logprob] of sample.tokens || []) {
     const text = characters.slice(start, start + length).join("");
-    place.append(tokenSpan(length ? text : "∎", logprob));
+    place.append(tokenSpan(length ? text : "·", logprob));
     start += length;
   }
   place.append(characters.slice(start).join(""));
