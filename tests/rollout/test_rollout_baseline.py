@@ -93,6 +93,7 @@ def test_flash_attention_reads_pages_of_its_size_in_graphs(checkpoint, flash, as
     engine = Engine(checkpoint, batch_invariant=False, attn_impl=asked, max_model_len=64, page_size=64, num_pages=9)
     assert engine.attention == "flash_attention_2 (torch 9.9, pages of a multiple of 256)"
     assert (engine.config.page_size, engine.config.num_pages, engine.num_pages) == (256, 3, 3)
+    assert rule.PAGE_MULTIPLE == stock_paged.PAGE_MULTIPLE
     install(engine, sizes=(3,), num_keys=(64,))
     _, replayed = decoded(engine)
     stats = engine.stats()
