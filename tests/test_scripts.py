@@ -148,7 +148,7 @@ def test_fresh_cpu_machine_gets_a_venv_once(cpu: Machine) -> None:
     python, asked, _ = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert python == f"{cpu.folder}/venv/bin/python"
     assert asked.count("venv") >= 1
-    assert "[tested,dev,wandb,tensorboard,tasks,serve,smollm2,ray]" in asked
+    assert "[tested,dev,wandb,tensorboard,report,tasks,serve,smollm2,ray]" in asked
     assert "--system-site-packages" not in asked
     again, asked, messages = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert (again, asked, messages) == (python, "", "")

@@ -322,7 +322,7 @@ def test_samples_are_dumped(tmp_path):
     assert first == {
         "row": 3, "data_source": "add", "prompt": "1+1=", "response": "2", "ground_truth": "2", "score": 1.0,
         "extra": {"acc": 1.0}, "status": "ok", "finish_reason": "stop", "num_prompt_tokens": 3, "num_tokens": 2,
-        "weights_version": 4, "request_id": "req-1",
+        "weights_version": 4, "request_id": "req-1", "token_lengths": [0, 1], "logprobs": [0.0, 0.0],
     }  # fmt: skip
     assert (second["response"], second["message"]) == ("7·8", "boom")
     assert len(write_samples(tmp_path, 6, groups * 3, limit=3).read_text().splitlines()) == 3

@@ -9,7 +9,8 @@ function element(tag, className, ...content) {
   return made;
 }
 
-// Figures: drawn when they come near the window, so that a long page opens at once.
+// Figures: drawn when they come near the window, so that a long page opens at once; report.html#all draws all of them
+// first, for programs that print or photograph the page.
 function draw(place) {
   const figure = data.figures[Number(place.dataset.figure)];
   const layout = { ...figure.layout, template: data.template, autosize: true };
@@ -25,7 +26,7 @@ const watcher = new IntersectionObserver((entries) => {
     draw(entry.target);
   }
 }, { rootMargin: "600px" });
-places.forEach((place) => watcher.observe(place));
+places.forEach((place) => location.hash === "#all" ? draw(place) : watcher.observe(place));
 window.addEventListener("beforeprint", () => places.forEach((place) => place.dataset.drawn || draw(place)));
 
 // Samples
