@@ -8,7 +8,8 @@ for name in chromium-headless-shell chromium chromium-browser google-chrome; do
 done
 if [[ "${CI:-}" == true && "$EUID" == 0 ]] && command -v apt-get >/dev/null; then
   # shellcheck disable=SC2086  # split on purpose
-  if { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $packages; } \
+  if { timeout 60 apt-get update -q &&
+    DEBIAN_FRONTEND=noninteractive timeout 120 apt-get install -qy --no-install-recommends $packages; } \
     </dev/null >/dev/null 2>&1; then exit 0; fi
 fi
 printf 'browser: no Chromium here, so the browser tests are left out; apt-get install %s\n' "$packages" >&2
