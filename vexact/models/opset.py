@@ -23,7 +23,8 @@ INVARIANT_ATTENTION = ("triton-invariant",)
 # stock.attention and the experts' products by expert look at lengths on the host
 _replayable: WeakSet[Callable[..., Any]] = WeakSet(
     (
-        *(stock.linear, stock.rms_norm, stock.add_rms_norm, stock.rope, stock.qk_norm_rope, stock.swiglu),
+        *(stock.linear, stock.rms_norm, stock.add_rms_norm, stock.swiglu),
+        *(stock.rope, stock.qk_norm_rope, stock.latent_rope),
         *(stock.embedding, stock_paged.paged_flash_attention_2),
         *(stock_moe.route, stock_moe.group_tokens, stock_moe.route_and_group, stock_moe.combine),
         *(stock_moe.grouped_product, stock_moe.grouped_product_swiglu),

@@ -13,7 +13,7 @@ import torch
 
 from vexact.ops import stock
 
-NAMES = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu")
+NAMES = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "latent_rope", "swiglu")
 
 
 @cache
