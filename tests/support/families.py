@@ -2,7 +2,11 @@
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 
+# In older releases (5.10 is one, 5.17 is not) GLM and DeepSeek choose experts inside the block; DeepSeek-V2 fails with
+# groups, and leaves mscale out of the scale of its softmax: nothing to compare with.
+ROUTERS_ARE_MODULES = hasattr(modeling_deepseek_v2, "DeepseekV2TopkRouter")
 SHAPE = {  # odd where a model allows it: no width is a multiple of a vector
     "vocab_size": 97,
     "hidden_size": 60,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from families import EXPERTS, LATENT, LLAMA3, bits, build
+from families import EXPERTS, LATENT, LLAMA3, ROUTERS_ARE_MODULES, bits, build
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +32,8 @@ EXACT = {
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": True},
     # weights of experts that stay fp32; an expert's width that torch's grouped product takes
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 72},
+}
+SCORED_ALONE = {
     "glm4_moe": {  # sigmoid, groups, correction bias, shared experts
         **EXPERTS,
         "n_routed_experts": 8,
@@ -44,6 +46,8 @@ EXACT = {
     "deepseek_v3": {**EXPERTS, **LATENT, "n_group": 4, "topk_group": 2},
     "deepseek_v2": {**EXPERTS, **LATENT, "topk_method": "greedy", "norm_topk_prob": False},  # complex angles
 }
+if ROUTERS_ARE_MODULES:
+    EXACT |= SCORED_ALONE
 REFUSED = {
     "gpt2": r"transformer\.drop \(Dropout\) and \d+ more drop a share of 0\.1 at random; .*"
     r"transformer\.h\.0\.ln_1 \(LayerNorm\) computes aten\.native_layer_norm \(modeling_gpt2\.py:\d+\); "
@@ -51,7 +55,7 @@ REFUSED = {
     "olmo": r"model\.layers\.0\.input_layernorm \(OlmoLayerNorm\) computes aten\.native_layer_norm",
     "cohere": r"CohereAttention\): its apply_rotary_pos_emb is not the rotation of pairs half a head apart",
     "gemma2": r"softcap is not supported",
-    "granitemoe": r"block_sparse_moe\.router \(GraniteMoeTopKRouter\) computes aten\.",
+    "granitemoe": r"block_sparse_moe\.router \(GraniteMoeTopK\w+\) computes aten\.",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,12 +111,15 @@ def test_a_token_has_the_bits_it_has_alone(kind, dtype):
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
         ("qwen3_moe", EXACT["qwen3_moe"]),
         ("mixtral", EXACT["mixtral"]),
-        ("deepseek_v3", EXACT["deepseek_v3"]),
-        (
-            "deepseek_v3",
-            {**EXACT["deepseek_v3"], "rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False},
+        *(
+            (kind, SCORED_ALONE[kind] | changes)
+            for kind, changes in (
+                ("deepseek_v3", {}),
+                ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": None, "norm_topk_prob": False}),
+                ("deepseek_v2", {}),
+            )
+            if kind in EXACT
         ),
-        ("deepseek_v2", EXACT["deepseek_v2"]),
     ],
 )
 def test_the_bits_are_those_of_our_decoder(tmp_path, kind, changes, dtype):
@@ -138,6 +145,16 @@ def test_what_cannot_be_exchanged_is_named_and_the_model_left_as_it_was(kind):
         vexact.make_invariant(model)
     assert ([type(module) for module in model.modules()], model.config._attn_implementation) == before
     assert torch.equal(model(input_ids=ids[None]).logits, logits)
+
+
+@pytest.mark.parametrize("kind", SCORED_ALONE)
+def test_experts_are_exchanged_where_their_router_is_a_module_and_refused_elsewhere(kind):
+    model = build(kind, **SCORED_ALONE[kind])
+    if ROUTERS_ARE_MODULES:
+        assert vexact.make_invariant(model) is model
+    else:
+        with pytest.raises(ValueError, match=r"cannot be made exact: .*model\.layers\.1\.mlp.* computes aten\.mm"):
+            vexact.make_invariant(model)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +201,9 @@ def test_only_this_instance_changes(tmp_path):
     assert torch.equal(again(input_ids=ids).logits, other(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "phi3", "qwen3_moe", "glm4_moe", "deepseek_v3", "deepseek_v2"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "gemma", "phi3", "qwen3_moe", *(kind for kind in SCORED_ALONE if kind in EXACT)]
+)
 def test_gradients_are_those_of_the_stock_model(kind):
     stock, ours = build(kind, **EXACT[kind]), vexact.make_invariant(build(kind, **EXACT[kind]))
     ours.gradient_checkpointing_enable()
