@@ -54,8 +54,6 @@ def prepare(body: Body, sampling: dict[str, Any], tokenizer: Any, limits: Limits
     prompts = _chat_prompt(body, tokenizer) if isinstance(body, ChatBody) else _prompts(body, tokenizer)
     name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
     drawn = body.request_id or (name if sampling.get("seed") is None else SEEDED)
-    if isinstance(sampling.get("logit_bias"), dict):
-        sampling = sampling | {"logit_bias": _by_token(sampling["logit_bias"])}
     asks = []
     for index, prompt in enumerate(prompts):
         own = {"max_tokens": limits.room(len(prompt))} if chat else {}
@@ -102,11 +100,3 @@ def _is_ids(value: Any) -> bool:
 def _require(tokenizer: Any, what: str) -> None:
     if tokenizer is None:
         raise ApiError(400, f"this model has no tokenizer, so {what} cannot be read; send prompt_token_ids")
-
-
-def _by_token(bias: dict[str, Any]) -> dict[int, Any]:
-    """JSON has no whole numbers as keys."""
-    try:
-        return {int(key): value for key, value in bias.items()}
-    except ValueError as error:
-        raise ApiError(400, f"logit_bias must be by token id: {error}", param="logit_bias") from None

@@ -8,25 +8,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vexact.rollout import SamplingParams
 from vexact.serve.errors import ApiError
 
-_LATER = (
-    "logit_bias",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "allowed_token_ids",
+SAMPLING = frozenset(
+    ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
 )
-_ENGINE = {item.name for item in fields(SamplingParams)}
-_OFFERED = ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
-SAMPLING = frozenset(_OFFERED) | _ENGINE.intersection(_LATER)
 _MOST = {"stop": 64, "stop_token_ids": 256}
 
 # Parameters that others have, the values at which they do nothing, and why others cannot be had.
