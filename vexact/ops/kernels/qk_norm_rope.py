@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.rope import head_tile, launch_config, load_halves, packed_heads, store_rotated, token_angles
+
+_launches = Launches()
 
 
 @triton.jit
@@ -88,24 +91,21 @@ def forward(
     q, k = _readable(q), _readable(k)
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
-    _qk_norm_rope_kernel[(num_tokens,)](
-        q,
-        k,
-        q_weight,
-        k_weight,
-        positions.contiguous(),
-        cos_sin.contiguous(),
-        *outputs,
-        *rstds,
-        q.stride(0),
-        k.stride(0),
-        cos_sin.shape[0],
-        eps,
-        HQ=num_q_heads,
-        HKV=num_kv_heads,
-        HALF=head_dim // 2,
-        **launch_config(num_q_heads, num_kv_heads, head_dim),
-        enable_fp_fusion=False,
+    tensors = q, k, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), *outputs, *rstds
+    sizes = q.stride(0), k.stride(0), cos_sin.shape[0]
+    _launches(
+        (*q.shape, num_kv_heads, *sizes, q.dtype, positions.dtype, eps),
+        tensors,
+        lambda: Call(
+            _qk_norm_rope_kernel,
+            (num_tokens,),
+            (*tensors, *sizes, eps),
+            {
+                **{"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2},
+                **launch_config(num_q_heads, num_kv_heads, head_dim),
+                "enable_fp_fusion": False,
+            },
+        ),
     )
     return outputs[0], outputs[1], rstds[0], rstds[1]
 
