@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -36,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     rows = x.reshape(-1, x.shape[-1])
-    out = _Linear.apply(rows, weight, bias, out_dtype or x.dtype)
+    out = apply(_Linear, rows, weight, bias, out_dtype or x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

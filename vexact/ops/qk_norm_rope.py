@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 from vexact.ops.rms_norm import rms_norm_reference
 from vexact.ops.rope import check_rope, rope_reference
@@ -34,7 +35,7 @@ def qk_norm_rope(
         if weight.shape != q.shape[-1:]:
             raise ValueError(f"qk_norm_rope: {name} is {tuple(weight.shape)}, expected ({q.shape[-1]},)")
     check_floats("qk_norm_rope", q=q, q_weight=q_weight, k_weight=k_weight)
-    return _QkNormRope.apply(q, k, q_weight, k_weight, eps, positions, cos_sin)
+    return apply(_QkNormRope, q, k, q_weight, k_weight, eps, positions, cos_sin)
 
 
 def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, positions: Tensor, cos_sin: Tensor) -> Tensor:

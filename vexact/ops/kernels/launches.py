@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from torch import Tensor
 from triton import knobs
@@ -27,6 +28,7 @@ _MOST = 4096  # entries of a table before it starts again
 _BASE_ARGS = 5  # three sizes of the grid, the stream, the kernel
 
 _encoded: dict[Hashable, dict[int, Any]] = {}
+_all: WeakSet[Launches] = WeakSet()
 
 
 class Call(NamedTuple):
@@ -44,6 +46,11 @@ class Launches:
     def __init__(self) -> None:
         self._recorded: dict[Hashable, _Recorded | None] = {}
         self._kinds: dict[Hashable, Hashable] = {}
+        _all.add(self)
+
+    def forget(self) -> None:
+        self._recorded.clear()
+        self._kinds.clear()
 
     def __call__(self, key: Hashable, tensors: Sequence[Tensor], describe: Callable[[], Call]) -> None:
         """Launches ``describe()``.
@@ -66,14 +73,15 @@ class Launches:
 
     def _bind(self, key: Hashable, tensors: Sequence[Tensor], call: Call) -> None:
         compiled = call.kernel[call.grid](*call.args, **call.constants)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if any(address % ALIGNMENT for address in addresses):
+            return
         if not isinstance(call.kernel, JITFunction):
             self._check(key, call)
             return
         place = driver.active.get_current_device(), key
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        unaligned = any(address % ALIGNMENT for address in addresses)
         ambiguous = len(set(addresses)) < len(addresses)
-        if place in self._recorded or unaligned or ambiguous or _observed() or call.kernel.pre_run_hooks:
+        if place in self._recorded or ambiguous or _observed() or call.kernel.pre_run_hooks:
             return
         if len(self._recorded) >= _MOST:
             self._recorded.clear()
@@ -82,6 +90,12 @@ class Launches:
     def _check(self, key: Hashable, call: Call) -> None:
         kind = call.kernel, call.grid, tuple(map(_kind, call.args)), tuple(call.constants.items())
         assert self._kinds.setdefault(key, kind) == kind, f"{key} stands for {self._kinds[key]} and for {kind}"
+
+
+def forget() -> None:
+    """The next launch of every kind goes through Triton again. For tests that change what decides a launch."""
+    for launches in _all:
+        launches.forget()
 
 
 class _Slot:
