@@ -2,9 +2,9 @@
 
     python benchmarks/host_cost.py --out benchmarks/results/host_cost_h100.json
 
-Shapes are those of Qwen3-1.7B with random weights. Host times end when the last kernel is in the stream, not when it has
-run; the device is idle at the start of each, so that a full queue is never waited for. "step" waits for the device:
-what a user sees of one prompt or of one eager decode step. ``--profile N`` lists the N dearest Python functions.
+Shapes are those of Qwen3-1.7B with random weights. Host times end when the last kernel is in the stream, not when it
+has run; the device is idle at the start of each, so that a full queue is never waited for. "step" waits for the
+device: what a user sees of one prompt or of one eager decode step. ``--profile N`` lists the N dearest functions.
 """
 
 from __future__ import annotations
@@ -49,13 +49,16 @@ def caches(model: CausalLM, num_pages: int) -> list[tuple[torch.Tensor, torch.Te
     """Zeroed pages of every layer."""
     shape = num_pages, PAGE_SIZE, model.config.num_kv_heads, model.config.head_dim
     return [
-        (torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE), torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE))
+        (
+            torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE),
+            torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE),
+        )
         for _ in range(model.config.num_layers)
     ]
 
 
 def paged(new: list[int], keys: list[int]) -> tuple[torch.Tensor, torch.Tensor, PagedMetadata]:
-    """Token ids, positions and metadata of sequences with ``new`` tokens of ``keys`` in all, pages one after another."""
+    """Token ids, positions and metadata of sequences with ``new`` tokens of ``keys``, pages one after another."""
     pages = [-(-count // PAGE_SIZE) for count in keys]
     table, slots, positions, first = torch.full((len(keys), max(pages)), -1, dtype=torch.int32), [], [], 0
     for row, (fresh, count, held) in enumerate(zip(new, keys, pages, strict=True)):

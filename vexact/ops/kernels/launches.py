@@ -1,8 +1,8 @@
 """Launching a kernel again without binding its arguments again.
 
-Triton names, specialises and looks up all arguments in every launch, and encodes every tensor descriptor: the host takes
-longer for that than most kernels run. Here the first launch of a key goes that way; what Triton then hands to the C
-function below it is recorded, and handed over again with the addresses of other tensors.
+Triton names, specialises and looks up all arguments in every launch, and encodes every tensor descriptor: the host
+takes longer for that than most kernels run. Here the first launch of a key goes that way; what Triton then hands to the
+C function below it is recorded, and handed over again with the addresses of other tensors.
 
 A descriptor on the device says where a tensor is, how large and how far apart its rows are. It is a value: equal
 numbers give equal descriptors, whoever owns the memory by now, so they are kept by these numbers and never out of date.

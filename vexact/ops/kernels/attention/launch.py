@@ -159,28 +159,41 @@ def key_columns(dim: int, value_dim: int) -> tuple[int, int]:
     return padded(dim), 0
 
 
-_checked: dict[Hashable, HeadShape] = {}
-
-
 def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
     """Shape of the heads of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
 
     Raises:
         ValueError: see `check_heads`.
     """
-    key = *(x.shape[1:] for x in (q, k, v)), *(x.stride(-1) for x in (q, k, v)), q.dtype, k.dtype, v.dtype
-    devices = q.device, k.device, v.device
-    known = _checked.get((key, devices))
-    if known is not None and k.shape[0] == v.shape[0]:
-        return known
     check_heads(q, k, v)
-    shape = HeadShape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], q.element_size())
-    return _checked.setdefault((key, devices), shape)
+    return HeadShape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], q.element_size())
 
 
-def form(q: Tensor, k: Tensor, v: Tensor) -> tuple[Hashable, ...]:
-    """All that a launch depends on but for addresses."""
-    return q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """Sizes, strides, types and devices of q, k and v, looked at once. One object for all equal ones: a short key."""
+
+    shape: HeadShape
+
+
+_forms: dict[Hashable, Form] = {}
+_MOST_FORMS = 4096
+
+
+def form(q: Tensor, k: Tensor, v: Tensor) -> Form:
+    """The form of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
+
+    Raises:
+        ValueError: see `check_heads`.
+    """
+    sizes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
+    key = *sizes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    found = _forms.get(key)
+    if found is None:
+        if len(_forms) >= _MOST_FORMS:
+            _forms.clear()
+        found = _forms.setdefault(key, Form(head_shape(q, k, v)))
+    return found
 
 
 def exponent_scale(softmax_scale: float) -> float:

@@ -21,7 +21,6 @@ from vexact.ops.kernels.attention.launch import (
     chunk_to_merge,
     exponent_scale,
     form,
-    head_shape,
 )
 from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv
@@ -57,9 +56,10 @@ def packed_forward(
         past cu_seqlens_q[-1]: 0 and -inf.
 
     Raises:
-        ValueError: see `head_shape` and `exponent_scale`.
+        ValueError: see `form` and `exponent_scale`.
     """
-    shape = head_shape(q, k, v)
+    inputs_form = form(q, k, v)
+    shape = inputs_form.shape
     blocks = key_blocks or KEY_BLOCKS[shape.key]
     out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
@@ -91,7 +91,7 @@ def packed_forward(
 
     own_keys = () if cu_seqlens_k is cu_seqlens_q else (cu_seqlens_k,)
     _forward(
-        (form(q, k, v), num_sequences, scale, causal, chunk, blocks, tile, len(own_keys)),
+        (inputs_form, num_sequences, scale, causal, chunk, blocks, tile, len(own_keys)),
         (q, k, v, out, lse, cu_seqlens_q, *own_keys),
         call,
     )
@@ -126,9 +126,10 @@ def packed_backward(
         are 0.
 
     Raises:
-        ValueError: see `head_shape` and `exponent_scale`.
+        ValueError: see `form` and `exponent_scale`.
     """
-    shape = head_shape(q, k, v)
+    inputs_form = form(q, k, v)
+    shape = inputs_form.shape
     keys_tile = keys_tile or BACKWARD_KEYS[shape.key]
     queries_tile = queries_tile or BACKWARD_QUERIES[shape.key]
     scale = exponent_scale(softmax_scale)
@@ -141,7 +142,7 @@ def packed_backward(
     dout, out = dout.contiguous(), out.contiguous()
     own_keys = () if cu_seqlens_k is cu_seqlens_q else (cu_seqlens_k,)
     lengths = cu_seqlens_q, *own_keys
-    key = form(q, k, v), num_sequences, scale, causal, keys_tile, queries_tile, len(own_keys)
+    key = inputs_form, num_sequences, scale, causal, keys_tile, queries_tile, len(own_keys)
     inputs, ends = (dout, q, k, v, delta, lse2), (cu_seqlens_q, cu_seqlens_k, scale, softmax_scale)
     strides = tuple(tensor.stride(axis) for tensor in (q, k, v) for axis in range(2))
 

@@ -18,13 +18,13 @@ from vexact.ops.kernels.attention.launch import (
     FORWARD_DESCRIBED,
     KEY_BLOCKS,
     MAX_DECODE_ROWS,
+    Form,
     HeadShape,
     KeyBlocks,
     Tile,
     chunk_to_merge,
     exponent_scale,
     form,
-    head_shape,
     heads_per_tile,
     padded,
 )
@@ -72,13 +72,14 @@ def paged_forward(
         cu_seqlens_q[-1]: 0 and -inf.
 
     Raises:
-        ValueError: see `head_shape` and `exponent_scale`.
+        ValueError: see `form` and `exponent_scale`.
     """
-    shape = head_shape(q, k_cache, v_cache)
+    inputs_form = form(q, k_cache, v_cache)
+    shape = inputs_form.shape
     out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
     call = _Call(
-        q, (k_cache, v_cache), out, lse, (cu_seqlens_q, seqused_k, block_table), max_seqlen_k, shape,
+        q, (k_cache, v_cache), out, lse, (cu_seqlens_q, seqused_k, block_table), max_seqlen_k, inputs_form,
         key_blocks or KEY_BLOCKS[shape.key], exponent_scale(softmax_scale), causal,
     )  # fmt: skip
     if q.shape[0] == 0 or seqused_k.shape[0] == 0:
@@ -103,10 +104,14 @@ class _Call:
     lse: Tensor
     lengths: tuple[Tensor, Tensor, Tensor]  # cu_seqlens_q, seqused_k, block_table
     max_seqlen_k: int
-    shape: HeadShape
+    form: Form
     blocks: KeyBlocks
     scale: float
     causal: bool
+
+    @property
+    def shape(self) -> HeadShape:
+        return self.form.shape
 
     @cached_property
     def descriptors(self) -> Descriptors | None:
@@ -147,8 +152,10 @@ class _Call:
     @cached_property
     def key(self) -> tuple[Any, ...]:
         """What every launch of this call depends on."""
-        forms = form(self.q, *self.caches), self.lengths[2].stride(0), self.num_sequences
-        return *forms, self.blocks, self.scale, self.causal
+        return (
+            *(self.form, self.lengths[2].stride(0), self.num_sequences),
+            *(self.blocks.block_n, self.blocks.chunk, self.scale, self.causal),
+        )
 
     def run_tiles(self, skip_up_to: int, tile: Tile | None) -> None:
         """Sequences of more than `skip_up_to` query rows, chunks in order."""

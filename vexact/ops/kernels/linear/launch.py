@@ -144,7 +144,6 @@ def _tma_call(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate
     return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants)
 
 
-
 def _pointer_call(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, tokens_are_depth: bool
 ) -> Call:
