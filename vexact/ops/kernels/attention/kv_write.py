@@ -50,7 +50,15 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         k: (T, Hkv, D). v: (T, Hkv, Dv); the last dimension is contiguous.
         k_cache: (num_pages, page_size, Hkv, D). v_cache: (num_pages, page_size, Hkv, Dv).
         slot_mapping: (T,) int64, page * page_size + offset; distinct where not negative.
+
+    Raises:
+        ValueError: dtype or head shape of the rows and the cache differ.
     """
+    for name, rows, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if rows.dtype != cache.dtype or rows.shape[1:] != cache.shape[2:]:
+            raise ValueError(
+                f"write_kv: {name} is {rows.dtype} {tuple(rows.shape)}, its cache {cache.dtype} {tuple(cache.shape)}"
+            )
     num_rows, num_heads, dim = k.shape
     if num_rows == 0:
         return
