@@ -43,13 +43,10 @@ def experts_left(model: nn.Module) -> list[str]:
     """What our operators would not compute: adapters on experts, and what a rounded correction bias would choose."""
     adapted = [name for name, module in model.named_modules() if is_lora_moe_experts(module)][:1]
     rounded = [bias.dtype for _, bias in _biases(model) if bias.dtype != torch.float32][:1]
+    fix = "call convert before weights are loaded, or build the model in float32"
     return [
         *(f"{name} has adapters on its experts, which our operators do not compute" for name in adapted),
-        *(
-            f"the {_BIAS} of its routers is {dtype} and has lost bits; call convert before weights are loaded, or build "
-            "the model in float32"
-            for dtype in rounded
-        ),
+        *(f"the {_BIAS} of its routers is {dtype} and has lost bits; {fix}" for dtype in rounded),
     ]
 
 
