@@ -103,8 +103,9 @@ class _Logits(nn.Module):
         return x.flatten(0, 1)
 
     def chosen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        router: Any = self
         logits = self(x)
-        routes = route(logits, self.e_score_correction_bias, top_k=self.top_k, **settings(self))
+        routes = route(logits, router.e_score_correction_bias, top_k=router.top_k, **settings(router))
         return logits, routes.weights, routes.experts.long()
 
 
