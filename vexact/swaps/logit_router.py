@@ -88,7 +88,8 @@ def _same_choice(block: nn.Module, known: dict[str, Any]) -> bool:
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class _Logits(nn.Module):
