@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 from vexact.report.html import tables
 from vexact.report.html.browser import sample_pages
 from vexact.report.html.groups import Group, grouped, metric_names
-from vexact.report.html.panels import PARTS, SECTIONS, Panel
 from vexact.report.html.record import RunRecord
 from vexact.report.names import describe
+from vexact.report.panels import PARTS, SECTIONS, Panel
 
 FILE_NAME = "report.html"
 
