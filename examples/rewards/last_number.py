@@ -1,6 +1,6 @@
 """A reward: 1 where the last number of the response is the ground truth, however the response says it.
 
-    reward.custom_reward_function.path=examples/rewards/last_number.py
+reward.custom_reward_function.path=examples/rewards/last_number.py
 """
 
 import re
