@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from stand_ins import executable
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vexact.report.jsonl import read_metrics
 
@@ -96,5 +97,7 @@ def test_every_command_does_what_the_page_says(done: tuple[Path, dict[str, str]]
     corrected = read_metrics(folder / "runs/corrected/metrics.jsonl")[-1]
     assert corrected["bitwise/tokens_different"] > 0
     assert corrected["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=1e-3)
-    assert list((folder / "runs/first/tensorboard").iterdir())
+    events = EventAccumulator(str(folder / "runs/first/tensorboard")).Reload()
+    assert {"samples/val/text_summary", "samples/step/text_summary"} <= set(events.Tags()["tensors"])
+    assert [event.step for event in events.Scalars("critic/score/mean")] == list(range(1, 11))
     assert {path.name for path in folder.glob("*.html")} == {"compared.html"}

@@ -60,6 +60,9 @@ def test_a_run_that_a_mismatch_stops_shows_it(overrides, lines, monkeypatch, tmp
     curves = [trace for figure in data_of(tmp_path / "run")["figures"] for trace in figure["data"]]
     (different,) = (trace for trace in curves if trace.get("name") == "bitwise/tokens_different")
     assert different["y"][0] > 0
+    (shown,) = data_of(tmp_path / "run")["samples"][0]["shown"]
+    marked = sum(len(token) == 3 for sample in shown["samples"] for token in sample["tokens"])
+    assert 0 < marked <= different["y"][0], "the step that stopped the run is there, and which tokens differ"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyError("a\nb"), MemoryError()])

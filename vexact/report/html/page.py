@@ -92,6 +92,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         overview=tables.overview(groups),
         problems=[(run.name, problem) for run in ordered for problem in run.problems],
         sections=sections,
+        divergences=[(run.name, run.divergence) for run in ordered if run.divergence],
         tables={
             "Certificate": tables.certificates(ordered),
             "Environment": tables.environments(ordered),
