@@ -89,7 +89,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 
 # of another stage, of the whole, or at the same time
 _INSIDE = re.compile(r"timing_s/(step|sync_weights|audit|audit_forward|weights_.*|gen_ahead|.*/.*)")
-_ORDER = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "testing", "save_checkpoint")
+STAGES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "testing", "save_checkpoint")
+"""Of a step, in their order in it, as ``timing_s/…`` names them."""
 
 
 def present_panels(present: Iterable[str]) -> dict[str, dict[str, list[str]]]:
@@ -117,5 +118,5 @@ def step_parts(present: Iterable[str]) -> list[str]:
     ['timing_s/gen', 'timing_s/update_actor', 'timing_s/mine']
     """
     names = [name for name in present if name.startswith("timing_s/") and not _INSIDE.fullmatch(name)]
-    order = {f"timing_s/{name}": place for place, name in enumerate(_ORDER)}
+    order = {f"timing_s/{name}": place for place, name in enumerate(STAGES)}
     return sorted(names, key=lambda name: (order.get(name, len(order)), name))
