@@ -98,7 +98,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         redraw_ratio = config.trainer.audit_redraw_ratio if config.rollout.is_own else 0.0  # it knows our draws only
         audit = Audit(config.trainer.exactness, redraw_ratio)
         driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
-        with final_report(config), advising(config, lambda: driver.stage):
+        with final_report(config, reporter), advising(config, lambda: driver.stage):
             _drive(driver)
         interrupt.check()
     return 0

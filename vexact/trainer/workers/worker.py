@@ -26,7 +26,9 @@ from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.memory import memory_advice
+from vexact.trainer.workers.memory_use import memory_metrics
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
+from vexact.trainer.workers.peak_flops import peak_flops
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
 from vexact.training.passes.forward import Scored
@@ -92,6 +94,9 @@ class Worker:
     def environment(self) -> dict[str, object]:
         return environment(torch.device(self.info.device))
 
+    def peak_flops(self) -> float | None:
+        return peak_flops(torch.device(self.info.device), self.actor.config.dtype)
+
     def engine_facts(self) -> EngineFacts:
         engine = self.engine
         return EngineFacts(engine.vocab_size, engine.max_model_len, engine.num_cache_tokens)
@@ -115,14 +120,16 @@ class Worker:
 
     def sync(self, version: int, keep: bool) -> dict[str, float]:
         """Called on all ranks: the weights of the actor become those of every engine; with ``keep`` ranks that train
-        alone keep a copy. Raises WeightSyncError."""
+        alone keep a copy. Also says what memory this rank uses. Raises WeightSyncError."""
         if self.roles.colocated:
-            return sync_weights(self.actor, self.engine, version)
-        if self._actor is not None:
+            metrics = sync_weights(self.actor, self.engine, version)
+        elif self._actor is not None:
             with self._actor.resident() if keep else nullcontext():
                 self._past.advance(version, keep)
-            return send_weights(self._actor, version)
-        return receive_weights(self.engine, version)
+            metrics = send_weights(self._actor, version)
+        else:
+            metrics = receive_weights(self.engine, version)
+        return metrics | memory_metrics()
 
     def update(
         self,
