@@ -114,6 +114,7 @@ REFUSED = (
     ),
     Refused("data.image_key", (None, "images"), "only text is supported"),
     Refused("data.video_key", (None, "videos"), "only text is supported"),
+    Refused("global_profiler.tool", (None, "torch"), "traces are torch.profiler's"),
     Refused("model_engine", ("dp", "fsdp", "fsdp2"), "only FSDP2 is built in"),
 )
 
@@ -164,11 +165,12 @@ UNUSED = (
     ),
     Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
-    Unused("global_profiler.*", "profiling is not built in"),
+    Unused("global_profiler.*", "trainer.profile_steps and .profile_ranks say what is traced, by torch.profiler"),
     Unused("ray_kwargs.*", "trainer.ray_address names the cluster, and RAY_* variables set it up"),
 )
 
 MOVED = {
+    "global_profiler.steps": "trainer.profile_steps",
     "trainer.max_actor_ckpt_to_keep": "trainer.keep_last",
     "custom_reward_function.path": "reward.custom_reward_function.path",
     "custom_reward_function.name": "reward.custom_reward_function.name",
