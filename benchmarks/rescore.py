@@ -66,14 +66,18 @@ class Size:
     mean_new: float
     slots: tuple[int, ...]
     pages: tuple[int, ...]  # page sizes
+    callers: tuple[int, ...]  # at once
+    over_http: int  # of the requests
 
     @property
     def longest(self) -> int:
         return self.prompt + self.new
 
 
-SMALL = Size(24, 40, 48, 12, (1, 3, 8, 24), (1, 4, 7, 16, 64))
-LARGE = Size(640, 400, 512, 150, (5, 64, 200, 256), (8, 16, 64, 80, 256))
+SIZES = {
+    "small": Size(24, 40, 48, 12, (1, 3, 8, 24), (1, 4, 7, 16, 64), (1, 7, 64), 24),
+    "large": Size(640, 400, 512, 150, (48, 200, 256), (16, 64, 80, 256), (50, 300), 120),
+}
 
 
 @dataclass(slots=True)
@@ -190,7 +194,7 @@ class Rescore:
     def _play(self, engine: Engine, way: str, asks: list[Ask], expected: dict[str, Sample]) -> list[Sample]:
         order = self.draw.sample(asks, len(asks))
         if way == "HTTP":
-            self._over_http(engine, order, expected)
+            self._over_http(engine, order[: self.size.over_http], expected)
             return []
         if way == "AsyncEngine":
             return asyncio.run(self._in_process(engine, order))
@@ -232,7 +236,7 @@ class Rescore:
                     self.found.counts["callers that left"] += 1
 
         try:
-            await asyncio.gather(*(work() for _ in range(self.draw.choice((1, 7, 64)))))
+            await asyncio.gather(*(work() for _ in range(self.draw.choice(self.size.callers))))
             await served.drain()
         finally:
             served.close()
@@ -243,7 +247,7 @@ class Rescore:
         service = Service(engine, ServeSettings(("soak",), port=0, max_queue=4 * len(order)))
         server = Server(service)
         server.start()
-        run = Soak(server, order, by_name, concurrency=self.draw.choice((1, 7, 64)))
+        run = Soak(server, order, by_name, concurrency=self.draw.choice(self.size.callers))
         try:
             asyncio.run(run.run())
         finally:
@@ -334,12 +338,14 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no round begins")
     parser.add_argument("--shape", choices=SHAPES, help="default: one layer of 32 channels")
     parser.add_argument("--layers", type=int)
+    size = "large" if torch.cuda.is_available() else "small"
+    parser.add_argument("--size", choices=SIZES, default=size, help="of the requests and the batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--control", action="store_true", help="score with one weight that is a unit too large")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(given)
-    size = LARGE if torch.cuda.is_available() else SMALL
-    rescore, started = Rescore(*models(arguments), size, arguments.seed), time.monotonic()
+    rescore = Rescore(*models(arguments), SIZES[arguments.size], arguments.seed)
+    started = time.monotonic()
     head = machine() | {"arguments": {name: str(value) for name, value in vars(arguments).items()}}
     for said in rescore.run(arguments.tokens, arguments.seconds):
         print(f"{rescore.found.tokens:>9} tokens, next: {said}", file=sys.stderr, flush=True)

@@ -243,6 +243,18 @@ REFUSED: list[tuple[Callable[[openai.OpenAI], Any], type[openai.APIError], str, 
         "top_logprobs",
     ),
     (
+        lambda c: c.chat.completions.create(model="tiny", messages=CHAT, logit_bias={"5": -100}),
+        openai.BadRequestError,
+        "logit_bias={'5': -100} is not supported: it changes logits",
+        "logit_bias",
+    ),
+    (
+        lambda c: c.completions.create(model="tiny", prompt="x", extra_body={"min_tokens": 2}),
+        openai.BadRequestError,
+        "min_tokens=2 is not supported: it forbids stop tokens",
+        "min_tokens",
+    ),
+    (
         lambda c: c.chat.completions.create(
             model="tiny", messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]
         ),
