@@ -16,7 +16,10 @@ from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refuse
 from vexact.serve.errors import ApiError
 
 SAMPLING = frozenset(
-    ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
+    (
+        *("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+        *("stop", "stop_token_ids", "ignore_eos", "prompt_logprobs"),
+    )
 )
 _MOST = {"stop": 64, "stop_token_ids": 256}
 
@@ -160,6 +163,8 @@ def _check(body: Body, sampling: Mapping[str, Any]) -> None:
             f"logprobs={body.logprobs} is not supported: the engine gives the exact log-probability of the sampled "
             "token only; use logprobs=0",
         )
+    if body.stream and "prompt_logprobs" in sampling:
+        raise ApiError(400, "prompt_logprobs comes with a whole answer; leave out stream", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream=true", param="stream_options")
 

@@ -72,6 +72,10 @@ REFUSED = (
         for name, (harmless, reason) in REFUSED_SAMPLING.items()
     ),
     *(
+        Refused(f"{section}.prompt_logprobs", (None,), "nothing here reads them; SamplingParams of an engine has it")
+        for section in (_ROLLOUT, f"{_ROLLOUT}.val_kwargs")
+    ),
+    *(
         Refused(f"{section}.logit_bias.*", (), REFUSED_SAMPLING["logit_bias"][1])
         for section in (_ROLLOUT, f"{_ROLLOUT}.val_kwargs")
     ),
