@@ -19,6 +19,7 @@ _NO_SLOT = -1  # keys and values of such a row are written nowhere
 _PADDING = {
     "input_ids": 0,
     "positions": 0,
+    "sample_slots": 0,  # of which only the real ones are used
     "slot_mapping": _NO_SLOT,
     "seqused_k": 0,
     "temperature": 0,
@@ -33,15 +34,16 @@ _PADDING = {
 class DecodeInputs:
     """One set of device tensors per graph, overwritten by one copy per step."""
 
-    def __init__(self, device: torch.device, page_size: int) -> None:
+    def __init__(self, device: torch.device, page_size: int, num_slots: int) -> None:
         self._device = device
         self._page_size = page_size
+        self._padding = _PADDING | {"token_sources": num_slots}
         self._staging = StagingBuffer(device)
         self._static: dict[GraphKey, tuple[Tensor, RunnerInputs]] = {}
 
     def load(self, batch: Batch, key: GraphKey) -> RunnerInputs:
         """Fill the tensors of ``key`` with a pure decode step and padding, every element of them."""
-        arrays = padded_arrays(batch, key, self._page_size)
+        arrays = self._padded_arrays(batch, key)
         if key not in self._static:
             self._static[key] = self._allocate(arrays, key)
         buffer, inputs = self._static[key]
@@ -60,17 +62,16 @@ class DecodeInputs:
         )
         return buffer, inputs
 
-
-def padded_arrays(batch: Batch, key: GraphKey, page_size: int) -> dict[str, np.ndarray]:
-    """The arrays of ``batch``, one new and sampled token per sequence, with ``key.batch_size`` rows."""
-    num_rows, num_real = key.batch_size, batch.num_tokens
-    arrays = {name: _padded(getattr(batch, name), num_rows, fill) for name, fill in _PADDING.items()}
-    table = np.full((num_rows, -(-key.num_keys // page_size)), NO_PAGE, np.int32)
-    num_pages = min(table.shape[1], batch.block_table.shape[1])  # pages held in advance may be more than are read
-    table[:num_real, :num_pages] = batch.block_table[:, :num_pages]
-    arrays["block_table"] = table
-    arrays["cu_seqlens_q"] = np.arange(num_rows + 1, dtype=np.int32)
-    return arrays
+    def _padded_arrays(self, batch: Batch, key: GraphKey) -> dict[str, np.ndarray]:
+        """The arrays of ``batch``, one new and sampled token per sequence, with ``key.batch_size`` rows."""
+        num_rows, num_real = key.batch_size, batch.num_tokens
+        arrays = {name: _padded(getattr(batch, name), num_rows, fill) for name, fill in self._padding.items()}
+        table = np.full((num_rows, -(-key.num_keys // self._page_size)), NO_PAGE, np.int32)
+        num_pages = min(table.shape[1], batch.block_table.shape[1])  # pages held in advance may be more than are read
+        table[:num_real, :num_pages] = batch.block_table[:, :num_pages]
+        arrays["block_table"] = table
+        arrays["cu_seqlens_q"] = np.arange(num_rows + 1, dtype=np.int32)
+        return arrays
 
 
 def _padded(values: np.ndarray, num_rows: int, fill: int) -> np.ndarray:
