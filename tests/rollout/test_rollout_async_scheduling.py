@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+import torch
 from hash_model import HashModel
 from late_device import LateDevice, PageAuditor
 from rollout_models import VOCAB, LetterTokenizer, bits, tiny_model
-from test_rollout_decode_graphs import install
+from test_rollout_decode_graphs import GPU_SIZES, install
 
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.scheduling.scheduler import Scheduler
@@ -317,3 +319,51 @@ def test_the_comparison_finds_a_planted_fault(expected, monkeypatch, fault, audi
         whole = [expected[0][sample.request_id] for sample in samples]
         found += any(one.token_ids != two.token_ids[: len(one.token_ids)] for one, two in zip(samples, whole))
     assert found
+
+
+def gpu_requests(rng):
+    """Chunked prompts beside decodes, several key buckets, ends by surprise."""
+    prompts = [rng.integers(0, 1000, length).tolist() for length in (3, 17, 90, 700, 2040, 2050, 33, 1)]
+    params = [
+        SamplingParams(
+            n=1 + 3 * (index % 2),
+            max_tokens=40 + 10 * index,
+            temperature=0.8 * (index % 3 > 0),
+            top_p=(1.0, 0.9)[index % 2],
+            stop_token_ids=list(range(index, 1000, 50)),
+        )
+        for index in range(len(prompts))
+    ]
+    return prompts, params
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_launching_ahead_changes_no_bit_on_a_gpu(eager):
+    """Under CUDA graphs, with little memory, and with weights that change between two calls."""
+    config = {
+        "max_model_len": 2200,
+        "max_num_seqs": 12,
+        "max_num_batched_tokens": 512,
+        "num_pages": 64,
+        "enforce_eager": eager,
+        "eos_token_ids": [7],
+    }
+    engines = [
+        Engine(model=tiny_model(0, torch.bfloat16, max_position_embeddings=4096, **GPU_SIZES).cuda(), **config, **mode)
+        for mode in (SYNC, {})
+    ]
+    found = [[], []]
+    for version in range(3):
+        prompts, params = gpu_requests(np.random.default_rng(version))
+        update = tiny_model(version, torch.bfloat16, max_position_embeddings=4096, **GPU_SIZES).cuda()
+        for engine, samples in zip(engines, found, strict=True):
+            engine.update_weights(update.named_parameters(), version)
+            ids = [f"{version}-{index}" for index in range(len(prompts))]
+            samples += map(fingerprint, engine.generate(prompts, params, ids))
+    assert found[0] == found[1]
+    assert len({one[3] for one in found[0]}) == 2, "by length and by a stop token"
+    stats = [engine.stats() for engine in engines]
+    assert [one["rollout/async_ratio"] > 0.5 for one in stats] == [False, True]
+    assert all(one["rollout/preemptions"] > 0 for one in stats)
+    assert all((one["rollout/graph_ratio"] > 0.3) is not eager for one in stats)

@@ -107,8 +107,8 @@ def spoiled_inputs(monkeypatch):
     load = DecodeInputs.load
 
     def spoil(self, batch, key):
-        for buffer, _ in self._static.values():
-            buffer.fill_(0xA5)
+        for inputs in self._static.values():
+            inputs.buffer.fill_(0xA5)
         return load(self, batch, key)
 
     monkeypatch.setattr(DecodeInputs, "load", spoil)

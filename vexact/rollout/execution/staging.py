@@ -58,14 +58,11 @@ class StagingBuffer:
 
     def copy(self, arrays: Mapping[str, np.ndarray], target: torch.Tensor) -> None:
         """Overwrites ``target`` (packed_bytes(arrays),) uint8 on the device; ``unpack`` shows the arrays in it."""
-        offsets, total = _layout(arrays)
         buffer = next(self._buffers)
         buffer.wait()
-        packed = buffer.bytes(total)
-        host = packed.numpy()
-        for name, array in arrays.items():
-            view = host[offsets[name] : offsets[name] + array.nbytes].view(array.dtype)
-            view.reshape(array.shape)[...] = array
+        packed = buffer.bytes(packed_bytes(arrays))
+        for name, view in unpack(packed, arrays).items():
+            view.numpy()[...] = arrays[name]
         target.copy_(packed, non_blocking=True)
         buffer.record()
 

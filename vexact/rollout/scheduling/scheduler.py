@@ -83,12 +83,13 @@ class Scheduler:
         Without ``may_preempt`` None if a running request would have to give its pages back: those with a token on its
         way cannot, and the tokens that come may make it needless.
         """
-        short = self._short_of_pages()
+        slots = self._unfilled()
+        short = self._short_of_pages(slots)
         preempts = len(short) > self._blocks.num_available
         if preempts and not may_preempt:
             return None
         self._grow_all(short)
-        running = self._take_budget()
+        running = self._take_budget(self._unfilled() if preempts else slots)
         if preempts or not self._waiting or not self._state.num_free_slots:
             return running
         return self._admit(running)
@@ -104,9 +105,9 @@ class Scheduler:
         unfilled = self._state.num_tokens[slots] < self._state.max_total_tokens[slots]
         return slots if unfilled.all() else slots[unfilled]
 
-    def _short_of_pages(self) -> np.ndarray:
-        """Slots that lack a page for their last token."""
-        state, slots = self._state, self._unfilled()
+    def _short_of_pages(self, slots: np.ndarray) -> np.ndarray:
+        """Of ``slots`` those that lack a page for their last token."""
+        state = self._state
         return slots[state.num_pages[slots] * state.page_size < state.num_tokens[slots]]
 
     def _grow_all(self, short: np.ndarray) -> None:
@@ -145,9 +146,8 @@ class Scheduler:
         self._running.remove(request)
         self._running_slots = None
 
-    def _take_budget(self) -> Schedule:
+    def _take_budget(self, slots: np.ndarray) -> Schedule:
         """Split the token budget over the running requests: those with one token left (decodes) come first."""
-        slots = self._unfilled()
         remaining = self._state.num_tokens[slots] - self._state.num_computed[slots]
         if slots.size <= self._max_num_batched_tokens and remaining.sum() == slots.size:
             return Schedule(slots, remaining)
