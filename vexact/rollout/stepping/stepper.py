@@ -46,7 +46,7 @@ class Stepper:
         self._scheduler = scheduler
         self._runner = runner
         self._collector = collector
-        self._runs_ahead = runs_ahead
+        self.runs_ahead = runs_ahead
         self._flight: Flight | None = None
         self.stats = EngineStats()
 
@@ -65,7 +65,7 @@ class Stepper:
             flight.settle()
 
     def _step(self) -> list[Sample]:
-        ahead = self._runs_ahead and not self._runner.is_watched
+        ahead = self.runs_ahead and not self._runner.is_watched
         before = self._flight
         schedule = None
         if before is None or ahead:
