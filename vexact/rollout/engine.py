@@ -104,7 +104,12 @@ class Engine:
         )
         graphs = decode_graphs(model, config, max_model_len=self.max_model_len, device=device)
         self._runner = ModelRunner(
-            model, num_pages=self.num_pages, page_size=config.page_size, device=device, graphs=graphs
+            model,
+            num_pages=self.num_pages,
+            page_size=config.page_size,
+            num_slots=config.max_num_seqs,
+            device=device,
+            graphs=graphs,
         )
         self._intake = Intake(
             self._blocks,
@@ -118,7 +123,14 @@ class Engine:
         )
         finisher = Finisher(self._state, loaded.tokenizer)
         self._collector = Collector(model, self._state, self._scheduler, self._intake, finisher)
-        self._stepper = Stepper(self._state, self._blocks, self._scheduler, self._runner, self._collector)
+        self._stepper = Stepper(
+            self._state,
+            self._blocks,
+            self._scheduler,
+            self._runner,
+            self._collector,
+            runs_ahead=config.resolve_async_scheduling(device.type),
+        )
 
     @property
     def weights_version(self) -> int:
@@ -171,6 +183,7 @@ class Engine:
         """
         self._check_ready()
         if not self.has_unfinished:
+            self._stepper.settle()
             self._runner.refresh()
         requests = self._intake.make(prompt_token_ids, sampling_params, request_id, draw_id)
         try:
@@ -184,7 +197,10 @@ class Engine:
         return [request.request_id for request in requests]
 
     def step(self) -> list[Sample]:
-        """Schedule, run one forward pass, sample; returns the samples that ended.
+        """Schedule and launch one forward pass and its sampling; returns the samples that ended.
+
+        With ``async_scheduling`` they ended in the step before, which runs while this one is prepared. The first call
+        then returns none, and a request that ends by surprise (a stop token or string) gets one token that nobody sees.
 
         Raises:
             NonFiniteLogprobError: a log-probability is NaN or infinite. Its request is dropped, the others go on: the
@@ -327,6 +343,7 @@ class Engine:
     def _require_idle(self, call: str) -> None:
         if self.has_unfinished:
             raise RuntimeError(f"{call} with unfinished requests: finish them, or abort_all() first")
+        self._stepper.settle()
 
     def _check_ready(self) -> None:
         if self.weights_version == INVALID_VERSION:

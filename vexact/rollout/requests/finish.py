@@ -33,7 +33,7 @@ class Finisher:
         both over the length limit."""
         state = self._state
         stopped = (state.stop_ids[slots] == token_ids[:, None]).any(axis=1)
-        full = state.num_tokens[slots] >= state.max_total_tokens[slots]
+        full = state.num_known(slots) >= state.max_total_tokens[slots]
         candidates = np.flatnonzero(stopped | full | state.has_stop_strings[slots])
         for index in candidates.tolist():
             ending = self._ending(int(slots[index]), int(token_ids[index]), bool(stopped[index]), bool(full[index]))

@@ -61,7 +61,7 @@ class Collector:
     def _drop_nonfinite(self, slots: np.ndarray, output: StepOutput) -> tuple[str, list[str]]:
         """Takes the requests in ``slots`` out; returns what to say about them, and their ids."""
         model, requests = self._model, [self._state.request(slot) for slot in slots.tolist()]
-        first, position = requests[0], int(self._state.num_tokens[slots[0]]) - requests[0].num_prompt_tokens
+        first, position = requests[0], int(self._state.num_known(slots[0])) - requests[0].num_prompt_tokens
         for request in requests:
             self._drop(request)
         tensors = chain(model.named_parameters(), model.named_buffers())
