@@ -94,6 +94,7 @@ class Launches:
 
 def forget() -> None:
     """The next launch of every kind goes through Triton again. For tests that change what decides a launch."""
+    _encoded.clear()
     for launches in _all:
         launches.forget()
 
