@@ -77,6 +77,7 @@ class Kernel(JITFunction):
             run=Launcher(self.handed, metadata, nested),
             function=FUNCTION,
             packed_metadata=(4, 1, 0),
+            hash="of this kernel",
             metadata=SimpleNamespace(global_scratch_size=0, profile_scratch_size=0, tensordesc_meta=metadata),
         )
 

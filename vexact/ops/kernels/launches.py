@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -215,23 +215,27 @@ def _slots(
     sources = [arg for arg in call.args if isinstance(arg, (Tensor, TensorDescriptor))]
     args = final[-1] if isinstance(final[-1], (tuple, list)) else final[_BASE_ARGS:]
     module = sys.modules[type(launcher).__module__]
-    map_type = getattr(module, "PyCUtensorMap", None)
-    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) or (map_type and isinstance(arg, map_type))]
-    metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    kinds = tuple(filter(None, (Tensor, getattr(module, "PyCUtensorMap", None))))
+    places = [place for place, arg in enumerate(args) if isinstance(arg, kinds)]
     if len(places) != len(sources):
         return None
+    metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    owners = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
     slots = []
     for place, source in zip(places, sources, strict=True):
         descriptor = source if isinstance(source, TensorDescriptor) else None
-        address = (source if descriptor is None else descriptor.base).data_ptr()
-        index = next((i for i, tensor in enumerate(tensors) if tensor.data_ptr() == address), None)
+        owner = owners.get((source if descriptor is None else descriptor.base).data_ptr())
         meta = None if descriptor is None else next(metadata, None)
-        if index is None or isinstance(args[place], Tensor) != (meta is None):
+        if owner is None or isinstance(args[place], Tensor) != (meta is None):
             return None
         if descriptor is None or meta is None:
-            slots.append(_Slot(place, index, None, {}))
+            slots.append(_Slot(place, owner, None, {}))
         else:
-            slots.append(_described_slot(place, index, descriptor, meta, module.make_tensordesc_arg))
+            encode, form = _encoder(descriptor, meta, module.make_tensordesc_arg)
+            key = compiled.hash, len(slots), form
+            if len(_encoded) >= _MOST:
+                _encoded.clear()
+            slots.append(_Slot(place, owner, encode, _encoded.setdefault(key, {})))
     return slots
 
 
@@ -245,19 +249,14 @@ class _Address:
         return self._address
 
 
-def _described_slot(
-    place: int, tensor: int, descriptor: TensorDescriptor, meta: Any, make: Callable[..., list[Any]]
-) -> _Slot:
-    form = copy.copy(descriptor)
-    form.base = None  # nothing here keeps memory alive
+def _encoder(
+    descriptor: TensorDescriptor, meta: Any, make: Callable[..., list[Any]]
+) -> tuple[Callable[[int], Any], Hashable]:
+    """What encodes such a descriptor for any address, and all that its result depends on beside the kernel."""
+    fields = {name: value for name, value in vars(descriptor).items() if name != "base"}  # no memory is kept alive
     more = (None,) * (make.__code__.co_argcount - 2)
 
     def encode(address: int) -> Any:
-        described = copy.copy(form)
-        described.base = _Address(address)
-        return make(described, meta, *more)[0]
+        return make(SimpleNamespace(base=_Address(address), **fields), meta, *more)[0]
 
-    others = {name: value for name, value in vars(form).items() if name != "base"}
-    if len(_encoded) >= _MOST:
-        _encoded.clear()
-    return _Slot(place, tensor, encode, _encoded.setdefault((repr(others), repr(meta)), {}))
+    return encode, tuple(tuple(value) if isinstance(value, list) else value for value in fields.values())
