@@ -11,6 +11,7 @@ numbers give equal descriptors, whoever owns the memory by now, so they are kept
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from types import CellType, FunctionType, SimpleNamespace
@@ -29,6 +30,7 @@ _BASE_ARGS = 5  # three sizes of the grid, the stream, the kernel
 
 _encoded: dict[Hashable, dict[int, Any]] = {}
 _all: WeakSet[Launches] = WeakSet()
+_logger = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
@@ -85,7 +87,11 @@ class Launches:
             return
         if len(self._recorded) >= _MOST:
             self._recorded.clear()
-        self._recorded[place] = _record(compiled, call, tensors)
+        try:
+            self._recorded[place] = _record(compiled, call, tensors)
+        except Exception as error:  # a release of Triton with other insides: its own way to launch still works
+            _logger.debug("launches of %s are not repeated: %r", call.kernel, error)
+            self._recorded[place] = None
 
     def _check(self, key: Hashable, call: Call) -> None:
         kind = call.kernel, call.grid, tuple(map(_kind, call.args)), tuple(call.constants.items())
@@ -119,7 +125,10 @@ class _Slot:
 class _Recorded:
     """What the C function was handed, but for the stream and for what depends on addresses."""
 
-    def __init__(self, function: Callable[..., None], final: tuple[Any, ...], slots: list[_Slot]) -> None:
+    def __init__(
+        self, compiled: Any, function: Callable[..., None], final: tuple[Any, ...], slots: list[_Slot]
+    ) -> None:
+        self._compiled = compiled  # unloads its code when nobody holds it
         self._function = function
         self._grid, self._kernel = final[:3], final[4]
         self._nested = isinstance(final[-1], (tuple, list))  # since Triton 3.7 the kernel's own arguments are one
@@ -181,7 +190,7 @@ def _record(compiled: Any, call: Call, tensors: Sequence[Tensor]) -> _Recorded |
     if len(seen) != 1 or seen[0][:_BASE_ARGS] != (*grid, 0, compiled.function):
         return None
     slots = _slots(launcher, compiled, call, seen[0], tensors)
-    return None if slots is None else _Recorded(function, seen[0], slots)
+    return None if slots is None else _Recorded(compiled, function, seen[0], slots)
 
 
 def _function_and_recorder(launcher: Any) -> tuple[Any, Any, list[tuple[Any, ...]]] | None:
@@ -227,6 +236,8 @@ def _slots(
         owner = owners.get((source if descriptor is None else descriptor.base).data_ptr())
         meta = None if descriptor is None else next(metadata, None)
         if owner is None or isinstance(args[place], Tensor) != (meta is None):
+            return None
+        if descriptor is None and args[place] is not source:
             return None
         if descriptor is None or meta is None:
             slots.append(_Slot(place, owner, None, {}))
