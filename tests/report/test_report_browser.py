@@ -75,7 +75,10 @@ def test_every_picture_is_drawn(browser, tmp_path, kind):
         runs = [write_run(tmp_path / "run", rows, config() | {HOSTILE: HOSTILE}, response="4" + HOSTILE)]
     else:
         rows = [row(step, different=3 * (kind == "mismatching")) for step in range(1, 5)]
-        runs = [write_run(tmp_path / "run", rows, total_training_steps=4)]
+        different = {"a": [1]} if kind == "mismatching" else None
+        runs = [write_run(tmp_path / "run", rows, total_training_steps=4, different=different)]
+        if kind == "mismatching":
+            (runs[0] / "divergence.txt").write_text(f"first divergence: {HOSTILE}")
         if kind == "killed":
             with (runs[0] / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row(5))[:50])
@@ -89,6 +92,8 @@ def test_every_picture_is_drawn(browser, tmp_path, kind):
     assert len(drawn.shapes) >= 16
     assert [figure for figure, shapes in drawn.shapes.items() if not shapes] == []
     assert 'class="sample"' in document
+    assert document.count('class="differs-here"') == (kind == "mismatching")
+    assert ("first divergence: " in document) == (kind == "mismatching")
     with Image.open(screenshot) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
     assert {(0x2A, 0x6F, 0xBB), (0xD9, 0x73, 0x1A), (0x2B, 0x8A, 0x5F)} <= colours

@@ -20,6 +20,7 @@ from vexact.rollout.loading import Loaded, load
 from vexact.rollout.requests.finish import Ending, Finisher
 from vexact.rollout.requests.intake import Intake, expand
 from vexact.rollout.requests.stop_strings import Tokenizer
+from vexact.rollout.sampling.prompt_scores import PromptScorer
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError
 from vexact.rollout.sampling.sampling_params import SamplingParams
 from vexact.rollout.scheduling.block_manager import BlockManager
@@ -118,6 +119,7 @@ class Engine:
             eos_token_ids=loaded.eos_token_ids,
             tokenizer=loaded.tokenizer,
             hash_pages=config.enable_prefix_caching,
+            prompt_scorer=PromptScorer(model, config),
         )
         finisher = Finisher(self._state, loaded.tokenizer)
         self._collector = Collector(model, self._state, self._scheduler, self._intake, finisher)

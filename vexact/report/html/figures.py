@@ -12,9 +12,9 @@ from plotly import graph_objects as go
 from plotly.io import templates
 
 from vexact.report.html.groups import Band, Group
-from vexact.report.html.panels import Panel, step_parts
 from vexact.report.html.record import Series
 from vexact.report.html.thin import kept_points, running_mean, stretch_means
+from vexact.report.panels import Panel, step_parts
 
 PALETTE = ("#2a6fbb", "#d9731a", "#2b8a5f", "#b8405e", "#7c5cbf", "#8a6d3b", "#c759a6", "#5b6b7a", "#9aa41f", "#1f9aa8")
 _DASHES = ("solid", "dot", "dash", "longdash", "dashdot")
