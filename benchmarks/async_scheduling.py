@@ -5,8 +5,8 @@
 Qwen3-1.7B shapes with random weights, 512 prompt tokens and 512 new ones. One engine, hence the same graphs and the
 same memory, runs step by step and ahead in turn, and the tokens of both must be the same. The time between steps is
 that from the end of a step's last kernel to the start of the next one's first, copies to and from the host included, in
-a trace of ``torch.profiler``. ``--mixed N`` adds the workload of ``serving.py``: N requests at once, on as many slots as
-the most sequences. ``--shape tiny`` is for a CPU, where there is no trace.
+a trace of ``torch.profiler``. ``--mixed N`` adds the workload of ``serving.py``: N requests at once, on as many slots
+as the most sequences. ``--shape tiny`` is for a CPU, where there is no trace.
 """
 
 from __future__ import annotations
