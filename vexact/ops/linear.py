@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -35,8 +36,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     check_floats("linear", x=x, weight=weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    rows = x.reshape(-1, x.shape[-1])
-    out = _Linear.apply(rows, weight, bias, out_dtype or x.dtype)
+    if x.dim() == 2:
+        return apply(_Linear, x, weight, bias, out_dtype or x.dtype)
+    out = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, bias, out_dtype or x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats, check_per_row
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -23,7 +24,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
         ValueError: tensors that do not fit together; on the CPU also a position outside the table.
     """
     check_rope("rope", q, k, positions, cos_sin)
-    return _Rope.apply(q, k, positions, cos_sin)
+    return apply(_Rope, q, k, positions, cos_sin)
 
 
 def check_rope(op: str, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:

@@ -111,9 +111,14 @@ METRICS: dict[str, dict[str, str]] = {
         "sample and the one that trains on it. 0 in the first step, then 1.",
         "rollout/weights_bytes": "Bytes of the weights that the rollout got.",
         "rollout/graph_ratio": "Share of engine steps that replayed a CUDA graph; prefill never does.",
+        "rollout/async_ratio": "Share of engine steps that were launched before the host had seen the tokens of the "
+        "step before (rollout.async_scheduling).",
         "rollout/own_attention": "With batch_invariant=false: 1 while attention is this project's kernel, for want of "
         "a FlashAttention that reads pages; 0 with stock attention.",
-        "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds).",
+        "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds). The device works "
+        "meanwhile where steps are launched ahead.",
+        "rollout/wait_us_per_step": "Time per engine step that the host waited for the device (microseconds): near 0, "
+        "the device waits for the host.",
         "rollout/<name>": "Further counters of the engine.",
     },
     "Time and speed": {

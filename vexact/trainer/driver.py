@@ -135,7 +135,7 @@ class Driver:
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             samples = [sequence.sample for sequence in sequences]
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
-            with self.timers("update_actor"):
+            with self.timers("update_actor"), workers.profiler("update", samples[0].request_id):
                 actor_metrics = self._update(step, sampled, sequences, ledger)
             self.ahead.finish()
             # 8: the rollout gets version step, checksummed

@@ -27,6 +27,7 @@ from vexact.trainer.run.final_report import final_report
 from vexact.trainer.run.pending_step import PendingStep
 from vexact.trainer.run.record import write_run_record
 from vexact.trainer.step.collect import Collected
+from vexact.trainer.step.profile import check_profile
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
 from vexact.trainer.workers.memory import advising
 
@@ -52,6 +53,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         source = find_source(config, store)
         inputs = load_inputs(config)
         total_steps = num_steps(config, len(inputs.train_data))
+        check_profile(config, total_steps, layout.world_size)
         identity = run_identity(config, layout.device, total_steps, inputs.tokenizer, inputs.train_data)
         _check_source(config, store, source, identity)
         if source is not None and _is_finished(config, source, total_steps):

@@ -19,6 +19,7 @@ from vexact.rollout import Engine
 from vexact.rollout.protocol import ForeignRollout
 from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
 from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup, largest
 from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
 from vexact.trainer.workers.memory import advising
@@ -48,6 +49,7 @@ class Workers:
     reference: Reference | ReferenceGroup | None
     rewards: RewardPool
     shards: ShardGroup
+    profiler: StageProfiler  # of the stages that run in this process
     group: WorkerGroup | None = None
     frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
 
@@ -153,6 +155,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             actor=actor,
             reference=reference,
             shards=ShardWriter(actor.sharded_state),
+            profiler=StageProfiler.of(config, rank=0),
             rewards=start_rewards(config),
             frees_cache=frees_cache,
         )
@@ -167,6 +170,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             actor=actors,
             reference=ReferenceGroup(group, roles) if config.needs_reference else None,
             shards=actors,
+            profiler=StageProfiler(config.run_dir),
             rewards=start_rewards(config),
             group=group,
             frees_cache=frees_cache and roles.colocated,

@@ -23,6 +23,7 @@ from vexact.rollout.protocol import ForeignRollout
 from vexact.rollout.stats import Stats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.memory import memory_advice
@@ -67,6 +68,7 @@ class Worker:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
         self.memory_advice = memory_advice(config)  # the host of this worker asks for it
+        self._profiler = StageProfiler.of(config, info.rank)
         self._engine: Engine | ForeignRollout | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
@@ -104,7 +106,8 @@ class Worker:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], request_ids: Sequence[str]
     ) -> list[Sample]:
-        return self.engine.generate(prompts, params, request_ids)
+        with self._profiler("rollout", request_ids[0] if request_ids else ""):
+            return self.engine.generate(prompts, params, request_ids)
 
     def take_engine_stats(self) -> Stats:
         return self.engine.take_stats()
@@ -145,9 +148,10 @@ class Worker:
         audit.redraw = redraw
         metrics, stopped = None, None
         try:
-            metrics = self.actor.update(
-                sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
-            )
+            with self._profiler("update", sequences[0].sample.request_id):
+                metrics = self.actor.update(
+                    sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
+                )
         except (ExactnessError, DrawError, PeerStopped) as error:
             stopped = error
         return Updated(metrics, self.actor.problems, audit.evidence, stopped)
