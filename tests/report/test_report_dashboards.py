@@ -170,14 +170,15 @@ def test_tables_have_the_best_and_the_worst_and_what_differs_first():
         return SampleGroup(prompt, tuple(samples), tuple(Score(value) for value in values))
 
     groups = [several(number, 0.5, 0.0, 1.0, 1.0) for number in range(100)]
-    rows = sample_rows(groups, decode, {"70-1": [0]})
+    compared = {f"{number}-{i}": [] for number in range(80) for i in range(4)}
+    rows = sample_rows(groups, decode, compared | {"70-1": [0]})
     assert [(one[0], one[2], one[6]) for one in rows[:3]] == [
         ("prompt 70", 0.0, "1 of 2: 0"),
         ("prompt 70", 1.0, "0 of 2"),
         ("prompt 0", 1.0, "0 of 2"),
     ]
     assert len({one[0] for one in rows}) == 24
-    assert rows[-1][0] == "prompt 99"
+    assert (rows[-1][0], rows[-1][6]) == ("prompt 99", "not compared")
     assert rows[0][5] == pytest.approx(np.mean([-0.5, -2.25]))
     (flat,) = sample_rows([several(0, 1.0, 1.0)], decode)
     assert flat[6] == "not compared"
