@@ -26,8 +26,9 @@ def sequence(prompt: int, response: int) -> TrainSequence:
 
 
 def workers_with(actor) -> Workers:
-    empty = SimpleNamespace()
-    return Workers(empty, empty, None, empty, empty, actor, None, empty, empty)
+    workers = object.__new__(Workers)
+    workers.actor, workers.group = actor, None
+    return workers
 
 
 @pytest.mark.parametrize(
