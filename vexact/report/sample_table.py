@@ -56,7 +56,7 @@ def _row(
     group: SampleGroup,
     index: int,
     decode: Callable[[Sequence[int]], str],
-    different: Mapping[str, Sequence[int]] | None,
+    different: Mapping[str, Sequence[int]],
 ) -> Row:
     sample = group.samples[index]
     response = sample.text if sample.text is not None else decode(sample.token_ids)
