@@ -5,7 +5,8 @@
 Qwen3-1.7B shapes with random weights, 512 prompt tokens and 512 new ones. One engine, hence the same graphs and the
 same memory, runs step by step and ahead in turn, and the tokens of both must be the same. The time between steps is
 that from the end of a step's last kernel to the start of the next one's first, copies to and from the host included, in
-a trace of ``torch.profiler``. ``--shape tiny`` is for a CPU, where there is no trace.
+a trace of ``torch.profiler``. ``--mixed N`` adds the workload of ``serving.py``: N requests at once, on as many slots
+as the most sequences. ``--shape tiny`` is for a CPU, where there is no trace.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_throughput import TINY, kv_cache_bytes
+from rollout import ROOM, TINY
+from roofline import BYTES, Traffic
+from serving_load import Load, draw
 
 from vexact.audit.environment import environment
 from vexact.device import resolve_device
@@ -36,20 +39,18 @@ MODES = {"step by step": False, "ahead": True}
 TRACED_STEPS = 24
 
 
-def generate(engine: Engine, prompts: list[list[int]], new: int) -> tuple[float, list[tuple[int, ...]]]:
+def generate(engine: Engine, loads: list[Load]) -> tuple[float, list[tuple[int, ...]]]:
     """Seconds, and the tokens."""
+    params = [SamplingParams(max_tokens=load.max_tokens, ignore_eos=True) for load in loads]
     started = time.perf_counter()
-    samples = engine.generate(
-        prompts, SamplingParams(max_tokens=new, ignore_eos=True), [str(i) for i in range(len(prompts))]
-    )
+    samples = engine.generate([load.prompt for load in loads], params, [str(index) for index in range(len(loads))])
     return time.perf_counter() - started, [sample.token_ids for sample in samples]
 
 
-def between_steps(engine: Engine, prompts: list[list[int]], new: int) -> dict[str, float]:
+def between_steps(engine: Engine, loads: list[Load]) -> dict[str, float]:
     """Of decode steps in the middle: µs per step, µs without a kernel between two, and shares of the time."""
-    params = SamplingParams(max_tokens=new, ignore_eos=True)
-    for prompt in prompts:
-        engine.add_request(prompt, params)
+    for load in loads:
+        engine.add_request(load.prompt, SamplingParams(max_tokens=load.max_tokens, ignore_eos=True))
     while engine.num_requests[1] or engine.stats()["rollout/graph_ratio"] < 1:
         engine.step()
     for _ in range(TRACED_STEPS):
@@ -90,18 +91,21 @@ def gaps(events: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def measure(engine: Engine, raw: dict, count: int, lengths: tuple[int, int], repeats: int) -> dict[str, Any]:
-    """Both modes in turn, ``repeats`` times after one that is not counted."""
+def fixed(count: int, vocab_size: int, prompt_tokens: int, new: int) -> list[Load]:
+    """Requests of one size."""
     rng = random.Random(count)
-    num_prompt, new = lengths
-    prompts = [[rng.randrange(raw["vocab_size"]) for _ in range(num_prompt)] for _ in range(count)]
+    return [Load([rng.randrange(vocab_size) for _ in range(prompt_tokens)], new) for _ in range(count)]
+
+
+def measure(engine: Engine, loads: list[Load], repeats: int, *, traced: bool) -> dict[str, Any]:
+    """Both modes in turn, ``repeats`` times after one that is not counted."""
     rows: dict[str, Any] = {name: {"seconds": []} for name in MODES}
     tokens = []
     for repeat in range(repeats + 1):
         for name, ahead in MODES.items():
             engine._stepper.runs_ahead = ahead
             engine.stats()
-            seconds, found = generate(engine, prompts, new)
+            seconds, found = generate(engine, loads)
             tokens.append(found)
             stats = engine.stats()
             if repeat:
@@ -109,9 +113,9 @@ def measure(engine: Engine, raw: dict, count: int, lengths: tuple[int, int], rep
                 rows[name] |= {key.removeprefix("rollout/"): round(value, 4) for key, value in stats.items()}
     for name, ahead in MODES.items():
         engine._stepper.runs_ahead = ahead
-        rows[name]["out_tok_per_s"] = round(count * new / statistics.median(rows[name]["seconds"]), 1)
-        if torch.cuda.is_available():
-            rows[name] |= between_steps(engine, prompts, new)
+        rows[name]["out_tok_per_s"] = round(sum(map(len, tokens[0])) / statistics.median(rows[name]["seconds"]), 1)
+        if traced:
+            rows[name] |= between_steps(engine, loads)
     return rows | {"tokens_equal": all(found == tokens[0] for found in tokens)}
 
 
@@ -119,6 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=CASES, default="qwen3-1.7b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--mixed", type=int, default=0, metavar="N")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -127,12 +132,13 @@ def main() -> int:
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     model = random_model(ModelConfig.from_hf_dict(raw), 0, getattr(torch, dtype), device)
     most = max(arguments.sequences)
+    per_key = Traffic.of(raw).per_key // BYTES * getattr(torch, dtype).itemsize
     engine = Engine(
         model=model,
-        max_model_len=sum(lengths),
+        max_model_len=2 * sum(lengths),  # a mixed request has up to 512 + 1,024 tokens
         max_num_seqs=most,
         enable_prefix_caching=False,
-        kv_cache_bytes=kv_cache_bytes(raw, most, sum(lengths), dtype),
+        kv_cache_bytes=int(ROOM * most * sum(lengths) * per_key),
     )
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -142,11 +148,15 @@ def main() -> int:
         "new_tokens": lengths[1],
         "rows": {},
     }
-    for count in arguments.sequences:
-        rows = record["rows"][count] = measure(engine, raw, count, tuple(lengths), arguments.repeats)
+    work = {str(count): fixed(count, raw["vocab_size"], *lengths) for count in arguments.sequences}
+    if arguments.mixed:
+        work["mixed"] = draw(arguments.mixed, raw["vocab_size"], seed=0, scale=sum(lengths) / 1024)
+    for what, loads in work.items():
+        traced = device.type == "cuda" and what != "mixed"
+        rows = record["rows"][what] = measure(engine, loads, arguments.repeats, traced=traced)
         for name in MODES:
             shown = {key: value for key, value in rows[name].items() if key != "seconds"}
-            print(f"{count:>4} {name:>12}: {json.dumps(shown)}", flush=True)
+            print(f"{what:>5} {name:>12}: {json.dumps(shown)}", flush=True)
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(rows["tokens_equal"] for rows in record["rows"].values()) else 1

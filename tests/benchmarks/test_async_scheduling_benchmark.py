@@ -30,9 +30,22 @@ def test_the_time_between_steps_by_hand() -> None:
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "async.json"
-    command = ["async_scheduling.py", "--shape", "tiny", "--sequences", "2", "--repeats", "1", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", command)
+    command = [
+        "async_scheduling.py",
+        "--shape",
+        "tiny",
+        "--sequences",
+        "2",
+        "--mixed",
+        "3",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(out)])
     assert async_scheduling.main() == 0
-    (rows,) = json.loads(out.read_text())["rows"].values()
-    assert [rows[name]["async_ratio"] > 0.5 for name in async_scheduling.MODES] == [False, True]
-    assert rows["tokens_equal"]
+    found = json.loads(out.read_text())["rows"]
+    assert list(found) == ["2", "mixed"]
+    assert [found["2"][name]["async_ratio"] > 0.5 for name in async_scheduling.MODES] == [False, True]
+    assert all(rows["tokens_equal"] for rows in found.values())

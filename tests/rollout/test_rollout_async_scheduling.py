@@ -9,10 +9,13 @@ import pytest
 import torch
 from hash_model import HashModel
 from late_device import LateDevice, PageAuditor
+from moe_configs import MOONLIGHT
 from rollout_models import VOCAB, LetterTokenizer, bits, tiny_model
 from test_rollout_decode_graphs import GPU_SIZES, install
 
+from vexact.models import ModelConfig, random_model
 from vexact.rollout import Engine, SamplingParams
+from vexact.rollout.execution.readback import PendingOutput
 from vexact.rollout.scheduling.scheduler import Scheduler
 from vexact.rollout.scheduling.state import SlotState
 
@@ -268,6 +271,45 @@ def test_a_step_that_cannot_be_launched_loses_no_token(expected):
     assert len(calls) > 12
     for sample in samples:
         assert fingerprint(sample) == fingerprint(expected[0][sample.request_id])
+
+
+def test_tokens_that_an_interrupt_loses_are_missed(monkeypatch):
+    """They are not taken for those of the next step, and no page is shared under what they might have been."""
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    engine = make(page_size=4, **AHEAD)
+    (expected,) = engine.generate([[1, 2, 3]], params, ["r"])
+    engine.clear_prefix_cache()
+    engine.add_request([1, 2, 3], params, "r")
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(PendingOutput, "wait", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="tokens are lost: abort"):
+            engine.step()
+    assert engine.abort_all() == ["r"]
+    engine.check_idle()
+    engine.stats()
+    assert fingerprint(engine.generate([[1, 2, 3]], params, ["r"])[0]) == fingerprint(expected)
+    engine.generate([[1, 2, 3, 0, 9]], params)
+    assert engine.take_stats().num_prefix_hits == 0
+
+
+def _interrupted(self):
+    raise KeyboardInterrupt
+
+
+def test_a_model_with_experts_runs_ahead():
+    """A real one, whose rows bring the digests of their experts along."""
+    model = random_model(ModelConfig.from_hf_dict(MOONLIGHT), 0)
+    found = []
+    for mode in (SYNC, AHEAD):
+        engine = Engine(model=model, max_model_len=64, page_size=4, eos_token_ids=range(0, 61, 9), **mode)
+        samples = engine.generate([[1, 2, 3], [4, 5]], SamplingParams(n=2, max_tokens=9), ["a", "b"])
+        found.append([(one.token_ids, bits(one.logprobs), one.route_digests.tolist()) for one in samples])
+        assert (engine.stats()["rollout/async_ratio"] > 0.5) == (mode is AHEAD)
+    assert found[0] == found[1]
 
 
 def _give_away_too_early(monkeypatch):

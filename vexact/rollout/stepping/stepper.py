@@ -92,7 +92,8 @@ class Stepper:
         self.stats.execute_seconds += time.perf_counter() - started
         self.stats.num_steps += 1
         filled = self._scheduler.commit(schedule, batch.sample_slots)
-        return Flight(batch.sample_slots, self._state.tenancy[batch.sample_slots], output), filled
+        slots = batch.sample_slots
+        return Flight(slots, batch.sample_positions, self._state.tenancy[slots], output), filled
 
     def _collect(self, flight: Flight) -> list[Sample]:
         started = time.perf_counter()
