@@ -276,9 +276,8 @@ def test_a_step_that_cannot_be_launched_loses_no_token(expected):
 def test_tokens_that_an_interrupt_loses_are_missed(monkeypatch):
     """They are not taken for those of the next step, and no page is shared under what they might have been."""
     params = SamplingParams(max_tokens=9, ignore_eos=True)
+    (expected,) = make(**SYNC).generate([[1, 2, 3]], params, ["r"])
     engine = make(page_size=4, **AHEAD)
-    (expected,) = engine.generate([[1, 2, 3]], params, ["r"])
-    engine.clear_prefix_cache()
     engine.add_request([1, 2, 3], params, "r")
     engine.step()
     with monkeypatch.context() as patch:
