@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rollout import ROOM, TINY
+from roofline import BYTES, Traffic
 from serving_load import Load, draw
-from vllm_throughput import TINY, kv_cache_bytes
 
 from vexact.audit.environment import environment
 from vexact.device import resolve_device
@@ -131,12 +132,13 @@ def main() -> int:
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     model = random_model(ModelConfig.from_hf_dict(raw), 0, getattr(torch, dtype), device)
     most = max(arguments.sequences)
+    per_key = Traffic.of(raw).per_key // BYTES * getattr(torch, dtype).itemsize
     engine = Engine(
         model=model,
         max_model_len=2 * sum(lengths),  # a mixed request has up to 512 + 1,024 tokens
         max_num_seqs=most,
         enable_prefix_caching=False,
-        kv_cache_bytes=kv_cache_bytes(raw, most, sum(lengths), dtype),
+        kv_cache_bytes=int(ROOM * most * sum(lengths) * per_key),
     )
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

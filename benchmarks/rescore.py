@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from vexact.device import resolve_device
 from vexact.models import ModelConfig, load_model, random_model
 from vexact.models.decoder import CausalLM
 from vexact.prepare.tokenizers import byte_tokenizer
-from vexact.rollout import Engine, EngineConfig, SamplingParams
+from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.async_engine import AsyncEngine
 from vexact.serve.server import Server
 from vexact.serve.service import Service
@@ -171,7 +171,8 @@ class Rescore:
         wanted = slots * (size.prompt / 2 + size.mean_new) * (draw.uniform(0.2, 0.5) if tight else 2)
         chunks = draw.random() < 0.8
         least = slots + 1 if chunks else size.longest
-        config = {
+        return {
+            "async_scheduling": draw.random() < 0.5,
             "page_size": page,
             "num_pages": -(-max(size.longest, int(wanted)) // page),
             "max_num_seqs": slots,
@@ -182,9 +183,6 @@ class Rescore:
             "enforce_eager": draw.random() < 0.3,
             "cudagraph_capture_sizes": draw.choice((None, (1, 8, slots), (2, 64))),
         }
-        if "async_scheduling" in {item.name for item in fields(EngineConfig)}:
-            config["async_scheduling"] = draw.random() < 0.5
-        return config
 
     def _engine(self, config: dict[str, Any]) -> Engine:
         return Engine(

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from headless import Drawn, opened
 from stand_ins import executable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -101,3 +102,26 @@ def test_every_command_does_what_the_page_says(done: tuple[Path, dict[str, str]]
     assert {"samples/val/text_summary", "samples/step/text_summary"} <= set(events.Tags()["tensors"])
     assert [event.step for event in events.Scalars("critic/score/mean")] == list(range(1, 11))
     assert {path.name for path in folder.glob("*.html")} == {"compared.html"}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("page", "pictures"), [("runs/first/report.html", 25), ("runs/corrected/report.html", 25), ("compared.html", 25)]
+)
+def test_its_reports_are_drawn(
+    done: tuple[Path, dict[str, str]], browser: str, page: str, pictures: int, tmp_path: Path
+):
+    document, console = opened(browser, f"{(done[0] / page).as_uri()}#all", tmp_path / "page.png")
+    assert console == ""
+    shapes = Drawn(document).shapes
+    assert len(shapes) >= pictures
+    assert [figure for figure, count in shapes.items() if not count] == []
+
+
+@pytest.mark.browser
+def test_the_report_of_the_broken_run_says_where_it_broke(
+    done: tuple[Path, dict[str, str]], browser: str, tmp_path: Path
+):
+    document, console = opened(browser, (done[0] / "runs/broken/report.html").as_uri(), tmp_path / "page.png")
+    assert console == ""
+    assert "first divergence: operator: linear of layers.0.attention.qkv_proj differs first" in document

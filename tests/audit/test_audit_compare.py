@@ -46,14 +46,14 @@ def test_every_place_that_differs_is_named_by_request():
     audit.begin(samples)
     assert audit.different_tokens() is None, "nothing was compared"
     audit.check([0], [trainer[0]])
-    assert audit.different_tokens() == {}
+    assert audit.different_tokens() == {"a": []}, "what was not compared is not there"
     audit.check([0, 1, 2], trainer)
-    assert audit.different_tokens() == {"b": [0, 2], "c": [0]}, "an infinity is no log-probability"
+    assert audit.different_tokens() == {"a": [], "b": [0, 2], "c": [0]}, "an infinity is no log-probability"
     assert audit.metrics()["bitwise/tokens_different"] == 3
     routed = [replace(sample, route_digests=np.arange(len(sample.token_ids))) for sample in samples[:2]]
     audit.begin(routed)
     audit.check([0, 1], [s.logprobs for s in routed], [np.array([0, 7]), np.arange(3)])
-    assert audit.different_tokens() == {"a": [1]}, "experts count, too"
+    assert audit.different_tokens() == {"a": [1], "b": []}, "experts count, too"
     audit.begin(samples)
     assert audit.different_tokens() is None
 

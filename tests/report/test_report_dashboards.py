@@ -36,7 +36,7 @@ def test_wandb_gets_the_groups_summaries_tables_and_the_page(tmp_path, monkeypat
         with Reporter(["wandb"], tmp_path, resume_step=resume_step) as reporter:
             reporter.log(StepStats(1 if resume_step is None else 2, METRICS))
             reporter.samples(2, "val", rows)
-            reporter.log(StepStats(3, METRICS | {"val-core/late/acc/mean@1": 0.5}))
+            reporter.log(StepStats(3, METRICS | {"val-core/late/acc/mean@1": 0.5, "reward/a*b/mean": 0.25}))
             reporter.page(page)
     run_id = (tmp_path / "wandb_run_id").read_text().strip()
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
@@ -53,7 +53,7 @@ def test_wandb_gets_the_groups_summaries_tables_and_the_page(tmp_path, monkeypat
     first, table, late, last = history(files[0])
     assert {name: first[name] for name in METRICS} == METRICS
     assert [one["training/global_step"] for one in (first, table, late, last)] == [1, 2, 3, 3]
-    assert late["val-core/late/acc/mean@1"] == 0.5
+    assert (late["val-core/late/acc/mean@1"], late["reward/a*b/mean"]) == (0.5, 0.25)
     folder = files[0].parent / "files"
     stored = json.loads((folder / table["samples/val/path"]).read_text())
     assert stored["columns"] == ["step", *COLUMNS]
@@ -170,14 +170,15 @@ def test_tables_have_the_best_and_the_worst_and_what_differs_first():
         return SampleGroup(prompt, tuple(samples), tuple(Score(value) for value in values))
 
     groups = [several(number, 0.5, 0.0, 1.0, 1.0) for number in range(100)]
-    rows = sample_rows(groups, decode, {"70-1": [0]})
+    compared = {f"{number}-{i}": [] for number in range(80) for i in range(4)}
+    rows = sample_rows(groups, decode, compared | {"70-1": [0]})
     assert [(one[0], one[2], one[6]) for one in rows[:3]] == [
         ("prompt 70", 0.0, "1 of 2: 0"),
         ("prompt 70", 1.0, "0 of 2"),
         ("prompt 0", 1.0, "0 of 2"),
     ]
     assert len({one[0] for one in rows}) == 24
-    assert rows[-1][0] == "prompt 99"
+    assert (rows[-1][0], rows[-1][6]) == ("prompt 99", "not compared")
     assert rows[0][5] == pytest.approx(np.mean([-0.5, -2.25]))
     (flat,) = sample_rows([several(0, 1.0, 1.0)], decode)
     assert flat[6] == "not compared"

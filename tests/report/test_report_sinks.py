@@ -331,7 +331,7 @@ def test_samples_are_dumped(tmp_path):
         "weights_version": 4, "request_id": "req-1", "token_lengths": [0, 1], "logprobs": [0.0, 0.0],
     }  # fmt: skip
     assert (second["response"], second["message"]) == ("7·8", "boom")
-    marked = write_samples(tmp_path, 8, groups, different={"req-1": [1]}).read_text().splitlines()
+    marked = write_samples(tmp_path, 8, groups, different={"req-1": [1], "other": []}).read_text().splitlines()
     assert [json.loads(line)["different"] for line in marked] == [[1], [1]]
     (tmp_path / "samples/step_8.jsonl").unlink()
     assert len(write_samples(tmp_path, 6, groups * 3, limit=3).read_text().splitlines()) == 3

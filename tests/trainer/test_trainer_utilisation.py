@@ -9,6 +9,7 @@ import torch
 from vexact.config import load_config
 from vexact.models import ModelConfig
 from vexact.models.flops import training_flops
+from vexact.trainer.launch import run
 from vexact.trainer.step.mfu import UpdateUtilisation
 from vexact.trainer.workers.build import Workers
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup
@@ -25,8 +26,9 @@ def sequence(prompt: int, response: int) -> TrainSequence:
 
 
 def workers_with(actor) -> Workers:
-    empty = SimpleNamespace()
-    return Workers(empty, empty, None, empty, empty, actor, None, empty, empty)
+    workers = object.__new__(Workers)
+    workers.actor, workers.group = actor, None
+    return workers
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,13 @@ def test_memory_is_that_of_the_rank_with_most():
         "perf/cpu_memory_used_gb": 9.0,
     }
     assert workers.engine.weights_version == 4
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_says_both(overrides, metrics):
+    assert run(load_config(overrides("trainer.device=cuda", "trainer.total_training_steps=2"))) == 0
+    last = metrics()[-1]
+    assert 0 < last["perf/max_memory_allocated_gb"] <= last["perf/max_memory_reserved_gb"]
+    known = peak_flops(GPU, "bfloat16") is not None
+    assert ("perf/mfu/actor" in last) == known
+    assert 0 < last.get("perf/mfu/actor", 0.5) < 1

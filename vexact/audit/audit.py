@@ -157,8 +157,8 @@ class Audit:
         return draws
 
     def different_tokens(self) -> dict[str, list[int]] | None:
-        """Request -> positions in its response whose bits or experts differ; None where nothing was compared since
-        ``begin``."""
+        """Request -> positions in its response whose bits or experts differ, [] for none, of all that were compared
+        last; None where nothing was compared since ``begin``."""
         if not self.evidence.indices:
             return None
         samples = [self._samples[i] for i in self.evidence.indices]

@@ -156,15 +156,13 @@ def different_tokens(
     trainer_logprobs: Sequence[np.ndarray],
     trainer_routes: Sequence[np.ndarray] | None = None,
 ) -> dict[str, list[int]]:
-    """Request -> positions in its response that ``compare``, which takes the same, finds different; {} if there are
-    none."""
+    """Request -> positions in its response that ``compare``, which takes the same, finds different; [] for none."""
     found = {}
     for index, (sample, trainer) in enumerate(zip(samples, trainer_logprobs, strict=True)):
         wrong = _differ(sample.logprobs, trainer)
         if sample.route_digests is not None and trainer_routes is not None:
             wrong |= sample.route_digests != trainer_routes[index]
-        if wrong.any():
-            found[sample.request_id] = np.flatnonzero(wrong).tolist()
+        found[sample.request_id] = np.flatnonzero(wrong).tolist()
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.checks import alike, check_dims, check_floats
 from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
@@ -28,12 +28,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     Raises:
         ValueError: mismatching sizes or dtypes, or a dtype that is not supported.
     """
-    check_dims("linear", 2, "(N, K)", weight=weight)
+    if weight.dim() != 2:
+        check_dims("linear", 2, "(N, K)", weight=weight)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear: x has K={x.shape[-1]} but weight is {tuple(weight.shape)}, expected (N, {x.shape[-1]})"
         )
-    check_floats("linear", x=x, weight=weight)
+    if not alike(x, weight):
+        check_floats("linear", x=x, weight=weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
     if x.dim() == 2:

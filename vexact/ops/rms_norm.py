@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vexact.ops.checks import check_floats
+from vexact.ops.checks import alike, check_floats
 from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
@@ -46,7 +46,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"add_rms_norm: x is {tuple(x.shape)} but residual is {tuple(residual.shape)}")
-    if residual.dtype != x.dtype or residual.device != x.device:
+    if not alike(x, residual):
         check_floats("add_rms_norm", x=x, residual=residual)
     if x.dim() == 2:
         return apply(_AddRMSNorm, x, residual, weight, eps)
@@ -64,7 +64,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight is {tuple(weight.shape)}, expected ({x.shape[-1]},)")
-    check_floats("rms_norm", x=x, weight=weight)
+    if not alike(x, weight):
+        check_floats("rms_norm", x=x, weight=weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -27,19 +27,20 @@ def sample_rows(
     Args:
         groups: scored groups.
         decode: token ids to text.
-        different: positions in the response, by request, whose bits differ between rollout and training; None where
-            nothing was compared.
+        different: of the requests that were compared, positions in the response whose bits differ between rollout and
+            training; None where nothing was compared.
     """
-    marked = {} if different is None else different
+    compared = different or {}
+    marked = {name for name, positions in compared.items() if positions}
     wrong = [group for group in groups if any(sample.request_id in marked for sample in group.samples)]
     right = [group for group in groups if group not in wrong] if wrong else list(groups)
     left = max(0, _MOST_PROMPTS - len(wrong))
     places = np.linspace(0, len(right) - 1, min(left, len(right))).round().astype(int).tolist() if right else []
     chosen = [*wrong[:_MOST_PROMPTS], *(right[place] for place in places)]
-    return [_row(group, index, decode, different) for group in chosen for index in _shown(group, marked)]
+    return [_row(group, index, decode, compared) for group in chosen for index in _shown(group, marked)]
 
 
-def _shown(group: SampleGroup, marked: Mapping[str, Sequence[int]]) -> list[int]:
+def _shown(group: SampleGroup, marked: set[str]) -> list[int]:
     """Those with tokens that differ, the best and the worst."""
     indices = [i for i, sample in enumerate(group.samples) if sample.request_id in marked][:4]
     if group.scores:
@@ -55,7 +56,7 @@ def _row(
     group: SampleGroup,
     index: int,
     decode: Callable[[Sequence[int]], str],
-    different: Mapping[str, Sequence[int]] | None,
+    different: Mapping[str, Sequence[int]],
 ) -> Row:
     sample = group.samples[index]
     response = sample.text if sample.text is not None else decode(sample.token_ids)
@@ -67,12 +68,14 @@ def _row(
         _cut(_text(group.prompt.ground_truth)),
         len(sample.token_ids),
         mean if mean is not None and np.isfinite(mean) else None,
-        "not compared" if different is None else _positions(sample, different.get(sample.request_id, ())),
+        _positions(sample, different.get(sample.request_id)),
     )
 
 
-def _positions(sample: Sample, different: Sequence[int]) -> str:
+def _positions(sample: Sample, different: Sequence[int] | None) -> str:
     """``2 of 24: 5, 9``"""
+    if different is None:
+        return "not compared"
     text = f"{len(different)} of {len(sample.token_ids)}"
     if not different:
         return text

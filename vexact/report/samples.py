@@ -69,7 +69,7 @@ def _records(
                 "weights_version": sample.weights_version,
                 "request_id": sample.request_id,
                 **_token_fields(sample, text, tokens),
-                **({"different": list(different[sample.request_id])} if sample.request_id in different else {}),
+                **({"different": list(wrong)} if (wrong := different.get(sample.request_id)) else {}),
             }
 
 

@@ -70,7 +70,8 @@ class WandbSink(Sink):
         self._defined |= new
         shown = [name for panels in present_panels(new).values() for panel in panels.values() for name in panel]
         for name in dict.fromkeys([*shown, *sorted(new)]):
-            self._run.define_metric(name, step_metric=STEP, summary=summary_of(name))
+            if "*" not in name:  # which W&B takes for a pattern, and at most at the end
+                self._run.define_metric(name, step_metric=STEP, summary=summary_of(name))
 
 
 def _started(wandb: Any, run: RunInfo, run_id: str, mode: str) -> Any:

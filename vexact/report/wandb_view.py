@@ -57,7 +57,7 @@ def _plot(panel: Panel) -> Any:
     """A name with ``*`` is a pattern, which W&B looks up when it draws."""
     from wandb_workspaces.reports.v2 import LinePlot
 
-    common = {"title": panel.title, "x": STEP, "title_y": panel.unit}
+    common: dict[str, Any] = {"title": panel.title, "x": STEP, "title_y": panel.unit}
     if panel.title == PARTS:
         return LinePlot(y=[f"timing_s/{stage}" for stage in STAGES], plot_type="stacked-area", **common)
     if any("*" in name for name in panel.names):

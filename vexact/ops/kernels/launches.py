@@ -222,18 +222,16 @@ def _slots(
         return None
     slots = []
     for place, source in zip(places, sources, strict=True):
-        described = isinstance(source, TensorDescriptor)
-        base = source.base if described else source
-        index = next((i for i, tensor in enumerate(tensors) if tensor.data_ptr() == base.data_ptr()), None)
-        if index is None:
+        descriptor = source if isinstance(source, TensorDescriptor) else None
+        address = (source if descriptor is None else descriptor.base).data_ptr()
+        index = next((i for i, tensor in enumerate(tensors) if tensor.data_ptr() == address), None)
+        meta = None if descriptor is None else next(metadata, None)
+        if index is None or isinstance(args[place], Tensor) != (meta is None):
             return None
-        meta = next(metadata, None) if described else None
-        if isinstance(args[place], Tensor) != (meta is None):
-            return None
-        if meta is None:
+        if descriptor is None or meta is None:
             slots.append(_Slot(place, index, None, {}))
         else:
-            slots.append(_described_slot(place, index, source, meta, module.make_tensordesc_arg))
+            slots.append(_described_slot(place, index, descriptor, meta, module.make_tensordesc_arg))
     return slots
 
 

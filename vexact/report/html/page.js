@@ -81,7 +81,7 @@ function card(sample) {
   for (const key of ["status", "finish_reason", "num_tokens", "data_source", "row", "weights_version"]) {
     if (sample[key] !== undefined && sample[key] !== null) facts.push(`${key.replaceAll("_", " ")} ${sample[key]}`);
   }
-  if (different) facts.push(`${different} tokens differ`);
+  if (different) facts.push(different === 1 ? "1 token differs" : `${different} tokens differ`);
   const head = element("div", "sample-head", element("b", "", facts[0]), ...facts.slice(1).map((fact) => element("span", "", fact)));
   const made = element("article", "sample", head);
   if (sample.prompt !== undefined) made.append(element("pre", "prompt", sample.prompt));
