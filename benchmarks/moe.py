@@ -33,7 +33,7 @@ from moe_cases import MOONLIGHT, QWEN3, MoeShape, make_weights
 from moe_layer import Layer, copy_bandwidth, floor_us
 
 DECODE = (1, 8, 16, 64, 128, 256)
-MANY = (1024, 4096, 16384, 32768)
+MANY = (1024, 4096, 5120, 16384, 32768)
 QUICK = (1, 16, 128, 4096, 16384)
 SHAPES = (QWEN3, MOONLIGHT)
 PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "gate_up_in_place", "down", "combine")
