@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from vexact.config.checks.verl_compat import MOVED, REFUSED, UNUSED
 from vexact.config.fields import UNSET, Leaf, describe_range, leaves, type_name
 from vexact.config.schema import ActorRolloutRef, Keys
-from vexact.config.verl_compat import MOVED, REFUSED, UNUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from vexact.config import Config, ConfigError, load_config, rollout
+from vexact.config import Config, ConfigError, load_config
 from vexact.config.fields import LARGEST, LARGEST_FLOAT, Leaf, describe_range, leaves
 from vexact.config.schema import Keys
+from vexact.config.sections import rollout
 
 
 def item_types(hint: Any) -> set[type]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vexact.config import ConfigError, load_config
+from vexact.config.checks.verl_compat import MOVED, REFUSED, UNUSED, translate
 from vexact.config.fields import leaves
 from vexact.config.schema import Keys
-from vexact.config.verl_compat import MOVED, REFUSED, UNUSED, translate
 
 ROLLOUT = "actor_rollout_ref.rollout"
 

@@ -29,8 +29,8 @@ from vexact.config.plan import build_plan
 from vexact.distributed import Layout
 from vexact.models import CausalLM, ModelConfig
 from vexact.prepare.shapes import SHAPES
-from vexact.trainer.dry_run import check_settings
-from vexact.trainer.machine import machine_of
+from vexact.trainer.preflight.dry_run import check_settings
+from vexact.trainer.preflight.machine import machine_of
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 GIB = 1 << 30

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vexact import env
 from vexact.models.opset import STOCK_ATTENTION, op_set
-from vexact.ops import PackedMetadata, PagedMetadata, stock, stock_flash
+from vexact.ops import PackedMetadata, PagedMetadata, stock
 from vexact.ops.attention.reference import attention_reference
+from vexact.ops.stock import flash
 
 LENGTHS = [7, 1, 130, 64]
 NAMES = ("flash_attention_2", "flash_attention_3")
@@ -56,8 +57,8 @@ def paged(k: Tensor, v: Tensor, page_size: int = 16) -> tuple[PagedMetadata, tup
 def test_each_name_has_its_own_function() -> None:
     assert len(set(STOCK_ATTENTION.values())) == len(STOCK_ATTENTION)
     assert op_set(attn_impl="sdpa").attention is stock.attention
-    assert op_set(attn_impl="flash_attention_2").attention is stock_flash.flash_attention_2
-    assert op_set("stock", "flash_attention_3").attention is stock_flash.flash_attention_3
+    assert op_set(attn_impl="flash_attention_2").attention is flash.flash_attention_2
+    assert op_set("stock", "flash_attention_3").attention is flash.flash_attention_3
     assert op_set("stock").attention is op_set().attention
 
 
@@ -103,17 +104,17 @@ def test_without_its_package_flash_attention_3_is_not_another_one(monkeypatch: p
     def absent(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(stock_flash, "import_module", absent)
-    stock_flash._varlen_3.cache_clear()
+    monkeypatch.setattr(flash, "import_module", absent)
+    flash._varlen_3.cache_clear()
     with pytest.raises(ValueError, match=r"needs the package flash_attn_interface .*No module named"):
-        stock_flash._varlen_3()
+        flash._varlen_3()
 
 
 def test_keys_of_pages_are_packed_in_the_order_of_the_sequences() -> None:
     _, k, v = inputs(8, (2, 2))
     metadata, caches, last = paged(k, v)
-    stock_flash.write_kv(k[last], v[last], caches, metadata.slot_mapping)
-    keys, values, ends = stock_flash.packed_keys(caches, metadata)
+    flash.write_kv(k[last], v[last], caches, metadata.slot_mapping)
+    keys, values, ends = flash.packed_keys(caches, metadata)
     assert torch.equal(keys, k)
     assert torch.equal(values, v)
     assert ends.tolist() == PackedMetadata.from_lengths(LENGTHS).cu_seqlens.tolist()
@@ -145,9 +146,9 @@ def test_the_adapters_pass_on_what_each_signature_means() -> None:
         for causal in (True, False):
             expected = reference(q, k, v, cu, cu, 0.3, causal)
             for varlen in (
-                stock_flash.adapt_package(package),
-                stock_flash.adapt_torch(without_groups),
-                stock_flash.adapt_torch(with_groups),
+                flash.adapt_package(package),
+                flash.adapt_torch(without_groups),
+                flash.adapt_torch(with_groups),
             ):
                 assert torch.allclose(varlen(q, k, v, cu, cu, 130, 130, 0.3, causal), expected, atol=1e-6)
 
@@ -213,4 +214,4 @@ def test_decoding_from_pages_is_the_last_row_of_the_packed_sequence(name: str, p
 def test_fp32_is_refused_with_the_way_out() -> None:
     tensors = inputs(64, (4, 2), "cuda", torch.float32)
     with pytest.raises(ValueError, match=r"takes fp16 or bf16, q is torch.float32; compute in bfloat16"):
-        stock_flash.flash_attention_2(*tensors, PackedMetadata.from_lengths(LENGTHS, "cuda"), 0.125)
+        flash.flash_attention_2(*tensors, PackedMetadata.from_lengths(LENGTHS, "cuda"), 0.125)

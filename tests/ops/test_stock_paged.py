@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vexact import env
 from vexact.models.opset import op_set, replayable
-from vexact.ops import PagedMetadata, stock, stock_paged
+from vexact.ops import PagedMetadata, stock
+from vexact.ops.stock import paged
 
 CPU = torch.device("cpu")
 
@@ -63,26 +64,26 @@ class Installed:
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock_paged, "check_tensors", lambda *tensors: None)
+    monkeypatch.setattr(paged, "check_tensors", lambda *tensors: None)
 
 
-def faults(reader: stock_paged.Reader, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(stock_paged, "reader", lambda: reader)
-    return stock_paged.fault(4, 2, 16, torch.float32, CPU)
+def faults(reader: paged.Reader, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(paged, "reader", lambda: reader)
+    return paged.fault(4, 2, 16, torch.float32, CPU)
 
 
 def test_the_adapters_pass_on_what_each_signature_means(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = Installed()
     for reader in (
-        stock_paged.adapt_package(installed.decode, installed.varlen),
-        stock_paged.adapt_torch(installed.torch_varlen),
+        paged.adapt_package(installed.decode, installed.varlen),
+        paged.adapt_torch(installed.torch_varlen),
     ):
         assert faults(reader, monkeypatch) == ""
     assert installed.called == ["decode", "varlen", "torch", "torch"]
 
 
 def test_one_that_gives_wrong_rows_or_refuses_is_found_out(on_the_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = stock_paged.adapt_torch(Installed().torch_varlen)
+    right = paged.adapt_torch(Installed().torch_varlen)
 
     def rows_left_out(*arguments: Any) -> Tensor:
         out = right(*arguments)
@@ -104,12 +105,12 @@ def test_one_that_gives_wrong_rows_or_refuses_is_found_out(on_the_cpu: None, mon
 
 
 def test_pages_it_cannot_read_are_refused(on_the_cpu: None) -> None:
-    metadata = stock_paged._metadata([1], [3], CPU)
+    metadata = paged._metadata([1], [3], CPU)
     q, cache = torch.zeros(1, 2, 16), torch.zeros(4, 64, 2, 16)
     with pytest.raises(ValueError, match="reads pages of a multiple of 256 tokens; page_size is 64"):
-        stock_paged.paged_flash_attention_2(q, q, q, metadata, 0.25, (cache, cache))
+        paged.paged_flash_attention_2(q, q, q, metadata, 0.25, (cache, cache))
     with pytest.raises(ValueError, match="needs kv_cache"):
-        stock_paged.paged_flash_attention_2(q, q, q, metadata, 0.25)
+        paged.paged_flash_attention_2(q, q, q, metadata, 0.25)
 
 
 def test_torch_here_has_block_tables_where_it_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,12 +131,12 @@ def test_torch_here_has_block_tables_where_it_is_said_to(monkeypatch: pytest.Mon
 def test_a_graph_may_hold_what_never_looks_at_the_host() -> None:
     from dataclasses import replace
 
-    from vexact.ops import stock_moe
+    from vexact.ops.stock import moe
 
-    products = {"grouped_linear": stock_moe.grouped_product, "grouped_swiglu": stock_moe.grouped_product_swiglu}
+    products = {"grouped_linear": moe.grouped_product, "grouped_swiglu": moe.grouped_product_swiglu}
     ops = replace(op_set("stock"), **products)
     assert replayable(ops)
-    assert replayable(replace(ops, attention=stock_paged.paged_flash_attention_2))
+    assert replayable(replace(ops, attention=paged.paged_flash_attention_2))
     assert not replayable(replace(ops, attention=stock.attention))
     assert not replayable(op_set("stock"))  # one product per expert looks at their number of rows
     assert not replayable(op_set("stock", "flash_attention_2"))
@@ -144,5 +145,5 @@ def test_a_graph_may_hold_what_never_looks_at_the_host() -> None:
 @pytest.mark.gpu
 def test_what_is_installed_reads_pages_or_says_why_not() -> None:
     source, reason = env.paged_flash_attention()
-    found = stock_paged.fault(16, 8, 128, torch.bfloat16, torch.device("cuda"))
+    found = paged.fault(16, 8, 128, torch.bfloat16, torch.device("cuda"))
     assert (found == "") == bool(source), (source, reason, found)

@@ -12,7 +12,8 @@ from test_rollout_decode_graphs import install
 
 from vexact.config import baseline as rule
 from vexact.models import ModelConfig, load_model, random_model, save_hf
-from vexact.ops import PackedMetadata, stock, stock_paged
+from vexact.ops import PackedMetadata, stock
+from vexact.ops.stock import paged
 from vexact.rollout import Engine, SamplingParams, baseline
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -84,8 +85,8 @@ def flash(monkeypatch):
     monkeypatch.setattr(
         baseline, "baseline_attention", lambda asked, device, dtype, **more: real(asked, "cuda", "bfloat16", **more)
     )
-    monkeypatch.setattr(stock_paged, "check_tensors", lambda *tensors: None)
-    monkeypatch.setattr(stock_paged, "reader", lambda: reader)
+    monkeypatch.setattr(paged, "check_tensors", lambda *tensors: None)
+    monkeypatch.setattr(paged, "reader", lambda: reader)
 
 
 @pytest.mark.parametrize("asked", ["triton-invariant", "flash_attention_2"])
@@ -93,7 +94,7 @@ def test_flash_attention_reads_pages_of_its_size_in_graphs(checkpoint, flash, as
     engine = Engine(checkpoint, batch_invariant=False, attn_impl=asked, max_model_len=64, page_size=64, num_pages=9)
     assert engine.attention == "flash_attention_2 (torch 9.9, pages of a multiple of 256)"
     assert (engine.config.page_size, engine.config.num_pages, engine.num_pages) == (256, 3, 3)
-    assert rule.PAGE_MULTIPLE == stock_paged.PAGE_MULTIPLE
+    assert rule.PAGE_MULTIPLE == paged.PAGE_MULTIPLE
     install(engine, sizes=(3,), num_keys=(64,))
     _, replayed = decoded(engine)
     stats = engine.stats()
@@ -103,7 +104,7 @@ def test_flash_attention_reads_pages_of_its_size_in_graphs(checkpoint, flash, as
 
 
 def test_one_that_gives_wrong_numbers_is_not_used(checkpoint, flash, monkeypatch):
-    monkeypatch.setattr(stock_paged, "reader", lambda: lambda q, *rest: torch.zeros_like(q))
+    monkeypatch.setattr(paged, "reader", lambda: lambda q, *rest: torch.zeros_like(q))
     engine = Engine(checkpoint, batch_invariant=False, max_model_len=64)
     assert engine.attention == "triton-invariant (paged FlashAttention gives wrong numbers here, off by 1)"
     assert engine.config.page_size == 64

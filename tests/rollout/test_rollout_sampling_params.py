@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from vexact.config.refused_sampling import REFUSED_SAMPLING
+from vexact.config.checks.refused_sampling import REFUSED_SAMPLING
 from vexact.rollout.sampling.sampling_params import SamplingParams
 
 

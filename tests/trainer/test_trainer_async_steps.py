@@ -23,8 +23,8 @@ from vexact.config.plan import build_plan
 from vexact.report import Timers
 from vexact.trainer.ahead import Ahead, PastAudit, StaleSamplesError, read_collected, write_collected
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint, manifest
-from vexact.trainer.collect import Collected
 from vexact.trainer.launch import run
+from vexact.trainer.step.collect import Collected
 from vexact.training.state.past_weights import PastWeights
 from vexact.types import Prompt, Sample, SampleGroup, Score
 

@@ -15,9 +15,9 @@ from vexact.distributed import WorkerError
 from vexact.models.opset import set_ops
 from vexact.ops import stock
 from vexact.rollout import SamplingParams
-from vexact.trainer import diagnose as diagnose_module
-from vexact.trainer.collect import Collector
 from vexact.trainer.launch import run
+from vexact.trainer.step import diagnose as diagnose_module
+from vexact.trainer.step.collect import Collector
 from vexact.trainer.workers import build as workers_module
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup
 from vexact.types import Sample

@@ -18,8 +18,8 @@ from vexact.config import Config, ConfigError, load_config
 from vexact.config.fields import leaves
 from vexact.config.schema import Keys
 from vexact.distributed import Layout
-from vexact.trainer import dry_run as dry
-from vexact.trainer.sampling import training_sampling, validation_sampling
+from vexact.trainer.preflight import dry_run as dry
+from vexact.trainer.step.sampling import training_sampling, validation_sampling
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"

@@ -14,10 +14,10 @@ from vexact.reward.pool import RewardPool
 from vexact.reward.run import Run
 from vexact.reward.seal import SealError, require_seals, sample_key, seal
 from vexact.reward.spec import RewardError, RewardSpec
-from vexact.trainer import advantages, collect
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint
 from vexact.trainer.launch import run
-from vexact.trainer.update_health import UpdateError, UpdateHealth
+from vexact.trainer.step import advantages, collect
+from vexact.trainer.step.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import build as workers_module
 from vexact.training import Actor, LedgerError
 from vexact.training import actor as actor_module

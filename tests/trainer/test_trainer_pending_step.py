@@ -4,7 +4,7 @@ import pytest
 
 from vexact.config import load_config
 from vexact.trainer.launch import run
-from vexact.trainer.pending_step import PendingStep
+from vexact.trainer.run.pending_step import PendingStep
 
 
 def test_a_run_killed_between_a_report_and_its_mark_has_the_row_once(overrides, metrics, tiny, monkeypatch):

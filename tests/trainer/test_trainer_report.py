@@ -9,8 +9,8 @@ from vexact.audit import ExactnessError
 from vexact.config import load_config
 from vexact.report.html import page as page_module
 from vexact.trainer import driver as driver_module
-from vexact.trainer import final_report
 from vexact.trainer.launch import run
+from vexact.trainer.run import final_report
 
 REPORT = "trainer.report=true"
 

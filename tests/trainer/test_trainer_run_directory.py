@@ -15,12 +15,12 @@ from saved_runs import rewrite
 from vexact.config import load_config
 from vexact.report.jsonl import read_metrics
 from vexact.trainer import driver as driver_module
-from vexact.trainer import run_directory
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint
 from vexact.trainer.launch import run
 from vexact.trainer.resume import ResumeError
-from vexact.trainer.run_directory import RunDirectoryError
-from vexact.trainer.run_lock import RunLockedError, run_lock
+from vexact.trainer.run import directory
+from vexact.trainer.run.directory import RunDirectoryError
+from vexact.trainer.run.lock import RunLockedError, run_lock
 
 KEEP = ("trainer.save_freq=1", "trainer.keep_last=null")
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -329,7 +329,7 @@ def test_a_file_in_the_place_of_a_directory_is_found_first(overrides, tmp_path, 
 @pytest.mark.parametrize("free", [0, 100_000])
 def test_a_full_disk_is_found_first(overrides, tmp_path, monkeypatch, free):
     monkeypatch.setattr("vexact.trainer.launch.load_inputs", None)
-    monkeypatch.setattr(run_directory.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
     with pytest.raises(RunDirectoryError, match=r"its disk is too full: a checkpoint needs \d+ MiB and 0 MiB are free"):
         run(load_config(overrides()))
     assert not (tmp_path / "run").exists()
@@ -340,7 +340,7 @@ def test_a_directory_that_refuses_writes_is_found_first(overrides, tmp_path, mon
         raise OSError(errno.EACCES, "Permission denied", str(file))
 
     monkeypatch.setattr("vexact.trainer.launch.load_inputs", None)
-    monkeypatch.setattr(run_directory, "_write_once", refuse)
+    monkeypatch.setattr(directory, "_write_once", refuse)
     with pytest.raises(RunDirectoryError, match=r"cannot be used: Permission denied \(.*\.write-test\)"):
         run(load_config(overrides()))
 

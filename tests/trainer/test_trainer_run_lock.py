@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from vexact.trainer import run_lock as lock_module
-from vexact.trainer.run_lock import FILE, RunLockedError, run_lock
+from vexact.trainer.run import lock as lock_module
+from vexact.trainer.run.lock import FILE, RunLockedError, run_lock
 
 
 def _leave(directory, **changes):
@@ -39,7 +39,7 @@ def test_an_error_inside_releases_it(tmp_path):
 
 def test_a_killed_holder_does_not_keep_it(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from vexact.trainer.run_lock import run_lock\n"
+        "import sys, time; from pathlib import Path; from vexact.trainer.run.lock import run_lock\n"
         "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

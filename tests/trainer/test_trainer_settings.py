@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vexact.config import Config
-from vexact.config.actor import ActorSettings, OptimSettings
-from vexact.config.engine import EngineSettings
+from vexact.config.sections.actor import ActorSettings, OptimSettings
+from vexact.config.sections.engine import EngineSettings
 from vexact.rollout import EngineConfig
 from vexact.trainer.workers import actor_config, engine_settings
 

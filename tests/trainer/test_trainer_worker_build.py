@@ -16,7 +16,7 @@ import torch.distributed as dist
 from vexact.config import load_config
 from vexact.distributed import Layout, RankInfo
 from vexact.distributed.process_group import MARGIN_S
-from vexact.trainer.preflight import check_shared
+from vexact.trainer.preflight.checks import check_shared
 from vexact.trainer.workers import Inputs, Roles, build, worker
 from vexact.trainer.workers.groups import ActorGroup
 

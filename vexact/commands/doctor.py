@@ -84,7 +84,7 @@ def _is_run(overrides: list[str]) -> bool:
 def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
     from vexact.audit.doctor.inputs import DATA_ROWS, check_data, check_rewards
     from vexact.audit.doctor.result import warning
-    from vexact.trainer.preflight import dry_run
+    from vexact.trainer.preflight.checks import dry_run
     from vexact.trainer.workers import load_dataset, load_tokenizer, start_rewards
 
     for notice in config.notices:
@@ -125,7 +125,7 @@ def _memory_checks(config: Config) -> Iterator[CheckResult]:
     from vexact.audit.doctor.result import error, ok, warning
     from vexact.config.memory import ModelShape, memory_notes, memory_problems
     from vexact.config.plan import build_plan
-    from vexact.trainer.machine import layout_of, machine_of
+    from vexact.trainer.preflight.machine import layout_of, machine_of
 
     machine, shape = machine_of(layout_of(config)), ModelShape.read(config.model.path)
     problems = memory_problems(config, shape, machine)

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from vexact.config.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
+from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

@@ -66,8 +66,8 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = [*env.attention_overrides(), *(env.path_overrides() if arguments.from_env else [])]
     config = load_config([*overrides, *arguments.overrides])
     from vexact.config.plan import build_plan
-    from vexact.trainer.dry_run import check_settings, dry_run
-    from vexact.trainer.machine import layout_of, machine_of
+    from vexact.trainer.preflight.dry_run import check_settings, dry_run
+    from vexact.trainer.preflight.machine import layout_of, machine_of
 
     layout = layout_of(config)
     check_settings(config, layout)

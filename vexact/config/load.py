@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from vexact.config.checks import attention_notices, check, inexact
+from vexact.config.checks.rules import attention_notices, check, inexact
+from vexact.config.checks.verl_compat import MOVED, translate
 from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, nearest, typographic, unknown_keys
 from vexact.config.recipe import read_recipe
 from vexact.config.schema import Config, Keys
 from vexact.config.values import is_literal, parse, takes_text
-from vexact.config.verl_compat import MOVED, translate
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BASELINE = "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on"

@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from vexact.config.actor import ActorSection
-from vexact.config.algorithm import AlgorithmSection
-from vexact.config.data import DataConfig
 from vexact.config.fields import flatten, section
-from vexact.config.model import ModelSection
-from vexact.config.ref import RefSection
-from vexact.config.reward import RewardSection
-from vexact.config.rollout import RolloutSection
-from vexact.config.trainer import TrainerSection
+from vexact.config.sections.actor import ActorSection
+from vexact.config.sections.algorithm import AlgorithmSection
+from vexact.config.sections.data import DataConfig
+from vexact.config.sections.model import ModelSection
+from vexact.config.sections.ref import RefSection
+from vexact.config.sections.reward import RewardSection
+from vexact.config.sections.rollout import RolloutSection
+from vexact.config.sections.trainer import TrainerSection
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from weakref import WeakSet
 from torch import nn
 
 import vexact.ops as invariant
-from vexact.ops import stock, stock_flash, stock_moe, stock_paged
+from vexact.ops import stock
+from vexact.ops.stock import flash, moe, paged
 
 OPS = ("invariant", "stock")
 STOCK_ATTENTION: dict[str, Callable[..., Any]] = {
     "sdpa": stock.attention,
-    "flash_attention_2": stock_flash.flash_attention_2,
-    "flash_attention_3": stock_flash.flash_attention_3,
+    "flash_attention_2": flash.flash_attention_2,
+    "flash_attention_3": flash.flash_attention_3,
 }
 INVARIANT_ATTENTION = ("triton-invariant",)
 
@@ -25,9 +26,9 @@ _replayable: WeakSet[Callable[..., Any]] = WeakSet(
     (
         *(stock.linear, stock.rms_norm, stock.add_rms_norm, stock.swiglu),
         *(stock.rope, stock.qk_norm_rope, stock.latent_rope),
-        *(stock.embedding, stock_paged.paged_flash_attention_2),
-        *(stock_moe.route, stock_moe.group_tokens, stock_moe.route_and_group, stock_moe.combine),
-        *(stock_moe.grouped_product, stock_moe.grouped_product_swiglu),
+        *(stock.embedding, paged.paged_flash_attention_2),
+        *(stock.route, stock.group_tokens, stock.route_and_group, stock.combine),
+        *(moe.grouped_product, moe.grouped_product_swiglu),
     )
 )
 
@@ -55,8 +56,7 @@ class OpSet:
     @property
     def fuses_routing(self) -> bool:
         """Whether ``route_and_group`` stands for ``route`` and ``group_tokens``: not where one of them was replaced."""
-        sources = (invariant, stock_moe)
-        return any(self.route is of.route and self.group_tokens is of.group_tokens for of in sources)
+        return any(self.route is of.route and self.group_tokens is of.group_tokens for of in (invariant, stock))
 
 
 OP_NAMES = tuple(field.name for field in fields(OpSet))
@@ -73,7 +73,7 @@ def op_set(ops: str = "invariant", attn_impl: str = "triton-invariant") -> OpSet
     if attn_impl not in (*INVARIANT_ATTENTION, *STOCK_ATTENTION):
         known = ", ".join((*INVARIANT_ATTENTION, *STOCK_ATTENTION))
         raise ValueError(f"unknown attention implementation {attn_impl!r}; use one of {known}")
-    source = vars(invariant) if ops == "invariant" else vars(stock) | vars(stock_moe)
+    source = vars(invariant) if ops == "invariant" else vars(stock)
     chosen = {name: source[name] for name in OP_NAMES}
     return OpSet(**chosen | {"attention": STOCK_ATTENTION.get(attn_impl, invariant.attention)})
 

@@ -14,7 +14,8 @@ from vexact.config.baseline import PAGE_MULTIPLE, BaselineAttention, baseline_at
 from vexact.models.decoder import CausalLM
 from vexact.models.layers.moe import Experts
 from vexact.models.opset import OpSet, mark_replayable, set_ops
-from vexact.ops import stock, stock_fused, stock_moe, stock_paged
+from vexact.ops import stock
+from vexact.ops.stock import fused, moe, paged
 from vexact.rollout.engine_config import EngineConfig
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,11 @@ def apply_baseline(model: CausalLM, config: EngineConfig) -> tuple[EngineConfig,
     )
     found = attention_for()
     if found.paged:
-        fault = stock_paged.fault(shape.num_heads, shape.num_kv_heads, shape.key_dim, weight.dtype, device)
+        fault = paged.fault(shape.num_heads, shape.num_kv_heads, shape.key_dim, weight.dtype, device)
         found = attention_for(fault=fault)
     ops = model.ops
     if found.paged:
-        ops = replace(ops, attention=stock_paged.paged_flash_attention_2)
+        ops = replace(ops, attention=paged.paged_flash_attention_2)
         config = _with_larger_pages(config)
     if device.type == "cuda":
         ops = _fused(ops)
@@ -49,8 +50,8 @@ def apply_baseline(model: CausalLM, config: EngineConfig) -> tuple[EngineConfig,
 
 
 def _fused(ops: OpSet) -> OpSet:
-    fused = stock_fused.fused()
-    return replace(ops, **{name: mark_replayable(op, if_is=getattr(stock, name)) for name, op in fused.items()})
+    compiled = fused.fused()
+    return replace(ops, **{name: mark_replayable(op, if_is=getattr(stock, name)) for name, op in compiled.items()})
 
 
 def _with_grouped_products(model: CausalLM, ops: OpSet) -> OpSet:
@@ -58,9 +59,9 @@ def _with_grouped_products(model: CausalLM, ops: OpSet) -> OpSet:
     never runs must not keep steps from being captured."""
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     weights = [weight for one in experts for weight in (one.gate_up_proj, one.down_proj)]
-    if not all(map(stock_moe.has_grouped_product, weights)):
+    if not all(map(moe.has_grouped_product, weights)):
         return ops
-    return replace(ops, grouped_linear=stock_moe.grouped_product, grouped_swiglu=stock_moe.grouped_product_swiglu)
+    return replace(ops, grouped_linear=moe.grouped_product, grouped_swiglu=moe.grouped_product_swiglu)
 
 
 def _with_larger_pages(config: EngineConfig) -> EngineConfig:

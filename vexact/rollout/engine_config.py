@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vexact.config.engine import EngineSettings
+from vexact.config.sections.engine import EngineSettings
 from vexact.rollout.mismatch import check_mismatch
 
 DEFAULT_CPU_KV_CACHE_BYTES = 256 * 2**20

@@ -14,16 +14,16 @@ from vexact.config import Config
 from vexact.models import ModelConfig
 from vexact.report import Reporter, Timers, write_samples
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
-from vexact.trainer.advantages import train_sequences
 from vexact.trainer.ahead import Ahead, PastAudit, staleness_metrics
 from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver
-from vexact.trainer.collect import Collected, Collector
-from vexact.trainer.diagnose import diagnose
-from vexact.trainer.evaluate import evaluate
-from vexact.trainer.memory_use import memory_metrics
-from vexact.trainer.old_log_probs import recompute_old_log_probs
-from vexact.trainer.pending_step import PendingStep
-from vexact.trainer.update_health import UpdateError, UpdateHealth
+from vexact.trainer.run.pending_step import PendingStep
+from vexact.trainer.step.advantages import train_sequences
+from vexact.trainer.step.collect import Collected, Collector
+from vexact.trainer.step.diagnose import diagnose
+from vexact.trainer.step.evaluate import evaluate
+from vexact.trainer.step.memory_use import memory_metrics
+from vexact.trainer.step.old_log_probs import recompute_old_log_probs
+from vexact.trainer.step.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
 from vexact.training import Ledger
 from vexact.types import SampleGroup, StepStats, TrainSequence

@@ -17,16 +17,16 @@ from vexact.models import ModelConfig
 from vexact.report import Reporter
 from vexact.trainer.ahead import read_collected
 from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
-from vexact.trainer.collect import Collected
 from vexact.trainer.driver import Driver, how_to_go_on
-from vexact.trainer.final_report import final_report
-from vexact.trainer.machine import layout_of, machine_of
-from vexact.trainer.pending_step import PendingStep
-from vexact.trainer.preflight import check_before_training
+from vexact.trainer.preflight.checks import check_before_training
+from vexact.trainer.preflight.machine import layout_of, machine_of
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
 from vexact.trainer.resume.changes import Identity, breaking_changes
-from vexact.trainer.run_directory import RunDirectoryError, open_run_directory, set_aside
-from vexact.trainer.run_record import write_run_record
+from vexact.trainer.run.directory import RunDirectoryError, open_run_directory, set_aside
+from vexact.trainer.run.final_report import final_report
+from vexact.trainer.run.pending_step import PendingStep
+from vexact.trainer.run.record import write_run_record
+from vexact.trainer.step.collect import Collected
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
 from vexact.trainer.workers.memory import advising
 

@@ -15,7 +15,7 @@ from vexact.algorithms import (
     check_agg_mode,
     policy_loss,
 )
-from vexact.config.actor import ActorSettings, OffloadSettings, OptimSettings
+from vexact.config.sections.actor import ActorSettings, OffloadSettings, OptimSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LR_SCHEDULES = ("constant", "cosine", "linear")

@@ -12,7 +12,7 @@ from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import RolloutConfig
 
-from vexact.config.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
+from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 from vexact.rollout import SamplingParams
 from vexact.types import Sample
 

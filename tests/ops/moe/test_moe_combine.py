@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vexact.ops import combine, group_tokens, stock_moe
+from vexact.ops import combine, group_tokens, stock
 from vexact.ops.cpu.fma import fma
 from vexact.ops.moe.combine import combine_reference
 
@@ -137,4 +137,4 @@ def test_strided_inputs_are_read_as_they_are() -> None:
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_stock_sum_is_close(padded: bool) -> None:
     y, weights, groups, shared = inputs(padded=padded)
-    torch.testing.assert_close(stock_moe.combine(y, weights, groups, shared), combine(y, weights, groups, shared))
+    torch.testing.assert_close(stock.combine(y, weights, groups, shared), combine(y, weights, groups, shared))

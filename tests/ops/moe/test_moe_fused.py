@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vexact import ops
-from vexact.ops import stock_moe
+from vexact.ops import stock
 
 SETTINGS = {"top_k": 2, "scoring": "sigmoid", "num_groups": 4, "top_groups": 2, "scale": 2.5, "salt": 3}
 
@@ -39,7 +39,7 @@ def test_grouped_swiglu_is_both_of_its_steps(dtype, gather):
 
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("padded", [None, (1, 4, 8), range(9)])
-@pytest.mark.parametrize("of", [ops, stock_moe])
+@pytest.mark.parametrize("of", [ops, stock])
 def test_route_and_group_is_both_of_its_steps(of, padded, gradient):
     _, logits, _, bias = layer(torch.float32)
     logits.requires_grad_(gradient)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vexact.ops import ExpertGroups, group_tokens, grouped_linear, linear, stock_moe
+from vexact.ops import ExpertGroups, group_tokens, grouped_linear, linear, stock
 from vexact.ops.moe.grouped_linear import grouped_linear_reference
 
 SHAPES = [(8, 64, 48), (5, 17, 33), (3, 1031, 24), (4, 16, 130)]  # E, N, K
@@ -113,7 +113,7 @@ def test_the_stock_product_is_close(gather: bool, padded: bool) -> None:
     groups = _groups(40, 8, padded)
     x, weight = torch.randn(40 if gather else 80, 16), torch.randn(8, 32, 16)
     results = []
-    for fn in (grouped_linear, stock_moe.grouped_linear):
+    for fn in (grouped_linear, stock.grouped_linear):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         out = fn(*inputs, groups, gather=gather)[: int(groups.offsets[-1])]
         results.append([out, *torch.autograd.grad(out.sum(), inputs)])

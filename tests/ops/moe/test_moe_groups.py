@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vexact.ops import group_tokens, stock_moe
+from vexact.ops import group_tokens, stock
 from vexact.ops.moe.groups import group_tokens_reference
 
 
@@ -17,7 +17,7 @@ def test_pairs_stand_by_expert_then_by_index(tokens: int, top_k: int, num_expert
     experts[torch.rand(tokens, top_k, generator=generator) < padding] = -1
     groups = group_tokens(experts, num_experts)
     assert all(part.dtype == torch.int32 for part in groups)
-    for other in (group_tokens_reference(experts, num_experts), stock_moe.group_tokens(experts, num_experts)):
+    for other in (group_tokens_reference(experts, num_experts), stock.group_tokens(experts, num_experts)):
         assert all(torch.equal(a, b) for a, b in zip(groups, other, strict=True))
     taken = groups.slots >= 0
     assert torch.equal(taken, experts >= 0)

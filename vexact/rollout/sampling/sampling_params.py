@@ -9,7 +9,7 @@ from dataclasses import InitVar, dataclass
 from numbers import Real
 from typing import Any
 
-from vexact.config.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
+from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 from vexact.rollout.requests.stop_strings import INCOMPLETE
 
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
@@ -23,7 +23,7 @@ class SamplingParams:
 
     ``temperature=0`` is greedy. ``top_k <= 0``, ``top_p=1`` and ``min_p=0`` turn a filter off. ``seed=None`` takes the
     engine's. ``stop`` cuts the returned text before the stop string; the token ids keep every sampled token. The last
-    eight are vLLM's, in the order of ``config/refused_sampling.py``: values that would do something are refused.
+    eight are vLLM's, in the order of ``config/checks/refused_sampling.py``: values that would do something are refused.
 
     Raises ``ValueError`` naming the parameter, its value and the fix.
 

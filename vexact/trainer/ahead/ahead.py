@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vexact.trainer.ahead.stored import write_collected
-from vexact.trainer.collect import Collected, Collector
+from vexact.trainer.step.collect import Collected, Collector
 from vexact.types import SampleGroup
 
 

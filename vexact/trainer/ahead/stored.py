@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 from vexact.data import PromptDataset
 from vexact.trainer.checkpoint import CheckpointError
 from vexact.trainer.checkpoint.manifest import read_manifest
-from vexact.trainer.collect import Collected
+from vexact.trainer.step.collect import Collected
 from vexact.types import Sample, SampleGroup, Score
 
 FOLDER = "next_step"  # beside the model's own safetensors

@@ -7,7 +7,7 @@ from typing import Any
 
 from vexact.config import Config
 from vexact.config.fields import flatten
-from vexact.config.rollout_correction import KEY as CORRECTION
+from vexact.config.sections.rollout_correction import KEY as CORRECTION
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 

@@ -13,7 +13,7 @@ from vexact.reward.seal import require_seals, sample_key
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
 from vexact.rollout.requests.request import draw_settings
-from vexact.trainer.sampling import training_sampling
+from vexact.trainer.step.sampling import training_sampling
 from vexact.trainer.workers import EngineGroup, PendingSamples, Workers
 from vexact.types import DrawSettings, Prompt, Sample, SampleGroup, Score
 

@@ -3,7 +3,7 @@
 FlashAttention-2 is the package ``flash_attn`` or, without it, ``torch.nn.attention.varlen``; FlashAttention-3 is the
 package ``flash_attn_interface``. Neither is batch-invariant here. Of a paged cache the keys in use are gathered into
 packed rows before every call, since not every one of them reads pages of any size: right, but slower than they can be,
-and nothing for a CUDA graph. Where FlashAttention-2 reads pages, ``stock_paged.py`` has it read them.
+and nothing for a CUDA graph. Where FlashAttention-2 reads pages, ``paged.py`` has it read them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mixture of experts as everyone else runs it: torch's softmax, top-k and grouped product, not batch-invariant.
 
-Signatures match the invariant operators; see ``ops/stock.py``.
+Signatures match the invariant operators.
 """
 
 from __future__ import annotations
@@ -15,19 +15,7 @@ from vexact.ops.moe import ExpertGroups, Routes
 from vexact.ops.moe.digest import digest_of
 from vexact.ops.moe.route import SIGMOID_EPS
 from vexact.ops.moe.route_and_group import route_then_group
-from vexact.ops.stock import swiglu
-
-__all__ = [
-    "combine",
-    "group_tokens",
-    "grouped_linear",
-    "grouped_product",
-    "grouped_product_swiglu",
-    "grouped_swiglu",
-    "has_grouped_product",
-    "route",
-    "route_and_group",
-]
+from vexact.ops.stock.dense import swiglu
 
 _ALIGNED = 16  # bytes; what torch's grouped product asks of a row
 _GROUPED_GPUS = (9, 10)  # major compute capability

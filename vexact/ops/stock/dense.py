@@ -1,4 +1,4 @@
-"""The same operators as everyone else runs them: torch's own kernels, not batch-invariant.
+"""The operators of a dense model as everyone else runs them: torch's own kernels, not batch-invariant.
 
 Used for deliberate baselines (``batch_invariant=false``) and for stock attention implementations. Signatures match the
 invariant operators.

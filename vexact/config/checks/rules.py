@@ -6,10 +6,10 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from vexact.config.correction_checks import correction_problems
+from vexact.config.checks.correction import correction_problems
 from vexact.config.fields import ConfigError
-from vexact.config.rollout import MIN_TEMPERATURE
 from vexact.config.schema import Config
+from vexact.config.sections.rollout import MIN_TEMPERATURE
 from vexact.env import TRITON_INVARIANT, attention_warning, check_attention, wandb_mode
 from vexact.plugins import load_rollout
 

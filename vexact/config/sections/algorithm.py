@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vexact.config.actor import KLKind
 from vexact.config.fields import opt, section
-from vexact.config.rollout_correction import RolloutCorrection
+from vexact.config.sections.actor import KLKind
+from vexact.config.sections.rollout_correction import RolloutCorrection
 
 Estimator = Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 _NOT_BUILT_IN = (

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vexact.ops import stock
 from vexact.ops.attention.checks import check_scale
 from vexact.ops.attention.interface import KVCache, write_kv
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
-from vexact.ops.stock_flash import check_tensors, flash_attention_2
+from vexact.ops.stock import dense
+from vexact.ops.stock.flash import check_tensors, flash_attention_2
 
 PAGE_MULTIPLE = 256
 _NAME = "flash_attention_2"
@@ -137,7 +137,7 @@ def fault(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, 
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             return f"paged FlashAttention fails here: {str(error).splitlines()[0]:.120}"
         k_cache, v_cache = (pages.float() for pages in cache)
-        theirs = stock.attention(q.float(), k.float(), v.float(), metadata, head_dim**-0.5, (k_cache, v_cache))
+        theirs = dense.attention(q.float(), k.float(), v.float(), metadata, head_dim**-0.5, (k_cache, v_cache))
         read = torch.repeat_interleave(metadata.seqused_k > 0, torch.tensor(queries, device=device))
         distance = (ours - theirs)[read].norm() / theirs[read].norm()
         if not bool(distance < _TOLERANCE):

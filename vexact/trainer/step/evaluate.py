@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vexact.config import Config
 from vexact.report.metrics import validation_metrics
-from vexact.trainer.collect import sample_groups, score_groups
-from vexact.trainer.sampling import validation_sampling
+from vexact.trainer.step.collect import sample_groups, score_groups
+from vexact.trainer.step.sampling import validation_sampling
 from vexact.trainer.workers import Workers
 from vexact.types import SampleGroup
 

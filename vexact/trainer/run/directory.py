@@ -13,8 +13,8 @@ from pathlib import Path
 from vexact.report.jsonl import FILE_NAME as METRICS_FILE
 from vexact.report.wandb import RUN_ID_FILE
 from vexact.trainer.checkpoint import CheckpointStore
-from vexact.trainer.pending_step import FILE as PENDING_FILE
-from vexact.trainer.run_lock import run_lock
+from vexact.trainer.run.lock import run_lock
+from vexact.trainer.run.pending_step import FILE as PENDING_FILE
 
 SAMPLES, TENSORBOARD = "samples", "tensorboard"
 _TRIAL = b"\0" * (1 << 16)

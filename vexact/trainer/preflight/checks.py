@@ -13,8 +13,8 @@ from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest, RewardError
 from vexact.rollout import SamplingParams
 from vexact.rollout.protocol import RolloutEngine
-from vexact.trainer.collect import filter_metric, training_sampling
-from vexact.trainer.evaluate import validation_sampling
+from vexact.trainer.step.collect import filter_metric, training_sampling
+from vexact.trainer.step.evaluate import validation_sampling
 from vexact.trainer.workers import Workers
 from vexact.trainer.workers.groups import ActorGroup
 from vexact.types import Prompt, Score

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from vexact.config.checks.refused_sampling import REFUSED_SAMPLING
 from vexact.config.fields import ConfigError
-from vexact.config.refused_sampling import REFUSED_SAMPLING
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _ACTOR = "actor_rollout_ref.actor"

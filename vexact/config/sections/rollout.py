@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vexact.config.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
-from vexact.config.engine import EngineSettings
 from vexact.config.fields import LARGEST_64, opt, section
+from vexact.config.sections.actor import DTYPE_ALIASES, DTYPE_HELP, Dtype
+from vexact.config.sections.engine import EngineSettings
 
 OWN = "vexact"
 MIN_TEMPERATURE, MAX_TEMPERATURE, MAX_SAMPLES = 1e-3, 1e6, 2**16  # the sampler's

@@ -1,6 +1,6 @@
 """torch's own pointwise operators, fused by its compiler: what others run on a GPU.
 
-One kernel where ``stock.py`` launches up to ten: a baseline made of those would be slow for no reason.
+One kernel where ``dense.py`` launches up to ten: a baseline made of those would be slow for no reason.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vexact.ops import stock
+from vexact.ops.stock import dense
 
 NAMES = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "latent_rope", "swiglu")
 
@@ -19,4 +19,4 @@ NAMES = ("rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "latent_rope", "swi
 @cache
 def fused() -> dict[str, Callable[..., Any]]:
     """Compiled on first use, for one number of rows and then for any."""
-    return {name: torch.compile(getattr(stock, name)) for name in NAMES}
+    return {name: torch.compile(getattr(dense, name)) for name in NAMES}

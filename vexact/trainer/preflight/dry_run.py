@@ -17,9 +17,9 @@ from vexact.device import resolve_device
 from vexact.distributed import Layout
 from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
-from vexact.trainer import preflight
-from vexact.trainer.machine import machine_of
-from vexact.trainer.sampling import training_sampling, validation_sampling
+from vexact.trainer.preflight import checks
+from vexact.trainer.preflight.machine import machine_of
+from vexact.trainer.step.sampling import training_sampling, validation_sampling
 from vexact.trainer.workers import (
     actor_config,
     engine_settings,
@@ -74,8 +74,8 @@ def dry_run(config: Config) -> None:
         load_dataset(config, tokenizer, data.val_files, _first(data.val_max_samples))
     one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
     with closing(start_rewards(one_worker)) as rewards:
-        right, empty = preflight.dry_run([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
-    preflight.require_metric(config, right + empty)
+        right, empty = checks.dry_run([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
+    checks.require_metric(config, right + empty)
     dtype: torch.dtype = getattr(torch, config.dtype(resolve_device(config.trainer.device)))
     load_model(config.model.path, dtype=dtype, device="meta")
 

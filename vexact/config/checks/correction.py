@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vexact.config.rollout_correction import KEY
 from vexact.config.schema import Config
+from vexact.config.sections.rollout_correction import KEY
 
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
 

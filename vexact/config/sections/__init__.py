@@ -1,0 +1,1 @@
+"""Every configuration key: one file per section, with default, range and help."""

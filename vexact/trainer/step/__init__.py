@@ -1,0 +1,1 @@
+"""The stages of a step, from prompts to the validation after it."""
