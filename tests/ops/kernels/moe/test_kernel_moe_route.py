@@ -128,7 +128,7 @@ def pairs(kind: str, tokens: int, top_k: int, experts: int) -> Tensor:
 @pytest.mark.parametrize("few", [True, False])
 def test_groups_are_those_of_the_twin(kind, few, monkeypatch):
     if not few:
-        monkeypatch.setattr(groups, "FEW_PAIRS", 0)
+        monkeypatch.setattr(groups, "FEW_CHUNKS", 1)
         monkeypatch.setattr(groups, "CHUNK", 64)
         monkeypatch.setattr(groups, "SCAN_CHUNKS", 4)
     for tokens, top_k, experts in ((1, 2, 3), (129, 3, 37), (110, 8, 128)):
