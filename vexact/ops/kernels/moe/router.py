@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.moe import groups
 from vexact.ops.kernels.moe.scores import LEFT_OUT, in_best_groups, largest, mixed, order_key, scores_of
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
@@ -98,9 +100,12 @@ def route_kernel(
     HAS_PADDING: tl.constexpr,
     GROUP: tl.constexpr,
     ALONE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """ROWS tokens, with ALONE all of them. With GROUP they are grouped: a column of the choice tells the ranks of an
     expert's pairs."""
+    if OVERLAP:
+        gdc_launch_dependents()  # the next kernel may start; it waits for this one to end before it reads
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chosen, position, index, known = routed(
         logits_ptr, bias_ptr, digest_ptr, experts_ptr, weights_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS,
@@ -312,6 +317,7 @@ def _launch(
         HAS_PADDING=padding is not None,
         GROUP=group,
         ALONE=alone,
+        OVERLAP=alone and overlaps(logits.device),
         num_warps=min(block, MOST_WARPS),
         enable_fp_fusion=False,
     )
