@@ -112,6 +112,14 @@ def multiply_rows(
 
 
 @triton.jit
+def fetch(then_ptr, expert, part, BYTES: tl.constexpr, PARTS: tl.constexpr, asm: tl.constexpr):
+    """Ask for a part of the expert's matrix in the product that follows."""
+    share: tl.constexpr = BYTES // PARTS // 128
+    at = then_ptr.to(tl.pointer_type(tl.int8)) + expert.to(tl.int64) * BYTES + part * (BYTES // PARTS)
+    tl.inline_asm_elementwise(asm, "=r,l", [at + tl.arange(0, 128) * share], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def grouped_tma_kernel(
     x_desc,  # (P, K), or a pointer to (T, K) when GATHER
     half_x_desc,  # the same in blocks of half the height when HALVES and not GATHER
@@ -139,6 +147,11 @@ def grouped_tma_kernel(
     GATED: tl.constexpr,
     JOINT: tl.constexpr,
     OVERLAP: tl.constexpr,
+    then_ptr,
+    THEN: tl.constexpr,
+    BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Tiles of places of one expert times its matrix; SPLITS and FLATTEN are those of ``matmul_tma_kernel``.
 
@@ -171,10 +184,14 @@ def grouped_tma_kernel(
                 )  # fmt: skip
                 store_tile(out_desc, acc, first, end, col, WIDTH, SPLITS, BLOCK_M)
         else:
+            if THEN == 1:
+                fetch(then_ptr, expert, at % tiles_n, BYTES, PARTS, ASM)
             acc = multiply_rows(
                 x_desc, weight_desc, rows_ptr, expert, first, end, col, K, stride_x, out_desc.dtype,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_MAJOR, EVEN_K, GATHER, GATED, JOINT,
             )  # fmt: skip
+            if THEN == 2:
+                fetch(then_ptr, expert, at % tiles_n, BYTES, PARTS, ASM)
             if FLATTEN:  # found again, so that the epilogue does not hold the prologue's values: see matmul_tma_kernel
                 expert, first, end = find_tile(stored // tiles_n, tiles, past, offsets_ptr, BLOCK_M)
                 col = stored % tiles_n * BLOCK_N
