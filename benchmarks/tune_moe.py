@@ -97,9 +97,7 @@ def launch(kind: str, tile: Tile, x: Tensor, weight: Tensor, rows: Tensor, offse
     return grouped_linear.product(x, weight, given, offsets, top_k, gated=kind == "gated", tile=tile)
 
 
-def work(
-    shapes: list[MoeShape], tokens: tuple[int, ...], kinds: Sequence[str]
-) -> Iterator[tuple[MoeShape, str, int]]:
+def work(shapes: list[MoeShape], tokens: tuple[int, ...], kinds: Sequence[str]) -> Iterator[tuple[MoeShape, str, int]]:
     for shape, count, kind in combinations(shapes, tokens, kinds):
         if count >= 4096 or (kind in ("gated", "down")):
             yield shape, kind, count

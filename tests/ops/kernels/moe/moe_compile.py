@@ -37,7 +37,7 @@ def routing(model: tuple[Any, ...], tokens: int) -> None:
 
 
 def routing_in_one_launch(model: tuple[Any, ...], tokens: int) -> None:
-    """A step of decoding; one token alone is never padded."""
+    """A step of decoding; one token alone is never padded, and 16 are ranked by two programs."""
     bias = meta(model[0], dtype=FP32) if model[2] == "sigmoid" else None
     padding = meta(tokens, dtype=torch.bool) if tokens > 1 else None
     digest = meta(tokens, dtype=torch.int64)

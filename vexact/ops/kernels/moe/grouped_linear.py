@@ -144,18 +144,6 @@ def _whole_matrices(weight: Tensor, gated: bool) -> bool:
     return stored.stride(2) == 1 and weight.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in strides)
 
 
-EXPERIMENT = [None, 0]
-
-
-def then_of(gated, parts, x):
-    then, mode = EXPERIMENT
-    if not gated or then is None:
-        return dict(then_ptr=x, THEN=0, BYTES=0, PARTS=1, ASM="")
-    size = then[0].numel() * 2
-    asm = f"cp.async.bulk.prefetch.L2.global [$1], {size // parts // 128}; mov.u32 $0, 0;"
-    return dict(then_ptr=then, THEN=mode, BYTES=size, PARTS=parts, ASM=asm)
-
-
 def _launch_tma(
     x: Tensor,
     weight: Tensor,
@@ -201,7 +189,6 @@ def _launch_tma(
         GATED=gated,
         JOINT=gated and _is_joint(weight, tile),
         OVERLAP=overlap,
-        **then_of(gated, cdiv(n, tile.block_n), x),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # as the launches of linear

@@ -14,8 +14,8 @@ from vexact.ops.kernels.moe.scores import LEFT_OUT, in_best_groups, largest, mix
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 ROWS = 4  # tokens of a program, one a warp
-FEW_TOKENS = 16  # one program routes and groups them; of more it ranks as many
-MOST_WARPS = 8
+FEW_TOKENS = 8  # one program routes and groups them, a warp each; several programs rank as many each
+MANY_TOKENS, MANY_ROWS = 2048, 16  # from so many on, four tokens a warp
 ROUND_TO = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -220,8 +220,8 @@ def grouped_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`forward`, then rows, slots and offsets of its experts, none for ``padding`` (T,) bool."""
     choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
-    (num_tokens, num_experts), block = logits.shape, FEW_TOKENS
-    alone = 0 < num_tokens <= block
+    num_tokens, num_experts = logits.shape
+    alone, block = 0 < num_tokens <= FEW_TOKENS, MANY_ROWS if num_tokens >= MANY_TOKENS else FEW_TOKENS
     if alone:
         block = next_power_of_2(num_tokens)
     at = logits, bias, digest, padding
@@ -318,7 +318,7 @@ def _launch(
         GROUP=group,
         ALONE=alone,
         OVERLAP=alone and overlaps(logits.device),
-        num_warps=min(block, MOST_WARPS),
+        num_warps=4 if block == MANY_ROWS else min(block, FEW_TOKENS),
         enable_fp_fusion=False,
     )
     return experts, weights, slots, rows, offsets, counts

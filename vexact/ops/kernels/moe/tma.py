@@ -87,16 +87,16 @@ def multiply_rows(
         acc_up = acc
     for step in range(tl.cdiv(K, BLOCK_K)):
         k = step * BLOCK_K
+        if GATED:
+            w = load_half(weight_desc, expert, 0, col, k, COLUMNS, BLOCK_K)
+        else:
+            w = load_weight(weight_desc, expert, col, k, COLUMNS, BLOCK_K, K_MAJOR)
         if not GATHER:
             x = x_desc.load([first, k])
         elif EVEN_K:
             x = tl.load(x_rows + (k + depth)[None, :])
         else:
             x = tl.load(x_rows + (k + depth)[None, :], mask=(k + depth < K)[None, :], other=0.0)
-        if GATED:
-            w = load_half(weight_desc, expert, 0, col, k, COLUMNS, BLOCK_K)
-        else:
-            w = load_weight(weight_desc, expert, col, k, COLUMNS, BLOCK_K, K_MAJOR)
         acc = add_product(x, w, acc, SWAP)
         if GATED and not JOINT:
             up = load_half(weight_desc, expert, 1, col, k, COLUMNS, BLOCK_K)
@@ -109,14 +109,6 @@ def multiply_rows(
         gate, up = halves(acc)
         acc = gated(gate, up, dtype)
     return acc
-
-
-@triton.jit
-def fetch(then_ptr, expert, part, BYTES: tl.constexpr, PARTS: tl.constexpr, asm: tl.constexpr):
-    """Ask for a part of the expert's matrix in the product that follows."""
-    share: tl.constexpr = BYTES // PARTS // 128
-    at = then_ptr.to(tl.pointer_type(tl.int8)) + expert.to(tl.int64) * BYTES + part * (BYTES // PARTS)
-    tl.inline_asm_elementwise(asm, "=r,l", [at + tl.arange(0, 128) * share], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -147,11 +139,6 @@ def grouped_tma_kernel(
     GATED: tl.constexpr,
     JOINT: tl.constexpr,
     OVERLAP: tl.constexpr,
-    then_ptr,
-    THEN: tl.constexpr,
-    BYTES: tl.constexpr,
-    PARTS: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """Tiles of places of one expert times its matrix; SPLITS and FLATTEN are those of ``matmul_tma_kernel``.
 
@@ -184,14 +171,10 @@ def grouped_tma_kernel(
                 )  # fmt: skip
                 store_tile(out_desc, acc, first, end, col, WIDTH, SPLITS, BLOCK_M)
         else:
-            if THEN == 1:
-                fetch(then_ptr, expert, at % tiles_n, BYTES, PARTS, ASM)
             acc = multiply_rows(
                 x_desc, weight_desc, rows_ptr, expert, first, end, col, K, stride_x, out_desc.dtype,
                 TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, K_MAJOR, EVEN_K, GATHER, GATED, JOINT,
             )  # fmt: skip
-            if THEN == 2:
-                fetch(then_ptr, expert, at % tiles_n, BYTES, PARTS, ASM)
             if FLATTEN:  # found again, so that the epilogue does not hold the prologue's values: see matmul_tma_kernel
                 expert, first, end = find_tile(stored // tiles_n, tiles, past, offsets_ptr, BLOCK_M)
                 col = stored % tiles_n * BLOCK_N
