@@ -63,6 +63,7 @@ def many_tiles(halves: int) -> Iterator[Tile]:
     yield from (Tile("tma", 256, 128, 64, 8, 4, splits=4, waves=1), Tile("tma", 128, 256, 64, 8, 3, splits=4, waves=0))
     yield from (Tile("tma", 128, 256, 64, 8, 4, splits=4), Tile("tma", 128, 256, 64, 8, 3, splits=2))
     yield from (Tile("tma", 128, 128, 64, 4, 3, splits=2, waves=2), Tile("tma", 128, 128, 64, 4, 3, splits=2))
+    yield from (Tile("tma", 128, 128, 64, 4, 3, splits=4), Tile("tma", 128, 128, 64, 8, 3, splits=4))
     yield from (Tile("tma", 64, 128, 64, 4, 4), Tile("tma", 64, 256, 64, 4, 4))
 
 
