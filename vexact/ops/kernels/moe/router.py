@@ -15,6 +15,7 @@ from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 ROWS = 4  # tokens of a program, one a warp
 FEW_TOKENS = 8  # one program routes and groups them, a warp each; several programs rank as many each
+WARP = 32  # columns that a row has at least: narrower tiles do not compile everywhere
 MANY_TOKENS, MANY_ROWS = 2048, 16  # from so many on, four tokens a warp
 ROUND_TO = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -302,7 +303,7 @@ def _launch(
         NUM_GROUPS=num_groups,
         LEVELS=next_power_of_2(num_experts).bit_length() - 1,
         GROUPS=next_power_of_2(num_groups),
-        SIZE=next_power_of_2(num_experts // num_groups),
+        SIZE=max(next_power_of_2(num_experts // num_groups), WARP // next_power_of_2(num_groups)),
         TOP_GROUPS=top_groups,
         BEST=2 if scoring == "sigmoid" else 1,
         TOP_K=top_k,
