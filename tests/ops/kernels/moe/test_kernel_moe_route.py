@@ -91,7 +91,7 @@ def test_gradient_of_the_router_is_that_of_the_twin(name):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 23])
-@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3", "odd"])
+@pytest.mark.parametrize("name", ["qwen3", "mixtral", "deepseek-v3", "odd"])
 @pytest.mark.parametrize("padded", ["none of them", "some", "all"])
 def test_routing_and_grouping_at_once_change_nothing(name, tokens, padded, monkeypatch):
     if padded == "some":  # many tokens, whose chunks are scanned
