@@ -225,9 +225,11 @@ def grouped_forward(
     alone, block = 0 < num_tokens <= FEW_TOKENS, MANY_ROWS if num_tokens >= MANY_TOKENS else FEW_TOKENS
     if alone:
         block = next_power_of_2(num_tokens)
-    at = logits, bias, digest, padding
-    experts, weights, slots, *rest, counts = _launch(*at, *choice, block=block, group=True, alone=alone)
-    rows, offsets = rest if alone else groups.place(experts, slots, counts, num_experts, block * top_k)
+    experts, weights, slots, rows, offsets, counts = _launch(
+        logits, bias, digest, padding, *choice, block=block, group=True, alone=alone
+    )
+    if not alone:
+        rows, offsets = groups.place(experts, slots, counts, num_experts, block * top_k)
     return experts, weights, rows, slots, offsets
 
 
