@@ -93,6 +93,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it ends; the interpreter runs one after the other."""
+    return device.type != "cpu" and capability(device)[0] >= 9
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Number of multiprocessors; a small one for the interpreter, so that programs take several tiles."""
