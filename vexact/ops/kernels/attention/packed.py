@@ -21,6 +21,7 @@ from vexact.ops.kernels.attention.launch import (
     chunk_to_merge,
     exponent_scale,
     head_shape,
+    warp_specialised,
 )
 from vexact.ops.kernels.sizes import cdiv
 
@@ -57,6 +58,12 @@ def packed_forward(
         ValueError: see `head_shape` and `exponent_scale`.
     """
     shape = head_shape(q, k, v)
+    if tile is None and key_blocks is None and q.shape[0] and cu_seqlens_q.shape[0] > 1:
+        if warp_specialised(shape, q.device):
+            from vexact.ops.kernels.attention.hopper.forward import packed_forward as hopper_forward
+            result = hopper_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, softmax_scale, causal)
+            if result is not None:
+                return result
     blocks = key_blocks or KEY_BLOCKS[shape.key]
     descriptors = row_descriptors(k, v, blocks.block_n)
     tile = tile or (FORWARD_DESCRIBED if descriptors else FORWARD)[shape.key]
