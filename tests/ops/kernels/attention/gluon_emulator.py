@@ -13,14 +13,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime.jit import JITFunction
 
 TIMEOUT_S = 6.0
 _NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "int64": torch.int64}
@@ -62,11 +60,11 @@ class Barrier:
             if self.pending == 0 and self.bytes == 0:
                 self.pending = self.count
                 self.phase ^= 1
-                self.changed.notify_all()
+            self.changed.notify_all()
 
-    def wait(self, parity: int) -> None:
+    def wait(self, parity: int, hasty: bool) -> None:
         with self.changed:
-            if not self.changed.wait_for(lambda: self.phase != parity, TIMEOUT_S):
+            if not self.changed.wait_for(lambda: self.phase != parity or (hasty and self.pending == 0), TIMEOUT_S):
                 raise TimeoutError("a barrier was never completed")
 
 
@@ -83,7 +81,7 @@ class Memory:
 
     def __init__(self, view: Tensor, root: Memory | None = None) -> None:
         self.view, self.root, self.dtype = view, root or self, view.dtype
-        self.unfenced: set[int] = set()
+        self.unfenced: set[tuple[int, int, int]] = set()  # thread and range of addresses
 
     def _of(self, view: Tensor) -> Memory:
         return Memory(view, self.root)
@@ -106,10 +104,14 @@ class Memory:
 
     def store(self, value: Tensor) -> None:
         self.view.copy_(torch.as_tensor(value))
-        self.root.unfenced.add(threading.get_ident())
+        self.root.unfenced.add((threading.get_ident(), *self._addresses()))
+
+    def _addresses(self) -> tuple[int, int]:
+        return self.view.data_ptr(), self.view.data_ptr() + self.view.numel() * self.view.itemsize
 
     def read_by_hardware(self) -> Tensor:
-        if self.root.unfenced:
+        first, end = self._addresses()
+        if any(first < other_end and other < end for _, other, other_end in tuple(self.root.unfenced)):
             raise RuntimeError("shared memory is read by the tensor cores before the fence that follows a store")
         return self.view
 
@@ -124,8 +126,8 @@ class Product:
 class Machine:
     """One program: its shared memory, its asynchronous copies and its partitions."""
 
-    def __init__(self, program: int, programs: int, seed: int) -> None:
-        self.program, self.programs = program, programs
+    def __init__(self, program: int, programs: int, seed: int, hasty: bool) -> None:
+        self.program, self.programs, self.hasty = program, programs, hasty
         self.random = random.Random(seed)
         self.memories: list[Memory] = []
         self.local = threading.local()
@@ -140,16 +142,18 @@ class Machine:
 
     def fence(self) -> None:
         for memory in self.memories:
-            memory.unfenced.discard(threading.get_ident())
+            memory.unfenced -= {mark for mark in tuple(memory.unfenced) if mark[0] == threading.get_ident()}
 
-    def copy(self, desc: Descriptor, coordinates: list[Any], barrier: Barrier, target: Memory, pred: Any = True) -> None:
+    def copy(
+        self, desc: Descriptor, coordinates: list[Any], barrier: Barrier, target: Memory, pred: Any = True
+    ) -> None:
         if not pred:
             return
         target.view.fill_(float("nan"))
         row, column = (int(coordinate) for coordinate in coordinates)
 
         def arrive() -> None:
-            time.sleep(self.random.random() * 2e-3)
+            time.sleep((0.3 + self.random.random()) * 1e-3)
             target.view.copy_(desc.box(row, column))
             barrier.update(0, -desc.block_type.nbytes)
 
@@ -265,7 +269,7 @@ def _language(machine: Machine) -> dict[str, Any]:
     language = SimpleNamespace(**names)
     barrier = SimpleNamespace(
         MBarrierLayout=lambda: None,
-        wait=lambda barrier, phase: barrier.wait(int(phase)),
+        wait=lambda barrier, phase: barrier.wait(int(phase), machine.hasty),
         arrive=lambda barrier, count=1: barrier.update(count, 0),
         expect=lambda barrier, num_bytes: barrier.update(1, num_bytes),
         init=lambda barrier, count: barrier.__dict__.update(count=count, pending=count),
@@ -281,34 +285,39 @@ def _language(machine: Machine) -> dict[str, Any]:
 def _translate(machine: Machine) -> Callable[[Any], Callable]:
     language = _language(machine)
 
-    @cache
+    translated: dict[int, Callable] = {}
+
     def translate(function: Any) -> Callable:
+        if id(function) in translated:
+            return translated[id(function)]
         source = function.fn
         names = {name: source.__globals__[name] for name in source.__code__.co_names if name in source.__globals__}
         for name, value in names.items():
             if name in language:
                 names[name] = language[name]
-            elif isinstance(value, JITFunction) or type(value).__name__ == "ConstexprFunction":
+            elif callable(getattr(value, "fn", None)):
                 names[name] = translate(value)
             elif hasattr(value, "value"):
                 names[name] = value.value
-        return FunctionType(source.__code__, {"__builtins__": __builtins__, **names}, None, source.__defaults__)
+        scope = {"__builtins__": __builtins__, **names}
+        return translated.setdefault(id(function), FunctionType(source.__code__, scope, None, source.__defaults__))
 
     return translate
 
 
 class EmulatedKernel:
-    """Stands for a kernel: `kernel[(programs,)](...)` on CPU tensors."""
+    """Stands for a kernel: `kernel[(programs,)](...)` on CPU tensors. A hasty one does not wait for copies, as if every
+    such wait had been forgotten."""
 
-    def __init__(self, kernel: Any, seed: int = 0, most_programs: int = 2) -> None:
-        self.kernel, self.seed, self.most_programs = kernel, seed, most_programs
+    def __init__(self, kernel: Any, *, seed: int = 0, most_programs: int = 2, hasty: bool = False) -> None:
+        self.kernel, self.seed, self.most_programs, self.hasty = kernel, seed, most_programs, hasty
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int = 4, **constants: Any) -> None:
             programs = min(grid[0], self.most_programs)
             values = [self._argument(value) for value in arguments]
             for program in range(programs):
-                machine = Machine(program, programs, self.seed + program)
+                machine = Machine(program, programs, self.seed + program, self.hasty)
                 _translate(machine)(self.kernel)(*values, **constants)
 
         return launch

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,38 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from vexact.ops.kernels.attention.hopper import forward
+from vexact.ops.kernels.attention.hopper import host
 from vexact.ops.kernels.attention.launch import KEY_BLOCKS, WARP_SPECIALISED, HeadShape
 
-_TYPES = {"lse": "*fp32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32", "counter": "*i32", "c": "fp32"}
+_FLOATS = ("lse", "delta")
+_INDICES = ("cu_seqlens_q", "cu_seqlens_k", "counter")
+_TENSORS = ("out", "dq", "dk", "dv")
+Case = tuple[str, Any, dict[str, int], dict[str, Any]]  # name, kernel, rows of the boxes, constants
 
 
-def compile_forward(dim: int, dtype: str, chunk: int, causal: bool) -> dict[str, Any]:
-    """Compile one variant and tell what the assembler says of it."""
+def cases(dim: int) -> Iterator[Case]:
+    """Every kernel for these heads with the configuration the launchers choose."""
     blocks = KEY_BLOCKS[HeadShape(16, 8, dim, dim, 2).key]
-    constants = {
-        "NUM_HEADS": 16, "GROUP": 2, "BLOCK_N": blocks.block_n, "TILE_N": forward.TILE_N, "CHUNK": chunk,
-        "D": dim, "DV": dim, "CAUSAL": causal, "STEP_Q": dim, "STEP_K": dim, "STEP_V": dim,
-        "CONSUMER_REGISTERS": forward.CONSUMER_REGISTERS, "PRODUCER_REGISTERS": forward.PRODUCER_REGISTERS,
-    }  # fmt: skip
+    both = {"GROUP": 2, "D": dim, "DV": dim, "CAUSAL": True, "STEP_Q": dim, "STEP_K": dim, "STEP_V": dim}
+    heights = {"q_desc": host.ROWS, "k_desc": host.KEYS_AT_ONCE, "v_desc": host.KEYS_AT_ONCE}
+    forward = {"NUM_HEADS": 16, "BLOCK_N": blocks.block_n, "TILE_N": host.KEYS_AT_ONCE, "CHUNK": blocks.chunk}
+    yield f"forward {dim}", host.forward_kernel, heights, {**both, **forward, **host.REGISTERS}
+    heights = dict.fromkeys(("q_desc", "k_desc", "v_desc", "do_desc"), host.ROWS)
+    both["STAGES"] = host.BACKWARD_STAGES
+    queries = {"NUM_HEADS": 16, "BLOCK_N": host.ROWS, **host.REGISTERS}
+    yield f"queries {dim}", host.queries_kernel, heights, {**both, **queries}
+    yield f"keys {dim}", host.keys_kernel, heights, {**both, "KV_HEADS": 8, **host.BACKWARD_KEYS_REGISTERS}
+
+
+def compile_case(case: Case, dtype: str = "bf16") -> dict[str, Any]:
+    """Compile one binary and tell what the assembler says of it."""
+    name, kernel, heights, constants = case
     layout = NVMMASharedLayout(128, 16, rank=2)
-    heights = {"q_desc": forward.ROWS.value, "k_desc": forward.TILE_N, "v_desc": forward.TILE_N}
-    types = {name: f"tensordesc<{dtype}[{height}, {dim}],{layout!r}>" for name, height in heights.items()}
-    types |= _TYPES | {"out": f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
-    kernel = forward.forward_kernel
+    types = {name: f"tensordesc<{dtype}[{height}, {constants['D']}],{layout!r}>" for name, height in heights.items()}
+    types |= dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INDICES, "*i32") | dict.fromkeys(_TENSORS, f"*{dtype}")
+    types |= {"c": "fp32", "scale": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {parameter.name: types.get(parameter.name, "i32") for parameter in kernel.params}
-    pointers = [index for index, name in enumerate(signature) if signature[name].startswith("*")]
+    pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers}
     source = GluonASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
@@ -48,19 +60,21 @@ def compile_forward(dim: int, dtype: str, chunk: int, causal: bool) -> dict[str,
         file.write_text(binary.asm["ptx"])
         command = [knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", str(file), "-o", str(file.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    numbers = [p.name for p in kernel.params if signature[p.name] == "i32"]
     return {
-        "name": f"forward {dtype} {dim} chunk {chunk} causal {causal}",
+        "name": name,
         "shared": binary.metadata.shared,
         "wgmma": binary.asm["ptx"].count("wgmma.mma_async"),
         "spilled": sum(int(count) for count in re.findall(r"(\d+) bytes spill", said)),
         "serialised": "serializ" in said,
+        "specialised": [p.name for p in kernel.params if p.name in numbers and not p.do_not_specialize],
     }
 
 
 def main() -> None:
     for _, dim, _ in sorted(WARP_SPECIALISED):
-        for variant in (("bf16", 2048, True), ("bf16", 0, False)):
-            sys.stdout.write(json.dumps(compile_forward(dim, *variant)) + "\n")
+        for case in cases(dim):
+            sys.stdout.write(json.dumps(compile_case(case)) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ gives the same bits, while entries of the backward tables decide the last bits o
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -72,6 +73,8 @@ FORWARD_DESCRIBED: dict[tuple[int, int], Tile] = FORWARD | {(2, 256): Tile(128, 
 # (element bytes, head dimension, value head dimension) of which sm_90 has warp-specialised kernels, in Gluon, with the
 # same bits. Every other GPU, shape and feature has the Triton kernels.
 WARP_SPECIALISED = {(2, 64, 64), (2, 128, 128)}
+# The passes that take them unasked, "forward" or "backward": those whose bits and speed have been compared on a GPU.
+PROVEN: frozenset[str] = frozenset()
 
 # Rows of the decode tile follow the work; these are the warps and stages.
 DECODE: dict[tuple[int, int], Tile] = {
@@ -175,6 +178,33 @@ def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
     return HeadShape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], q.element_size())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """Sizes, strides, types and devices of q, k and v, looked at once. One object for all equal ones: a short key."""
+
+    shape: HeadShape
+
+
+_forms: dict[Hashable, Form] = {}
+_MOST_FORMS = 4096
+
+
+def form(q: Tensor, k: Tensor, v: Tensor) -> Form:
+    """The form of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
+
+    Raises:
+        ValueError: see `check_heads`.
+    """
+    sizes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
+    key = *sizes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    found = _forms.get(key)
+    if found is None:
+        if len(_forms) >= _MOST_FORMS:
+            _forms.clear()
+        found = _forms.setdefault(key, Form(head_shape(q, k, v)))
+    return found
+
+
 def exponent_scale(softmax_scale: float) -> float:
     """`c` of the kernels: scores times `c` are base-2 exponents.
 
@@ -195,10 +225,11 @@ def chunk_to_merge(blocks: KeyBlocks, max_seqlen_k: int) -> int:
     return blocks.chunk if max_seqlen_k > blocks.chunk else 0
 
 
-def warp_specialised(shape: HeadShape, device: torch.device) -> bool:
-    """Whether the kernels of `attention/hopper` take these heads on this device."""
+def warp_specialised(kind: str, shape: HeadShape, device: torch.device, asked: bool | None = None) -> bool:
+    """Whether the kernels of `attention/hopper` take these heads on this device, in the "forward" or the "backward"."""
     known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED
-    return known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
+    there = known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
+    return there and (kind in PROVEN if asked is None else asked)
 
 
 @cache

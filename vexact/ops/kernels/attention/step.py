@@ -43,8 +43,8 @@ def finite_or_zero(m):
 
 @triton.jit
 def weigh(s, visible, m, c, MASKED: tl.constexpr):
-    """(weights, m, alpha) of a block of scores s: exp2((s - m) * c) in fp32, the new maximum, and the factor for what has
-    been summed up to now."""
+    """(weights, m, alpha) of a block of scores s: exp2((s - m) * c), the new maximum, and the factor for what was
+    summed before."""
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))

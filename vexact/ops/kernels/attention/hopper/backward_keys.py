@@ -1,4 +1,8 @@
-"""dK and dV in Gluon: a program owns 128 keys, 64 for each consumer, and walks the query rows that see them."""
+"""The warp-specialised dK and dV: a tile is 128 keys, 64 for each consumer, which walks the query rows that see them.
+
+The sums are those of `attention/backward.py`: over the query heads of the group one after another, over rows in order.
+Rows that the mask hides, or that are not there, add exact zeros, so it decides nothing where a walk begins.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,13 @@ from vexact.ops.kernels.attention.hopper.shared import (
     read_description,
     work_ring,
 )
-from vexact.ops.kernels.attention.hopper.weights import accumulator
+from vexact.ops.kernels.attention.hopper.weights import accumulator, as_left_operand, store_gradient
 
 
 class KeysShared(NamedTuple):
+    """Tiles and barriers; see `shared.Shared`. The producer warp stores lse and delta itself, which is one more arrival
+    at `full`."""
+
     k: tl.tensor  # (2, ROWS, D)
     v: tl.tensor  # (2, ROWS, DV)
     q: tl.tensor  # (STAGES, ROWS, D)
@@ -40,7 +47,7 @@ class KeysShared(NamedTuple):
 
 @gluon.jit
 def first_row(first, q_len, kv_len, CAUSAL: gl.constexpr):
-    """Where the walk over query rows begins for keys from `first` on."""
+    """Where the walk over query rows begins for the keys from `first` on."""
     begin = 0
     if CAUSAL:
         begin = gl.maximum(first - (kv_len - q_len), 0) // ROWS * ROWS
@@ -54,6 +61,7 @@ def produce(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CAUSAL: gl.constexpr,
     STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Draw tiles, the first keys of a sequence first: most rows see them."""
     stage, phase = 0, 1
     slot, work_phase = 0, 1
     own_phase = 1
@@ -129,6 +137,7 @@ def consume(
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Gradients of part PART (0 or 1) of every tile."""
     layout: gl.constexpr = accumulator(ROWS)
     dtype: gl.constexpr = dk.dtype.element_ty
     k = shared.k.index(PART)
@@ -153,7 +162,7 @@ def consume(
             dv_acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
             mbarrier.wait(shared.own_full.index(PART), own_phase)
             own_phase ^= 1
-            for member in range(GROUP):
+            for _ in range(GROUP):
                 for start in range(begin, q_len, ROWS):
                     q = shared.q.index(stage)
                     do = shared.do.index(stage)
@@ -166,27 +175,18 @@ def consume(
                     if CAUSAL:
                         rows = start + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
                         p = gl.where(keys[:, None] <= rows[None, :] + shift, p, 0.0)
-                    p_left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, accumulator(DV), 2), assert_trivial=True)
-                    dv_next = warpgroup_mma(p_left, do, dv_acc, is_async=True)
+                    weights = as_left_operand(p.to(dtype), DV)
+                    dv_next = warpgroup_mma(weights, do, dv_acc, is_async=True)
                     row_delta = shared.delta.index(stage).load(gl.SliceLayout(0, layout))
                     dp = warpgroup_mma_wait(1, deps=[dp])
-                    ds = (p * (dp - row_delta[None, :])).to(dtype)
-                    ds = gl.convert_layout(ds, gl.DotOperandLayout(0, accumulator(D), 2), assert_trivial=True)
+                    ds = as_left_operand((p * (dp - row_delta[None, :])).to(dtype), D)
                     dk_next = warpgroup_mma(ds, q, dk_acc, is_async=True)
-                    dv_acc, dk_acc, p_left, ds = warpgroup_mma_wait(0, deps=[dv_next, dk_next, p_left, ds])
+                    dv_acc, dk_acc, _, _ = warpgroup_mma_wait(0, deps=[dv_next, dk_next, weights, ds])
                     mbarrier.arrive(shared.empty.index(stage), count=1)
                     stage, phase = advance(stage, phase, STAGES)
             mbarrier.arrive(shared.own_empty.index(PART), count=1)
-            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(D)))
-            flat = ((k_start + row).to(gl.int64) * KV_HEADS + kv_head) * D
-            columns = gl.arange(0, D, gl.SliceLayout(0, accumulator(D)))
-            mask = (row < kv_len)[:, None]
-            gl.store(dk + flat[:, None] + columns[None, :], (dk_acc * scale).to(dtype), mask=mask)
-            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(DV)))
-            flat = ((k_start + row).to(gl.int64) * KV_HEADS + kv_head) * DV
-            columns = gl.arange(0, DV, gl.SliceLayout(0, accumulator(DV)))
-            mask = (row < kv_len)[:, None]
-            gl.store(dv + flat[:, None] + columns[None, :], dv_acc.to(dtype), mask=mask)
+            store_gradient(dk, dk_acc * scale, k_start, first, kv_head, kv_len, KV_HEADS, D)
+            store_gradient(dv, dv_acc, k_start, first, kv_head, kv_len, KV_HEADS, DV)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_keys", "num_sequences", "num_tiles"])
@@ -197,6 +197,11 @@ def keys_kernel(
     STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """dk (Tk, KV_HEADS, D) and dv (Tk, KV_HEADS, DV), contiguous, of all tiles of 128 keys.
+
+    q_desc, k_desc, v_desc, do_desc: (rows, columns) of all heads in boxes of 64 rows, STEP columns from head to head,
+    DV for do_desc; lse, delta (heads, num_rows) fp32 of `prepare_kernel`; counter (1,) int32, 0 at the start.
+    """
     dtype: gl.constexpr = q_desc.dtype
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shared = KeysShared(

@@ -1,4 +1,4 @@
-"""dQ in Gluon: a program owns 128 query rows, 64 for each consumer, and walks the keys they see."""
+"""The warp-specialised dQ: a tile is 128 query rows, 64 for each consumer, which walks the keys they see in order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from vexact.ops.kernels.attention.hopper.shared import (
     visible_keys,
     work_ring,
 )
-from vexact.ops.kernels.attention.hopper.weights import accumulator
+from vexact.ops.kernels.attention.hopper.weights import accumulator, as_left_operand, store_gradient
 
 
 class QueriesShared(NamedTuple):
+    """Tiles and barriers; see `shared.Shared`."""
+
     q: tl.tensor  # (2, ROWS, D)
     do: tl.tensor  # (2, ROWS, DV)
     k: tl.tensor  # (STAGES, BLOCK_N, D)
@@ -39,10 +41,12 @@ class QueriesShared(NamedTuple):
 
 @gluon.jit
 def produce(
-    shared, q_desc, k_desc, v_desc, do_desc, dq, cu_seqlens_q, cu_seqlens_k, counter, num_rows, num_sequences, num_tiles,
+    shared, q_desc, k_desc, v_desc, do_desc, dq, cu_seqlens_q, cu_seqlens_k, counter,
+    num_rows, num_sequences, num_tiles,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Draw tiles, the heaviest of a causal sequence first."""
     stage, phase = 0, 1
     slot, work_phase = 0, 1
     own_phase = 1
@@ -104,6 +108,7 @@ def consume(
     shared, dq, lse, delta, c, scale, num_rows, PART: gl.constexpr,
     NUM_HEADS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Gradients of part PART (0 or 1) of every tile."""
     layout: gl.constexpr = accumulator(BLOCK_N)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     dtype: gl.constexpr = dq.dtype.element_ty
@@ -144,10 +149,9 @@ def consume(
                 keys = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
                 p = gl.where(keys[None, :] < limit[:, None], p, 0.0)
                 dp = warpgroup_mma_wait(0, deps=[dp])
-                ds = (p * (dp - row_delta[:, None])).to(dtype)
-                ds = gl.convert_layout(ds, gl.DotOperandLayout(0, accumulator(D), 2), assert_trivial=True)
+                ds = as_left_operand((p * (dp - row_delta[:, None])).to(dtype), D)
                 acc_next = warpgroup_mma(ds, k, acc, is_async=True)
-                acc, ds = warpgroup_mma_wait(0, deps=[acc_next, ds])
+                acc, _ = warpgroup_mma_wait(0, deps=[acc_next, ds])
                 mbarrier.arrive(shared.empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
             mbarrier.arrive(shared.own_empty.index(PART), count=1)
@@ -155,10 +159,7 @@ def consume(
                 mbarrier.wait(shared.full.index(stage), phase)
                 mbarrier.arrive(shared.empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
-            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(D)))
-            flat = ((q_start + row).to(gl.int64) * NUM_HEADS + head) * D
-            columns = gl.arange(0, D, gl.SliceLayout(0, accumulator(D)))
-            gl.store(dq + flat[:, None] + columns[None, :], (acc * scale).to(dtype), mask=(row < q_len)[:, None])
+            store_gradient(dq, acc * scale, q_start, first, head, q_len, NUM_HEADS, D)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_sequences", "num_tiles"])
@@ -169,6 +170,8 @@ def queries_kernel(
     CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """dq (T, NUM_HEADS, D), contiguous, of all tiles of 128 query rows; arguments as those of `keys_kernel`, k_desc and
+    v_desc in boxes of BLOCK_N rows."""
     dtype: gl.constexpr = q_desc.dtype
     shared = QueriesShared(
         gl.allocate_shared_memory(dtype, [2, ROWS, D], q_desc.layout),

@@ -149,7 +149,7 @@ def consume(
             acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
             m_run = m
             total_run = gl.zeros([ROWS], gl.float32, out_layout)
-            if CHUNK > 0:
+            if CHUNK > 0:  # noqa: SIM102 - a compile-time branch
                 if end > CHUNK:
                     run.store(acc)
             mbarrier.wait(shared.q_full.index(PART), q_phase)
@@ -175,9 +175,11 @@ def consume(
                             q, shared, ones, stage, phase, v_stage, weights, start, limit, m_before, total, acc, c,
                             DV, BLOCK_N, TILE_N, masked == 1,
                         )  # fmt: skip
-                        if CHUNK > 0:
+                        if CHUNK > 0:  # noqa: SIM102
                             if fresh:
-                                m_both, total_run, merged = merge_run(run, m_run, total_run, m, total, acc, c, BLOCK_N, DV)
+                                m_both, total_run, merged = merge_run(
+                                    run, m_run, total_run, m, total, acc, c, BLOCK_N, DV
+                                )
                                 run.store(merged)
                                 m_run = gl.convert_layout(m_both, row_layout, assert_trivial=True)
                                 acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
@@ -193,7 +195,7 @@ def consume(
             stage, phase = skip_tiles(shared, stage, phase, gl.cdiv(tile_end, TILE_N) - gl.cdiv(end, TILE_N))
             m_last = gl.convert_layout(m, out_layout, assert_trivial=True)
             total_last = row_sums(total, DV)
-            if CHUNK > 0:
+            if CHUNK > 0:  # noqa: SIM102 - a compile-time branch
                 if end > CHUNK:
                     m_last, total_last, acc = merge_run(run, m_run, total_run, m, total, acc, c, BLOCK_N, DV)
             value, row_lse = finish(m_last, total_last, acc, c)

@@ -52,7 +52,7 @@ def load_ragged(desc, row, column, tile, tail, phase, inside, HEIGHT: gl.constex
 @gluon.jit
 def produce(
     shared, q_desc, k_desc, v_desc, out, lse, cu_seqlens_q, cu_seqlens_k, counter, num_rows, num_sequences, num_tiles,
-    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, TILE_N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, TILE_N: gl.constexpr, DV: gl.constexpr,
     CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles, the heaviest of a causal sequence first, until there are no more; arguments as in `forward.py`."""
@@ -102,9 +102,7 @@ def produce(
                         tma.async_copy_global_to_shared(v_desc, [k_start + start, v_column], full, values)
                     else:
                         row = k_start + start
-                        load_ragged(
-                            v_desc, row, v_column, values, shared.tail, tail_phase, kv_len - start, TILE_N, DV
-                        )
+                        load_ragged(v_desc, row, v_column, values, shared.tail, tail_phase, kv_len - start, TILE_N, DV)
                         tail_phase ^= 1
                         mbarrier.arrive(full, count=1)
                     stage, phase = advance(stage, phase, STAGES)

@@ -28,6 +28,22 @@ def along_rows(vector, columns: gl.constexpr):
 
 
 @gluon.jit
+def as_left_operand(product, columns: gl.constexpr):
+    """A product, rounded, as the left operand of one with so many columns; no data moves."""
+    return gl.convert_layout(product, gl.DotOperandLayout(0, accumulator(columns), 2), assert_trivial=True)
+
+
+@gluon.jit
+def store_gradient(target, value, start, first, head, length, HEADS: gl.constexpr, WIDTH: gl.constexpr):
+    """Write the rows from `first` on that lie in a sequence (start, length) to target (rows, HEADS, WIDTH)."""
+    layout: gl.constexpr = accumulator(WIDTH)
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    flat = ((start + row).to(gl.int64) * HEADS + head) * WIDTH
+    pointers = target + flat[:, None] + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    gl.store(pointers, value.to(target.dtype.element_ty), mask=(row < length)[:, None])
+
+
+@gluon.jit
 def rescale(acc, total, alpha, DV: gl.constexpr):
     """Both sums times alpha (ROWS,)."""
     return acc * along_rows(alpha, DV), total * along_rows(alpha, ONES)
@@ -41,12 +57,13 @@ def row_sums(total, columns: gl.constexpr):
 
 
 @gluon.jit
-def weigh_block(s, start, limit, m, c, dtype: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, MASKED: gl.constexpr):
+def weigh_block(
+    s, start, limit, m, c, dtype: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, MASKED: gl.constexpr
+):
     """(weights as left operand of a product, m, alpha) of the keys at start, start + 1, ...; see `step.weigh`."""
     keys = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, accumulator(BLOCK_N)))
     p, m, alpha = weigh(s, keys[None, :] < limit[:, None], m, c, MASKED)
-    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator(DV), 2)
-    return gl.convert_layout(p.to(dtype), operand, assert_trivial=True), m, alpha
+    return as_left_operand(p.to(dtype), DV), m, alpha
 
 
 @gluon.jit
@@ -88,7 +105,7 @@ def weigh_tile(
     s, start, limit, m, c,
     dtype: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """(Weights, m, alpha) of the scores of one tile, whose first key is `start`; alpha is due before the first block."""
+    """(Weights, m, alpha) of the scores of one tile, whose first key is `start`; alpha is for the sums up to it."""
     if TILE_N == BLOCK_N:
         first, m, alpha = weigh_block(s, start, limit, m, c, dtype, DV, BLOCK_N, MASKED)
         second, between = first, alpha
