@@ -162,7 +162,7 @@ def consume(
             dv_acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
             mbarrier.wait(shared.own_full.index(PART), own_phase)
             own_phase ^= 1
-            for _ in range(GROUP):
+            for _member in range(GROUP):
                 for start in range(begin, q_len, ROWS):
                     q = shared.q.index(stage)
                     do = shared.do.index(stage)

@@ -155,7 +155,7 @@ def consume(
                 mbarrier.arrive(shared.empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
             mbarrier.arrive(shared.own_empty.index(PART), count=1)
-            for _ in range(gl.cdiv(tile_end, BLOCK_N) - gl.cdiv(end, BLOCK_N)):
+            for _skipped in range(gl.cdiv(tile_end, BLOCK_N) - gl.cdiv(end, BLOCK_N)):
                 mbarrier.wait(shared.full.index(stage), phase)
                 mbarrier.arrive(shared.empty.index(stage), count=1)
                 stage, phase = advance(stage, phase, STAGES)
