@@ -4,11 +4,11 @@ python benchmarks/attention.py [--out benchmarks/results/attention_h100.json]
 
 Forward and backward: causal, bf16, 16 query and 8 key/value heads, or Moonlight's 16 and 16 whose keys are 192 wide
 and values 128; TFLOP/s count the multiplications and additions of each visible score, 2 per column of keys and of
-values, in the backward 6 and 4. The last two columns are this project's two families of kernels, where sm_90 has both;
-"ours" is the one that is chosen. Peers are torch's scaled_dot_product_attention with one backend at a time; "-": it
-does not take the shape. Decode: one token per sequence over pages, in a CUDA graph that rotates among caches so that every key comes from memory; the floor is the bytes a step must move over the bandwidth of
-a large streaming kernel in the same run. Short steps cannot reach it: "read" is the time of a kernel that only reads as
-many bytes.
+values, in the backward 6 and 4. Peers are torch's scaled_dot_product_attention with one backend at a time; "-": it does
+not take the shape. The last two columns are this project's two families of kernels, where both are there; "ours" is the
+one that is chosen. Decode: one token per sequence over pages, in a CUDA graph that rotates among caches so that every
+key comes from memory; the floor is the bytes a step must move over the bandwidth of a large streaming kernel in the
+same run. Short steps cannot reach it: "read" is the time of a kernel that only reads as many bytes.
 """
 
 from __future__ import annotations
