@@ -226,10 +226,14 @@ def chunk_to_merge(blocks: KeyBlocks, max_seqlen_k: int) -> int:
 
 
 def warp_specialised(kind: str, shape: HeadShape, device: torch.device, asked: bool | None = None) -> bool:
-    """Whether the kernels of `attention/hopper` take these heads on this device, in the "forward" or the "backward"."""
+    """Whether the kernels of `attention/hopper` take these heads on this device, in the "forward" or the "backward".
+
+    asked: whether they are wanted; those that are PROVEN if omitted.
+    """
+    if not (kind in PROVEN if asked is None else asked):
+        return False
     known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED
-    there = known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
-    return there and (kind in PROVEN if asked is None else asked)
+    return known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
 
 
 @cache
