@@ -5,10 +5,10 @@ python benchmarks/attention.py [--out benchmarks/results/attention_h100.json]
 Forward and backward: causal, bf16, 16 query and 8 key/value heads, or Moonlight's 16 and 16 whose keys are 192 wide
 and values 128; TFLOP/s count the multiplications and additions of each visible score, 2 per column of keys and of
 values, in the backward 6 and 4. Peers are torch's scaled_dot_product_attention with one backend at a time; "-": it does
-not take the shape. Decode: one token per sequence over pages, in a CUDA graph that
-rotates among caches so that every key comes from memory; the floor is the bytes a step must move over the bandwidth of
-a large streaming kernel in the same run. Short steps cannot reach it: "read" is the time of a kernel that only reads as
-many bytes.
+not take the shape. The last two columns are this project's two families of kernels, where both are there; "ours" is the
+one that is chosen. Decode: one token per sequence over pages, in a CUDA graph that rotates among caches so that every
+key comes from memory; the floor is the bytes a step must move over the bandwidth of a large streaming kernel in the
+same run. Short steps cannot reach it: "read" is the time of a kernel that only reads as many bytes.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from vexact.ops.kernels.attention import packed_backward
+from vexact.ops.kernels.attention.launch import head_shape, warp_specialised
 
 D64 = Heads(16, 8, 64, 64)
 WHOLE = (  # heads, sequences, length
@@ -102,12 +103,17 @@ def event_ms(call: Callable[[], object], calls: int = 5, repeats: int = 5) -> fl
     return median(times)
 
 
-def backward_call(case: Packed, dout: Tensor) -> Callable[[], object]:
+def backward_call(case: Packed, dout: Tensor) -> Callable[..., object]:
     out, lse = case.run()
     longest = max(case.lengths)
     return partial(
         packed_backward, dout, case.q, case.k, case.v, out, lse, case.cu, case.cu, longest, longest, case.scale, True
     )
+
+
+def has_specialised(case: Packed) -> bool:
+    shape = head_shape(case.q, case.k, case.v)
+    return all(warp_specialised(name, shape, case.q.device, True) for name in ("forward", "backward"))
 
 
 def memory_bandwidth() -> float:
@@ -131,6 +137,10 @@ def measure_whole(heads: Heads, sequences: int, length: int) -> list[dict]:
         work = flops(lengths, heads) / 1e9
         row: dict = {"pass": name, "head_dim": heads.dim, "value_dim": heads.value_dim}
         row |= {"sequences": sequences, "length": length, "tflops": work / event_ms(ours)}
+        row["triton_tflops"] = row["specialised_tflops"] = None
+        if has_specialised(case):
+            for kernels, specialised in (("triton", False), ("specialised", True)):
+                row[f"{kernels}_tflops"] = work / event_ms(partial(ours, specialised=specialised))
         for peer_name, backend in PEERS.items():
             row[f"{peer_name}_tflops"] = row[f"over_{peer_name}"] = None
             with suppress(RuntimeError):  # no such kernel
@@ -162,7 +172,10 @@ def compile_job(job: int) -> None:
     if job < len(WHOLE):
         heads, _, length = WHOLE[job]
         case = packed_case([length], heads)
-        backward_call(case, torch.randn_like(case.run()[0]))()
+        backward = backward_call(case, torch.randn_like(case.run()[0]))
+        for specialised in (False, True):
+            case.run(specialised=specialised)
+            backward(specialised=specialised)
     else:
         heads, _, keys, page_size = STEPS[job - len(WHOLE)]
         decode_case(1, keys, heads, page_size).run()
@@ -171,14 +184,17 @@ def compile_job(job: int) -> None:
 
 def run_table() -> dict:
     record: dict = {**environment(), "whole": [], "decode": []}
-    print("pass          dim  batch x length     ours  cudnn  flash2 TFLOP/s   ours/cudnn  ours/flash2")
+    print(
+        "pass          dim  batch x length     ours  cudnn  flash2 TFLOP/s   ours/cudnn  ours/flash2 triton specialised"
+    )
     for heads, sequences, length in WHOLE:
         for row in measure_whole(heads, sequences, length):
             record["whole"].append(row)
             print(
                 f"{row['pass']:9s} {heads.dim:3d}/{heads.value_dim:3d} {sequences:4d} x {length:6d}   "
                 f"{row['tflops']:6.0f} {figure(row['cudnn_tflops'], '6.0f')} {figure(row['flash2_tflops'], '6.0f')} "
-                f"           {figure(row['over_cudnn'], '8.2f')} {figure(row['over_flash2'], '12.2f')}",
+                f"           {figure(row['over_cudnn'], '8.2f')} {figure(row['over_flash2'], '12.2f')}"
+                f" {figure(row['triton_tflops'], '6.0f')} {figure(row['specialised_tflops'], '11.0f')}",
                 flush=True,
             )
     record["bytes_per_s"] = bandwidth = memory_bandwidth()

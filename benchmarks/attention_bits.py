@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from vexact.ops.kernels.attention import packed_backward
-from vexact.ops.kernels.attention.launch import Tile
+from vexact.ops.kernels.attention.launch import Tile, head_shape, warp_specialised
 
 LENGTHS = [4500, 1, 777, 0, 2048, 2049, 64, 63, 65, 2111, 130]
 TILES = [Tile(*t) for t in ((16, 1, 1), (16, 4, 3), (32, 2, 2), (64, 4, 2), (64, 8, 3), (128, 8, 3), (256, 8, 2))]
@@ -42,6 +42,8 @@ def packed_paths(case: Packed) -> Iterator[Variant]:
     everything = torch.arange(case.q.shape[0], device="cuda")
     for tile in TILES:
         yield f"packed {tile}", partial(case.run, tile), everything
+    if warp_specialised("forward", head_shape(case.q, case.k, case.v), case.q.device, True):
+        yield "packed, warp-specialised", partial(case.run, specialised=True), everything
     for low, high in pairwise(case.cu.tolist()):
         part = Packed(case.q[low:high], case.k[low:high], case.v[low:high], cumulative([high - low]), [high - low])
         yield f"alone {high - low}", part.run, everything[low:high]

@@ -43,12 +43,17 @@ class Packed:
         return self.q.shape[-1] ** -0.5
 
     def run(
-        self, tile: Tile | None = None, causal: bool = True, blocks: KeyBlocks | None = None
+        self,
+        tile: Tile | None = None,
+        causal: bool = True,
+        blocks: KeyBlocks | None = None,
+        specialised: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         longest = max(self.lengths)
         return packed_forward(
-            self.q, self.k, self.v, self.cu, self.cu, longest, longest, self.scale, causal, tile=tile, key_blocks=blocks
-        )
+            self.q, self.k, self.v, self.cu, self.cu, longest, longest, self.scale, causal,
+            tile=tile, key_blocks=blocks, specialised=specialised,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vexact import ops
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
+from vexact.ops.kernels.attention import packed_backward, packed_forward
 from vexact.ops.square_sums import num_stretches, square_sums
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -46,6 +47,17 @@ def packed(heads: tuple[int, int], dim: int, dtype: torch.dtype) -> list[Tensor]
     q, k, v = (draw(sum(lengths), count, dim, dtype=dtype) for count in (heads[0], heads[1], heads[1]))
     out = ops.attention(q, k, v, PackedMetadata.from_lengths(lengths, "cuda"), dim**-0.5)
     return with_gradients((out,), (q, k, v))
+
+
+@torch.no_grad()
+def specialised(heads: tuple[int, int], dim: int) -> list[Tensor]:
+    """The warp-specialised kernels, whether they are chosen or not; where there are none, the Triton kernels."""
+    lengths = [70, 0, 1, 129, 2200]
+    cu = PackedMetadata.from_lengths(lengths, "cuda").cu_seqlens
+    q, k, v = (draw(sum(lengths), count, dim).detach() for count in (heads[0], heads[1], heads[1]))
+    rest = (cu, cu, max(lengths), max(lengths), dim**-0.5, True)
+    out, lse = packed_forward(q, k, v, *rest, specialised=True)
+    return [out, lse, *packed_backward(torch.randn_like(out), q, k, v, out, lse, *rest, specialised=True)]
 
 
 @torch.no_grad()
@@ -169,6 +181,8 @@ def cases() -> Iterator[Case]:
                 f"cross-entropy {vocabulary} {dtype}",
                 lambda t=tokens, v=vocabulary, d=dtype: cross_entropy(t, 136, v, d),
             )
+    for heads, dim in (((4, 2), 64), ((2, 2), 128)):
+        yield f"specialised {heads} {dim}", lambda h=heads, d=dim: specialised(h, d)
     for page_size in (7, 16, 64):
         for new, old in (([1, 1, 1], [0, 64, 2200]), ([3, 70, 1], [5, 0, 130])):
             yield f"pages of {page_size} {new}", lambda p=page_size, n=new, o=old: paged(p, n, o, 64)

@@ -25,23 +25,23 @@ def row_descriptors(k: Tensor, v: Tensor, block_n: int) -> Descriptors | None:
     if capability(k.device)[0] < 9 or (k.dim() == 4 and k.shape[1] % block_n):
         return None
     first, rest = key_columns(k.shape[-1], v.shape[-1])
-    if not (_describable(k, first + rest) and _describable(v, padded(v.shape[-1]))):
+    if not (describable(k, first + rest) and describable(v, padded(v.shape[-1]))):
         return None
     more = _descriptor(k, block_n, rest) if rest else None
     return _descriptor(k, block_n, first), more, _descriptor(v, block_n, v.shape[-1])
 
 
-def _describable(rows: Tensor, tiles: int) -> bool:
+def describable(rows: Tensor, tiles: int) -> bool:
     heads, dim = rows.shape[-2:]
     head_stride, row_stride = rows.stride(-2), rows.stride(-3)
-    apart = (head_stride >= dim or heads == 1) and row_stride >= _width(rows) and rows.shape[0] > 0
+    apart = (head_stride >= dim or heads == 1) and row_stride >= row_width(rows) and rows.shape[0] > 0
     pages_follow = rows.dim() == 3 or rows.stride(0) == rows.shape[1] * row_stride
     aligned = row_stride * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
     return apart and pages_follow and aligned and dim == tiles
 
 
 def _descriptor(rows: Tensor, block_n: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(rows, [rows.shape[:-2].numel(), _width(rows)], [rows.stride(-3), 1], [block_n, columns])
+    return TensorDescriptor(rows, [rows.shape[:-2].numel(), row_width(rows)], [rows.stride(-3), 1], [block_n, columns])
 
 
 def head_step(rows: Tensor) -> int:
@@ -50,6 +50,6 @@ def head_step(rows: Tensor) -> int:
     return rows.stride(-2) if heads > 1 else dim
 
 
-def _width(rows: Tensor) -> int:
+def row_width(rows: Tensor) -> int:
     heads, dim = rows.shape[-2:]
     return (heads - 1) * head_step(rows) + dim

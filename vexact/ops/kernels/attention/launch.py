@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from vexact.ops.attention.checks import check_heads, check_scale
+from vexact.ops.kernels.linear.launch import capability
 from vexact.ops.kernels.sizes import next_power_of_2
 
 LOG2E = 1.4426950408889634
@@ -66,6 +69,12 @@ FORWARD: dict[tuple[int, int], Tile] = {
 
 # Where keys and values travel through tensor descriptors.
 FORWARD_DESCRIBED: dict[tuple[int, int], Tile] = FORWARD | {(2, 256): Tile(128, 8, 3)}
+
+# (element bytes, head dimension, value head dimension) of which sm_90 has warp-specialised kernels, in Gluon, with the
+# same bits. Every other GPU, shape and feature has the Triton kernels.
+WARP_SPECIALISED = {(2, 64, 64), (2, 128, 128)}
+# The passes that take them unasked, "forward" or "backward": those whose bits and speed have been compared on a GPU.
+PROVEN: frozenset[str] = frozenset()
 
 # Rows of the decode tile follow the work; these are the warps and stages.
 DECODE: dict[tuple[int, int], Tile] = {
@@ -214,3 +223,20 @@ def heads_per_tile(group: int, block_m: int) -> int:
 def chunk_to_merge(blocks: KeyBlocks, max_seqlen_k: int) -> int:
     """CHUNK of the forward kernel: 0, a variant without merges, where no sequence is longer than one chunk."""
     return blocks.chunk if max_seqlen_k > blocks.chunk else 0
+
+
+def warp_specialised(kind: str, shape: HeadShape, device: torch.device, asked: bool | None = None) -> bool:
+    """Whether the kernels of `attention/hopper` take these heads on this device, in the "forward" or the "backward".
+
+    asked: whether they are wanted; those that are PROVEN if omitted.
+    """
+    if not (kind in PROVEN if asked is None else asked):
+        return False
+    known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED
+    return known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether this Triton has the language of those kernels, which it calls experimental."""
+    return find_spec("triton.experimental.gluon") is not None

@@ -21,6 +21,7 @@ from vexact.ops.kernels.attention.launch import (
     chunk_to_merge,
     exponent_scale,
     form,
+    warp_specialised,
 )
 from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv
@@ -42,6 +43,7 @@ def packed_forward(
     *,
     tile: Tile | None = None,
     key_blocks: KeyBlocks | None = None,
+    specialised: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of sequences laid end to end.
 
@@ -50,6 +52,8 @@ def packed_forward(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device.
         max_seqlen_q: not needed, kept for symmetry: the grid follows T and B. max_seqlen_k: no sequence has more keys.
         tile: launch configuration, free of influence on the bits. key_blocks: decides the bits; for tests and sweeps.
+        specialised: whether the kernels of `hopper` run where they can, without influence on the bits either; chosen in
+            `launch` if omitted.
 
     Returns:
         out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys, and rows
@@ -68,6 +72,11 @@ def packed_forward(
     if q.shape[0] == 0 or num_sequences == 0:
         return out.zero_(), lse.fill_(-math.inf)
     chunk = chunk_to_merge(blocks, max_seqlen_k)
+    if tile is None and key_blocks is None and warp_specialised("forward", shape, q.device, specialised):
+        from vexact.ops.kernels.attention.hopper.host import launch_forward
+
+        if launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, chunk, causal):
+            return out, lse
 
     def call() -> Call:
         descriptors = row_descriptors(k, v, blocks.block_n)
@@ -114,12 +123,14 @@ def packed_backward(
     *,
     keys_tile: Tile | None = None,
     queries_tile: Tile | None = None,
+    specialised: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed_forward` by q, k and v, the same bits on every run and for every batch around a sequence.
 
     Args:
         dout, out: (T, Hq, Dv). lse: (T, Hq) fp32. The others as in the forward.
         keys_tile, queries_tile: launch configurations; unlike in the forward they decide the last bits.
+        specialised: as in the forward; the bits are those of the tiles in `launch`.
 
     Returns:
         dq (T, Hq, D), dk (Tk, Hkv, D), dv (Tk, Hkv, Dv), contiguous, in the dtype of q; rows past the last sequence
@@ -130,6 +141,7 @@ def packed_backward(
     """
     inputs_form = form(q, k, v)
     shape = inputs_form.shape
+    untouched = keys_tile is None and queries_tile is None
     keys_tile = keys_tile or BACKWARD_KEYS[shape.key]
     queries_tile = queries_tile or BACKWARD_QUERIES[shape.key]
     scale = exponent_scale(softmax_scale)
@@ -172,6 +184,12 @@ def packed_backward(
 
     if num_rows:
         _prepare(key, (dout, out, lse, delta, lse2), prepare)
+    if num_rows and untouched and warp_specialised("backward", shape, q.device, specialised):
+        from vexact.ops.kernels.attention.hopper.host import launch_backward
+
+        if launch_backward(*inputs, dq, dk, dv, *ends, causal):
+            return dq, dk, dv
+    if num_rows:
         _queries(key, (*inputs, dq, *lengths), queries)
     if k.shape[0]:
         _keys(key, (*inputs, dk, dv, *lengths), keys)

@@ -42,6 +42,18 @@ def finite_or_zero(m):
 
 
 @triton.jit
+def weigh(s, visible, m, c, MASKED: tl.constexpr):
+    """(weights, m, alpha) of a block of scores s: exp2((s - m) * c), the new maximum, and the factor for what was
+    summed before."""
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    m_ref = finite_or_zero(m_new)
+    alpha = tl.math.exp2((m - m_ref) * c)
+    return tl.math.exp2(tl.fma(s, c, (-(m_ref * c))[:, None])), m_new, alpha
+
+
+@triton.jit
 def softmax_step(
     q, k, v, ones, visible, m, total, acc, c, D: tl.constexpr, D_PAD: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
@@ -50,13 +62,8 @@ def softmax_step(
     q, k: Columns of BLOCK_M and of BLOCK_N rows; v (BLOCK_N, DV_PAD), ones (BLOCK_N, ONES) in the input dtype; visible
     (BLOCK_M, BLOCK_N) bool, read only if MASKED; c scalar fp32.
     """
-    s = dot_columns(q, k, D, D_PAD)
-    if MASKED:
-        s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
-    m_ref = finite_or_zero(m_new)
-    alpha = tl.math.exp2((m - m_ref) * c)
-    p = tl.math.exp2(tl.fma(s, c, (-(m_ref * c))[:, None])).to(v.dtype)
+    p, m_new, alpha = weigh(dot_columns(q, k, D, D_PAD), visible, m, c, MASKED)
+    p = p.to(v.dtype)
     total = tl.dot(p, ones, total * alpha[:, None], input_precision="ieee")
     acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
     return m_new, total, acc
