@@ -79,9 +79,7 @@ def _part(path: str | Path, grid: Mapping[str, Any], name: str) -> list[RunSpec]
         for values in itertools.product(*(axes[axis] for axis in ("seed", *AXES[:-1])))
     ]
     return [
-        _spec(path, grid, name, point)
-        for point in points
-        if not any(item.items() <= point.items() for item in skipped)
+        _spec(path, grid, name, point) for point in points if not any(item.items() <= point.items() for item in skipped)
     ]
 
 

@@ -52,7 +52,11 @@ def run_and_record(spec: RunSpec, directory: Path) -> None:
     started, clock = time.monotonic(), os.times()
     code = _train(spec, directory / "train")
     curves = read_curves(directory / "train")
-    row: dict[str, Any] = {axis: getattr(spec, axis) for axis in AXES} | {"id": spec.id, "part": spec.part, "steps": spec.steps}
+    row: dict[str, Any] = {axis: getattr(spec, axis) for axis in AXES} | {
+        "id": spec.id,
+        "part": spec.part,
+        "steps": spec.steps,
+    }
     row |= {"status": "done", "exact_score": math.nan}
     if code == 0:
         row["exact_score"] = _exact_score(spec, directory)
@@ -93,7 +97,7 @@ def _exact_score(spec: RunSpec, directory: Path) -> float:
     if (code := cli.main(["train", *overrides])) != 0:
         raise SystemExit(f"{spec.id}: the validation ended with exit code {code}; see {directory / LOG}")
     (row,) = _rows(directory / "exact")
-    (score,) = (value for name, value in row.items() if name.startswith("val-core/"))
+    (score,) = (value for name, value in row.items() if name.startswith("val-") and "/reward/mean@" in name)
     return float(score)
 
 

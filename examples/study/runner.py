@@ -29,7 +29,7 @@ def run_all(specs: Sequence[RunSpec], work: Path, workers: int, seconds: float |
 
     Args:
         work: also holds subjects and, while they run, run directories.
-        seconds: after these nothing more begins, and what still runs is ended and will begin anew the next time.
+        seconds: after these nothing more begins.
 
     Returns:
         The ids of the runs that failed, with their logs kept in ``work/runs``.
@@ -48,7 +48,9 @@ def run_all(specs: Sequence[RunSpec], work: Path, workers: int, seconds: float |
     failed: list[str] = []
     total, finished = len(waiting), 0
     try:
-        while (waiting or running) and (deadline is None or time.monotonic() < deadline):
+        while waiting or running:
+            if deadline is not None and time.monotonic() > deadline:
+                waiting.clear()
             while waiting and _fits(waiting[0], [spec for spec, _ in running.values()], workers):
                 spec = waiting.pop(0)
                 process = context.Process(target=run_and_record, args=(_placed(spec, work), work / "runs" / spec.id))

@@ -24,7 +24,7 @@ def main() -> int:
     run.add_argument("--part", action="append", help="of the grid, in this order; all by default")
     run.add_argument("--work", type=Path, default=Path("runs/study"), help="results and unfinished runs")
     run.add_argument("--workers", type=int, default=2, help="processes at a time")
-    run.add_argument("--seconds", type=float, help="stop after so many; what has not finished is repeated next time")
+    run.add_argument("--seconds", type=float, help="begin nothing more after so many")
     collect = commands.add_parser("collect", help="make one parquet of results.jsonl files")
     collect.add_argument("results", type=Path, nargs="+")
     collect.add_argument("--out", type=Path, required=True)

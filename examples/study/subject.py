@@ -21,7 +21,7 @@ from vexact.prepare.tiny_shapes import tiny_config, tiny_moe_config
 from vexact.prepare.tokenizers import character_tokenizer
 
 DATA_SOURCE = "vexact/partial_sums"  # graded as an exact match
-NUM_TRAIN, NUM_TEST = 1536, 128
+NUM_TEST = 128
 RIGHT_LR, DOUBTFUL_LR = 3e-3, 5e-4
 BATCH_SIZE = 64
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
@@ -51,6 +51,7 @@ def write_partial_sums(
     doubt: float = 0.2,
     right_steps: int = 800,
     doubtful_steps: int = 60,
+    prompts: int = 1536,
     seed: int = 0,
 ) -> None:
     """Writes ``model/``, ``train.parquet`` and ``test.parquet``.
@@ -60,6 +61,7 @@ def write_partial_sums(
         terms: digits of a prompt, and of its answer.
         doubt: probability that a digit of a doubtful answer is another one.
         right_steps, doubtful_steps: optimizer steps of the two warm-ups.
+        prompts: to train with; few of them are learned by heart, and held-out ones are then answered worse.
         seed: of weights, rows and doubts.
     """
     import torch
@@ -67,7 +69,7 @@ def write_partial_sums(
     from vexact.models import ModelConfig, random_model, save_hf
 
     torch.set_num_threads(1)  # sums split over threads would round differently from machine to machine
-    rows = partial_sum_rows(NUM_TRAIN + NUM_TEST, terms, seed)
+    rows = partial_sum_rows(prompts + NUM_TEST, terms, seed)
     train, test = rows[NUM_TEST:], rows[:NUM_TEST]
     write_parquet(train, directory / "train.parquet", "train")
     write_parquet(test, directory / "test.parquet", "test")
