@@ -30,7 +30,7 @@ class Effect:
         """``seen``, ``small`` or ``open``, as registered."""
         if self.strict.excludes(0.0) and abs(self.wide.mean) >= LEAST_EFFECT:
             return "seen"
-        return "small" if -SMALL_EFFECT <= self.wide.low and self.wide.high <= SMALL_EFFECT else "open"
+        return "small" if self.wide.low >= -SMALL_EFFECT and self.wide.high <= SMALL_EFFECT else "open"
 
 
 class Study:
