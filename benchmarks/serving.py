@@ -12,7 +12,7 @@ process after another on the same device, each after a warm-up that is not count
 * ``vllm-offline``, ``vllm-http``: vLLM with its defaults, where it is installed (``--vllm_python`` names its Python).
 
 Times to the first token and per token after it, req/s and out tok/s; at the rate ``inf`` also the share of the memory
-roofline. ``--shape tiny`` runs on a CPU in seconds.
+roofline (roofline.py), every slot always busy. ``--shape tiny`` runs on a CPU in seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serving_load import Load, Times, arrivals, draw, play, play_http, roofline, summary
+from serving_load import Load, Times, arrivals, draw, play, play_http, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("offline", "stock", "async", "http")
@@ -48,6 +48,7 @@ def main(given: list[str] | None = None) -> None:
         return
     from end_to_end import random_checkpoint
     from grpo_run import SHAPES, machine
+    from roofline import Traffic
 
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model_path is None:
@@ -55,7 +56,7 @@ def main(given: list[str] | None = None) -> None:
             arguments.model_path = str(random_checkpoint(raw, Path(folder) / "model"))
         raw = config_of(arguments)
         loads = draw(arguments.requests, raw["vocab_size"], arguments.seed, scale(arguments))
-        bound = roofline(raw, loads, arguments.slots)
+        bound = Traffic.of(raw).tokens_per_s([(len(load.prompt), load.max_tokens) for load in loads], arguments.slots)
         report: dict[str, Any] = machine() | {
             "arguments": vars(arguments) | {"rates": [*map(str, arguments.rates)]},
             "runs": {},
@@ -239,7 +240,7 @@ def vllm_http(arguments: argparse.Namespace) -> Any:
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model_path]
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "bench", "--dtype", "bfloat16"]
-    command += ["--max-num-seqs", str(arguments.slots), "--max-model-len", str(MAX_LEN)]
+    command += ["--max-num-seqs", str(arguments.slots), "--max-model-len", str(longest(arguments))]
     command += ["--gpu-memory-utilization", str(arguments.memory)]
     return over_http(arguments, command, port)
 
@@ -252,13 +253,17 @@ def vllm_offline(arguments: argparse.Namespace) -> Iterator[Any]:
         arguments.model_path,
         dtype="bfloat16",
         max_num_seqs=arguments.slots,
-        max_model_len=MAX_LEN,
+        max_model_len=longest(arguments),
         gpu_memory_utilization=arguments.memory,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
     )
 
     def play_all(loads: list[Load], rate: float) -> list[Times]:
         prompts = [{"prompt_token_ids": load.prompt} for load in loads]
-        params = [SamplingParams(max_tokens=load.max_tokens, ignore_eos=True, logprobs=0) for load in loads]
+        params = [
+            SamplingParams(max_tokens=load.max_tokens, ignore_eos=True, logprobs=0, detokenize=False) for load in loads
+        ]
         started = time.monotonic()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.monotonic() - started

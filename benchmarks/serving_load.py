@@ -13,7 +13,6 @@ from typing import Any
 
 MEAN_NEW, SIGMA, MOST_NEW = 245, 0.7, 1024  # response lengths: log-normal with this mean
 PROMPTS = (64, 512)  # prompt lengths: uniform
-HBM_BYTES_PER_S = 3.0e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +136,3 @@ def percentile(values: Sequence[float], share: float) -> float:
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def roofline(raw: dict[str, Any], loads: Sequence[Load], slots: int) -> float:
-    """Out tokens per second if every slot were always busy and decoding did nothing but read bf16 weights, once a step,
-    and each request's keys and values, at ``HBM_BYTES_PER_S``. Prefill is free."""
-    hidden, layers, vocab = raw["hidden_size"], raw["num_hidden_layers"], raw["vocab_size"]
-    heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
-    head_dim = raw.get("head_dim", hidden // heads)
-    layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * raw["intermediate_size"]
-    sampled = sum(load.max_tokens for load in loads)
-    keys = sum(load.max_tokens * (len(load.prompt) + (load.max_tokens - 1) / 2) for load in loads)
-    weights = 2.0 * (layers * layer + vocab * hidden) * sampled / min(slots, len(loads))
-    return sampled / ((weights + keys * 4.0 * layers * kv_heads * head_dim) / HBM_BYTES_PER_S)

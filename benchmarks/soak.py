@@ -132,9 +132,10 @@ class Soak:
 
     async def _tried(self, client: openai.AsyncOpenAI, ask: Ask) -> bool:
         """Whether the request was let in."""
-        own = {"request_id": ask.name, "return_token_ids": True}
+        own = {name: ask.params[name] for name in ("top_k", "min_p") if name in ask.params}  # not OpenAI's
+        own |= {"request_id": ask.name, "return_token_ids": True}
         asked: dict[str, Any] = {"model": "soak", "prompt": ask.prompt, "logprobs": 0, "extra_body": own}
-        asked |= {name: value for name, value in ask.params.items() if value is not None}
+        asked |= {name: value for name, value in ask.params.items() if value is not None and name not in own}
         try:
             if ask.way == "leave whole":
                 await asyncio.wait_for(client.completions.create(**asked), ask.patience)

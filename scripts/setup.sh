@@ -11,7 +11,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 required="torch triton transformers safetensors tokenizers numpy pyarrow hydra omegaconf jinja2 rich"
-optional="wandb tensorboard plotly reasoning_gym math_verify starlette uvicorn pydantic prometheus_client gguf accelerate ray \
+optional="wandb wandb_workspaces tensorboard plotly reasoning_gym math_verify starlette uvicorn pydantic prometheus_client gguf accelerate ray \
 pytest pytest_timeout xdist hypothesis ruff mypy openai"
 
 say() { printf 'setup: %s\n' "$*" >&2; }

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"types", "interrupt", "config", "ops", "models", "weights"},
     "training": {"types", "interrupt", "config", "ops", "models", "algorithms", "weights", "distributed"},
     "audit": LEAVES | {"interrupt", "swaps", "plugins", "ops", "models", "rollout", "training", "weights", "reward"},
-    "serve": {"types", "data", "rollout"},
+    "serve": {"types", "config", "data", "rollout"},
     "prepare": LEAVES | {"interrupt", "ops", "models", "algorithms", "data", "reward", "rollout", "training"},
 }
 EVERYTHING_BUT = {

@@ -38,6 +38,8 @@ class Sample:
     processed (after temperature and truncation) log-probability of ``token_ids[i]`` in fp32, bit for bit what the
     trainer computes. ``min_logits[i]`` is the smallest raw logit of the kept set {logit >= min_logit}; -inf keeps all.
     ``route_digests[i]`` is a hash of the experts, of all layers, that the row predicting ``token_ids[i]`` chose.
+    ``prompt_logprobs[i]`` is that of ``prompt_token_ids[i + 1]`` at temperature 1; None unless asked for, and of a
+    request that was aborted.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class Sample:
     stop_reason: str | int | None = None  # the stop string or stop token id that ended the request
     text: str | None = None  # decoded by the engine only when it has a tokenizer
     route_digests: np.ndarray | None = None  # (R,) int64; None of a model without experts
+    prompt_logprobs: np.ndarray | None = None  # (P - 1,) float32
 
     @property
     def num_tokens(self) -> int:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,26 @@ def test_ulps_count_across_zero_and_nan_is_different():
     tiny = np.float32(1e-45)
     assert compare([_sample("a", [tiny])], [np.array([-tiny], np.float32)]).max_ulp == 2
     assert compare([_sample("a", [-1.0])], [np.array([np.nan], np.float32)]).tokens_different == 1
+
+
+def test_every_place_that_differs_is_named_by_request():
+    samples = [_sample("a", [-0.5, -1.0]), _sample("b", [-2.0, -3.0, -4.0]), _sample("c", [-np.inf])]
+    trainer = [s.logprobs.copy() for s in samples]
+    trainer[1][[0, 2]] = -2.5
+    audit = Audit("warn")
+    audit.begin(samples)
+    assert audit.different_tokens() is None, "nothing was compared"
+    audit.check([0], [trainer[0]])
+    assert audit.different_tokens() == {"a": []}, "what was not compared is not there"
+    audit.check([0, 1, 2], trainer)
+    assert audit.different_tokens() == {"a": [], "b": [0, 2], "c": [0]}, "an infinity is no log-probability"
+    assert audit.metrics()["bitwise/tokens_different"] == 3
+    routed = [replace(sample, route_digests=np.arange(len(sample.token_ids))) for sample in samples[:2]]
+    audit.begin(routed)
+    audit.check([0, 1], [s.logprobs for s in routed], [np.array([0, 7]), np.arange(3)])
+    assert audit.different_tokens() == {"a": [1], "b": []}, "experts count, too"
+    audit.begin(samples)
+    assert audit.different_tokens() is None
 
 
 def test_strict_raises_naming_token_and_values_and_warn_logs(caplog):

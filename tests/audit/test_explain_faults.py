@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import vexact.ops as invariant
-import vexact.rollout.engine as engine_module
 from vexact.audit.explain import explain, replay
 from vexact.models import ModelConfig, random_model
 from vexact.models.opset import set_ops
 from vexact.ops import SamplingTensors, stock, token_logprobs
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.mismatch import apply_mismatch
+from vexact.rollout.stepping import stepper
 from vexact.training import Actor, ActorConfig
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.passes.forward import token_scores
@@ -44,9 +44,10 @@ PARAMS = SamplingParams(max_tokens=10, temperature=0.8, top_k=8, ignore_eos=True
 
 
 def build(**knobs):
-    """An engine and a trainer's model with the same weights."""
+    """An engine that runs ahead unless it is watched, and a trainer's model with the same weights."""
     model = random_model(ModelConfig.from_hf_dict(CONFIG), seed=3).requires_grad_(False)
-    return Engine(model=copy.deepcopy(model), page_size=4, max_num_batched_tokens=32, seed=1, **knobs), model
+    knobs = {"page_size": 4, "max_num_batched_tokens": 32, "seed": 1, "async_scheduling": True} | knobs
+    return Engine(model=copy.deepcopy(model), **knobs), model
 
 
 @pytest.fixture
@@ -211,13 +212,13 @@ def test_5b_a_page_that_is_not_written():
 
 def test_6_an_off_by_one_position(sides, monkeypatch):
     engine, model = sides
-    unshifted = engine_module.build_batch
+    unshifted = stepper.build_batch
 
     def late(*args):
         batch = unshifted(*args)
         return dataclasses.replace(batch, positions=batch.positions + (batch.max_seqlen_q == 1))
 
-    monkeypatch.setattr(engine_module, "build_batch", late)
+    monkeypatch.setattr(stepper, "build_batch", late)
     found = diagnose(engine, model, generate(engine))
     assert (found.stage, found.where, found.position) == ("inputs", "position", len(PROMPT))
     assert (found.rollout.value, found.trainer.value, found.rollout.path) == (len(PROMPT) + 1, len(PROMPT), "decode")

@@ -11,7 +11,7 @@ import pytest
 import serving
 from end_to_end import random_checkpoint
 from grpo_run import SHAPES
-from serving_load import MEAN_NEW, MOST_NEW, Load, Times, arrivals, draw, percentile, roofline, summary
+from serving_load import MEAN_NEW, MOST_NEW, Load, Times, arrivals, draw, percentile, summary
 
 
 def test_the_workload_is_what_it_says_and_always_the_same() -> None:
@@ -40,14 +40,6 @@ def test_figures_by_hand() -> None:
     assert percentile([3, 1, 2], 50) == 2
     with pytest.raises(RuntimeError, match="31 tokens came, 32 were asked for"):
         summary([Times(1.0, 1.5, 2.5, 10), Times(2.0, 2.1, 5.1, 21)], loads)
-
-
-def test_roofline_by_hand() -> None:
-    raw = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 100, "num_attention_heads": 2}
-    raw |= {"num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 16}
-    weights = 2 * (2 * (8 * 4 * 6 + 3 * 8 * 16) + 100 * 8)
-    keys = 3 * (10 + 1) * 2 * 2 * 2 * 4  # 3 tokens after 10: 10, 11 and 12 keys; keys and values of 2 layers in bf16
-    assert roofline(raw, [Load([1] * 10, 3)], 256) == pytest.approx(3 / ((3 * weights + keys) / 3.0e12))
 
 
 SIZES = ("--shape", "tiny", "--requests", "10", "--slots", "4", "--warmup", "2")

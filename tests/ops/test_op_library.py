@@ -157,6 +157,7 @@ def _arguments() -> dict[str, tuple]:
     head = (x, weight, ids, torch.ones(6), torch.full((6,), -9.0))
     logprobs, lse_of_head, entropy = library.linear_cross_entropy_forward(*head)
     pages = torch.zeros(4, 4, 2, 16)
+    spread = torch.tensor([0, 1, 4, 5, -1, 7])
     logits, digest = torch.randn(6, 8), torch.zeros(6, dtype=torch.int64)
     routing = 2, "sigmoid", 4, 2, True, 2.5, torch.float32, 7
     experts, expert_weights = library.moe_router_forward(logits, None, None, *routing)
@@ -173,6 +174,7 @@ def _arguments() -> dict[str, tuple]:
         "rms_norm_backward": (x.flip(0), x, torch.rand(8), torch.rand(6)),
         "rope_forward": (q, k, ids, table, False),
         "qk_norm_rope_forward": (q, k, torch.rand(16), torch.rand(16), 1e-6, ids, table),
+        "rope_to_cache_forward": (q, k, k + 1, None, None, 0.0, ids, table, pages, pages + 1, spread),
         "latent_rope_forward": (q, torch.randn(6, 4, 12), torch.randn(6, 4), ids, table[:, :4], True),
         "swiglu_forward": (x,),
         "swiglu_backward": (torch.randn(6, 4), x),
@@ -181,7 +183,7 @@ def _arguments() -> dict[str, tuple]:
         "attention_packed_forward": (q, k, k.flip(0), cu, cu, 4, 4, 0.25, True),
         "attention_packed_backward": (q, q, k, k, out, lse, cu, cu, 4, 4, 0.25, True),
         "attention_paged_forward": (q, pages, pages + 1, cu, used, blocks, 4, 4, 0.25, True),
-        "attention_write_kv": (k, k + 1, pages, pages + 1, torch.tensor([0, 1, 4, 5, -1, 7])),
+        "attention_write_kv": (k, k + 1, pages, pages + 1, spread),
         "linear_cross_entropy_forward": head,
         "linear_cross_entropy_backward": (logprobs, None, *head, lse_of_head, entropy),
         "moe_router_forward": (logits, torch.randn(8), digest, *routing),

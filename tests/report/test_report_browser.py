@@ -1,12 +1,9 @@
 """The page in a real browser: every picture is drawn, nothing is fetched, no text of a model runs."""
 
 import json
-import re
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from headless import Drawn, opened
 from PIL import Image
 from test_report_html import HOSTILE
 from written_run import config, row, write_run
@@ -14,53 +11,6 @@ from written_run import config, row, write_run
 from vexact.report.html import read_run, write_report
 
 pytestmark = pytest.mark.browser
-
-
-def opened(browser: str, page: str, screenshot: Path) -> tuple[str, str]:
-    """The document after its scripts ran, and what the browser's console said. The window holds the whole page."""
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1500,7000"]
-    command += [
-        "--virtual-time-budget=20000",
-        "--enable-logging=stderr",
-        f"--user-data-dir={screenshot.parent / 'user'}",
-    ]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND"]  # offline
-    result = subprocess.run(
-        [*command, f"--screenshot={screenshot}", "--dump-dom", page],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return result.stdout, "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)
-
-
-class Drawn(HTMLParser):
-    """Of every picture, how many shapes it has; and the page's title and further elements."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.shapes: dict[str, int] = {}
-        self.title, self.tags, self._tag, self._figure = "", set[str](), "", ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        has = dict(attrs)
-        self._tag = tag
-        self.tags.add(tag)
-        if "data-figure" in has:
-            self._figure = has["data-figure"]
-            self.shapes[self._figure] = 0
-        elif tag == "section":
-            self._figure = ""
-        elif tag == "path" and self._figure and has.get("d"):
-            self.shapes[self._figure] += bool(
-                re.search("js-line|point|fill", has.get("class") or "") or has.get("style")
-            )
-
-    def handle_data(self, data):
-        if self._tag == "title" and not self.title:
-            self.title = data
 
 
 @pytest.mark.parametrize("kind", ["finished", "killed", "mismatching", "five", "hostile"])
@@ -75,7 +25,10 @@ def test_every_picture_is_drawn(browser, tmp_path, kind):
         runs = [write_run(tmp_path / "run", rows, config() | {HOSTILE: HOSTILE}, response="4" + HOSTILE)]
     else:
         rows = [row(step, different=3 * (kind == "mismatching")) for step in range(1, 5)]
-        runs = [write_run(tmp_path / "run", rows, total_training_steps=4)]
+        different = {"a": [1]} if kind == "mismatching" else None
+        runs = [write_run(tmp_path / "run", rows, total_training_steps=4, different=different)]
+        if kind == "mismatching":
+            (runs[0] / "divergence.txt").write_text(f"first divergence: {HOSTILE}")
         if kind == "killed":
             with (runs[0] / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row(5))[:50])
@@ -89,6 +42,8 @@ def test_every_picture_is_drawn(browser, tmp_path, kind):
     assert len(drawn.shapes) >= 16
     assert [figure for figure, shapes in drawn.shapes.items() if not shapes] == []
     assert 'class="sample"' in document
+    assert document.count('class="differs-here"') == (kind == "mismatching")
+    assert ("first divergence: " in document) == (kind == "mismatching")
     with Image.open(screenshot) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
     assert {(0x2A, 0x6F, 0xBB), (0xD9, 0x73, 0x1A), (0x2B, 0x8A, 0x5F)} <= colours

@@ -48,9 +48,14 @@ def config(**trainer) -> dict:
 
 
 def write_run(
-    directory: Path, rows: list[dict] | None = None, settings: dict | None = None, response: str = "4 two", **trainer
+    directory: Path,
+    rows: list[dict] | None = None,
+    settings: dict | None = None,
+    response: str = "4 two",
+    different: dict[str, list[int]] | None = None,
+    **trainer,
 ) -> Path:
-    """A finished run of 4 steps, with samples of the last step and a certificate."""
+    """A finished run of 4 steps, with samples of the last step and a certificate; ``different`` as of an audit."""
     directory.mkdir(parents=True)
     settings = config(**trainer) if settings is None else settings
     rows = [row(step, settings["trainer"]["seed"]) for step in range(1, 5)] if rows is None else rows
@@ -61,7 +66,9 @@ def write_run(
     certificate = {"exact": True, "comparison": comparison, "dtype": "float32", "environment": {"device": "cpu"}}
     (directory / "certificate.json").write_text(json.dumps(certificate))
     words = {1: response[:1], 2: response[1:], 3: "<end>"}
-    write_samples(directory, 4, [group(response)], decode=lambda ids: "".join(words[token] for token in ids))
+    write_samples(
+        directory, 4, [group(response)], lambda ids: "".join(words[token] for token in ids), different=different
+    )
     return directory
 
 

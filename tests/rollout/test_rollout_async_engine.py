@@ -19,9 +19,9 @@ def make(**config):
     return Engine(model=tiny_model(), max_num_seqs=4, page_size=8, max_model_len=448, **config)
 
 
-@pytest.fixture
-def engine():
-    driven = AsyncEngine(make())
+@pytest.fixture(params=[False, True], ids=["step by step", "ahead"])
+def engine(request):
+    driven = AsyncEngine(make(async_scheduling=request.param))
     yield driven
     driven.close()
 

@@ -59,6 +59,7 @@ def install(engine, *, sizes=(1, 2, 4), num_keys=(32, 64, MAX_LEN), new_capture=
         engine.model,
         buckets,
         page_size=engine.config.page_size,
+        num_slots=engine.config.max_num_seqs,
         device=torch.device("cpu"),
         new_capture=new_capture or replays.new,
     )
@@ -106,8 +107,8 @@ def spoiled_inputs(monkeypatch):
     load = DecodeInputs.load
 
     def spoil(self, batch, key):
-        for buffer, _ in self._static.values():
-            buffer.fill_(0xA5)
+        for inputs in self._static.values():
+            inputs.buffer.fill_(0xA5)
         return load(self, batch, key)
 
     monkeypatch.setattr(DecodeInputs, "load", spoil)

@@ -76,6 +76,7 @@ def draw_engine(rng, requests):
         "max_num_batched_tokens": rng.choice([5, 13, 31, 64, 100, 4096]) if chunked else MAX_LEN,
         "enable_chunked_prefill": chunked,
         "enable_prefix_caching": rng.random() < 0.7,
+        "async_scheduling": rng.random() < 0.5,
     }
 
 

@@ -95,7 +95,9 @@ def _healthy(params):
     return {s.request_id: s for s in engine.generate([PROMPTS[name] for name in names], params, names)}
 
 
-@pytest.mark.parametrize("config", [{}, {"page_size": 2, "num_pages": 12}, {"max_num_batched_tokens": 4}])
+@pytest.mark.parametrize(
+    "config", [{}, {"page_size": 2, "num_pages": 12}, {"max_num_batched_tokens": 4}, {"async_scheduling": True}]
+)
 def test_a_poisoned_request_leaves_its_batch_mates_alone(config):
     params = SamplingParams(max_tokens=6, top_k=9)
     engine = _partly_poisoned(**config)

@@ -68,6 +68,8 @@ def test_statistics_of_replicas_are_those_of_one_engine_that_worked_at_once():
         num_tokens=300,
         step_seconds=2.0,
         execute_seconds=1.5,
+        wait_seconds=1.0,
+        num_ahead=9,
         max_used_pages=30,
         num_pages=100,
         num_preemptions=2,
@@ -80,6 +82,8 @@ def test_statistics_of_replicas_are_those_of_one_engine_that_worked_at_once():
         num_tokens=100,
         step_seconds=4.0,
         execute_seconds=3.9,
+        wait_seconds=3.0,
+        num_ahead=15,
         max_used_pages=35,
         num_pages=200,
         num_preemptions=1,
@@ -93,6 +97,8 @@ def test_statistics_of_replicas_are_those_of_one_engine_that_worked_at_once():
         "rollout/prefix_hit_ratio": 0.25,
         "rollout/decode_tokens_per_s": 100.0,  # 400 in the 4 s that the slower one took
         "rollout/host_us_per_step": pytest.approx(1e6 * 0.6 / 40),
+        "rollout/wait_us_per_step": pytest.approx(1e6 * 4.0 / 40),
+        "rollout/async_ratio": 24 / 40,
         "rollout/graph_ratio": 38 / 40,
         "rollout/num_tokens": 400.0,
     }

@@ -87,7 +87,6 @@ def test_numbers_of_other_libraries_are_numbers():
         ("frequency_penalty", np.float32(0.5), "could not repeat"),
         ("allowed_token_ids", np.array([1, 2]), "could not repeat"),
         ("bad_words", ("a",), "could not repeat"),
-        ("prompt_logprobs", 0, "sampled tokens only"),
         ("min_tokens", True, "forbids stop tokens at first"),
         ("presence_penalty", math.nan, "could not repeat"),
     ],
@@ -100,7 +99,7 @@ def test_what_the_trainer_could_not_repeat_is_refused_by_name(name, value, reaso
 def test_the_same_at_values_that_do_nothing_is_accepted():
     neutral = {
         **{"min_tokens": 0, "logit_bias": {}, "repetition_penalty": 1.0, "presence_penalty": 0, "bad_words": ()},
-        **{"frequency_penalty": 0.0, "allowed_token_ids": None, "prompt_logprobs": None},
+        **{"frequency_penalty": 0.0, "allowed_token_ids": None},
     }
     assert set(neutral) == set(REFUSED_SAMPLING)
     params = SamplingParams(n=2, **neutral)

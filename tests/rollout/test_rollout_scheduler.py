@@ -46,10 +46,11 @@ class Harness:
             return work
         batch = build_batch(self.state, schedule)
         check_batch(self.state, schedule, batch)
-        self.scheduler.commit(schedule)
         slots = batch.sample_slots
+        filled = self.scheduler.commit(schedule, slots)
         zeros = np.zeros(len(slots), np.float32)
         self.state.append_sampled(slots, np.full(len(slots), 7), zeros, zeros)
+        self.scheduler.share(filled)
         for slot in slots[self.state.num_tokens[slots] >= self.state.max_total_tokens[slots]].tolist():
             request = self.state.request(slot)
             self.scheduler.release(request)

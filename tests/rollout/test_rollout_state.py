@@ -16,6 +16,7 @@ def sample(state, requests, token, logprob, min_logit):
     slots = np.array([r.slot for r in requests])
     count = len(slots)
     floats = (np.full(count, logprob, np.float32), np.full(count, min_logit, np.float32))
+    state.expect_sampled(slots)
     state.append_sampled(slots, np.full(count, token), *floats)
 
 

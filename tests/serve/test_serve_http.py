@@ -103,6 +103,25 @@ def test_an_agent_never_tokenises_again(client: openai.OpenAI, offline: Engine) 
     assert second.prompt_token_ids == history
 
 
+def test_a_prompt_has_the_log_probabilities_of_the_engine(client: openai.OpenAI, offline: Engine) -> None:
+    own = {"prompt_logprobs": 0, "request_id": "p"}
+    answer = client.completions.create(model="tiny", prompt="hé", max_tokens=2, extra_body=own)
+    chat = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=2, extra_body=own)
+    params = SamplingParams(max_tokens=2, prompt_logprobs=0)
+    for told, prompt in (
+        (answer.choices[0].prompt_logprobs, "hé"),
+        (chat.prompt_logprobs, "<system>be brief\n<user>hi\n<assistant>"),
+    ):
+        (sample,) = expected(offline, prompt, params, "p")
+        assert (told[0], len(told)) == (None, len(sample.prompt_token_ids))
+        ids = [int(token_id) for one in told[1:] for token_id in one]
+        assert ids == list(sample.prompt_token_ids[1:])
+        given = [entry["logprob"] for one in told[1:] for entry in one.values()]
+        assert np.float32(given).tobytes() == sample.prompt_logprobs.tobytes()
+    with pytest.raises(openai.BadRequestError, match="leave out stream"):
+        client.completions.create(model="tiny", prompt="x", stream=True, extra_body=own)
+
+
 def test_a_batch_of_prompts_and_the_longest_answer(client: openai.OpenAI, offline: Engine) -> None:
     answer = client.completions.create(
         model="tiny", prompt=["ab", "c"], max_tokens=6, n=2, extra_body=IDS | {"request_id": "r"}
@@ -241,6 +260,18 @@ REFUSED: list[tuple[Callable[[openai.OpenAI], Any], type[openai.APIError], str, 
         openai.BadRequestError,
         "top_logprobs=3 is not supported: the engine gives the exact",
         "top_logprobs",
+    ),
+    (
+        lambda c: c.chat.completions.create(model="tiny", messages=CHAT, logit_bias={"5": -100}),
+        openai.BadRequestError,
+        "logit_bias={'5': -100} is not supported: it changes logits",
+        "logit_bias",
+    ),
+    (
+        lambda c: c.completions.create(model="tiny", prompt="x", extra_body={"min_tokens": 2}),
+        openai.BadRequestError,
+        "min_tokens=2 is not supported: it forbids stop tokens",
+        "min_tokens",
     ),
     (
         lambda c: c.chat.completions.create(

@@ -130,6 +130,7 @@ def experts(**changes: Any) -> nn.Module:
         ({"is_transposed": True}, "is_transposed=True"),
         ({"is_concatenated": False}, "is_concatenated=False"),
         ({"has_gate": False}, "has_gate=False"),
+        ({"limit": 7.0}, "clamps gate and up to 7, which is not supported"),
     ],
 )
 def test_experts_of_another_form_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -70,10 +70,15 @@ def assert_same_run(directory: Path, one_process: Path) -> None:
     assert digest(directory, STEPS) == digest(one_process, STEPS)
 
 
-@pytest.mark.parametrize(("processes", "more"), [(2, ()), (3, ("trainer.rollout_gpus=1",)), (4, ())])
-def test_torchrun_gives_the_weights_of_one_process(processes, more, tiny, one_process, tmp_path):
+APART = ("trainer.rollout_gpus=1", "trainer.profile_steps=[2]", "trainer.profile_ranks=[0,2]")
+TRACES = ["step_2_rollout_rank2.json.gz", "step_2_update_rank0.json.gz"]
+
+
+@pytest.mark.parametrize(("processes", "more", "traces"), [(2, (), []), (3, APART, TRACES), (4, (), [])])
+def test_torchrun_gives_the_weights_of_one_process(processes, more, traces, tiny, one_process, tmp_path):
     output = torchrun(processes, arguments(tiny, tmp_path / "run", *more))
     assert_same_run(tmp_path / "run", one_process)
+    assert sorted(file.name for file in (tmp_path / "run").glob("profile/*")) == traces
     assert output.count("done: steps 1 to") <= 1, output
 
 

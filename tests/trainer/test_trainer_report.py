@@ -7,6 +7,7 @@ import pytest
 
 from vexact.audit import ExactnessError
 from vexact.config import load_config
+from vexact.report import Reporter
 from vexact.report.html import page as page_module
 from vexact.trainer import driver as driver_module
 from vexact.trainer.launch import run
@@ -59,28 +60,31 @@ def test_a_run_that_a_mismatch_stops_shows_it(overrides, lines, monkeypatch, tmp
     curves = [trace for figure in data_of(tmp_path / "run")["figures"] for trace in figure["data"]]
     (different,) = (trace for trace in curves if trace.get("name") == "bitwise/tokens_different")
     assert different["y"][0] > 0
+    (shown,) = data_of(tmp_path / "run")["samples"][0]["shown"]
+    marked = sum(len(token) == 3 for sample in shown["samples"] for token in sample["tokens"])
+    assert 0 < marked <= different["y"][0], "the step that stopped the run is there, and which tokens differ"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyError("a\nb"), MemoryError()])
-def test_a_report_that_fails_costs_one_line(overrides, lines, begun, monkeypatch, error):
+def test_a_report_that_fails_costs_one_line(overrides, lines, begun, tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(final_report, "write_report", fail)
-    with final_report.final_report(load_config(overrides(REPORT))):
+    with final_report.final_report(load_config(overrides(REPORT)), Reporter([], tmp_path)):
         pass
     (line,) = lines()
     assert line.startswith(f"no report: {type(error).__name__}")
     assert "\n" not in line
 
 
-def test_what_a_report_lacks_is_named(overrides, lines, begun, monkeypatch):
-    with final_report.final_report(load_config(overrides(REPORT, "trainer.logger=[console]"))):
+def test_what_a_report_lacks_is_named(overrides, lines, begun, tmp_path, monkeypatch):
+    with final_report.final_report(load_config(overrides(REPORT, "trainer.logger=[console]")), Reporter([], tmp_path)):
         pass
     monkeypatch.setitem(page_module.__dict__, "render", lambda _: (_ for _ in ()).throw(page_module.MissingPlotlyError))
-    with final_report.final_report(load_config(overrides(REPORT))):
+    with final_report.final_report(load_config(overrides(REPORT)), Reporter([], tmp_path)):
         pass
-    with final_report.final_report(load_config(overrides("trainer.report=false"))):
+    with final_report.final_report(load_config(overrides("trainer.report=false")), Reporter([], tmp_path)):
         pass
     assert lines() == [
         "no report: trainer.logger does not name jsonl, which it is made from",
@@ -89,7 +93,10 @@ def test_what_a_report_lacks_is_named(overrides, lines, begun, monkeypatch):
     assert not (begun / "report.html").exists()
 
 
-def test_an_interrupt_is_not_kept_waiting(overrides, lines, begun):
-    with pytest.raises(KeyboardInterrupt), final_report.final_report(load_config(overrides(REPORT))):
+def test_an_interrupt_is_not_kept_waiting(overrides, lines, begun, tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        final_report.final_report(load_config(overrides(REPORT)), Reporter([], tmp_path)),
+    ):
         raise KeyboardInterrupt
     assert lines() == []

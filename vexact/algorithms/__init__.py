@@ -1,7 +1,6 @@
 """Advantages, policy losses, KL penalties and loss aggregation: pure functions on packed tensors."""
 
-from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
-from vexact.algorithms.aggregate import LOSS_AGG_MODES, Denominators, aggregate, check_agg_mode, token_weights
+from vexact.algorithms.advantages.inputs import AdvantageConfig, AdvantageInputs
 from vexact.algorithms.correction import (
     CorrectionConfig,
     LossScales,
@@ -12,7 +11,8 @@ from vexact.algorithms.correction import (
 )
 from vexact.algorithms.dapo import informative_groups, overlong_penalty
 from vexact.algorithms.kl import KL_ESTIMATORS, kl_penalty
-from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
+from vexact.algorithms.losses.aggregate import LOSS_AGG_MODES, Denominators, aggregate, check_agg_mode, token_weights
+from vexact.algorithms.losses.inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
 from vexact.algorithms.registry import (
     ADVANTAGE_ESTIMATORS,
     FIXED_AGG_MODES,

@@ -7,16 +7,16 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
-from vexact.algorithms.dr_grpo import dr_grpo
-from vexact.algorithms.grpo import grpo
-from vexact.algorithms.gspo import gspo
-from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
-from vexact.algorithms.ppo_clip import ppo_clip
-from vexact.algorithms.reinforce import reinforce
-from vexact.algorithms.reinforce_plus_plus import reinforce_plus_plus
-from vexact.algorithms.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
-from vexact.algorithms.rloo import rloo
+from vexact.algorithms.advantages.dr_grpo import dr_grpo
+from vexact.algorithms.advantages.grpo import grpo
+from vexact.algorithms.advantages.inputs import AdvantageConfig, AdvantageInputs
+from vexact.algorithms.advantages.reinforce_plus_plus import reinforce_plus_plus
+from vexact.algorithms.advantages.reinforce_plus_plus_baseline import reinforce_plus_plus_baseline
+from vexact.algorithms.advantages.rloo import rloo
+from vexact.algorithms.losses.gspo import gspo
+from vexact.algorithms.losses.inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
+from vexact.algorithms.losses.ppo_clip import ppo_clip
+from vexact.algorithms.losses.reinforce import reinforce
 
 T = TypeVar("T")
 AdvantageEstimator = Callable[[AdvantageInputs, AdvantageConfig], Tensor]

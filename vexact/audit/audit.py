@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from vexact.audit.compare import Comparison, compare
+from vexact.audit.compare import Comparison, compare, different_tokens
 from vexact.audit.draws import DrawComparison, compare_draws
 from vexact.audit.mismatch_metrics import mismatch_metrics
 from vexact.training.passes.redraw import Redraw, Redrawn
@@ -155,6 +155,14 @@ class Audit:
         self.total_redrawn_different += draws.different
         self._metrics |= draws.metrics()
         return draws
+
+    def different_tokens(self) -> dict[str, list[int]] | None:
+        """Request -> positions in its response whose bits or experts differ, [] for none, of all that were compared
+        last; None where nothing was compared since ``begin``."""
+        if not self.evidence.indices:
+            return None
+        samples = [self._samples[i] for i in self.evidence.indices]
+        return different_tokens(samples, self.evidence.logprobs, self.evidence.routes)
 
     def totals(self) -> str:
         """What was compared since the start, and what differed."""

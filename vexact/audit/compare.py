@@ -126,8 +126,7 @@ def _compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) 
     if not samples:
         return Comparison(0, 0, 0, 0, 0.0, None)
     rollouts, trainers = np.concatenate([sample.logprobs for sample in samples]), np.concatenate(trainer_logprobs)
-    # Where the bits are equal, one side being finite makes both so.
-    where = np.flatnonzero((rollouts.view(np.int32) != trainers.view(np.int32)) | ~np.isfinite(rollouts))
+    where = np.flatnonzero(_differ(rollouts, trainers))
     if not len(where):
         return Comparison(len(rollouts), 0, 0, 0, 0.0, None)
     ends = np.cumsum([len(sample.logprobs) for sample in samples])
@@ -150,6 +149,27 @@ def _compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) 
         first=first,
         tokens_nonfinite=int((~finite).sum()),
     )
+
+
+def different_tokens(
+    samples: Sequence[Sample],
+    trainer_logprobs: Sequence[np.ndarray],
+    trainer_routes: Sequence[np.ndarray] | None = None,
+) -> dict[str, list[int]]:
+    """Request -> positions in its response that ``compare``, which takes the same, finds different; [] for none."""
+    found = {}
+    for index, (sample, trainer) in enumerate(zip(samples, trainer_logprobs, strict=True)):
+        wrong = _differ(sample.logprobs, trainer)
+        if sample.route_digests is not None and trainer_routes is not None:
+            wrong |= sample.route_digests != trainer_routes[index]
+        found[sample.request_id] = np.flatnonzero(wrong).tolist()
+    return found
+
+
+def _differ(rollout: np.ndarray, trainer: np.ndarray) -> np.ndarray:
+    """Where the bits are equal, one side being finite makes both so."""
+    differ: np.ndarray = (rollout.view(np.int32) != trainer.view(np.int32)) | ~np.isfinite(rollout)
+    return differ
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:

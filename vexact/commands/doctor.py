@@ -84,7 +84,7 @@ def _is_run(overrides: list[str]) -> bool:
 def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
     from vexact.audit.doctor.inputs import DATA_ROWS, check_data, check_rewards
     from vexact.audit.doctor.result import warning
-    from vexact.trainer.preflight.checks import dry_run
+    from vexact.trainer.preflight.checks import grade_rows
     from vexact.trainer.workers import load_dataset, load_tokenizer, start_rewards
 
     for notice in config.notices:
@@ -97,7 +97,7 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
 
         def grade(rows: Sequence[Prompt]) -> tuple[list[Score], list[Score]]:
             with interrupt.unwinding(), start_rewards(config) as rewards:
-                return dry_run(rows, rewards)
+                return grade_rows(rows, rewards)
 
         yield check_rewards(grade, prompts)
 

@@ -10,8 +10,9 @@ EPILOG = """\
 examples:
   vexact report runs/vexact/tiny_arithmetic
   vexact report runs/vexact/seed_* runs/vexact/other_lr --out compared.html
+  vexact report --wandb_view my-team/vexact
 
-docs/reports.md says what is in it.
+docs/reports.md says what is in it, docs/dashboards.md what W&B and TensorBoard show.
 """
 
 
@@ -23,14 +24,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, done or not")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory of a run, done or not")
     parser.add_argument(
         "--out", metavar="FILE", help="default: report.html in the run's directory, or here if there are several"
+    )
+    parser.add_argument(
+        "--wandb_view", metavar="ENTITY/PROJECT", help="instead, give a W&B project a view with the same pictures"
     )
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.wandb_view is not None:
+        if arguments.runs or arguments.out is not None:
+            raise ValueError("--wandb_view takes no runs and no --out: a view shows all runs of the project")
+        from vexact.report.wandb_view import save_view
+
+        sys.stdout.write(f"{save_view(arguments.wandb_view)}\n")
+        return 0
+    if not arguments.runs:
+        raise ValueError("give the directory of a run, such as runs/vexact/tiny_arithmetic")
     from vexact.report.html import FILE_NAME, read_run, write_report
 
     found = [read_run(run) for run in arguments.runs]

@@ -58,6 +58,15 @@ class OpSet:
         """Whether ``route_and_group`` stands for ``route`` and ``group_tokens``: not where one of them was replaced."""
         return any(self.route is of.route and self.group_tokens is of.group_tokens for of in (invariant, stock))
 
+    @property
+    def fuses_cache(self) -> bool:
+        """Whether ``rope_to_cache`` and ``cached_attention`` stand for the rotation and ``attention`` with a cache."""
+        return (
+            self.rope is invariant.rope
+            and self.qk_norm_rope is invariant.qk_norm_rope
+            and self.attention is invariant.attention
+        )
+
 
 OP_NAMES = tuple(field.name for field in fields(OpSet))
 

@@ -3,7 +3,14 @@
 CUDA tensors run Triton kernels, CPU tensors run their plain-torch twins; each is imported on first use.
 """
 
-from vexact.ops.attention import PackedMetadata, PagedMetadata, attention, flash_attn_varlen_func, write_kv
+from vexact.ops.attention import (
+    PackedMetadata,
+    PagedMetadata,
+    attention,
+    cached_attention,
+    flash_attn_varlen_func,
+    write_kv,
+)
 from vexact.ops.embedding import embedding
 from vexact.ops.latent_rope import latent_rope
 from vexact.ops.linear import linear
@@ -26,17 +33,20 @@ from vexact.ops.moe import (
 from vexact.ops.qk_norm_rope import qk_norm_rope
 from vexact.ops.rms_norm import add_rms_norm, rms_norm
 from vexact.ops.rope import rope
+from vexact.ops.rope_to_cache import HeadNorms, rope_to_cache
 from vexact.ops.sampling import SamplingTensors, sample
 from vexact.ops.swiglu import swiglu
 
 __all__ = [
     "ExpertGroups",
+    "HeadNorms",
     "PackedMetadata",
     "PagedMetadata",
     "Routes",
     "SamplingTensors",
     "add_rms_norm",
     "attention",
+    "cached_attention",
     "combine",
     "embedding",
     "flash_attn_varlen_func",
@@ -51,6 +61,7 @@ __all__ = [
     "qk_norm_rope",
     "rms_norm",
     "rope",
+    "rope_to_cache",
     "route",
     "route_and_group",
     "sample",

@@ -8,6 +8,11 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Whether both are on one device and of one dtype that operators take. If not, :func:`check_floats` says why."""
+    return x.dtype == y.dtype and x.device == y.device and x.dtype in FLOATS
+
+
 def check_floats(op: str, **tensors: Tensor) -> None:
     """
     Raises:

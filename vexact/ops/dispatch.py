@@ -38,8 +38,8 @@ def module(op: str, tensor: Tensor) -> ModuleType:
     Raises:
         ValueError: the tensor lives on a device that has no implementation.
     """
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda:
         return _load("kernels", op)
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return _load("cpu", op)
     raise ValueError(f"{op}: no implementation for device {tensor.device}; move the tensors to cuda or cpu")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -25,7 +26,7 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
     check_floats("embedding", weight=weight)
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"embedding: ids are {ids.dtype}, expected torch.int64")
-    return _Embedding.apply(ids, weight, padding_idx)
+    return apply(_Embedding, ids, weight, padding_idx)
 
 
 class _Embedding(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats, check_per_row
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 Rope = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -49,7 +50,7 @@ def latent_rope(
     if cos_sin.dtype != torch.float32:
         raise ValueError(f"latent_rope: cos_sin is {cos_sin.dtype}, expected torch.float32")
     check_per_row("latent_rope", tokens, torch.int64, positions=positions)
-    return _LatentRope.apply(q, k_plain, k_rotated, positions, cos_sin, interleaved)
+    return apply(_LatentRope, q, k_plain, k_rotated, positions, cos_sin, interleaved)
 
 
 def rotated_and_joined(

@@ -87,6 +87,24 @@ def rope_forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inver
     return module("rope", q).forward(q, k, positions, cos_sin, inverse)
 
 
+@_opaque(lambda q, *others: _same(q)[0], mutates=("k_cache", "v_cache"))
+def rope_to_cache_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    cache = k_cache, v_cache, slot_mapping
+    return module("rope_to_cache", q).forward(q, k, v, q_weight, k_weight, eps, positions, cos_sin, *cache)
+
+
 @_opaque(lambda q, *others: _same(q, q))
 def latent_rope_forward(
     q: Tensor, k_plain: Tensor, k_rotated: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
@@ -345,6 +363,7 @@ OPS = {
     "qk_norm_rope": SimpleNamespace(forward=qk_norm_rope_forward),
     "rms_norm": SimpleNamespace(forward=rms_norm_forward, add_forward=rms_norm_add_forward, backward=rms_norm_backward),
     "rope": SimpleNamespace(forward=rope_forward),
+    "rope_to_cache": SimpleNamespace(forward=rope_to_cache_forward),
     "swiglu": SimpleNamespace(forward=swiglu_forward, backward=swiglu_backward),
 }
 """By operator: the functions of its kernel module and of its CPU twin, under the same names."""

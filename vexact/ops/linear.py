@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.checks import alike, check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -27,16 +28,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: 
     Raises:
         ValueError: mismatching sizes or dtypes, or a dtype that is not supported.
     """
-    check_dims("linear", 2, "(N, K)", weight=weight)
+    if weight.dim() != 2:
+        check_dims("linear", 2, "(N, K)", weight=weight)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear: x has K={x.shape[-1]} but weight is {tuple(weight.shape)}, expected (N, {x.shape[-1]})"
         )
-    check_floats("linear", x=x, weight=weight)
+    if not alike(x, weight):
+        check_floats("linear", x=x, weight=weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    rows = x.reshape(-1, x.shape[-1])
-    out = _Linear.apply(rows, weight, bias, out_dtype or x.dtype)
+    if x.dim() == 2:
+        return apply(_Linear, x, weight, bias, out_dtype or x.dtype)
+    out = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, bias, out_dtype or x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vexact.ops.checks import check_floats
+from vexact.ops.checks import alike, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 from vexact.ops.rms_norm import rms_norm_reference
 from vexact.ops.rope import check_rope, rope_reference
@@ -30,11 +31,20 @@ def qk_norm_rope(
         ValueError: a weight that is not (D,), or tensors that do not fit together; see :func:`vexact.ops.rope`.
     """
     check_rope("qk_norm_rope", q, k, positions, cos_sin)
+    check_norms("qk_norm_rope", q, q_weight, k_weight)
+    return apply(_QkNormRope, q, k, q_weight, k_weight, eps, positions, cos_sin)
+
+
+def check_norms(op: str, q: Tensor, q_weight: Tensor, k_weight: Tensor) -> None:
+    """
+    Raises:
+        ValueError: a weight is not (D,) of the dtype of ``q`` (T, Hq, D).
+    """
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != q.shape[-1:]:
-            raise ValueError(f"qk_norm_rope: {name} is {tuple(weight.shape)}, expected ({q.shape[-1]},)")
-    check_floats("qk_norm_rope", q=q, q_weight=q_weight, k_weight=k_weight)
-    return _QkNormRope.apply(q, k, q_weight, k_weight, eps, positions, cos_sin)
+            raise ValueError(f"{op}: {name} is {tuple(weight.shape)}, expected ({q.shape[-1]},)")
+    if not (alike(q, q_weight) and alike(q, k_weight)):
+        check_floats(op, q=q, q_weight=q_weight, k_weight=k_weight)
 
 
 def qk_norm_rope_reference(x: Tensor, weight: Tensor, eps: float, positions: Tensor, cos_sin: Tensor) -> Tensor:

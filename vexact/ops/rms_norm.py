@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vexact.ops.checks import check_floats
+from vexact.ops.checks import alike, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -28,7 +29,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: a weight that is not (D,) of the dtype of ``x``.
     """
     _check(x, weight)
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    if x.dim() == 2:
+        return apply(_RMSNorm, x, weight, eps)
+    return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,9 +46,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"add_rms_norm: x is {tuple(x.shape)} but residual is {tuple(residual.shape)}")
-    check_floats("add_rms_norm", x=x, residual=residual)
+    if not alike(x, residual):
+        check_floats("add_rms_norm", x=x, residual=residual)
+    if x.dim() == 2:
+        return apply(_AddRMSNorm, x, residual, weight, eps)
     width = x.shape[-1]
-    normed, total = _AddRMSNorm.apply(x.reshape(-1, width), residual.reshape(-1, width), weight, eps)
+    normed, total = apply(_AddRMSNorm, x.reshape(-1, width), residual.reshape(-1, width), weight, eps)
     return normed.view(x.shape), total.view(x.shape)
 
 
@@ -58,7 +64,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _check(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight is {tuple(weight.shape)}, expected ({x.shape[-1]},)")
-    check_floats("rms_norm", x=x, weight=weight)
+    if not alike(x, weight):
+        check_floats("rms_norm", x=x, weight=weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vexact.ops.checks import check_dims, check_floats, check_per_row
+from vexact.ops.checks import alike, check_dims, check_floats, check_per_row
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -23,7 +24,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
         ValueError: tensors that do not fit together; on the CPU also a position outside the table.
     """
     check_rope("rope", q, k, positions, cos_sin)
-    return _Rope.apply(q, k, positions, cos_sin)
+    return apply(_Rope, q, k, positions, cos_sin)
 
 
 def check_rope(op: str, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
@@ -32,7 +33,8 @@ def check_rope(op: str, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
         ValueError: the tensors do not fit together.
     """
     check_dims(op, 3, "(T, heads, D)", q=q, k=k)
-    check_floats(op, q=q, k=k)
+    if not alike(q, k):
+        check_floats(op, q=q, k=k)
     width = q.shape[2]
     if width % 2 or k.shape[2] != width or cos_sin.dim() != 2 or cos_sin.shape[1] != width:
         raise ValueError(

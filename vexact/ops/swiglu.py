@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -22,7 +23,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     check_floats("swiglu", gate_up=gate_up)
     if gate_up.shape[1] % 2:
         raise ValueError(f"swiglu: gate_up has width {gate_up.shape[1]}; it must be even, gate and up side by side")
-    return _SwiGLU.apply(gate_up)
+    return apply(_SwiGLU, gate_up)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:

@@ -111,9 +111,14 @@ METRICS: dict[str, dict[str, str]] = {
         "sample and the one that trains on it. 0 in the first step, then 1.",
         "rollout/weights_bytes": "Bytes of the weights that the rollout got.",
         "rollout/graph_ratio": "Share of engine steps that replayed a CUDA graph; prefill never does.",
+        "rollout/async_ratio": "Share of engine steps that were launched before the host had seen the tokens of the "
+        "step before (rollout.async_scheduling).",
         "rollout/own_attention": "With batch_invariant=false: 1 while attention is this project's kernel, for want of "
         "a FlashAttention that reads pages; 0 with stock attention.",
-        "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds).",
+        "rollout/host_us_per_step": "Time per engine step spent outside the model (microseconds). The device works "
+        "meanwhile where steps are launched ahead.",
+        "rollout/wait_us_per_step": "Time per engine step that the host waited for the device (microseconds): near 0, "
+        "the device waits for the host.",
         "rollout/<name>": "Further counters of the engine.",
     },
     "Time and speed": {
@@ -143,10 +148,12 @@ METRICS: dict[str, dict[str, str]] = {
         "perf/total_num_tokens": "Prompt and response tokens of the step.",
         "perf/time_per_step": "Seconds per step.",
         "perf/throughput": "Tokens per second and GPU (per process on a CPU).",
-        "perf/mfu": "Model FLOPs utilisation, where the peak of the device is known.",
-        "perf/{max_memory_allocated_gb,max_memory_reserved_gb}": "Most memory (GiB) that the process of this file had "
-        "on its GPU since the start; absent where it has none.",
-        "perf/cpu_memory_used_gb": "Memory of the machine in use (GiB).",
+        "perf/mfu/actor": "Model FLOPs utilisation of the update: floating point operations that forward and backward "
+        "need, without recomputation, per second of timing_s/update_actor, over the GPUs' peak. Absent where the peak "
+        "is not known, and for float32 (vexact/models/flops.py, vexact/trainer/step/mfu.py).",
+        "perf/{max_memory_allocated_gb,max_memory_reserved_gb}": "Most memory (GiB) that one of the run's processes "
+        "has had on its GPU since the start; absent on CPUs.",
+        "perf/cpu_memory_used_gb": "Memory in use (GiB), of the machine of the process where it is most.",
         "training/global_step": "The step.",
         "training/epoch": "Epoch of the step's first prompt.",
         "training/<name>": "Further counters of the training loop.",
@@ -162,13 +169,22 @@ METRICS: dict[str, dict[str, str]] = {
 def describe(name: str) -> str | None:
     """The meaning of a metric, from the first entry that fits; None for a name the reference lacks.
 
-    >>> describe("timing_s/gen")
-    'Seconds generating.'
+    >>> describe("timing_s/reward")
+    'Seconds grading.'
     """
     for pattern, meaning in _patterns():
         if pattern.fullmatch(name):
             return meaning
     return None
+
+
+def is_expected_zero(name: str) -> bool:
+    """Whether the metric is 0 in every step of an exact run that is well.
+
+    >>> is_expected_zero("rollout_corr/k3_kl"), is_expected_zero("actor/grad_norm")
+    (True, False)
+    """
+    return (describe(name) or "").endswith(("Expected: 0.", "Expected: exactly 0."))
 
 
 def render() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ def write_samples(
     decode: Callable[[Sequence[int]], str] | None = None,
     limit: int = -1,
     stem: str = "step",
+    different: Mapping[str, Sequence[int]] | None = None,
 ) -> Path | None:
     """Write one JSON object per sample; the file appears only once it is complete.
 
@@ -29,6 +30,7 @@ def write_samples(
             their tokens and how many characters of the response each token wrote.
         limit: at most so many samples; -1 writes all, 0 writes no file.
         stem: "step", or "val" for a validation.
+        different: positions in the response, by request, whose bits differ between rollout and training.
 
     Returns:
         The file, or None for ``limit=0``.
@@ -40,13 +42,16 @@ def write_samples(
     temporary = path.with_suffix(".tmp")
     # A lone surrogate, which UTF-8 has no bytes for, becomes \udc80, which JSON reads as the same character.
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in islice(_records(groups, TokenText(decode) if decode else None), None if limit < 0 else limit):
+        records = _records(groups, TokenText(decode) if decode else None, different or {})
+        for record in islice(records, None if limit < 0 else limit):
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     temporary.replace(path)
     return path
 
 
-def _records(groups: Sequence[SampleGroup], tokens: TokenText | None) -> Iterable[dict[str, Any]]:
+def _records(
+    groups: Sequence[SampleGroup], tokens: TokenText | None, different: Mapping[str, Sequence[int]]
+) -> Iterable[dict[str, Any]]:
     for group in groups:
         for index, sample in enumerate(group.samples):
             score = group.scores[index] if group.scores else None
@@ -64,6 +69,7 @@ def _records(groups: Sequence[SampleGroup], tokens: TokenText | None) -> Iterabl
                 "weights_version": sample.weights_version,
                 "request_id": sample.request_id,
                 **_token_fields(sample, text, tokens),
+                **({"different": list(wrong)} if (wrong := different.get(sample.request_id)) else {}),
             }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vexact.report.sample_table import Row
 from vexact.types import StepStats
 
 
@@ -37,6 +38,12 @@ class Sink:
 
     def step(self, stats: StepStats) -> None:
         """A step is complete."""
+
+    def samples(self, step: int, stem: str, rows: Sequence[Row]) -> None:
+        """A few samples of a step ("step") or a validation ("val")."""
+
+    def page(self, path: Path, step: int) -> None:
+        """The run's HTML page is written; ``step`` is the last one in it."""
 
     def close(self) -> None:
         """Flush and release; called once, also after a failure."""

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from vexact.env import tidy_wandb, wandb_mode
+from vexact.report.panels import present_panels
+from vexact.report.sample_table import COLUMNS, Row
 from vexact.report.sink import MissingPackageError, RunInfo, Sink
+from vexact.report.summaries import summary_of
 from vexact.types import StepStats
 
 RUN_ID_FILE = "wandb_run_id"
+STEP = "training/global_step"
 START_TIMEOUT_S = 10  # how long a server that does not answer holds up the start
 FINISH_TIMEOUT_S = 60  # and the end; what is not uploaded by then stays on disk
 log = logging.getLogger(__name__)
 
 
 class WandbSink(Sink):
-    """Logs every metric under its own name, at the trainer's step.
+    """Logs every metric under its own name over the trainer's step, tables of samples, and the run's page.
 
-    The run id is kept in the run directory, so that a resumed run continues the same W&B run. Offline, that makes a
-    second folder with the same id in ``<run>/wandb``; ``wandb sync --append`` joins them.
+    The run id is kept in the run directory, so that a resumed run continues the same W&B run. W&B refuses steps lower
+    than one it has, which a resumed run may repeat; so rows go in as they come, and ``training/global_step`` is their
+    x axis. Offline, a resumed run makes a second folder with the same id in ``<run>/wandb``; ``wandb sync --append``
+    joins them.
 
-    A server that cannot be reached, or a key that it does not take, makes the run an offline one. Whatever else fails
-    here costs the W&B record, never the run.
+    A server that cannot be reached, or a key that it does not take, makes the run an offline one.
     """
 
     def __init__(self, run: RunInfo) -> None:
@@ -33,44 +39,56 @@ class WandbSink(Sink):
         tidy_wandb()
         mode = wandb_mode()
         try:
-            wandb = import_module("wandb")
+            self._wandb: Any = import_module("wandb")
         except ImportError as error:
             raise MissingPackageError("wandb", "wandb") from error
         run_id = _run_id(run.run_dir / RUN_ID_FILE, fresh=run.resume_step is None)
-        self._run = _started(wandb, run, run_id, mode)
+        self._run = _started(self._wandb, run, run_id, mode)
+        self._defined: set[str] = {STEP}
+        self._run.define_metric(STEP, hidden=True)
 
     def step(self, stats: StepStats) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log(dict(stats.metrics), step=stats.step)
-        except Exception as error:
-            self._run = None
-            log.warning("W&B failed at step %d and gets no further steps: %s", stats.step, _first_line(error))
+        self._define(stats.metrics)
+        self._log(stats.step, dict(stats.metrics))
+
+    def samples(self, step: int, stem: str, rows: Sequence[Row]) -> None:
+        table = self._wandb.Table(columns=["step", *COLUMNS], data=[[step, *row] for row in rows])
+        self._log(step, {f"samples/{stem}": table})
+
+    def page(self, path: Path, step: int) -> None:
+        self._log(step, {"report": self._wandb.Html(str(path), inject=False)})
 
     def close(self) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            log.warning("W&B could not finish its run: %s", _first_line(error))
+        self._run.finish()
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log(values | {STEP: step})
+
+    def _define(self, names: Iterable[str]) -> None:
+        """Metrics that were not there before: those of the report's pictures in their order, then the others."""
+        new = set(names) - self._defined
+        self._defined |= new
+        shown = [name for panels in present_panels(new).values() for panel in panels.values() for name in panel]
+        for name in dict.fromkeys([*shown, *sorted(new)]):
+            if "*" not in name:  # which W&B takes for a pattern, and at most at the end
+                self._run.define_metric(name, step_metric=STEP, summary=summary_of(name))
 
 
 def _started(wandb: Any, run: RunInfo, run_id: str, mode: str) -> Any:
-    """The W&B run; offline where the server does not answer, None where that fails too."""
+    """The W&B run; offline where the server does not answer. Raises RuntimeError where that fails, too."""
+    if mode != "offline":
+        try:
+            return _init(wandb, run, run_id, mode)
+        except Exception as error:
+            log.warning("W&B cannot be reached, so this run is written offline, for `wandb sync`: %s", _named(error))
+        try:
+            wandb.teardown()  # its service still holds the run id
+        except Exception as error:
+            log.debug("W&B's service did not stop: %s", error)
     try:
-        return _init(wandb, run, run_id, mode)
-    except Exception as error:
-        if mode == "offline":
-            log.warning("W&B cannot start, so nothing is written for it: %s", _first_line(error))
-            return None
-        log.warning("W&B cannot be reached, so this run is written offline, for `wandb sync`: %s", _first_line(error))
-    try:
-        wandb.teardown()  # its service still holds the run id
-    except Exception as error:
-        log.debug("W&B's service did not stop: %s", error)
-    return _started(wandb, run, run_id, "offline")
+        return _init(wandb, run, run_id, "offline")
+    except Exception as error:  # among them ValueErrors, which are none of the user's configuration
+        raise RuntimeError(_named(error)) from error
 
 
 def _init(wandb: Any, run: RunInfo, run_id: str, mode: str) -> Any:
@@ -89,7 +107,7 @@ def _init(wandb: Any, run: RunInfo, run_id: str, mode: str) -> Any:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vexact import interrupt
 from vexact.models.decoder import CausalLM
-from vexact.models.nonfinite import cause_of_nonfinite
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.engine_config import EngineConfig
 from vexact.rollout.execution.decode_graphs import decode_graphs
@@ -24,18 +20,19 @@ from vexact.rollout.loading import Loaded, load
 from vexact.rollout.requests.finish import Ending, Finisher
 from vexact.rollout.requests.intake import Intake, expand
 from vexact.rollout.requests.stop_strings import Tokenizer
-from vexact.rollout.sampling.sampler import NonFiniteLogprobError, StepOutput
+from vexact.rollout.sampling.prompt_scores import PromptScorer
+from vexact.rollout.sampling.sampler import NonFiniteLogprobError
 from vexact.rollout.sampling.sampling_params import SamplingParams
-from vexact.rollout.scheduling.batch import Batch, build_batch
 from vexact.rollout.scheduling.block_manager import BlockManager
 from vexact.rollout.scheduling.scheduler import Scheduler
 from vexact.rollout.scheduling.state import SlotState
 from vexact.rollout.stats import EngineStats
+from vexact.rollout.stepping.collector import Collector, TokenObserver
+from vexact.rollout.stepping.stepper import Stepper
 from vexact.rollout.weights import copy_weights
 from vexact.types import Sample
 
 INVALID_VERSION = -1
-TokenObserver = Callable[[Sequence[str], StepOutput], None]
 
 
 class Engine:
@@ -83,7 +80,6 @@ class Engine:
         self._own_attention = loaded.own_attention
         self.tokenizer = loaded.tokenizer
         self.eos_token_ids = loaded.eos_token_ids
-        self.weights_version = 0
         self._build(loaded)
 
     def _build(self, loaded: Loaded) -> None:
@@ -108,7 +104,12 @@ class Engine:
         )
         graphs = decode_graphs(model, config, max_model_len=self.max_model_len, device=device)
         self._runner = ModelRunner(
-            model, num_pages=self.num_pages, page_size=config.page_size, device=device, graphs=graphs
+            model,
+            num_pages=self.num_pages,
+            page_size=config.page_size,
+            num_slots=config.max_num_seqs,
+            device=device,
+            graphs=graphs,
         )
         self._intake = Intake(
             self._blocks,
@@ -118,10 +119,27 @@ class Engine:
             eos_token_ids=loaded.eos_token_ids,
             tokenizer=loaded.tokenizer,
             hash_pages=config.enable_prefix_caching,
+            prompt_scorer=PromptScorer(model, config),
         )
-        self._finisher = Finisher(self._state, loaded.tokenizer)
-        self._on_tokens: TokenObserver | None = None
-        self._stats = EngineStats()
+        finisher = Finisher(self._state, loaded.tokenizer)
+        self._collector = Collector(model, self._state, self._scheduler, self._intake, finisher)
+        self._stepper = Stepper(
+            self._state,
+            self._blocks,
+            self._scheduler,
+            self._runner,
+            self._collector,
+            runs_ahead=config.resolve_async_scheduling(device.type),
+        )
+
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that it generates with; ``INVALID_VERSION`` after an update that failed half way."""
+        return self._collector.weights_version
+
+    @weights_version.setter
+    def weights_version(self, version: int) -> None:
+        self._collector.weights_version = version
 
     @property
     def seed(self) -> int:
@@ -165,6 +183,7 @@ class Engine:
         """
         self._check_ready()
         if not self.has_unfinished:
+            self._stepper.settle()
             self._runner.refresh()
         requests = self._intake.make(prompt_token_ids, sampling_params, request_id, draw_id)
         try:
@@ -178,58 +197,18 @@ class Engine:
         return [request.request_id for request in requests]
 
     def step(self) -> list[Sample]:
-        """Schedule, run one forward pass, sample; returns the samples that ended.
+        """Schedule and launch one forward pass and its sampling; returns the samples that ended.
+
+        With ``async_scheduling`` they ended in the step before, which runs while this one is prepared. The first call
+        then returns none, and a request that ends by surprise (a stop token or string) gets one token that nobody sees.
 
         Raises:
             NonFiniteLogprobError: a log-probability is NaN or infinite. Its request is dropped, the others go on: the
                 error holds the samples that ended in this step.
         """
-        started = time.perf_counter()
-        schedule = self._scheduler.schedule()
-        if not schedule.slots.size:
-            return []
-        self._stats.max_used_pages = max(self._stats.max_used_pages, self._blocks.num_used)
-        batch = build_batch(self._state, schedule)
-        inputs = self._runner.prepare(batch)
-        execute_started = time.perf_counter()
-        output = self._runner.execute(inputs)
-        execute_seconds = time.perf_counter() - execute_started
-        self._scheduler.commit(schedule)
-        samples = self._collect(batch, output) if output is not None else []
+        samples = self._stepper.step()
         if samples and not self.has_unfinished:
             self.check_idle()
-        seconds = time.perf_counter() - started
-        self._stats.record(num_tokens=len(batch.sample_slots), step_seconds=seconds, execute_seconds=execute_seconds)
-        return samples
-
-    def _collect(self, batch: Batch, output: StepOutput) -> list[Sample]:
-        slots, finite = batch.sample_slots, output.finite()
-        if finite.all():
-            return self._append(slots, output)
-        message, request_ids = self._drop_nonfinite(slots[~finite], output.rows(~finite))
-        raise NonFiniteLogprobError(message, request_ids, self._append(slots[finite], output.rows(finite)))
-
-    def _drop_nonfinite(self, slots: np.ndarray, output: StepOutput) -> tuple[str, list[str]]:
-        """Takes the requests in ``slots`` out; returns what to say about them, and their ids."""
-        model, requests = self.model, [self._state.request(slot) for slot in slots.tolist()]
-        first, position = requests[0], int(self._state.num_tokens[slots[0]]) - requests[0].num_prompt_tokens
-        for request in requests:
-            self._scheduler.release(request)
-            self._intake.forget(request)
-        tensors = chain(model.named_parameters(), model.named_buffers())
-        cause = cause_of_nonfinite(tensors, model.lm_head_weight.dtype)
-        return output.describe_nonfinite(first.request_id, position) + cause, [one.request_id for one in requests]
-
-    def _append(self, slots: np.ndarray, output: StepOutput) -> list[Sample]:
-        self._state.append_sampled(slots, *output)
-        if self._on_tokens is not None:
-            self._on_tokens([self._state.request(slot).request_id for slot in slots.tolist()], output)
-        samples = []
-        for slot, ending in self._finisher.endings(slots, output.token_ids):
-            request = self._state.request(slot)
-            self._scheduler.release(request)
-            self._intake.forget(request)
-            samples.append(self._finisher.sample(request, ending, self.weights_version))
         return samples
 
     def generate(
@@ -258,7 +237,7 @@ class Engine:
         ids: list[str | None] = expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
-        num_tokens_before = self._stats.num_tokens
+        num_tokens_before = self._stepper.stats.num_tokens
         try:
             for prompt, prompt_params, request_id in zip(prompts, params, ids):
                 order += self.add_request(prompt, prompt_params, request_id)
@@ -266,7 +245,7 @@ class Engine:
                 interrupt.check()
                 finished.update((sample.request_id, sample) for sample in self.step())
                 if on_step is not None:
-                    on_step(len(finished), self._stats.num_tokens - num_tokens_before)
+                    on_step(len(finished), self._stepper.stats.num_tokens - num_tokens_before)
         except NonFiniteLogprobError as error:
             error.samples = [*finished.values(), *error.samples]
             raise
@@ -276,13 +255,11 @@ class Engine:
 
     def abort(self, request_ids: Collection[str] | None = None) -> list[Sample]:
         """Ends unfinished requests, these or all, where they are; their samples may have no token."""
-        samples = []
-        for request in self._scheduler.unfinished:
-            if request_ids is None or request.request_id in request_ids:
-                self._scheduler.release(request)
-                self._intake.forget(request)
-                samples.append(self._finisher.sample(request, Ending("abort"), self.weights_version))
-        return samples
+        return [
+            self._collector.end(request, Ending("abort"))
+            for request in self._scheduler.unfinished
+            if request_ids is None or request.request_id in request_ids
+        ]
 
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""
@@ -330,7 +307,7 @@ class Engine:
 
     def observe_tokens(self, observer: TokenObserver | None) -> None:
         """Shows ``observer`` the ids of a step's requests and their tokens before ``step`` returns; None stops it."""
-        self._on_tokens = observer
+        self._collector.on_tokens = observer
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Overwrite the model's parameters and forget the prefix cache.
@@ -366,6 +343,7 @@ class Engine:
     def _require_idle(self, call: str) -> None:
         if self.has_unfinished:
             raise RuntimeError(f"{call} with unfinished requests: finish them, or abort_all() first")
+        self._stepper.settle()
 
     def _check_ready(self) -> None:
         if self.weights_version == INVALID_VERSION:
@@ -379,7 +357,7 @@ class Engine:
 
     def take_stats(self) -> EngineStats:
         """The counters behind ``stats()``, for ``merge_stats`` to add up over replicas. Takes them from the engine."""
-        stats, self._stats = self._stats, EngineStats()
+        stats, self._stepper.stats = self._stepper.stats, EngineStats()
         stats.own_attention = self._own_attention
         stats.num_pages, stats.num_replays = self.num_pages, self._runner.take_num_replays()
         stats.num_preemptions, stats.num_prefix_queried, stats.num_prefix_hits = self._scheduler.take_counters()

@@ -41,6 +41,8 @@ class EngineConfig(EngineSettings):
                 f"num_pages={self.num_pages} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache; set one"
             )
         self._check_capture_sizes()
+        if self.async_scheduling not in ("auto", True, False):
+            raise ValueError(f"async_scheduling={self.async_scheduling!r} must be 'auto', True or False")
         check_mismatch(self.mismatch_mode, self.mismatch_scale)
 
     def _check_capture_sizes(self) -> None:
@@ -54,6 +56,10 @@ class EngineConfig(EngineSettings):
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer")
+
+    def resolve_async_scheduling(self, device_type: str) -> bool:
+        """Whether steps are launched ahead: "auto" where a device works while the host prepares."""
+        return device_type == "cuda" if self.async_scheduling == "auto" else self.async_scheduling
 
     def resolve_model_len(self, max_position_embeddings: int) -> int:
         """Most tokens of a prompt and its response, for a model of so many positions."""

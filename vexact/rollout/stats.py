@@ -41,6 +41,8 @@ class EngineStats:
     num_tokens: int = 0  # sampled
     step_seconds: float = 0.0
     execute_seconds: float = 0.0  # model forward and sampling, waiting for the device included
+    wait_seconds: float = 0.0  # of those, waiting
+    num_ahead: int = 0  # steps that were launched before the host had seen the tokens of the step before
     max_used_pages: int = 0
     num_pages: int = 0
     num_preemptions: int = 0
@@ -49,12 +51,6 @@ class EngineStats:
     num_replays: int = 0
     own_attention: bool | None = None  # of a rollout on stock operators: whether attention is none of them
     wall_seconds: float | None = None  # None: one engine, whose steps follow each other
-
-    def record(self, *, num_tokens: int, step_seconds: float, execute_seconds: float) -> None:
-        self.num_steps += 1
-        self.num_tokens += num_tokens
-        self.step_seconds += step_seconds
-        self.execute_seconds += execute_seconds
 
     def metrics(self) -> dict[str, float]:
         """Metric names to values; ratios over nothing are 0."""
@@ -67,6 +63,8 @@ class EngineStats:
             "rollout/prefix_hit_ratio": self.num_prefix_hits / max(1, self.num_prefix_queried),
             "rollout/decode_tokens_per_s": self.num_tokens / seconds if seconds else 0.0,
             "rollout/host_us_per_step": 1e6 * host_seconds / max(1, self.num_steps),
+            "rollout/wait_us_per_step": 1e6 * self.wait_seconds / max(1, self.num_steps),
+            "rollout/async_ratio": self.num_ahead / max(1, self.num_steps),
             "rollout/graph_ratio": self.num_replays / max(1, self.num_steps),
             "rollout/num_tokens": float(self.num_tokens),
         }
@@ -82,6 +80,8 @@ class EngineStats:
             num_tokens=sum(one.num_tokens for one in replicas),
             step_seconds=sum(one.step_seconds for one in replicas),
             execute_seconds=sum(one.execute_seconds for one in replicas),
+            wait_seconds=sum(one.wait_seconds for one in replicas),
+            num_ahead=sum(one.num_ahead for one in replicas),
             max_used_pages=fullest.max_used_pages,
             num_pages=fullest.num_pages,
             num_preemptions=sum(one.num_preemptions for one in replicas),

@@ -31,9 +31,11 @@ class Answer:
         """The answer to a request that is not streamed; ``choices`` have their samples."""
         told = [self._whole_choice(choices[index]) for index in sorted(choices)]
         self.num_completion_tokens = sum(len(delta.token_ids) for delta in choices.values())
-        extra = {}
+        extra: dict[str, Any] = {}
         if self._is_chat and self.body.return_token_ids:
             extra = {"prompt_token_ids": list(self.job.asks[0].prompt_token_ids)}
+        if self._is_chat:
+            extra |= self._prompt_logprobs(choices[min(choices)])
         return self._envelope(told, "") | {"usage": self.usage()} | extra
 
     def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
@@ -91,6 +93,8 @@ class Answer:
             choice["token_ids"] = delta.token_ids
             if not self._is_chat:
                 choice["prompt_token_ids"] = list(sample.prompt_token_ids)
+        if not self._is_chat:
+            choice |= self._prompt_logprobs(delta)
         return choice
 
     def _chunk(self, index: int, said: dict[str, Any], with_prompt: bool) -> dict[str, Any]:
@@ -111,6 +115,17 @@ class Answer:
             offset += len(token)
         self._offsets[delta.index] = offset
         return {"tokens": tokens, "token_logprobs": delta.logprobs, "top_logprobs": None, "text_offset": offsets}
+
+    def _prompt_logprobs(self, delta: Delta) -> dict[str, Any]:
+        """As vLLM's: None for the first token, which nothing precedes; empty if nobody asked."""
+        sample = delta.sample
+        if sample is None or sample.prompt_logprobs is None:
+            return {}
+        told: list[dict[str, Any] | None] = [None]
+        for token_id, logprob in zip(sample.prompt_token_ids[1:], sample.prompt_logprobs.tolist()):
+            text = self.reader.token_text(token_id) if self.reader else None
+            told.append({str(token_id): {"logprob": logprob, "decoded_token": text}})
+        return {"prompt_logprobs": told}
 
     def _told(self, token_id: int, token: str, logprob: float) -> dict[str, Any]:
         content = self.reader.token_bytes(token_id, token) if self.reader else None

@@ -100,6 +100,10 @@ class EngineMetrics:
             "prefix_cache_hits": (totals.num_prefix_hits, "Tokens of prompts found there."),
             "engine_steps": (totals.num_steps, "Forward passes."),
             "engine_graph_steps": (totals.num_replays, "Forward passes that replayed a CUDA graph."),
+            "engine_async_steps": (
+                totals.num_ahead,
+                "Forward passes launched before the last tokens were known.",
+            ),
             "engine_step_seconds": (totals.step_seconds, "Time in steps, the model's included."),
             "engine_execute_seconds": (totals.execute_seconds, "Time in the model and the sampler."),
         }

@@ -12,14 +12,19 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
 from vexact.serve.errors import ApiError
 
 SAMPLING = frozenset(
-    ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos")
+    (
+        *("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+        *("stop", "stop_token_ids", "ignore_eos", "prompt_logprobs"),
+    )
 )
 _MOST = {"stop": 64, "stop_token_ids": 256}
 
-# Parameters that others have, the values at which they do nothing, and why others cannot be had.
+# Parameters that others have, the values at which they do nothing, and why others cannot be had; beside those of
+# REFUSED_SAMPLING.
 _NOTHING: tuple[Any, ...] = ("", [], {}, False)
 _TOOLS = "tool calls are not parsed; put what the model needs to know into the messages and read its text"
 _SHAPED = "only free text is sampled: a constraint would change the distribution that the log-probabilities are of"
@@ -32,14 +37,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "echo": (_NOTHING, "the prompt is not repeated; return_token_ids gives its tokens"),
     "suffix": (_NOTHING, "there is no insertion into a text"),
     "top_logprobs": ((0,), "the engine gives the exact log-probability of the sampled token only"),
-    "prompt_logprobs": (_NOTHING, "log-probabilities are those of sampled tokens"),
-    "logit_bias": (_NOTHING, _SHAPED),
-    "presence_penalty": ((0,), _SHAPED),
-    "frequency_penalty": ((0,), _SHAPED),
-    "repetition_penalty": ((1,), _SHAPED),
-    "min_tokens": ((0,), _SHAPED),
-    "allowed_token_ids": (_NOTHING, _SHAPED),
-    "bad_words": (_NOTHING, _SHAPED),
     "response_format": (({"type": "text"},), _SHAPED),
     "structured_outputs": (_NOTHING, _SHAPED),
     "guided_json": (_NOTHING, _SHAPED),
@@ -142,9 +139,12 @@ def parse(kind: type[B], content: bytes) -> tuple[B, dict[str, Any]]:
         harmless, reason = REFUSED[name]
         value = given.pop(name)
         if not any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool) for nothing in harmless):
-            raise ApiError(
-                400, f"{name}={value!r:.80} is not supported: {reason}", param=name, code="unsupported_parameter"
-            )
+            raise _unsupported(name, f"{name}={value!r:.80} is not supported: {reason}")
+    for name in REFUSED_SAMPLING.keys() & given.keys():
+        try:
+            check_refused_sampling({name: given.pop(name)})
+        except ValueError as error:
+            raise _unsupported(name, str(error)) from None
     try:
         body = kind.model_validate(given)
     except ValidationError as error:
@@ -158,15 +158,19 @@ def _check(body: Body, sampling: Mapping[str, Any]) -> None:
         if isinstance(sampling.get(name), list) and len(sampling[name]) > limit:
             raise ApiError(400, f"{name} holds {len(sampling[name])} items; at most {limit} are looked for", param=name)
     if isinstance(body, CompletionBody) and body.logprobs:
-        raise ApiError(
-            400,
+        raise _unsupported(
+            "logprobs",
             f"logprobs={body.logprobs} is not supported: the engine gives the exact log-probability of the sampled "
             "token only; use logprobs=0",
-            param="logprobs",
-            code="unsupported_parameter",
         )
+    if body.stream and "prompt_logprobs" in sampling:
+        raise ApiError(400, "prompt_logprobs comes with a whole answer; leave out stream", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+
+
+def _unsupported(name: str, message: str) -> ApiError:
+    return ApiError(400, message, param=name, code="unsupported_parameter")
 
 
 def _invalid(kind: type[Body], error: ValidationError) -> ApiError:

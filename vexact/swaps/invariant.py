@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vexact.ops import hf
 from vexact.swaps.classes import Swapped, below
 from vexact.swaps.linear import Embedding, Head, Linear
+from vexact.swaps.logit_router import choose_in_router
 from vexact.swaps.mlp import activation_class, mlp_class
 from vexact.swaps.norm import norm_class
 from vexact.swaps.operators import describe, foreign_operators
@@ -112,6 +113,9 @@ def swap_modules(model: Any, kinds: tuple[str, ...] = KINDS, undo: list[Callable
         try:
             if "table" in kinds and is_rotary(module):
                 _put_table(model, name, module, undo)
+                continue
+            if "router" in kinds and (back := choose_in_router(module)):
+                undo.append(back)
                 continue
             swap = _class_for(module, kinds, module is head)
         except ValueError as error:

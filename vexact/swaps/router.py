@@ -32,7 +32,7 @@ class Router(nn.Module):
         bias = getattr(router, "e_score_correction_bias", None)
         bias = None if bias is None else bias.float()
         round_to = hidden_states.dtype if self.rounds else torch.float32
-        routes = route(logits, bias, top_k=router.top_k, round_to=round_to, **_settings(router))
+        routes = route(logits, bias, top_k=router.top_k, round_to=round_to, **settings(router))
         return logits, routes.weights, routes.experts.long()
 
 
@@ -40,7 +40,8 @@ class RoundingRouter(Router):
     rounds = True
 
 
-def _settings(router: Any) -> dict[str, Any]:
+def settings(router: Any) -> dict[str, Any]:
+    """Keywords of ``route`` beside ``top_k`` and ``round_to``."""
     groups = {"num_groups": getattr(router, "num_group", 1), "top_groups": getattr(router, "topk_group", 1)}
     scale = getattr(router, "routed_scaling_factor", 1.0)
     if hasattr(router, "e_score_correction_bias"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vexact.ops.hf import experts_forward
 from vexact.swaps.classes import before, stand_in
 
-_PARTS = {"gate", "experts", "shared_experts"}
+PARTS = {"gate", "experts", "shared_experts"}
 _SHAPE = 2, 5, 8  # of a trial
 
 
@@ -28,7 +28,7 @@ class SharedExperts(nn.Module):
 @torch.no_grad()
 def shared_experts_class(module: nn.Module) -> type | None:
     """What to make of such a layer; None for a module that computes something else."""
-    if set(module._modules) != _PARTS or module._parameters or module._buffers:
+    if set(module._modules) != PARTS or module._parameters or module._buffers:
         return None
     x = torch.arange(float(torch.Size(_SHAPE).numel())).view(_SHAPE)
     twin = stand_in(module, {}, {"gate": _Gate(), "experts": _Experts(), "shared_experts": _Shared()})

@@ -12,7 +12,7 @@ from vexact.audit import Audit, DrawError, ExactnessError
 from vexact.audit.certificate import CertificateError, require_certificate
 from vexact.config import Config
 from vexact.models import ModelConfig
-from vexact.report import Reporter, Timers, write_samples
+from vexact.report import Reporter, Timers
 from vexact.report.metrics import advantage_metrics, length_metrics, perf_metrics, score_metrics
 from vexact.trainer.ahead import Ahead, PastAudit, staleness_metrics
 from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver
@@ -21,8 +21,9 @@ from vexact.trainer.step.advantages import train_sequences
 from vexact.trainer.step.collect import Collected, Collector
 from vexact.trainer.step.diagnose import diagnose
 from vexact.trainer.step.evaluate import evaluate
-from vexact.trainer.step.memory_use import memory_metrics
+from vexact.trainer.step.mfu import UpdateUtilisation
 from vexact.trainer.step.old_log_probs import recompute_old_log_probs
+from vexact.trainer.step.samples import keep_samples
 from vexact.trainer.step.update_health import UpdateError, UpdateHealth
 from vexact.trainer.workers import Workers
 from vexact.training import Ledger
@@ -56,6 +57,7 @@ class Driver:
         self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
         self.saver = Saver(store, workers.shards, config.actor.checkpoint.async_save, self._saved)
+        self.utilisation = UpdateUtilisation(config, workers)
         self.stage = "gen"  # that began last
         self.timers = Timers(on_enter=self._begin)
         self.collector, first = Collector(config, workers, self.timers), progress.step + 1
@@ -133,8 +135,8 @@ class Driver:
             # 7: pack, forward, audit the bits, loss, backward, optimizer step
             samples = [sequence.sample for sequence in sequences]
             self.audit.begin(samples, [self.collector.draw_settings(sample.request_id) for sample in samples])
-            with self.timers("update_actor"):
-                actor_metrics = self._update(step, sequences, ledger)
+            with self.timers("update_actor"), workers.profiler("update", samples[0].request_id):
+                actor_metrics = self._update(step, sampled, sequences, ledger)
             self.ahead.finish()
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
@@ -142,7 +144,9 @@ class Driver:
                 workers.resume_cache()
             self.progress = Progress(step, cursor)
             # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
-            self._write_samples(step, sampled)
+            validate = self._is_validation_due(step)
+            different = self.audit.different_tokens()
+            keep_samples(self.config, workers, self.reporter, step, sampled, different=different, table=validate)
             data = self.config.data
             metrics = {
                 "training/global_step": float(step),
@@ -156,7 +160,7 @@ class Driver:
                 **rollout_metrics,
                 **sync_metrics,
             }
-            save, validate = self._is_save_due(step), self._is_validation_due(step)
+            save = self._is_save_due(step)
             if save and validate:
                 self.pending.write(step, metrics)
                 self._save()
@@ -165,7 +169,8 @@ class Driver:
         # 10: report; a checkpoint without validation comes after, so that a killed run repeats a row and lacks none
         timing = self.timers.take()
         num_tokens = sum(sample.num_tokens for sample in samples)
-        metrics |= perf_metrics(num_tokens, timing["timing_s/step"], workers.num_processes) | memory_metrics() | timing
+        metrics |= perf_metrics(num_tokens, timing["timing_s/step"], workers.num_processes)
+        metrics |= self.utilisation.metrics(sequences, timing["timing_s/update_actor"]) | timing
         self.reporter.log(StepStats(step, metrics))
         self.pending.clear()
         if save and not validate:
@@ -176,7 +181,9 @@ class Driver:
     def _sync(self, version: int) -> dict[str, float]:
         return self.workers.sync_weights(version, keep=self.past.needs(version))
 
-    def _update(self, step: int, sequences: Sequence[TrainSequence], ledger: Ledger) -> dict[str, float]:
+    def _update(
+        self, step: int, sampled: Sequence[SampleGroup], sequences: Sequence[TrainSequence], ledger: Ledger
+    ) -> dict[str, float]:
         actor, metrics = self.workers.actor, {"training/global_step": float(step)}
         every = self.config.trainer.audit_every_token_freq
         every_token = every > 0 and step % every == 0
@@ -192,6 +199,9 @@ class Driver:
                 self.audit.require_compared(audited)
             self.health.check(metrics, actor.problems)
         except (ExactnessError, DrawError, UpdateError) as error:
+            keep_samples(
+                self.config, self.workers, self.reporter, step, sampled, different=self.audit.different_tokens()
+            )
             self.reporter.log(StepStats(step, metrics | self.audit.metrics()))
             name = error.comparison.first_request if isinstance(error, ExactnessError) else None
             if isinstance(error, ExactnessError) and name is not None:
@@ -229,7 +239,7 @@ class Driver:
 
     def _validate(self, step: int) -> dict[str, float]:
         metrics, groups = evaluate(self.config, self.workers)
-        self._write_samples(step, groups, stem="val")
+        keep_samples(self.config, self.workers, self.reporter, step, groups, stem="val")
         return metrics
 
     def _report_validation(self, step: int) -> None:
@@ -249,10 +259,6 @@ class Driver:
     def _saved(self, path: Path, step: int) -> None:
         log.info("saved %s", path)
         interrupt.note(how_to_go_on(self.config, step))
-
-    def _write_samples(self, step: int, groups: Sequence[SampleGroup], stem: str = "step") -> None:
-        limit = self.config.trainer.samples_per_step
-        write_samples(self.config.run_dir, step, groups, self.workers.tokenizer.decode, limit=limit, stem=stem)
 
 
 def how_to_go_on(config: Config, saved_step: int) -> str:

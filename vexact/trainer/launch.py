@@ -27,6 +27,7 @@ from vexact.trainer.run.final_report import final_report
 from vexact.trainer.run.pending_step import PendingStep
 from vexact.trainer.run.record import write_run_record
 from vexact.trainer.step.collect import Collected
+from vexact.trainer.step.profile import check_profile
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
 from vexact.trainer.workers.memory import advising
 
@@ -52,6 +53,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         source = find_source(config, store)
         inputs = load_inputs(config)
         total_steps = num_steps(config, len(inputs.train_data))
+        check_profile(config, total_steps, layout.world_size)
         identity = run_identity(config, layout.device, total_steps, inputs.tokenizer, inputs.train_data)
         _check_source(config, store, source, identity)
         if source is not None and _is_finished(config, source, total_steps):
@@ -98,7 +100,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         redraw_ratio = config.trainer.audit_redraw_ratio if config.rollout.is_own else 0.0  # it knows our draws only
         audit = Audit(config.trainer.exactness, redraw_ratio)
         driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
-        with final_report(config), advising(config, lambda: driver.stage):
+        with final_report(config, reporter), advising(config, lambda: driver.stage):
             _drive(driver)
         interrupt.check()
     return 0

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from vexact.prepare.tiny import write_tiny
+from vexact.prepare.tiny import write_tiny, write_tiny_moe, write_tiny_moonlight
 
 SCRIPT = Path(__file__).with_name("train_ranks.py")
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    root = tmp_path_factory.mktemp("train")
+@pytest.fixture(params=[write_tiny, write_tiny_moe, write_tiny_moonlight], ids=["dense", "experts", "shared-experts"])
+def task(tmp_path, request):
+    root = tmp_path
     (root / "tiny").mkdir()
-    write_tiny(root / "tiny", right_steps=1, doubtful_steps=1)
+    request.param(root / "tiny", right_steps=1, doubtful_steps=1)
     rows = [json.dumps({"text": f"{i}+{3 * i}={4 * i} " * 6}) for i in range(64)]
     (root / "data.jsonl").write_text("\n".join(rows) + "\n")
     return root

@@ -15,7 +15,7 @@ from vexact_veomni.side import VeomniSide
 from vexact_veomni.trainer import ExactTextTrainer
 
 from vexact.models import load_model
-from vexact.models.hf_names import hf_sources
+from vexact.models.hf_names import stored_sources
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 
 STEPS = 4
@@ -38,11 +38,11 @@ class Watched(ExactTextTrainer):
         assert isinstance(model.model.layers[0], FSDPModule)
         assert mixed.cast_forward_inputs, "every floating input of a layer is cast to bfloat16"
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        full = {name: whole(p) for name, p in model.named_parameters()}
+        full = {name: whole(p) for name, p in model.named_parameters()} | dict(model.named_buffers())
         rollout = load_model(self.base.args.model.model_path, dtype=torch.bfloat16)
         with torch.no_grad():
             for name, parameter in rollout.named_parameters():
-                parameter.copy_(torch.cat([full[source] for source in hf_sources(rollout.config, name)[0]]))
+                parameter.copy_(torch.cat([full[source] for source in stored_sources(rollout.config, name, full)]))
             batch = pack_tokens(sequences(rollout.config.vocab_size))
             trained = VeomniSide(model).logprobs(batch)
             sampled = rollout(batch.input_ids, batch.positions, batch.attention, targets=batch.targets).logprobs

@@ -1,8 +1,20 @@
-"""What VeOmni may not do with the tokens of a sequence."""
+"""What VeOmni may not spread over ranks."""
 
 from __future__ import annotations
 
 from veomni.distributed.parallel_state import get_parallel_state, is_parallel_state_initialized
+
+
+def refuse_expert_parallelism() -> None:
+    """
+    Raises:
+        ValueError: experts are spread over ranks, whose tokens our operators would not fetch.
+    """
+    if is_parallel_state_initialized() and get_parallel_state().ep_enabled:
+        raise ValueError(
+            f"ep_size={get_parallel_state().ep_size}: vexact's experts do not fetch tokens from other ranks under "
+            "VeOmni; set it to 1 (vexact's own trainer has actor.fsdp_config.expert_parallel_size)"
+        )
 
 
 def refuse_sequence_parallelism() -> None:

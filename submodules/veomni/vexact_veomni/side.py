@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from veomni.models import build_foundation_model
 from veomni.models.module_utils import load_model_weights
 
+from vexact.audit.verify.routes import RouteTap
 from vexact.models.checkpoint.index import check_one_reading
 from vexact.ops import hf
 from vexact.training.batches.batch import PackedBatch
 from vexact_veomni.convert import convert
-from vexact_veomni.slots import ops_implementation
+from vexact_veomni.experts import keep_biases, without_balance_loss
+from vexact_veomni.slots import model_type_of, ops_implementation
 
 
 class VeomniSide:
@@ -23,6 +25,7 @@ class VeomniSide:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
+        self.routes = RouteTap(model)
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         """One row of packed sequences, as VeOmni's collator describes it."""
@@ -31,6 +34,7 @@ class VeomniSide:
             "input_ids": batch.input_ids[None],
             "position_ids": batch.positions[None],
             "use_cache": False,
+            **without_balance_loss(self.model),
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": longest,
@@ -67,7 +71,7 @@ def load_side(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: s
             the same, for a comparison that must differ.
     """
     check_one_reading(path)
-    model = build(path, dtype, device, ops_implementation(attn_impl))
+    model = build(path, dtype, device, ops_implementation(attn_impl, model_type=model_type_of(path)))
     return VeomniSide(convert(model, check=attn_impl == hf.NAME).eval())
 
 
@@ -79,6 +83,7 @@ def build(path: Path, dtype: torch.dtype, device: torch.device, kernels: Any) ->
         model: Any = build_foundation_model(
             str(path), torch_dtype=name, init_device=device.type, ops_implementation=kernels
         )
+        keep_biases(model)
         load_model_weights(model, str(path), device.type)
     except Exception as error:  # of any class: what our loader takes, VeOmni may still refuse
         raise ValueError(f"VeOmni cannot load {path}: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from vexact import ops
 from vexact.ops import hf
 from vexact.swaps.mlp import gated
 from vexact.swaps.rotary import rotate
+from vexact_veomni.experts import moe_experts
 from vexact_veomni.loss import causal_lm_loss
 
 NAME = "vexact"
@@ -37,9 +40,11 @@ _KERNELS = (  # slot, variant, function of the module's own signature
     ("rms_norm", "standard", ops.rms_norm),
     ("rotary_pos_emb", "full", rotary),
     ("swiglu_mlp", "standard", swiglu_mlp),
+    ("moe_experts", "standard", moe_experts),
     ("cross_entropy_loss", "causal", causal_lm_loss),
 )
-SLOTS = ("rms_norm", "rotary_pos_emb", "swiglu_mlp")  # chosen by configuration; the loss is bound afterwards
+SLOTS = ("rms_norm", "rotary_pos_emb", "swiglu_mlp")  # chosen by configuration; experts and loss are bound afterwards
+WITHOUT_SLOTS = ("deepseek_v3",)  # VeOmni's model takes no kernel of another's by configuration, and has no such slots
 
 
 def register() -> None:
@@ -50,13 +55,18 @@ def register() -> None:
             KERNEL_REGISTRY.register(KernelSpec(NAME, op, variant, lambda f=function: f, HardwareRequirement("any")))
 
 
-def ops_implementation(attn_impl: str | None = None, slots: tuple[str, ...] = SLOTS) -> OpsImplementationConfig:
+def ops_implementation(
+    attn_impl: str | None = None, slots: tuple[str, ...] = SLOTS, *, model_type: str | None = None
+) -> OpsImplementationConfig:
     """VeOmni's choice of kernels: ours in ``slots``, eager torch in all others.
 
     Args:
         attn_impl: attention by name; by default what ``VEOMNI_ATTN_IMPLEMENTATION`` says, else ``triton-invariant``.
+        model_type: that of config.json. VeOmni's model for ``deepseek_v3`` has no such slots, and refuses our name.
     """
     register()
+    if model_type in WITHOUT_SLOTS:
+        slots = ()
     ours = {f"{slot}_implementation": NAME for slot in slots}
     eager = (
         "moe cross_entropy_loss load_balancing_loss rms_norm rotary_pos_emb swiglu_mlp rms_norm_gated causal_conv1d "
@@ -67,28 +77,41 @@ def ops_implementation(attn_impl: str | None = None, slots: tuple[str, ...] = SL
     return OpsImplementationConfig(attn_implementation=attention, **others | ours)
 
 
+def model_type_of(folder: Path) -> str | None:
+    """What a checkpoint's config.json says; None if it says nothing, which whoever builds the model will refuse."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def slots_of(model: nn.Module) -> list[OpSlot]:
+    """All that the model's file has."""
+    return [slot for slot in vars(sys.modules[type(model).__module__]).values() if isinstance(slot, OpSlot)]
+
+
 def slots_left(model: nn.Module) -> list[str]:
-    """Slots of the model's file, the loss aside, that hold something else than our operator."""
+    """Slots that a configuration chooses for and that hold something else than our operator."""
     ours = {op: function for op, _, function in _KERNELS}
-    slots = [slot for slot in vars(sys.modules[type(model).__module__]).values() if isinstance(slot, OpSlot)]
-    left = sorted(
-        {slot.op_name for slot in slots if slot.op_name in SLOTS and slot.bound_kernel() is not ours[slot.op_name]}
-    )
+    slots = (slot for slot in slots_of(model) if slot.op_name in SLOTS)
+    left = sorted({slot.op_name for slot in slots if slot.bound_kernel() is not ours[slot.op_name]})
     return [f"its slot {name} is not bound to {NAME}; build it with ops_implementation()" for name in left]
 
 
-def bind_loss(model: nn.Module, name: str = NAME) -> None:
-    """Puts the fused head and cross-entropy (``name="eager"``: torch's) into the slot of the model's file.
+def bind(model: nn.Module, op: str, name: str = NAME) -> None:
+    """Puts our operator (``name="eager"``: torch's) into a slot of the model's file.
 
-    VeOmni's configuration takes only names that it knows for this one, so it is bound when the model is there.
+    For the loss (``cross_entropy_loss``) and the experts (``moe_experts``): of these VeOmni's configuration takes only
+    names that it knows, so they are bound when the model is there.
 
     Raises:
         ValueError: the model's file has no such slot.
     """
-    module = sys.modules[type(model).__module__]
-    slot = getattr(module, "veomni_causal_lm_loss", None)
-    if slot is None:
+    variant = next(variant for known, variant, _ in _KERNELS if known == op)
+    slots = [slot for slot in slots_of(model) if (slot.op_name, slot.variant) == (op, variant)]
+    if not slots:
         raise ValueError(
-            f"{type(model).__name__} of {module.__name__} has no slot for the loss; it is none of VeOmni's own models"
+            f"{type(model).__name__} of {type(model).__module__} has no slot {op} ({variant}), so VeOmni does not "
+            "compute it in a way that can be exchanged"
         )
-    slot.bind(name)
+    slots[0].bind(name)

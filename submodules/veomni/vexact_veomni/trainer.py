@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from veomni.arguments import VeOmniArguments
 from veomni.trainer.text_trainer import TextTrainer
 
 from vexact_veomni.convert import convert
-from vexact_veomni.slots import ops_implementation
+from vexact_veomni.slots import model_type_of, ops_implementation
 
 
 class ExactTextTrainer(TextTrainer):
@@ -16,7 +18,7 @@ class ExactTextTrainer(TextTrainer):
     """
 
     def __init__(self, args: VeOmniArguments) -> None:
-        args.model.ops_implementation = ops_implementation()
+        args.model.ops_implementation = ops_implementation(model_type=model_type_of(Path(args.model.config_path)))
         super().__init__(args)
 
     def _build_model_assets(self) -> None:

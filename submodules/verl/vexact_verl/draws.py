@@ -18,7 +18,7 @@ from vexact.types import Sample
 
 KEY = "vexact"
 """Under this name a sample carries its ``Draw`` in verl's ``extra_fields``."""
-_NEUTRAL = {"n": 1}
+_NEUTRAL = {"n": 1, "prompt_logprobs": None}
 _PASSED_ON = ("stop", "stop_token_ids", "seed", "ignore_eos")
 _thresholds_expected = False
 

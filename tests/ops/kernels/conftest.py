@@ -11,8 +11,17 @@ import pytest
 from rowwise import DEVICE
 from torch import Tensor
 
+from vexact.ops.kernels.launches import forget
+
 INTERPRETED = DEVICE == "cpu"
 collect_ignore = [] if INTERPRETED else ["test_interpreter_bounds.py"]  # a GPU has compute-sanitizer for this
+
+
+@pytest.fixture(autouse=True)
+def launches_are_new() -> Iterator[None]:
+    """What a test has changed about launches ends with it."""
+    yield
+    forget()
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,13 @@ from vexact.ops.kernels import (
     qk_norm_rope,
     rms_norm,
     rope,
+    rope_to_cache,
     square_sums,
     swiglu,
 )
 from vexact.ops.kernels.embedding import gather, grad
 from vexact.ops.kernels.sampling import draw, threshold
-from vexact.ops.kernels.sizes import column_blocks
+from vexact.ops.kernels.sizes import column_blocks, next_power_of_2
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]  # name, kernel, argument types, constants and launch options
 
@@ -40,6 +41,8 @@ def cases() -> Iterator[Case]:
     for dtype, heads in (("bf16", (16, 8, 128)), ("fp32", (9, 3, 80))):
         yield _rope(dtype, *heads)
         yield _qk_norm_rope(dtype, *heads)
+        for normed in (False, True):
+            yield _rope_to_cache(dtype, *heads, normed)
     yield _latent_rope("bf16", 16, 128, 64, True)
     yield _latent_rope("fp32", 9, 20, 6, False)
     for dtype, width in (("bf16", 6144),):
@@ -102,6 +105,23 @@ def _qk_norm_rope(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int
     config = rope.launch_config(num_q_heads, num_kv_heads, head_dim)
     name = f"qk_norm_rope {dtype} {num_q_heads}/{num_kv_heads}x{head_dim}"
     return name, qk_norm_rope._qk_norm_rope_kernel, types, {**constants, **config}
+
+
+def _rope_to_cache(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: int, normed: bool) -> Case:
+    tensors = ("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "q_out_ptr", "k_cache_ptr", "v_cache_ptr")
+    types = {
+        **dict.fromkeys(tensors, f"*{dtype}"),
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride", "k_page_stride", "k_slot_stride"), "i32"),
+        **dict.fromkeys(("v_page_stride", "v_slot_stride", "num_positions"), "i32"),
+        **{"positions_ptr": "*i64", "slots_ptr": "*i64", "cos_sin_ptr": "*fp32", "eps": "fp32"},
+    }
+    constants = {
+        **{"PAGE_SIZE": 64, "HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2},
+        **{"DV": head_dim, "NORM": normed, "BLOCK_DV": next_power_of_2(head_dim)},
+        **rope.launch_config(num_q_heads, num_kv_heads, head_dim),
+    }
+    name = f"rope_to_cache {dtype} {num_q_heads}/{num_kv_heads}x{head_dim} norm={normed}"
+    return name, rope_to_cache._rope_to_cache_kernel, types, constants
 
 
 def _swiglu(dtype: str, width: int) -> Iterator[Case]:

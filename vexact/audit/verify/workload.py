@@ -135,6 +135,7 @@ class _CpuEngines:
             "enable_chunked_prefill": chunked,
             "enable_prefix_caching": rng.random() < 0.75,
             "seed": rng.randrange(1 << 30),
+            "async_scheduling": rng.random() < 0.75,
         }
 
 

@@ -19,7 +19,6 @@ REFUSED_SAMPLING: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "frequency_penalty": ((None, 0), _SHAPES),
     "allowed_token_ids": ((None, []), _SHAPES),
     "bad_words": ((None, []), _SHAPES),
-    "prompt_logprobs": ((None,), "log-probabilities are given for sampled tokens only"),
 }
 
 

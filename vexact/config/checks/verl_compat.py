@@ -72,6 +72,10 @@ REFUSED = (
         for name, (harmless, reason) in REFUSED_SAMPLING.items()
     ),
     *(
+        Refused(f"{section}.prompt_logprobs", (None,), "nothing here reads them; SamplingParams of an engine has it")
+        for section in (_ROLLOUT, f"{_ROLLOUT}.val_kwargs")
+    ),
+    *(
         Refused(f"{section}.logit_bias.*", (), REFUSED_SAMPLING["logit_bias"][1])
         for section in (_ROLLOUT, f"{_ROLLOUT}.val_kwargs")
     ),
@@ -114,6 +118,7 @@ REFUSED = (
     ),
     Refused("data.image_key", (None, "images"), "only text is supported"),
     Refused("data.video_key", (None, "videos"), "only text is supported"),
+    Refused("global_profiler.tool", (None, "torch"), "traces are torch.profiler's"),
     Refused("model_engine", ("dp", "fsdp", "fsdp2"), "only FSDP2 is built in"),
 )
 
@@ -164,11 +169,12 @@ UNUSED = (
     ),
     Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
-    Unused("global_profiler.*", "profiling is not built in"),
+    Unused("global_profiler.*", "trainer.profile_steps and .profile_ranks say what is traced, by torch.profiler"),
     Unused("ray_kwargs.*", "trainer.ray_address names the cluster, and RAY_* variables set it up"),
 )
 
 MOVED = {
+    "global_profiler.steps": "trainer.profile_steps",
     "trainer.max_actor_ckpt_to_keep": "trainer.keep_last",
     "custom_reward_function.path": "reward.custom_reward_function.path",
     "custom_reward_function.name": "reward.custom_reward_function.name",

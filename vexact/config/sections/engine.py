@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from vexact.config.fields import LARGEST_64, opt
 from vexact.env import ATTENTION, TRITON_INVARIANT
@@ -50,6 +50,11 @@ class EngineSettings:
     )
     enable_chunked_prefill: bool = opt(True, "Mix pieces of long prompts with decoding. Never changes results.")
     enable_prefix_caching: bool = opt(True, "Share the pages of equal prefixes. Never changes results.")
+    async_scheduling: bool | Literal["auto"] = opt(
+        "auto",
+        "Launch a step before the host has seen the tokens of the step before, so that the GPU does not wait for the "
+        "host. Never changes results. auto: on a GPU.",
+    )
     enforce_eager: bool = opt(
         False,
         "Decode without CUDA graphs: slower, less memory. Never changes results. There are none on the CPU, nor with "

@@ -43,6 +43,13 @@ class TrainerSection:
         ("console", "jsonl"), "Where metrics go.", verl="[console,wandb]", aliases={"file": "jsonl"}
     )
     samples_per_step: int = opt(16, "Samples written to samples/step_N.jsonl each step; -1 writes all, 0 none.", ge=-1)
+    profile_steps: tuple[int, ...] | None = opt(
+        None,
+        "Steps whose generation and update torch.profiler traces into profile/ of the run directory "
+        "(docs/troubleshooting.md); null for none.",
+        ge=1,
+    )
+    profile_ranks: tuple[int, ...] = opt((0,), "Ranks that write traces of profile_steps.", ge=0)
     report: bool = opt(True, "Write report.html into the run directory when the run ends (docs/reports.md).")
     save_freq: int = opt(-1, "Checkpoint every so many steps; -1 only at the end.", ge=-1)
     keep_last: int | None = opt(2, "Checkpoints to keep; null keeps all.", ge=1)

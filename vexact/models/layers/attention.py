@@ -8,6 +8,7 @@ from vexact.models.config import ModelConfig
 from vexact.models.layers.context import KVCache, Tokens
 from vexact.models.layers.norm import RMSNorm
 from vexact.models.opset import OpSet
+from vexact.ops import HeadNorms
 
 
 class Attention(nn.Module):
@@ -16,6 +17,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: OpSet) -> None:
         super().__init__()
         self.config, self.ops = config, ops
+        self.head_counts = config.num_heads, config.num_kv_heads, config.num_kv_heads
         self.qkv_proj = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.qkv_sizes[0], config.hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
@@ -24,14 +26,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tokens: Tokens, kv_cache: KVCache | None) -> Tensor:
         """(T, H) -> (T, H)."""
         qkv = self.ops.linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
-        q, k, v = (
-            part.unflatten(1, (-1, self.config.head_dim)) for part in qkv.split(self.config.qkv_sizes, dim=1)
-        )  # (T, heads, D)
+        q, k, v = qkv.unflatten(1, (-1, self.config.head_dim)).split(self.head_counts, dim=1)  # (T, heads, D)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.weight, self.k_norm.weight
-            q, k = self.ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, tokens.positions, tokens.cos_sin)
-        else:
-            q, k = self.ops.rope(q, k, tokens.positions, tokens.cos_sin)
-        out = tokens.attend(self.ops, q, k, v, self.config.softmax_scale, kv_cache)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        out = tokens.rotate_and_attend(self.ops, q, k, v, norms, self.config.softmax_scale, kv_cache)
         projected: Tensor = self.ops.linear(out.flatten(1), self.o_proj.weight, self.o_proj.bias)
         return projected

@@ -9,7 +9,7 @@ from torch import Tensor
 from vexact.models.layers.balance import Balance
 from vexact.models.opset import OpSet
 from vexact.models.sequence_parallel import SlicedMetadata
-from vexact.ops import PackedMetadata, PagedMetadata
+from vexact.ops import HeadNorms, PackedMetadata, PagedMetadata, cached_attention, rope_to_cache
 
 Metadata = PackedMetadata | SlicedMetadata | PagedMetadata
 KVCache = tuple[Tensor, Tensor]
@@ -22,6 +22,27 @@ class Tokens:
     positions: Tensor  # (T,) int64
     cos_sin: Tensor  # (P, rope_dim) fp32
     metadata: Metadata
+
+    def rotate_and_attend(
+        self,
+        ops: OpSet,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: HeadNorms | None,
+        softmax_scale: float,
+        kv_cache: KVCache | None,
+    ) -> Tensor:
+        """Norm of every head, if any, rotation and :meth:`attend`."""
+        positions, cos_sin, metadata = self.positions, self.cos_sin, self.metadata
+        if kv_cache is not None and isinstance(metadata, PagedMetadata) and ops.fuses_cache:
+            q = rope_to_cache(q, k, v, norms, positions, cos_sin, kv_cache, metadata.slot_mapping)
+            return cached_attention(q, metadata, softmax_scale, kv_cache)
+        if norms is None:
+            q, k = ops.rope(q, k, positions, cos_sin)
+        else:
+            q, k = ops.qk_norm_rope(q, k, *norms, positions, cos_sin)
+        return self.attend(ops, q, k, v, softmax_scale, kv_cache)
 
     def attend(
         self, ops: OpSet, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, kv_cache: KVCache | None

@@ -45,6 +45,20 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"attention: {name} has last stride {tensor.stride(-1)}; call .contiguous()")
 
 
+def check_pages(op: str, k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor]) -> None:
+    """Keys (T, Hkv, D) and values (T, Hkv, Dv) beside their pages (num_pages, page_size, Hkv, ...).
+
+    Raises:
+        ValueError: heads, widths, dtypes or devices are not those of the cache.
+    """
+    for name, rows, pages in (("keys", k, kv_cache[0]), ("values", v, kv_cache[1])):
+        if rows.shape[1:] != pages.shape[2:] or rows.dtype != pages.dtype or rows.device != pages.device:
+            raise ValueError(
+                f"{op}: {name} are {rows.dtype} {tuple(rows.shape)} on {rows.device}, the cache {pages.dtype} "
+                f"{tuple(pages.shape)} on {pages.device}; heads, width, dtype and device must be the same"
+            )
+
+
 def check_scale(softmax_scale: float) -> None:
     """
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vexact.ops.attention.checks import readable
+from vexact.ops.attention.checks import check_pages, readable
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
 from vexact.ops.attention.packed import packed_attention
 from vexact.ops.checks import check_per_row
@@ -47,7 +47,14 @@ def attention(
         raise ValueError("attention: paged metadata needs kv_cache=(k_cache, v_cache)")
     check_per_row("attention", q.shape[0], torch.int64, slot_mapping=metadata.slot_mapping)
     write_kv(k, v, kv_cache, metadata.slot_mapping)
-    return backend("attention", q).paged_forward(
+    return cached_attention(q, metadata, softmax_scale, kv_cache, causal)
+
+
+def cached_attention(
+    q: Tensor, metadata: PagedMetadata, softmax_scale: float, kv_cache: KVCache, causal: bool = True
+) -> Tensor:
+    """:func:`attention` of queries (T, Hq, D) whose keys and values have been written -> (T, Hq, Dv)."""
+    out: Tensor = backend("attention", q).paged_forward(
         q,
         *kv_cache,
         metadata.cu_seqlens_q,
@@ -58,6 +65,7 @@ def attention(
         softmax_scale,
         causal,
     )[0]
+    return out
 
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slot_mapping: Tensor) -> None:
@@ -66,10 +74,5 @@ def write_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slot_mapping: Tensor) -> N
     Raises:
         ValueError: heads, widths or dtypes are not those of the cache.
     """
-    for name, rows, pages in (("keys", k, kv_cache[0]), ("values", v, kv_cache[1])):
-        if rows.shape[1:] != pages.shape[2:] or rows.dtype != pages.dtype:
-            raise ValueError(
-                f"write_kv: {name} are {rows.dtype} {tuple(rows.shape)}, the cache {pages.dtype} {tuple(pages.shape)}; "
-                "heads, width and dtype must be the same"
-            )
+    check_pages("write_kv", k, v, kv_cache)
     backend("attention", k).write_kv(k, v, *kv_cache, slot_mapping)

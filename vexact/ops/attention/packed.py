@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.attention.checks import check_ends
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
@@ -40,7 +41,7 @@ def packed_attention(
     check_ends("cu_seqlens_q", cu_seqlens_q)
     check_ends("cu_seqlens_k", cu_seqlens_k, like=cu_seqlens_q)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _PackedAttention.apply(q, k, v, lengths, softmax_scale, causal)
+    return apply(_PackedAttention, q, k, v, lengths, softmax_scale, causal)
 
 
 class _PackedAttention(torch.autograd.Function):

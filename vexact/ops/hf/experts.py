@@ -63,5 +63,7 @@ def _refuse_other_forms(layer: Any) -> None:
             raise ValueError(f"{NAME}: {kind} has {name}={not expected}, which is not supported; use experts 'eager'")
     if not isinstance(layer.act_fn, (nn.SiLU, SiLUActivation)):
         raise ValueError(f"{NAME}: {kind} has {type(layer.act_fn).__name__}; only SiLU experts are supported")
-    if type(layer)._apply_gate is not moe._default_apply_gate:
+    if getattr(type(layer), "_apply_gate", moe._default_apply_gate) is not moe._default_apply_gate:
         raise ValueError(f"{NAME}: {kind} has a gate of its own (_apply_gate), which is not supported")
+    if getattr(layer, "limit", None) is not None:
+        raise ValueError(f"{NAME}: {kind} clamps gate and up to {layer.limit:g}, which is not supported")

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv
 
+_blocks, _merge = Launches(), Launches()
 BLOCK = 64  # decides bits
 QUARTER_LEVELS = (BLOCK // 4).bit_length() - 1
 BLOCKS_PER_PROGRAM = 32
@@ -185,21 +187,17 @@ def token_logprobs(
     states = empty_states(rows, vocabulary, logits.device)
     blocks = states.shape[2]
     if rows:
-        # Without fusion each product is rounded where it is written, in every binary that forms a state.
-        block_states_kernel[(rows, cdiv(blocks, BLOCKS_PER_PROGRAM))](
-            logits,
-            inv_temperature.contiguous(),
-            min_logit.contiguous(),
-            *states,
-            vocabulary,
-            logits.stride(0),
-            blocks,
-            BLOCK=BLOCK,
-            QUARTER_LEVELS=QUARTER_LEVELS,
-            BLOCKS_PER_PROGRAM=BLOCKS_PER_PROGRAM,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        tensors = logits, inv_temperature.contiguous(), min_logit.contiguous(), *states
+        sizes = vocabulary, logits.stride(0), blocks
+
+        def call() -> Call:
+            tile = {"BLOCK": BLOCK, "QUARTER_LEVELS": QUARTER_LEVELS, "BLOCKS_PER_PROGRAM": BLOCKS_PER_PROGRAM}
+            grid = rows, cdiv(blocks, BLOCKS_PER_PROGRAM)
+            # Without fusion each product is rounded where it is written, in every binary that forms a state.
+            options = {"num_warps": 4, "enable_fp_fusion": False}
+            return Call(block_states_kernel, grid, (*tensors, *sizes), {**tile, **options})
+
+        _blocks((rows, *sizes), tensors, call)
     return merge_states(states, logits, token_ids, inv_temperature, min_logit, vocabulary, gather=True)
 
 
@@ -216,21 +214,14 @@ def merge_states(
     rows, blocks = states.shape[1:]
     logprobs, lse, entropy = (torch.empty(rows, dtype=torch.float32, device=states.device) for _ in range(3))
     if rows:
-        merge_states_kernel[(rows,)](
-            *states,
-            chosen,
-            token_ids.contiguous(),
-            inv_temperature.contiguous(),
-            min_logit.contiguous(),
-            logprobs,
-            lse,
-            entropy,
-            vocabulary,
-            chosen.stride(0),
-            blocks,
-            LEVELS=max((blocks - 1).bit_length(), 1),
-            GATHER=gather,
-            num_warps=MERGE_WARPS,
-            enable_fp_fusion=False,
-        )
+        vectors = token_ids.contiguous(), inv_temperature.contiguous(), min_logit.contiguous()
+        tensors = *states, chosen, *vectors, logprobs, lse, entropy
+        sizes = vocabulary, chosen.stride(0), blocks
+
+        def call() -> Call:
+            levels = {"LEVELS": max((blocks - 1).bit_length(), 1), "GATHER": gather}
+            options = {"num_warps": MERGE_WARPS, "enable_fp_fusion": False}
+            return Call(merge_states_kernel, (rows,), (*tensors, *sizes), {**levels, **options})
+
+        _merge((rows, *sizes, token_ids.dtype, gather), tensors, call)
     return logprobs, lse, entropy

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.rope import head_tile, launch_config, load_halves, packed_heads, store_rotated, token_angles
+
+_launches = Launches()
 
 
 @triton.jit
-def _normalize(first, second, first_weight, second_weight, eps, HALF: tl.constexpr):
+def normalize(first, second, first_weight, second_weight, eps, HALF: tl.constexpr):
     """Normalised halves (BLOCK_HEADS, BLOCK_HALF) of the input dtype, rounded before and after the weight, and rstd."""
     dtype = first.dtype
     first, second = first.to(tl.float32), second.to(tl.float32)
@@ -61,9 +64,9 @@ def _qk_norm_rope_kernel(
     k_first_weight, k_second_weight = load_halves(k_weight_ptr + lanes, lanes < HALF, HALF)
     cos, sin = token_angles(cos_sin_ptr, position, num_positions, HALF, BLOCK_HALF)
 
-    q_first, q_second, q_rstd = _normalize(q_first, q_second, q_first_weight, q_second_weight, eps, HALF)
+    q_first, q_second, q_rstd = normalize(q_first, q_second, q_first_weight, q_second_weight, eps, HALF)
     store_rotated(q_out_ptr + token * (HQ * 2 * HALF) + q_tile, q_first, q_second, cos, sin, q_mask, HALF)
-    k_first, k_second, k_rstd = _normalize(k_first, k_second, k_first_weight, k_second_weight, eps, HALF)
+    k_first, k_second, k_rstd = normalize(k_first, k_second, k_first_weight, k_second_weight, eps, HALF)
     store_rotated(k_out_ptr + token * (HKV * 2 * HALF) + k_tile, k_first, k_second, cos, sin, k_mask, HALF)
 
     # Last, because their layout goes through shared memory: nothing waits for these barriers.
@@ -85,32 +88,29 @@ def forward(
         Contiguous q' and k' of the input dtype, and the rstd of their heads, (T, Hq) and (T, Hkv) fp32.
     """
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
-    q, k = _readable(q), _readable(k)
+    q, k = readable(q), readable(k)
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
-    _qk_norm_rope_kernel[(num_tokens,)](
-        q,
-        k,
-        q_weight,
-        k_weight,
-        positions.contiguous(),
-        cos_sin.contiguous(),
-        *outputs,
-        *rstds,
-        q.stride(0),
-        k.stride(0),
-        cos_sin.shape[0],
-        eps,
-        HQ=num_q_heads,
-        HKV=num_kv_heads,
-        HALF=head_dim // 2,
-        **launch_config(num_q_heads, num_kv_heads, head_dim),
-        enable_fp_fusion=False,
+    tensors = q, k, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), *outputs, *rstds
+    sizes = q.stride(0), k.stride(0), cos_sin.shape[0]
+    _launches(
+        (*q.shape, num_kv_heads, *sizes, q.dtype, positions.dtype, eps),
+        tensors,
+        lambda: Call(
+            _qk_norm_rope_kernel,
+            (num_tokens,),
+            (*tensors, *sizes, eps),
+            {
+                **{"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2},
+                **launch_config(num_q_heads, num_kv_heads, head_dim),
+                "enable_fp_fusion": False,
+            },
+        ),
     )
     return outputs[0], outputs[1], rstds[0], rstds[1]
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """``x`` (T, heads, D) with one token's heads adjacent and aligned in memory; copies only if they are not.
 
     Triton compiles another layout, and so another order of additions, for rows that are not 16-byte aligned.

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
+_forward, _backward, _partials = Launches(), Launches(), Launches()
 PARTIAL_CONFIG = {"BLOCK_P": 256, "BLOCK_D": 16, "num_warps": 4}
 
 
@@ -152,7 +154,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     x = _aligned(x)
     y = torch.empty_like(x)
-    return y, _launch_forward(x, x, weight, y, x, eps, has_residual=False)
+    return y, _launch_forward(x, None, weight, y, None, eps)
 
 
 def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +168,7 @@ def add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     """
     x, residual = _aligned(x), _aligned(residual)
     y, total = torch.empty_like(x), torch.empty_like(x)
-    return y, total, _launch_forward(x, residual, weight, y, total, eps, has_residual=True)
+    return y, total, _launch_forward(x, residual, weight, y, total, eps)
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,45 +186,50 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
     num_blocks = cdiv(num_rows, rows_per_block)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
     partial = torch.empty((num_blocks, width), dtype=torch.float32, device=x.device)
-    _backward_kernel[(num_blocks,)](
-        dy,
-        x,
-        weight,
-        rstd,
-        dx,
-        partial,
-        num_rows,
-        rows_per_block,
-        D=width,
-        **backward_config(width),
-        enable_fp_fusion=False,
+    tensors = dy, x, weight, rstd, dx, partial
+    _backward(
+        (num_rows, width, x.dtype, weight.dtype),
+        tensors,
+        lambda: Call(
+            _backward_kernel,
+            (num_blocks,),
+            (*tensors, num_rows, rows_per_block),
+            {"D": width, **backward_config(width), "enable_fp_fusion": False},
+        ),
     )
-    _sum_partials_kernel[(cdiv(width, PARTIAL_CONFIG["BLOCK_D"]),)](
-        partial, dweight, num_blocks, D=width, **PARTIAL_CONFIG, enable_fp_fusion=False
+    _partials(
+        (num_blocks, width, weight.dtype),
+        (partial, dweight),
+        lambda: Call(
+            _sum_partials_kernel,
+            (cdiv(width, PARTIAL_CONFIG["BLOCK_D"]),),
+            (partial, dweight, num_blocks),
+            {"D": width, **PARTIAL_CONFIG, "enable_fp_fusion": False},
+        ),
     )
     return dx, dweight
 
 
 def _launch_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, total: Tensor, eps: float, *, has_residual: bool
+    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float
 ) -> Tensor:
     num_rows, width = x.shape
-    config = forward_config(width)
+    weight = _aligned(weight)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    _forward_kernel[(cdiv(num_rows, config["BLOCK_M"]),)](
-        x,
-        residual,
-        _aligned(weight),
-        y,
-        total,
-        rstd,
-        num_rows,
-        eps,
-        D=width,
-        HAS_RESIDUAL=has_residual,
-        **config,
-        enable_fp_fusion=False,
-    )
+
+    def call() -> Call:
+        config = forward_config(width)
+        return Call(
+            _forward_kernel,
+            (cdiv(num_rows, config["BLOCK_M"]),),
+            (x, x if residual is None else residual, weight, y, x if total is None else total, rstd, num_rows, eps),
+            {"D": width, "HAS_RESIDUAL": residual is not None, **config, "enable_fp_fusion": False},
+        )
+
+    if residual is None or total is None:
+        _forward((num_rows, width, x.dtype, weight.dtype, eps), (x, weight, y, rstd), call)
+    else:
+        _forward((num_rows, width, x.dtype, weight.dtype, eps, "add"), (x, residual, weight, y, total, rstd), call)
     return rstd
 
 

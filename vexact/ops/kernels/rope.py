@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import next_power_of_2
+
+_rope = Launches()
 
 
 @triton.jit
@@ -111,22 +114,21 @@ def forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inverse: b
     q, k = packed_heads(q), packed_heads(k)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    _rope_kernel[(num_tokens,)](
-        q,
-        k,
-        positions.contiguous(),
-        cos_sin.contiguous(),
-        q_out,
-        k_out,
-        q.stride(0),
-        k.stride(0),
-        cos_sin.shape[0],
-        HQ=num_q_heads,
-        HKV=num_kv_heads,
-        HALF=head_dim // 2,
-        INVERSE=inverse,
-        **launch_config(num_q_heads, num_kv_heads, head_dim),
-        enable_fp_fusion=False,
+    tensors = q, k, positions.contiguous(), cos_sin.contiguous(), q_out, k_out
+    sizes = q.stride(0), k.stride(0), cos_sin.shape[0]
+    _rope(
+        (*q.shape, num_kv_heads, *sizes, q.dtype, positions.dtype, inverse),
+        tensors,
+        lambda: Call(
+            _rope_kernel,
+            (num_tokens,),
+            (*tensors, *sizes),
+            {
+                **{"HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2, "INVERSE": inverse},
+                **launch_config(num_q_heads, num_kv_heads, head_dim),
+                "enable_fp_fusion": False,
+            },
+        ),
     )
     return q_out, k_out
 

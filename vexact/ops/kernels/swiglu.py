@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv, column_blocks
+
+_forward, _backward = Launches(), Launches()
 
 
 @triton.jit
@@ -59,9 +64,8 @@ def forward(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of ``[gate | up]`` (M, 2I) contiguous -> (M, I) in the same dtype."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    config = column_blocks(width)
-    grid = (num_rows, cdiv(width, config["BLOCK"]))
-    _forward_kernel[grid](gate_up, out, I=width, **config, enable_fp_fusion=False)
+    tensors = gate_up, out
+    _forward((num_rows, width, out.dtype), tensors, lambda: _call(_forward_kernel, tensors, num_rows, width))
     return out
 
 
@@ -69,7 +73,12 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient (M, 2I) of :func:`forward` from ``dy`` (M, I) and its input, both contiguous."""
     num_rows, width = dy.shape
     grad = torch.empty_like(gate_up)
-    config = column_blocks(width)
-    grid = (num_rows, cdiv(width, config["BLOCK"]))
-    _backward_kernel[grid](dy, gate_up, grad, I=width, **config, enable_fp_fusion=False)
+    tensors = dy, gate_up, grad
+    _backward((num_rows, width, grad.dtype), tensors, lambda: _call(_backward_kernel, tensors, num_rows, width))
     return grad
+
+
+def _call(kernel: Any, tensors: tuple[Tensor, ...], num_rows: int, width: int) -> Call:
+    config = column_blocks(width)
+    grid = num_rows, cdiv(width, config["BLOCK"])
+    return Call(kernel, grid, tensors, {"I": width, **config, "enable_fp_fusion": False})

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 from vexact.ops.moe.checks import check_groups
 from vexact.ops.moe.groups import ExpertGroups
@@ -42,7 +43,7 @@ def combine(y: Tensor, weights: Tensor, groups: ExpertGroups, shared: Tensor | N
         raise ValueError(f"combine: y is on {y.device} but weights is on {weights.device}")
     if shared is not None and shared.shape != (tokens, y.shape[1]):
         raise ValueError(f"combine: shared is {tuple(shared.shape)}, expected {(tokens, y.shape[1])}")
-    return _Combine.apply(y, weights, groups.slots, shared)
+    return apply(_Combine, y, weights, groups.slots, shared)
 
 
 def combine_reference(y: Tensor, weights: Tensor, groups: ExpertGroups, shared: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import check_dims, check_floats
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 from vexact.ops.moe.checks import check_groups
 from vexact.ops.moe.groups import ExpertGroups
@@ -32,7 +33,7 @@ def grouped_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gather: b
         ValueError: sizes, dtypes or devices that do not fit together.
     """
     check_grouped_linear("grouped_linear", x, weight, groups, gather)
-    return _GroupedLinear.apply(x, weight, *groups, gather)
+    return apply(_GroupedLinear, x, weight, *groups, gather)
 
 
 def check_grouped_linear(op: str, x: Tensor, weight: Tensor, groups: ExpertGroups, gather: bool) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vexact.ops.checks import FLOATS, check_dims, check_per_row
+from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 SCORINGS = ("softmax", "sigmoid")
@@ -60,7 +61,7 @@ def route(
     settings = top_k, scoring, num_groups, top_groups, normalize, float(scale), round_to, salt
     check_route("route", logits, bias, digest, *settings)
     bias = None if bias is None else bias.detach()
-    return Routes(*_Route.apply(logits, bias, digest, *settings))
+    return Routes(*apply(_Route, logits, bias, digest, *settings))
 
 
 def check_route(

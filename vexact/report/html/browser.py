@@ -96,8 +96,8 @@ def _sample(line: str) -> dict[str, Any] | None:
 
 
 def _tokens(record: dict[str, Any], shown: int) -> list[list[float | None]]:
-    """[characters, log-probability] of the tokens of the response's first ``shown`` characters; [] if they are not
-    there or do not add up to the response."""
+    """[characters, log-probability] of the tokens of the response's first ``shown`` characters, and a 1 behind where
+    the bits differ; [] if they are not there or do not add up to the response."""
     lengths, logprobs = record.get("token_lengths"), record.get("logprobs")
     if not isinstance(lengths, list) or not isinstance(logprobs, list) or len(lengths) != len(logprobs):
         return []
@@ -105,12 +105,15 @@ def _tokens(record: dict[str, Any], shown: int) -> list[list[float | None]]:
         record["response"]
     ):
         return []
-    tokens, end = [], 0
-    for length, logprob in zip(lengths, logprobs, strict=True):
+    different = record.get("different")
+    marked = {place for place in different if isinstance(place, int)} if isinstance(different, list) else set()
+    tokens: list[list[float | None]] = []
+    end = 0
+    for place, (length, logprob) in enumerate(zip(lengths, logprobs, strict=True)):
         end += length
         if end > shown:
             break
-        tokens.append([length, logprob if _is_finite(logprob) else None])
+        tokens.append([length, logprob if _is_finite(logprob) else None, *([1] if place in marked else [])])
     return tokens
 
 

@@ -12,9 +12,9 @@ from plotly import graph_objects as go
 from plotly.io import templates
 
 from vexact.report.html.groups import Band, Group
-from vexact.report.html.panels import Panel, step_parts
 from vexact.report.html.record import Series
 from vexact.report.html.thin import kept_points, running_mean, stretch_means
+from vexact.report.panels import Panel, step_parts
 
 PALETTE = ("#2a6fbb", "#d9731a", "#2b8a5f", "#b8405e", "#7c5cbf", "#8a6d3b", "#c759a6", "#5b6b7a", "#9aa41f", "#1f9aa8")
 _DASHES = ("solid", "dot", "dash", "longdash", "dashdot")
@@ -43,6 +43,7 @@ def curves(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> dict[
 
     Groups have colours, metrics have dashes; of one group, metrics have colours.
     """
+    steps: set[int] = set()
     limit = max(100, min(_MOST_POINTS, _POINTS_OF_ALL // max(1, len(groups) * len(names))))
     figure, shown = go.Figure(), []
     for place, group in enumerate(groups):
@@ -50,6 +51,7 @@ def curves(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> dict[
             band = group.band(name)
             if band is None:
                 continue
+            steps |= {int(band.steps[0]), int(band.steps[-1])}
             if panel.sums:
                 band = _sum_so_far(band)
             style = _Style(
@@ -64,10 +66,18 @@ def curves(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> dict[
             shown += [band.mean, *(seed.values for seed in seeds)]
     figure.update_layout(
         **_LAYOUT,
-        xaxis={"title": {"text": "step"}},
+        xaxis={"title": {"text": "step"}, **_whole_steps(steps)},
         yaxis={"title": {"text": panel.unit}, "range": _range(panel, shown), "exponentformat": "power"},
     )
     return _plain(figure)
+
+
+def _whole_steps(ends: set[int]) -> dict[str, Any]:
+    """An axis of few steps has ticks at steps only."""
+    first, last = min(ends, default=0), max(ends, default=0)
+    if first == last:
+        return {"dtick": 1, "range": [first - 0.5, last + 0.5]}
+    return {"dtick": 1} if last - first < 8 else {}
 
 
 class _Style(NamedTuple):

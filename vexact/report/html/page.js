@@ -51,11 +51,11 @@ function tint(logprob) {
   return `rgba(214, 69, 44, ${Math.min(0.75, -logprob / 6).toFixed(3)})`;
 }
 
-function tokenSpan(text, logprob) {
-  const span = element("span", "", text);
+function tokenSpan(text, logprob, differs) {
+  const span = element("span", differs ? "differs-here" : "", text);
   span.style.backgroundColor = tint(logprob);
   const odds = logprob === null ? "not finite" : `${logprob.toFixed(3)}, probability ${(100 * Math.exp(logprob)).toFixed(1)} %`;
-  span.title = `log-probability ${odds}`;
+  span.title = `log-probability ${odds}${differs ? "; its bits differ between rollout and training" : ""}`;
   return span;
 }
 
@@ -64,9 +64,9 @@ function response(sample) {
   const place = element("pre", "response");
   const characters = Array.from(sample.response);
   let start = 0;
-  for (const [length, logprob] of sample.tokens || []) {
+  for (const [length, logprob, differs] of sample.tokens || []) {
     const text = characters.slice(start, start + length).join("");
-    place.append(tokenSpan(length ? text : "·", logprob));
+    place.append(tokenSpan(length ? text : "·", logprob, differs));
     start += length;
   }
   place.append(characters.slice(start).join(""));
@@ -75,11 +75,13 @@ function response(sample) {
 }
 
 function card(sample) {
+  const different = (sample.tokens || []).filter((token) => token[2]).length;
   const facts = [`score ${sample.score === null ? "none" : Number(sample.score.toPrecision(6))}`];
   for (const [key, value] of Object.entries(sample.extra || {})) facts.push(`${key} ${Number(value.toPrecision(6))}`);
   for (const key of ["status", "finish_reason", "num_tokens", "data_source", "row", "weights_version"]) {
     if (sample[key] !== undefined && sample[key] !== null) facts.push(`${key.replaceAll("_", " ")} ${sample[key]}`);
   }
+  if (different) facts.push(different === 1 ? "1 token differs" : `${different} tokens differ`);
   const head = element("div", "sample-head", element("b", "", facts[0]), ...facts.slice(1).map((fact) => element("span", "", fact)));
   const made = element("article", "sample", head);
   if (sample.prompt !== undefined) made.append(element("pre", "prompt", sample.prompt));

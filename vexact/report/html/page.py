@@ -18,9 +18,9 @@ from jinja2 import Environment, StrictUndefined
 from vexact.report.html import tables
 from vexact.report.html.browser import sample_pages
 from vexact.report.html.groups import Group, grouped, metric_names
-from vexact.report.html.panels import PARTS, SECTIONS, Panel
 from vexact.report.html.record import RunRecord
 from vexact.report.names import describe
+from vexact.report.panels import PARTS, SECTIONS, Panel
 
 FILE_NAME = "report.html"
 
@@ -92,6 +92,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         overview=tables.overview(groups),
         problems=[(run.name, problem) for run in ordered for problem in run.problems],
         sections=sections,
+        divergences=[(run.name, run.divergence) for run in ordered if run.divergence],
         tables={
             "Certificate": tables.certificates(ordered),
             "Environment": tables.environments(ordered),

@@ -17,6 +17,8 @@ import yaml
 from vexact.report.jsonl import FILE_NAME as METRICS_FILE
 
 CONFIG_FILE, CERTIFICATE_FILE, ENVIRONMENT_FILE = "config.yaml", "certificate.json", "environment.json"
+DIVERGENCE_FILE = "divergence.txt"
+_MOST_CHARACTERS = 20_000  # of it
 _SAMPLE_FILE = re.compile(r"(step|val)_(\d{1,15})\.jsonl")
 _LARGEST_STEP = 2**53  # a page's numbers are doubles
 
@@ -54,6 +56,7 @@ class RunRecord:
     environment: Mapping[str, Any]
     sample_files: tuple[SampleFile, ...]
     problems: tuple[str, ...] = field(default=())
+    divergence: str = ""  # where rollout and trainer part, of a run that this stopped
 
     @property
     def total_steps(self) -> int | None:
@@ -105,6 +108,7 @@ def read_run(path: str | Path) -> RunRecord:
         environment=_flat(_loaded(place / ENVIRONMENT_FILE, problems)),
         sample_files=_sample_files(place / "samples"),
         problems=tuple(problems),
+        divergence=_text(place / DIVERGENCE_FILE),
     )
 
 
@@ -174,6 +178,15 @@ def _loaded(file: Path, problems: list[str]) -> Any:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}")
     return {}
+
+
+def _text(file: Path) -> str:
+    """The beginning of a file that few runs have."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            return lines.read(_MOST_CHARACTERS).strip()
+    except OSError:
+        return ""
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -42,11 +42,12 @@ class DecodeGraphs:
         buckets: DecodeBuckets,
         *,
         page_size: int,
+        num_slots: int,
         device: torch.device,
         new_capture: Callable[[], Capture],
     ) -> None:
         self._buckets = buckets
-        self._inputs = DecodeInputs(device, page_size)
+        self._inputs = DecodeInputs(device, page_size, num_slots)
         self._state = ModelState(model)
         self._new_capture = new_capture
         self._capture: Capture | None = None
@@ -136,7 +137,12 @@ def decode_graphs(
         batch_buckets(most, config.cudagraph_capture_sizes), key_buckets(_attention_chunk(model), max_model_len)
     )
     return DecodeGraphs(
-        model, buckets, page_size=config.page_size, device=device, new_capture=lambda: CudaCapture(device)
+        model,
+        buckets,
+        page_size=config.page_size,
+        num_slots=config.max_num_seqs,
+        device=device,
+        new_capture=lambda: CudaCapture(device),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from vexact.rollout.execution.decode_buckets import GraphKey
 from vexact.rollout.execution.runner_inputs import RunnerInputs
-from vexact.rollout.execution.staging import StagingBuffer, packed_bytes, unpack
+from vexact.rollout.execution.staging import PinnedBuffer, packed_bytes, unpack
 from vexact.rollout.scheduling.batch import Batch
 from vexact.rollout.scheduling.state import NO_PAGE
 
@@ -19,6 +21,7 @@ _NO_SLOT = -1  # keys and values of such a row are written nowhere
 _PADDING = {
     "input_ids": 0,
     "positions": 0,
+    "sample_slots": 0,  # of which only the real ones are used
     "slot_mapping": _NO_SLOT,
     "seqused_k": 0,
     "temperature": 0,
@@ -33,47 +36,68 @@ _PADDING = {
 class DecodeInputs:
     """One set of device tensors per graph, overwritten by one copy per step."""
 
-    def __init__(self, device: torch.device, page_size: int) -> None:
+    def __init__(self, device: torch.device, page_size: int, num_slots: int) -> None:
         self._device = device
         self._page_size = page_size
-        self._staging = StagingBuffer(device)
-        self._static: dict[GraphKey, tuple[Tensor, RunnerInputs]] = {}
+        self._padding = _PADDING | {"token_sources": num_slots}
+        self._static: dict[GraphKey, _GraphInputs] = {}
 
     def load(self, batch: Batch, key: GraphKey) -> RunnerInputs:
         """Fill the tensors of ``key`` with a pure decode step and padding, every element of them."""
-        arrays = padded_arrays(batch, key, self._page_size)
         if key not in self._static:
-            self._static[key] = self._allocate(arrays, key)
-        buffer, inputs = self._static[key]
-        self._staging.copy(arrays, buffer)
-        return replace(inputs, num_sampled=batch.num_tokens)
+            self._static[key] = _GraphInputs(self._blank(batch, key), key, self._device)
+        return self._static[key].load(batch, self._padding)
 
-    def _allocate(self, arrays: dict[str, np.ndarray], key: GraphKey) -> tuple[Tensor, RunnerInputs]:
-        buffer = torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=self._device)
-        inputs = RunnerInputs.of(
-            unpack(buffer, arrays),
+    def _blank(self, batch: Batch, key: GraphKey) -> dict[str, np.ndarray]:
+        """Arrays of the shapes and dtypes that the graph reads."""
+        num_rows = key.batch_size
+        arrays = {name: np.zeros(num_rows, getattr(batch, name).dtype) for name in self._padding}
+        arrays["block_table"] = np.zeros((num_rows, -(-key.num_keys // self._page_size)), np.int32)
+        arrays["cu_seqlens_q"] = np.arange(num_rows + 1, dtype=np.int32)
+        return arrays
+
+
+class _GraphInputs:
+    """What one graph reads: on the device, and twice on the host, where one is filled while the other is copied."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], key: GraphKey, device: torch.device) -> None:
+        self.buffer = torch.empty(packed_bytes(arrays), dtype=torch.uint8, device=device)
+        self._inputs = RunnerInputs.of(
+            unpack(self.buffer, arrays),
             max_seqlen_q=1,
             max_seqlen_k=key.num_keys,
             num_sampled=key.batch_size,
             all_rows_sampled=True,
             graph=key,
         )
-        return buffer, inputs
+        self._hosts = cycle([_HostInputs(arrays, device), _HostInputs(arrays, device)])
+
+    def load(self, batch: Batch, padding: Mapping[str, int]) -> RunnerInputs:
+        next(self._hosts).copy_to(self.buffer, batch, padding)
+        return replace(self._inputs, num_sampled=batch.num_tokens)
 
 
-def padded_arrays(batch: Batch, key: GraphKey, page_size: int) -> dict[str, np.ndarray]:
-    """The arrays of ``batch``, one new and sampled token per sequence, with ``key.batch_size`` rows."""
-    num_rows, num_real = key.batch_size, batch.num_tokens
-    arrays = {name: _padded(getattr(batch, name), num_rows, fill) for name, fill in _PADDING.items()}
-    table = np.full((num_rows, -(-key.num_keys // page_size)), NO_PAGE, np.int32)
-    num_pages = min(table.shape[1], batch.block_table.shape[1])  # pages held in advance may be more than are read
-    table[:num_real, :num_pages] = batch.block_table[:, :num_pages]
-    arrays["block_table"] = table
-    arrays["cu_seqlens_q"] = np.arange(num_rows + 1, dtype=np.int32)
-    return arrays
+class _HostInputs:
+    """Pinned memory in the layout of a graph's inputs."""
 
+    def __init__(self, arrays: dict[str, np.ndarray], device: torch.device) -> None:
+        self._pinned = PinnedBuffer(device)
+        self._packed = self._pinned.bytes(packed_bytes(arrays))
+        self._rows = {name: view.numpy() for name, view in unpack(self._packed, arrays).items()}
+        self._rows["cu_seqlens_q"][:] = arrays["cu_seqlens_q"]
+        self._table = self._rows["block_table"]
 
-def _padded(values: np.ndarray, num_rows: int, fill: int) -> np.ndarray:
-    out = np.full(num_rows, fill, values.dtype)
-    out[: len(values)] = values
-    return out
+    def copy_to(self, target: Tensor, batch: Batch, padding: Mapping[str, int]) -> None:
+        """The arrays of ``batch``, one new and sampled token per sequence, and padding in the rows beyond."""
+        self._pinned.wait()
+        num_real, table = batch.num_tokens, self._table
+        for name, fill in padding.items():
+            rows = self._rows[name]
+            rows[:num_real] = getattr(batch, name)
+            rows[num_real:] = fill
+        num_pages = min(table.shape[1], batch.block_table.shape[1])  # pages held in advance may be more than are read
+        table[:num_real, :num_pages] = batch.block_table[:, :num_pages]
+        table[:num_real, num_pages:] = NO_PAGE
+        table[num_real:] = NO_PAGE
+        target.copy_(self._packed, non_blocking=True)
+        self._pinned.record()

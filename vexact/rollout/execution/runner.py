@@ -14,20 +14,24 @@ from vexact.models.layers import Routing
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.execution.decode_graphs import DecodeGraphs
 from vexact.rollout.execution.kv_memory import KVMemory
+from vexact.rollout.execution.readback import PendingOutput, Readback
 from vexact.rollout.execution.runner_inputs import RunnerInputs
 from vexact.rollout.execution.staging import StagingBuffer
-from vexact.rollout.sampling.sampler import StepOutput, sample_tokens, to_host
+from vexact.rollout.execution.token_feed import TokenFeed
+from vexact.rollout.sampling.sampler import sample_tokens
 from vexact.rollout.scheduling.batch import Batch
 
 _KV_ALIGNMENT = 512  # bytes, as of an allocation of its own
 _STAGED = (
     "input_ids",
+    "token_sources",
     "positions",
     "slot_mapping",
     "cu_seqlens_q",
     "seqused_k",
     "block_table",
     "sample_rows",
+    "sample_slots",
     "temperature",
     "top_k",
     "top_p",
@@ -46,6 +50,7 @@ class ModelRunner:
         *,
         num_pages: int,
         page_size: int,
+        num_slots: int,
         device: torch.device,
         graphs: DecodeGraphs | None = None,
     ) -> None:
@@ -54,6 +59,8 @@ class ModelRunner:
         self.graphs = graphs  # None: every step runs eagerly
         self.on_logits: Callable[[Tensor, SamplingTensors], None] | None = None  # sees (S, V) fp32 before sampling
         self._staging = StagingBuffer(device) if device.type == "cuda" else None
+        self._feed = TokenFeed(num_slots, device)
+        self._readback = Readback(device)
         self._kv_memory, self._kv_caches = allocate_kv_caches(
             model, num_pages=num_pages, page_size=page_size, device=device
         )
@@ -79,9 +86,14 @@ class ModelRunner:
         """The cache again, zeroed, where graphs expect it; see ``KVMemory.resume``."""
         self._kv_memory.resume()
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody wants to see every sampled row, and none that nobody asked for."""
+        return self.on_logits is not None or self.on_sampled is not None
+
     def prepare(self, batch: Batch) -> RunnerInputs:
         """Batch to device tensors: one copy on CUDA, none on CPU."""
-        if self.graphs is not None and self.on_logits is None and self.on_sampled is None:
+        if self.graphs is not None and not self.is_watched:
             key = self.graphs.find(batch)
             if key is not None:
                 return self.graphs.load(batch, key)
@@ -99,14 +111,19 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def execute(self, inputs: RunnerInputs) -> StepOutput | None:
-        """Forward pass, then sampling of the complete sequences; None if the step only filled the cache."""
+    def execute(self, inputs: RunnerInputs) -> PendingOutput | None:
+        """Launch the forward pass, then sampling of the complete sequences; None if the step only fills the cache."""
         if inputs.graph is not None:
             assert self.graphs is not None
             sampled = self.graphs.run(inputs.graph, lambda: self._sampled(inputs, *self._forward(inputs)))
-            return to_host(sampled, inputs.num_sampled)
-        hidden, digest = self._forward(inputs)
-        return to_host(self._sampled(inputs, hidden, digest)) if inputs.num_sampled else None
+        else:
+            hidden, digest = self._forward(inputs)
+            if not inputs.num_sampled:
+                return None
+            sampled = self._sampled(inputs, hidden, digest)
+        count = inputs.num_sampled
+        self._feed.keep(inputs.sample_slots[:count], sampled[0, :count])
+        return self._readback.start(sampled, count)
 
     def refresh(self) -> None:
         """Notice a model whose weights moved to other memory while nothing ran."""
@@ -122,7 +139,8 @@ class ModelRunner:
 
     def _forward(self, inputs: RunnerInputs) -> tuple[Tensor, Tensor | None]:
         """Hidden states (T, H), and what experts each token chose, (T,) int64, if there are any."""
-        args = inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches
+        input_ids = self._feed.fill(inputs.input_ids, inputs.token_sources)
+        args = input_ids, inputs.positions, inputs.attention, self.kv_caches
         if not self._chooses_experts:
             return self._model(*args), None
         digest = torch.zeros_like(inputs.input_ids)

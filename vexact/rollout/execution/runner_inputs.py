@@ -21,10 +21,12 @@ class RunnerInputs:
     """
 
     input_ids: Tensor  # (T,) int64
+    token_sources: Tensor  # (T,) int64, see Batch
     positions: Tensor  # (T,) int64
     attention: PagedMetadata
     sample_rows: Tensor | None  # (S,) int64; None: every row is sampled
     num_sampled: int
+    sample_slots: Tensor  # (S,) int64
     sampling: SamplingTensors  # each (S,)
     graph: GraphKey | None = None
 
@@ -57,4 +59,14 @@ class RunnerInputs:
             position=tensors["sample_positions"],
         )
         rows = None if all_rows_sampled else tensors["sample_rows"]
-        return cls(tensors["input_ids"], tensors["positions"], attention, rows, num_sampled, sampling, graph)
+        return cls(
+            input_ids=tensors["input_ids"],
+            token_sources=tensors["token_sources"],
+            positions=tensors["positions"],
+            attention=attention,
+            sample_rows=rows,
+            num_sampled=num_sampled,
+            sample_slots=tensors["sample_slots"],
+            sampling=sampling,
+            graph=graph,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -10,20 +11,44 @@ import torch
 _ALIGNMENT = 16  # bytes; keeps every device view aligned for vector loads
 
 
+class PinnedBuffer:
+    """Host memory for copies to or from ``device`` that nobody waits for, and the last of these copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_pinned = device.type == "cuda"
+        self._memory = self._new(1 << 16)
+        self._copied = torch.cuda.Event() if self._is_pinned else None
+
+    def _new(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+
+    def bytes(self, count: int) -> torch.Tensor:
+        """(count,) uint8. Nothing may be on its way to or from the buffer: see ``wait``."""
+        if count > self._memory.numel():
+            self._memory = self._new(2 * count)
+        return self._memory[:count]
+
+    def record(self) -> None:
+        """The copy that ``wait`` waits for has been launched."""
+        if self._copied is not None:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Until what was launched before the last ``record`` is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
 class StagingBuffer:
     """Packs numpy arrays into one pinned buffer and copies that to the device.
 
-    The buffer is reused: a copy first waits until the one before it has left the buffer. A step that only fills the
-    cache has no result the engine would wait for.
+    There are two buffers, used in turn: while the device reads one, the host fills the other for the step to come. A
+    copy first waits until the one before the last has left its buffer.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host = self._new(1 << 16)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def _new(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._buffers = cycle([PinnedBuffer(device), PinnedBuffer(device)])
 
     def upload(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """New device tensors with the values, shapes and dtypes of ``arrays``."""
@@ -33,18 +58,13 @@ class StagingBuffer:
 
     def copy(self, arrays: Mapping[str, np.ndarray], target: torch.Tensor) -> None:
         """Overwrites ``target`` (packed_bytes(arrays),) uint8 on the device; ``unpack`` shows the arrays in it."""
-        offsets, total = _layout(arrays)
-        if self._copied is not None:
-            self._copied.synchronize()
-        if total > self._host.numel():
-            self._host = self._new(2 * total)
-        host = self._host.numpy()
-        for name, array in arrays.items():
-            view = host[offsets[name] : offsets[name] + array.nbytes].view(array.dtype)
-            view.reshape(array.shape)[...] = array
-        target.copy_(self._host[:total], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        buffer = next(self._buffers)
+        buffer.wait()
+        packed = buffer.bytes(packed_bytes(arrays))
+        for name, view in unpack(packed, arrays).items():
+            view.numpy()[...] = arrays[name]
+        target.copy_(packed, non_blocking=True)
+        buffer.record()
 
 
 def packed_bytes(arrays: Mapping[str, np.ndarray]) -> int:

@@ -33,7 +33,7 @@ class Finisher:
         both over the length limit."""
         state = self._state
         stopped = (state.stop_ids[slots] == token_ids[:, None]).any(axis=1)
-        full = state.num_tokens[slots] >= state.max_total_tokens[slots]
+        full = state.num_known(slots) >= state.max_total_tokens[slots]
         candidates = np.flatnonzero(stopped | full | state.has_stop_strings[slots])
         for index in candidates.tolist():
             ending = self._ending(int(slots[index]), int(token_ids[index]), bool(stopped[index]), bool(full[index]))
@@ -52,6 +52,7 @@ class Finisher:
     def sample(self, request: Request, ending: Ending, weights_version: int) -> Sample:
         """The finished request (its slot already given back) as a Sample."""
         token_ids = tuple(request.token_ids[request.num_prompt_tokens :].tolist())
+        asked = request.prompt_logprobs
         return Sample(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -64,6 +65,7 @@ class Finisher:
             stop_reason=ending.stop_reason,
             text=self._text(token_ids, ending),
             route_digests=request.route_digests,
+            prompt_logprobs=None if asked is None or ending.reason == "abort" else asked.values(),
         )
 
     def _text(self, token_ids: tuple[int, ...], ending: Ending) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vexact.rollout.requests.request import Request, request_seed
 from vexact.rollout.requests.stop_strings import StopStringChecker, Tokenizer, special_tokens
+from vexact.rollout.sampling.prompt_scores import PromptLogprobs, PromptScorer
 from vexact.rollout.sampling.sampling_params import SamplingParams
 from vexact.rollout.scheduling.block_manager import BlockManager
 
@@ -28,6 +29,7 @@ class Intake:
         eos_token_ids: tuple[int, ...],
         tokenizer: Tokenizer | None,
         hash_pages: bool,
+        prompt_scorer: PromptScorer,
     ) -> None:
         self._blocks = blocks
         self._seed = seed
@@ -37,6 +39,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._specials = special_tokens(tokenizer)
         self._hash_pages = hash_pages
+        self._prompt_scorer = prompt_scorer
         self._in_use: set[str] = set()
         self.num_named = 0  # prompts that came without an id
 
@@ -59,6 +62,10 @@ class Intake:
                 raise ValueError(f"{what} id {given!r} must be a non-empty string")
         self._check_fits(name, len(token_ids), params)
         self._check_stops(name, params)
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            self._prompt_scorer.check(name, len(token_ids))
+            prompt_logprobs = PromptLogprobs(self._prompt_scorer, token_ids)
         ids = sample_ids(name, params.n)
         used = self._in_use.intersection(ids)
         if used:
@@ -68,7 +75,7 @@ class Intake:
             self._blocks.extend_keys(keys, token_ids, (len(token_ids) - 1) // self._blocks.page_size)
         prompt_token_ids = tuple(token_ids.tolist())
         requests = [
-            self._request(sample_id, draw, prompt_token_ids, token_ids, params, list(keys))
+            self._request(sample_id, draw, prompt_token_ids, token_ids, params, list(keys), prompt_logprobs)
             for sample_id, draw in zip(ids, sample_ids(drawn, params.n))
         ]
         self._in_use.update(ids)
@@ -83,6 +90,7 @@ class Intake:
         token_ids: np.ndarray,
         params: SamplingParams,
         page_keys: list[bytes],
+        prompt_logprobs: PromptLogprobs | None,
     ) -> Request:
         stop_token_ids = tuple(params.stop_token_ids or ())
         checker = None
@@ -98,6 +106,7 @@ class Intake:
             token_ids=token_ids,
             page_keys=page_keys,
             stop_checker=checker,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def forget(self, request: Request) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vexact.rollout.requests.stop_strings import StopStringChecker
+from vexact.rollout.sampling.prompt_scores import PromptLogprobs
 from vexact.rollout.sampling.sampling_params import SamplingParams
 from vexact.rollout.scheduling.block_manager import CachedPage
 from vexact.types import DrawSettings
@@ -44,6 +45,7 @@ class Request:
     min_logits: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # (N - prompt,) float32
     route_digests: np.ndarray | None = None  # (N - prompt,) int64 once it was preempted, where there are experts
     stop_checker: StopStringChecker | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # shared by the samples of a prompt
     slot: int = NO_SLOT
     pages: list[int] = field(default_factory=list)
     prefix: list[CachedPage] = field(default_factory=list)  # cache entries that stand for pages[: len(prefix)]

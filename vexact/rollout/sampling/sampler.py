@@ -72,8 +72,12 @@ def sample_tokens(logits: Tensor, params: SamplingTensors, route_digests: Tensor
     return torch.stack(columns)
 
 
-def to_host(packed: Tensor, num_rows: int | None = None) -> StepOutput:
-    """Wait for the device and unpack the first ``num_rows`` rows (default: all) of the result of ``sample_tokens``."""
-    host = packed.cpu().numpy()[:, :num_rows]
+def to_host(packed: Tensor) -> StepOutput:
+    """Wait for the device and unpack the result of ``sample_tokens``."""
+    return unpacked(packed.cpu().numpy())
+
+
+def unpacked(host: np.ndarray) -> StepOutput:
+    """The result of ``sample_tokens``, or some columns of it, once it is on the host. Shares its memory."""
     digests = None if len(host) == 3 else np.ascontiguousarray(host[3:].T).view(np.int64).squeeze(1)
     return StepOutput(host[0].astype(np.int64), host[1].view(np.float32), host[2].view(np.float32), digests)

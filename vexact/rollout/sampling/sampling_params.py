@@ -22,8 +22,9 @@ class SamplingParams:
     """Validated sampling parameters of one request.
 
     ``temperature=0`` is greedy. ``top_k <= 0``, ``top_p=1`` and ``min_p=0`` turn a filter off. ``seed=None`` takes the
-    engine's. ``stop`` cuts the returned text before the stop string; the token ids keep every sampled token. The last
-    eight are vLLM's, in the order of ``config/checks/refused_sampling.py``: values that would do something are refused.
+    engine's. ``stop`` cuts the returned text before the stop string; the token ids keep every sampled token.
+    ``prompt_logprobs=0`` has samples carry the log-probabilities of their prompt (``Sample.prompt_logprobs``). The last
+    seven are vLLM's, in the order of ``config/checks/refused_sampling.py``: values that would do something are refused.
 
     Raises ``ValueError`` naming the parameter, its value and the fix.
 
@@ -41,6 +42,7 @@ class SamplingParams:
     stop: str | Iterable[str] | None = None  # a tuple after construction
     stop_token_ids: Iterable[int] | None = None  # a tuple after construction
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
     min_tokens: InitVar[Any] = None
     logit_bias: InitVar[Any] = None
     repetition_penalty: InitVar[Any] = None
@@ -48,7 +50,6 @@ class SamplingParams:
     frequency_penalty: InitVar[Any] = None
     allowed_token_ids: InitVar[Any] = None
     bad_words: InitVar[Any] = None
-    prompt_logprobs: InitVar[Any] = None
 
     def __post_init__(self, *refused: Any) -> None:
         check_refused_sampling(dict(zip(REFUSED_SAMPLING, refused, strict=True)))
@@ -67,6 +68,12 @@ class SamplingParams:
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"sampling parameter ignore_eos={self.ignore_eos!r} must be True or False")
+        asked = self.prompt_logprobs
+        if asked is not None and (type(asked) is not int or asked != 0):
+            raise ValueError(
+                f"sampling parameter prompt_logprobs={asked!r:.80} must be None or 0: the engine gives the exact "
+                "log-probability of a prompt's own tokens and no alternatives"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

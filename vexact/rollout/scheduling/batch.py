@@ -18,7 +18,8 @@ class Batch:
     ``positions=[9, 2, 3, 4]``, ``cu_seqlens_q=[0, 1, 4]``, ``seqused_k=[10, 5]``, ``sample_rows=[0, 3]``.
     """
 
-    input_ids: np.ndarray  # (T,) int64
+    input_ids: np.ndarray  # (T,) int64, 0 where the device alone knows the token
+    token_sources: np.ndarray  # (T,) int64, there the slot that sampled it; elsewhere the number of slots
     positions: np.ndarray  # (T,) int64
     slot_mapping: np.ndarray  # (T,) int64, page * page_size + offset
     cu_seqlens_q: np.ndarray  # (B + 1,) int32
@@ -26,7 +27,7 @@ class Batch:
     block_table: np.ndarray  # (B, P) int32, -1 padded, P = most pages of any sequence here
     max_seqlen_q: int
     max_seqlen_k: int
-    sample_slots: np.ndarray  # (S,) int64, host only: where the results go
+    sample_slots: np.ndarray  # (S,) int64, where the results go
     sample_rows: np.ndarray  # (S,) int64, rows of T whose next token is sampled
     temperature: np.ndarray  # (S,) float32
     top_k: np.ndarray  # (S,) int32
@@ -59,10 +60,18 @@ def build_batch(state: SlotState, schedule: Schedule) -> Batch:
         positions = np.arange(ends[-1]) + np.repeat(start - (ends - num_new), num_new)
     page_index, offset = np.divmod(positions, state.page_size)
     pages = state.block_table[token_slots, page_index].astype(np.int64)
+    input_ids = state.token_ids[token_slots, positions]
+    token_sources = np.full(len(input_ids), len(state.requests))
+    pending = state.num_pending[slots] > 0  # then its only new token is the one on its way
+    if pending.any():
+        rows = ends[pending] - 1
+        input_ids[rows] = 0
+        token_sources[rows] = slots[pending]
     complete = stop == state.num_tokens[slots]
     sample_slots = slots[complete]
     return Batch(
-        input_ids=state.token_ids[token_slots, positions],
+        input_ids=input_ids,
+        token_sources=token_sources,
         positions=positions,
         slot_mapping=pages * state.page_size + offset,
         cu_seqlens_q=cu_seqlens_q,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from vexact.rollout.requests.request import Request
+from vexact.rollout.requests.request import NO_SLOT, Request
 from vexact.rollout.scheduling.block_manager import BlockManager, CachedPage, page_tokens
 from vexact.rollout.scheduling.state import SlotState
 
@@ -77,11 +77,20 @@ class Scheduler:
         """Take back requests that wait for their first step, whether they were added or not."""
         self._waiting = deque(request for request in self._waiting if request not in requests)
 
-    def schedule(self) -> Schedule:
-        """Grant pages to running requests, split the token budget, then admit. Changes nothing but page ownership."""
-        preempted = self._grow_running()
-        running = self._take_budget()
-        if preempted or not self._waiting or not self._state.num_free_slots:
+    def schedule(self, *, may_preempt: bool = True) -> Schedule | None:
+        """Grant pages to running requests, split the token budget, then admit. Changes nothing but page ownership.
+
+        Without ``may_preempt`` None if a running request would have to give its pages back: those with a token on its
+        way cannot, and the tokens that come may make it needless.
+        """
+        slots = self._unfilled()
+        short = self._short_of_pages(slots)
+        preempts = len(short) > self._blocks.num_available
+        if preempts and not may_preempt:
+            return None
+        self._grow_all(short)
+        running = self._take_budget(self._unfilled() if preempts else slots)
+        if preempts or not self._waiting or not self._state.num_free_slots:
             return running
         return self._admit(running)
 
@@ -90,18 +99,23 @@ class Scheduler:
             self._running_slots = np.array([request.slot for request in self._running], np.int64)
         return self._running_slots
 
-    def _grow_running(self) -> bool:
-        """Give every running request the pages its known tokens need; returns whether somebody was preempted."""
-        state = self._state
+    def _unfilled(self) -> np.ndarray:
+        """Slots of the running requests but for those whose last token is on its way."""
         slots = self._slots()
-        short = state.num_pages[slots] * state.page_size < state.num_tokens[slots]
-        num_before = self.num_preemptions
-        for slot in slots[short].tolist():
-            request = state.requests[slot]
+        unfilled = self._state.num_tokens[slots] < self._state.max_total_tokens[slots]
+        return slots if unfilled.all() else slots[unfilled]
+
+    def _short_of_pages(self, slots: np.ndarray) -> np.ndarray:
+        """Of ``slots`` those that lack a page for their last token."""
+        state = self._state
+        return slots[state.num_pages[slots] * state.page_size < state.num_tokens[slots]]
+
+    def _grow_all(self, short: np.ndarray) -> None:
+        for slot in short.tolist():
+            request = self._state.requests[slot]
             if request is None:  # preempted for one of its elders a moment ago
                 break
             self._grow(request)
-        return self.num_preemptions > num_before
 
     def _grow(self, request: Request) -> None:
         while self._blocks.num_available == 0:
@@ -112,6 +126,7 @@ class Scheduler:
         self._state.append_page(request.slot, self._blocks.allocate())
 
     def _preempt(self, request: Request) -> None:
+        assert not self._state.num_pending[request.slot], "a token on its way would be lost"
         self._drop(request)
         self._waiting.appendleft(request)
         self.num_preemptions += 1
@@ -131,9 +146,8 @@ class Scheduler:
         self._running.remove(request)
         self._running_slots = None
 
-    def _take_budget(self) -> Schedule:
+    def _take_budget(self, slots: np.ndarray) -> Schedule:
         """Split the token budget over the running requests: those with one token left (decodes) come first."""
-        slots = self._slots()
         remaining = self._state.num_tokens[slots] - self._state.num_computed[slots]
         if slots.size <= self._max_num_batched_tokens and remaining.sum() == slots.size:
             return Schedule(slots, remaining)
@@ -234,16 +248,26 @@ class Scheduler:
         self.num_prefix_queried += request.num_tokens
         self.num_prefix_hits += len(prefix) * self._blocks.page_size
 
-    def commit(self, schedule: Schedule) -> None:
-        """The step has run: its tokens are in the cache, and its newly full pages can be found by others."""
+    def commit(self, schedule: Schedule, sampled_slots: np.ndarray) -> list[Request]:
+        """The step is launched: for every later one its tokens are in the cache, and each of ``sampled_slots`` gets a
+        token. Returns the requests that have filled a page, for ``share``."""
         state = self._state
         before = state.num_computed[schedule.slots]
         after = before + schedule.num_new
         state.num_computed[schedule.slots] = after
-        if self._caching:
-            crossed = before // state.page_size != after // state.page_size
-            for slot, computed in zip(schedule.slots[crossed].tolist(), after[crossed].tolist()):
-                self._register(state.request(slot), computed // state.page_size)
+        state.expect_sampled(sampled_slots)
+        if not self._caching:
+            return []
+        crossed = before // state.page_size != after // state.page_size
+        return [state.request(slot) for slot in schedule.slots[crossed].tolist()]
+
+    def share(self, requests: Iterable[Request]) -> None:
+        """Let others find the full pages of those that still run, as far as their tokens are known."""
+        state = self._state
+        for request in requests:
+            if request.slot != NO_SLOT:
+                num_tokens = min(state.num_computed[request.slot], state.num_known(request.slot))
+                self._register(request, int(num_tokens) // state.page_size)
 
     def _register(self, request: Request, num_full_pages: int) -> None:
         token_ids = self._state.token_ids[request.slot]

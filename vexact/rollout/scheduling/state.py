@@ -13,6 +13,9 @@ NO_TOKEN = -1
 class SlotState:
     """Token, page and sampling state of the running requests; row ``slot`` belongs to one request.
 
+    A step may be launched before the host has seen the tokens of the step before. They count as sampled from the
+    moment their step is launched (``expect_sampled``); ``num_pending`` of them have no value yet (``append_sampled``).
+
     ``logprobs``, ``min_logits`` and ``route_digests`` are indexed by position in the whole sequence, like
     ``token_ids``.
     """
@@ -26,7 +29,8 @@ class SlotState:
         self.min_logits = np.zeros((slots, length), np.float32)
         self.route_digests = np.zeros((slots, length), np.int64) if has_routes else None
         self.block_table = np.full((slots, -(-length // page_size)), NO_PAGE, np.int32)
-        self.num_tokens = np.zeros(slots, np.int64)  # known: prompt and sampled
+        self.num_tokens = np.zeros(slots, np.int64)  # prompt and sampled, those on their way included
+        self.num_pending = np.zeros(slots, np.int64)  # of those, on their way: the last ones
         self.num_computed = np.zeros(slots, np.int64)  # of those, with keys and values in the cache
         self.num_pages = np.zeros(slots, np.int64)
         self.max_total_tokens = np.zeros(slots, np.int64)
@@ -38,6 +42,7 @@ class SlotState:
         self.stop_ids = np.full((slots, 1), NO_TOKEN, np.int64)
         self.has_stop_strings = np.zeros(slots, np.bool_)
         self.requests: list[Request | None] = [None] * slots
+        self.tenancy = np.zeros(slots, np.int64)  # goes up when a request leaves: tells it from the next in its slot
         self._free_slots = list(range(slots - 1, -1, -1))
 
     @property
@@ -65,6 +70,7 @@ class SlotState:
         if self.route_digests is not None and request.route_digests is not None:
             self.route_digests[slot, prompt:known] = request.route_digests
         self.num_tokens[slot] = known
+        self.num_pending[slot] = 0
         self.num_computed[slot] = num_computed
         self.max_total_tokens[slot] = request.max_total_tokens
         self.num_pages[slot] = len(request.pages)
@@ -92,9 +98,9 @@ class SlotState:
         self.num_pages[slot] = len(request.pages)
 
     def unbind(self, request: Request) -> None:
-        """Take the slot back; the request keeps a copy of everything sampled so far."""
+        """Take the slot back; the request keeps a copy of everything sampled so far, but of no token on its way."""
         slot, prompt = request.slot, request.num_prompt_tokens
-        known = int(self.num_tokens[slot])
+        known = int(self.num_known(slot))
         request.token_ids = self.token_ids[slot, :known].copy()
         request.logprobs = self.logprobs[slot, prompt:known].copy()
         request.min_logits = self.min_logits[slot, prompt:known].copy()
@@ -104,8 +110,18 @@ class SlotState:
         self.num_pages[slot] = 0
         self.has_stop_strings[slot] = False
         self.requests[slot] = None
+        self.tenancy[slot] += 1
         request.slot = NO_SLOT
         self._free_slots.append(slot)
+
+    def num_known(self, slots: np.ndarray | int) -> np.ndarray:
+        """Tokens that have a value."""
+        return self.num_tokens[slots] - self.num_pending[slots]
+
+    def expect_sampled(self, slots: np.ndarray) -> None:
+        """One more token of each of ``slots`` (B,), all distinct, is on its way."""
+        self.num_tokens[slots] += 1
+        self.num_pending[slots] += 1
 
     def append_sampled(
         self,
@@ -115,12 +131,12 @@ class SlotState:
         min_logits: np.ndarray,
         route_digests: np.ndarray | None = None,
     ) -> None:
-        """Store one sampled token per slot. All arguments (B,); slots are distinct."""
-        positions = self.num_tokens[slots]
+        """The first token on its way of each slot has arrived. All arguments (B,); slots are distinct."""
+        positions = self.num_known(slots)
         self.token_ids[slots, positions] = token_ids
         self.logprobs[slots, positions] = logprobs
         self.min_logits[slots, positions] = min_logits
         if self.route_digests is not None:
             assert route_digests is not None, "every row of a model with experts says which ones it chose"
             self.route_digests[slots, positions] = route_digests
-        self.num_tokens[slots] = positions + 1
+        self.num_pending[slots] -= 1

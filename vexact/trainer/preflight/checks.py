@@ -94,7 +94,7 @@ def check_graders(key: str, data: PromptDataset, rewards: RewardPool) -> list[Sc
             prompts.append(data[row])
     for source, prompts in by_source.items():
         try:
-            right, empty = dry_run(prompts, rewards)
+            right, empty = grade_rows(prompts, rewards)
         except RewardError as error:
             raise RewardError(f"{key}, rows of data_source {source!r}: {error}") from error
         scores += right + empty
@@ -115,7 +115,7 @@ def require_metric(config: Config, scores: Sequence[Score]) -> None:
             filter_metric(config, score)
 
 
-def dry_run(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score], list[Score]]:
+def grade_rows(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score], list[Score]]:
     """Scores of the ground truths given as answers, and of empty answers. Raises RewardError as ``score`` does."""
     requests = [
         GradeRequest(prompt.data_source, answer, prompt.ground_truth, prompt.extra_info)

@@ -74,7 +74,7 @@ def dry_run(config: Config) -> None:
         load_dataset(config, tokenizer, data.val_files, _first(data.val_max_samples))
     one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
     with closing(start_rewards(one_worker)) as rewards:
-        right, empty = checks.dry_run([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
+        right, empty = checks.grade_rows([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
     checks.require_metric(config, right + empty)
     dtype: torch.dtype = getattr(torch, config.dtype(resolve_device(config.trainer.device)))
     load_model(config.model.path, dtype=dtype, device="meta")

@@ -52,6 +52,7 @@ _FREE = (
     f"{ROLLOUT}.max_model_len",
     f"{ROLLOUT}.enable_chunked_prefill",
     f"{ROLLOUT}.enable_prefix_caching",
+    f"{ROLLOUT}.async_scheduling",
     f"{ROLLOUT}.enforce_eager",
     f"{ROLLOUT}.cudagraph_capture_sizes",
     f"{ROLLOUT}.val_kwargs",

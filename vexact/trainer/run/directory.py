@@ -15,10 +15,11 @@ from vexact.report.wandb import RUN_ID_FILE
 from vexact.trainer.checkpoint import CheckpointStore
 from vexact.trainer.run.lock import run_lock
 from vexact.trainer.run.pending_step import FILE as PENDING_FILE
+from vexact.trainer.step.profile import FOLDER as PROFILE
 
 SAMPLES, TENSORBOARD = "samples", "tensorboard"
 _TRIAL = b"\0" * (1 << 16)
-_SAMPLES_OF_STEP = re.compile(r"\w+_(\d+)\.jsonl")
+_FILE_OF_STEP = re.compile(r"[a-z]+_(\d+)[._].*")
 
 
 class RunDirectoryError(ValueError):
@@ -68,8 +69,7 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
     if steps := store.steps(after):
         names = f"step_{steps[0]}" if len(steps) == 1 else f"step_{steps[0]} to step_{steps[-1]}"
         moved.append(f"{store.set_aside(steps, number).name} ({names})")
-    if _move_samples(run_dir / SAMPLES, after, number):
-        moved.append(f"{SAMPLES}.{number}")
+    moved += [f"{name}.{number}" for name in (SAMPLES, PROFILE) if _move_files(run_dir / name, after, number)]
     metrics = run_dir / METRICS_FILE
     if metrics.exists():
         kept = metrics.with_name(f"{metrics.stem}.{number}{metrics.suffix}")
@@ -87,13 +87,13 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
 
 def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
     path = run_dir / METRICS_FILE
-    names = [f"{path.stem}.{number}{path.suffix}", *(f"{n}.{number}" for n in (SAMPLES, TENSORBOARD))]
+    names = [f"{path.stem}.{number}{path.suffix}", *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD))]
     return [store.place_aside(number), *(run_dir / name for name in names)]
 
 
-def _move_samples(folder: Path, after: int, number: int) -> bool:
+def _move_files(folder: Path, after: int, number: int) -> bool:
     files = list(folder.iterdir()) if folder.is_dir() else []
-    matches = ((file, _SAMPLES_OF_STEP.fullmatch(file.name)) for file in files)
+    matches = ((file, _FILE_OF_STEP.fullmatch(file.name)) for file in files)
     abandoned = [file for file, match in matches if match is not None and int(match[1]) > after]
     place = folder.with_name(f"{folder.name}.{number}")
     if abandoned:

@@ -8,31 +8,34 @@ from contextlib import contextmanager
 
 from vexact import interrupt
 from vexact.config import Config
+from vexact.report import Reporter
 from vexact.report.html import FILE_NAME, MissingPlotlyError, read_run, write_report
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def final_report(config: Config) -> Iterator[None]:
-    """Writes ``report.html`` when the block ends or fails, not when it is interrupted."""
+def final_report(config: Config, reporter: Reporter) -> Iterator[None]:
+    """Writes ``report.html`` when the block ends or fails, not when it is interrupted; dashboards get it, too."""
     try:
         yield
     except Exception:
         if not interrupt.requested():
-            _write(config)
+            _write(config, reporter)
         raise
-    _write(config)
+    _write(config, reporter)
 
 
-def _write(config: Config) -> None:
+def _write(config: Config, reporter: Reporter) -> None:
     if not config.trainer.report:
         return
     if "jsonl" not in config.trainer.logger:
         log.info("no report: trainer.logger does not name jsonl, which it is made from")
         return
     try:
-        log.info("report: %s", write_report([read_run(config.run_dir)], config.run_dir / FILE_NAME))
+        page = write_report([read_run(config.run_dir)], config.run_dir / FILE_NAME)
+        reporter.page(page)
+        log.info("report: %s", page)
     except MissingPlotlyError as error:
         log.info("no report: %s", error)
     except Exception as error:

@@ -107,7 +107,8 @@ class Collector:
                 assert begun.ids == batch.ids, "what was begun is what is collected"
                 groups = grouped(batch.prompts, begun.pending.result(), self.sampling.n)
             else:
-                groups = sample_groups(self.workers, batch.prompts, self.sampling, batch.ids)
+                with self.workers.profiler("rollout", batch.ids[0]):
+                    groups = sample_groups(self.workers, batch.prompts, self.sampling, batch.ids)
         with self.timer("reward"):
             return score_groups(self.workers, groups)
 

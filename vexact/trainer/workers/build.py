@@ -19,10 +19,13 @@ from vexact.rollout import Engine
 from vexact.rollout.protocol import ForeignRollout
 from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
 from vexact.trainer.resume.identity import weights_digest
-from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup
+from vexact.trainer.step.profile import StageProfiler
+from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup, largest
 from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
 from vexact.trainer.workers.memory import advising
+from vexact.trainer.workers.memory_use import memory_metrics
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
+from vexact.trainer.workers.peak_flops import peak_flops
 from vexact.trainer.workers.roles import Roles, roles_of
 from vexact.trainer.workers.worker import Worker
 from vexact.training import Actor, Reference
@@ -46,20 +49,28 @@ class Workers:
     reference: Reference | ReferenceGroup | None
     rewards: RewardPool
     shards: ShardGroup
+    profiler: StageProfiler  # of the stages that run in this process
     group: WorkerGroup | None = None
     frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
 
     def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
         """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand
-        for ``rescore_at`` over two more versions. Raises WeightSyncError."""
+        for ``rescore_at`` over two more versions.
+
+        Returns:
+            Times and sizes of the sync, and ``perf/…_gb``: of all processes the one with most memory in use.
+
+        Raises:
+            WeightSyncError: what arrived is not what was sent.
+        """
         if self.group is None:
             assert not isinstance(self.engine, EngineGroup)
             assert isinstance(self.actor, Actor)
-            return sync_weights(self.actor, self.engine, version)
+            return sync_weights(self.actor, self.engine, version) | memory_metrics()
         assert isinstance(self.engine, EngineGroup)
         results: list[dict[str, float]] = self.group.call("sync", version, keep, stage="the weight sync")
         self.engine.weights_version = version
-        return results[0]
+        return results[0] | largest(results, "perf/")
 
     @property
     def num_processes(self) -> int:
@@ -87,6 +98,15 @@ class Workers:
             assert isinstance(self.actor, Actor)
             return environment(self.actor.ranks.device)
         return dict(self.group.call("environment", ranks=[0], stage="set-up")[0])
+
+    def peak_flops(self) -> float | None:
+        """Operations a second, at most, of all GPUs that train together; None where one of them is not known."""
+        if isinstance(self.actor, ActorGroup):
+            peaks = self.actor.peak_flops()
+        else:
+            peaks = [peak_flops(self.actor.ranks.device, self.actor.config.dtype)]
+        known = [peak for peak in peaks if peak is not None]
+        return sum(known) if len(known) == len(peaks) else None
 
     def weights_digest(self) -> str:
         """SHA-256 of the actor's weights as they are."""
@@ -135,6 +155,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             actor=actor,
             reference=reference,
             shards=ShardWriter(actor.sharded_state),
+            profiler=StageProfiler.of(config, rank=0),
             rewards=start_rewards(config),
             frees_cache=frees_cache,
         )
@@ -149,6 +170,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             actor=actors,
             reference=ReferenceGroup(group, roles) if config.needs_reference else None,
             shards=actors,
+            profiler=StageProfiler(config.run_dir),
             rewards=start_rewards(config),
             group=group,
             frees_cache=frees_cache and roles.colocated,

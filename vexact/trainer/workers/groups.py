@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,8 +155,7 @@ class ActorGroup:
         if stopped:
             raise min(stopped, key=lambda error: isinstance(error, PeerStopped))  # the cause, not what followed from it
         parts = [result.metrics for result in results if result.metrics is not None]
-        slowest = {key: max(part[key] for part in parts) for key in parts[0] if key.startswith("timing_s/")}
-        return parts[0] | slowest
+        return parts[0] | largest(parts, "timing_s/")
 
     def _show(
         self,
@@ -206,6 +205,10 @@ class ActorGroup:
         pairs = [(i, rank) for rank, indices in zip(self.ranks, by_rank, strict=True) for i in indices]
         self._trained = {sequences[i].sample.request_id: rank for i, rank in pairs}
 
+    def peak_flops(self) -> list[float | None]:
+        """Of every rank that trains."""
+        return list(self._group.call("peak_flops", ranks=self.ranks, stage="set-up"))
+
     def weights_digest(self) -> str:
         digests = self._group.call("weights_digest", ranks=self.ranks, stage="set-up")
         return str(digests[0])
@@ -248,6 +251,16 @@ class ReferenceGroup:
         """As ``Reference.logprobs``."""
         results = self._group.call("reference_logprobs", sequences, ranks=self._ranks, stage="the reference's scoring")
         return joined(results, len(sequences)).logprobs
+
+
+def largest(parts: Sequence[Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """Of the metrics that begin with ``prefix``, in whichever part they are, the largest value.
+
+    >>> largest([{"timing_s/gen": 1.0, "loss": 3.0}, {"timing_s/gen": 2.0}, {}], "timing_s/")
+    {'timing_s/gen': 2.0}
+    """
+    names = dict.fromkeys(name for part in parts for name in part if name.startswith(prefix))
+    return {name: max(part[name] for part in parts if name in part) for name in names}
 
 
 def joined(shares: Sequence[Scored], num_sequences: int) -> Scored:

@@ -23,10 +23,13 @@ from vexact.rollout.protocol import ForeignRollout
 from vexact.rollout.stats import Stats
 from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
+from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.memory import memory_advice
+from vexact.trainer.workers.memory_use import memory_metrics
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
+from vexact.trainer.workers.peak_flops import peak_flops
 from vexact.trainer.workers.roles import Roles
 from vexact.training import Actor, Ledger, PeerStopped, Reference
 from vexact.training.passes.forward import Scored
@@ -65,6 +68,7 @@ class Worker:
         """Reads the model. Raises ValueError, FileNotFoundError: what the user has to fix, named."""
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
         self.memory_advice = memory_advice(config)  # the host of this worker asks for it
+        self._profiler = StageProfiler.of(config, info.rank)
         self._engine: Engine | ForeignRollout | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
@@ -92,6 +96,9 @@ class Worker:
     def environment(self) -> dict[str, object]:
         return environment(torch.device(self.info.device))
 
+    def peak_flops(self) -> float | None:
+        return peak_flops(torch.device(self.info.device), self.actor.config.dtype)
+
     def engine_facts(self) -> EngineFacts:
         engine = self.engine
         return EngineFacts(engine.vocab_size, engine.max_model_len, engine.num_cache_tokens)
@@ -99,7 +106,8 @@ class Worker:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], request_ids: Sequence[str]
     ) -> list[Sample]:
-        return self.engine.generate(prompts, params, request_ids)
+        with self._profiler("rollout", request_ids[0] if request_ids else ""):
+            return self.engine.generate(prompts, params, request_ids)
 
     def take_engine_stats(self) -> Stats:
         return self.engine.take_stats()
@@ -115,14 +123,16 @@ class Worker:
 
     def sync(self, version: int, keep: bool) -> dict[str, float]:
         """Called on all ranks: the weights of the actor become those of every engine; with ``keep`` ranks that train
-        alone keep a copy. Raises WeightSyncError."""
+        alone keep a copy. Also says what memory this rank uses. Raises WeightSyncError."""
         if self.roles.colocated:
-            return sync_weights(self.actor, self.engine, version)
-        if self._actor is not None:
+            metrics = sync_weights(self.actor, self.engine, version)
+        elif self._actor is not None:
             with self._actor.resident() if keep else nullcontext():
                 self._past.advance(version, keep)
-            return send_weights(self._actor, version)
-        return receive_weights(self.engine, version)
+            metrics = send_weights(self._actor, version)
+        else:
+            metrics = receive_weights(self.engine, version)
+        return metrics | memory_metrics()
 
     def update(
         self,
@@ -138,9 +148,10 @@ class Worker:
         audit.redraw = redraw
         metrics, stopped = None, None
         try:
-            metrics = self.actor.update(
-                sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
-            )
+            with self._profiler("update", sequences[0].sample.request_id):
+                metrics = self.actor.update(
+                    sequences, audit.check if compare else None, ledger=ledger, redraw=redraw, every_token=every_token
+                )
         except (ExactnessError, DrawError, PeerStopped) as error:
             stopped = error
         return Updated(metrics, self.actor.problems, audit.evidence, stopped)

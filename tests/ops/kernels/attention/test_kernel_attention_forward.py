@@ -11,6 +11,7 @@ from vexact.ops.cpu import attention as twin
 from vexact.ops.kernels.attention import packed_forward, paged_forward
 from vexact.ops.kernels.attention.descriptors import row_descriptors
 from vexact.ops.kernels.attention.launch import KeyBlocks, Tile
+from vexact.ops.kernels.launches import forget
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 8e-4}
 # More keys than queries, fewer, none, no queries, and a length on every side of a block and of a chunk.
@@ -194,6 +195,7 @@ def test_descriptors_load_what_pointers_load(page_size: int, monkeypatch: pytest
     described = results()
     for module in ("packed", "paged"):
         monkeypatch.setattr(f"vexact.ops.kernels.attention.{module}.row_descriptors", lambda *_: None)
+    forget()
     for one, other in zip(described, results(), strict=True):
         assert same_bits(one, other)
 

@@ -14,6 +14,7 @@ from vexact.ops.cpu import attention as twin
 from vexact.ops.kernels.attention import packed_backward, packed_forward
 from vexact.ops.kernels.attention.descriptors import row_descriptors
 from vexact.ops.kernels.attention.launch import KEY_BLOCKS, HeadShape, Tile, key_columns
+from vexact.ops.kernels.launches import forget
 
 LATENT = (192, 128)  # of DeepSeek-V3 and Moonlight
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -144,6 +145,7 @@ def test_descriptors_load_both_tiles_and_values_that_are_part_of_a_wider_row(mon
     got = results()
     for module in ("packed", "paged"):
         monkeypatch.setattr(f"vexact.ops.kernels.attention.{module}.row_descriptors", lambda *_: None)
+    forget()
     for one, other in zip(got, results(), strict=True):
         assert same_bits(one, other)
 
@@ -155,4 +157,5 @@ def test_two_tiles_give_the_bits_of_one_padded_tile(monkeypatch: pytest.MonkeyPa
     expected = packed_forward(*batch.arguments, True, tile=tile, key_blocks=blocks)
     for module in ("launch", "descriptors"):
         monkeypatch.setattr(f"vexact.ops.kernels.attention.{module}.key_columns", lambda dim, value_dim: (256, 0))
+    forget()
     assert same_bits(expected, packed_forward(*batch.arguments, True, tile=tile, key_blocks=blocks))

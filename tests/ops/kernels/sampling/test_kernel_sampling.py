@@ -10,6 +10,7 @@ from sampling_probe import gumbel, philox
 from torch import Tensor
 
 from vexact.ops.cpu import sampling as twin
+from vexact.ops.kernels.launches import forget
 from vexact.ops.kernels.sampling import draw as kernel
 from vexact.ops.kernels.sampling.threshold import THRESHOLD_CONFIG
 
@@ -215,6 +216,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_split(monkeypatch: pytest.
     monkeypatch.setitem(THRESHOLD_CONFIG, "BLOCK", 512)
     monkeypatch.setitem(kernel.DRAW_CONFIG, "CHUNK", 512)
     monkeypatch.setitem(kernel.DRAW_CONFIG, "BLOCK", 256)
+    forget()
     split_min_logit, split_tokens = run(slice(None))
     assert same_bits(split_min_logit, min_logit)
     assert torch.equal(split_tokens, tokens)

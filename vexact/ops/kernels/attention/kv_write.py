@@ -7,7 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vexact.ops.kernels.attention.launch import padded
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv
+
+ROWS_PER_PROGRAM = 16
+_launches = Launches()
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -58,11 +62,19 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     num_rows, num_heads, dim = k.shape
     if num_rows == 0:
         return
-    rows_per_program = 16
-    write_kernel[(cdiv(num_rows * num_heads, rows_per_program),)](
-        k, v, k_cache, v_cache, slot_mapping, num_rows,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        *k_cache.stride()[:3], *v_cache.stride()[:3],
-        PAGE_SIZE=k_cache.shape[1], KV_HEADS=num_heads, D=dim, DV=v.shape[2],
-        D_PAD=padded(dim), DV_PAD=padded(v.shape[2]), ROWS=rows_per_program, num_warps=4,
-    )  # fmt: skip
+    tensors = k, v, k_cache, v_cache, slot_mapping
+    strides = *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]
+    page_size, value_dim = k_cache.shape[1], v.shape[2]
+    _launches(
+        (num_rows, num_heads, dim, value_dim, page_size, strides, k.dtype, slot_mapping.dtype),
+        tensors,
+        lambda: Call(
+            write_kernel,
+            (cdiv(num_rows * num_heads, ROWS_PER_PROGRAM),),
+            (*tensors, num_rows, *strides),
+            {
+                **{"PAGE_SIZE": page_size, "KV_HEADS": num_heads, "D": dim, "DV": value_dim},
+                **{"D_PAD": padded(dim), "DV_PAD": padded(value_dim), "ROWS": ROWS_PER_PROGRAM, "num_warps": 4},
+            },
+        ),
+    )

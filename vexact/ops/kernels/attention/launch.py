@@ -7,6 +7,7 @@ gives the same bits, while entries of the backward tables decide the last bits o
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
@@ -166,6 +167,33 @@ def head_shape(q: Tensor, k: Tensor, v: Tensor) -> HeadShape:
     """
     check_heads(q, k, v)
     return HeadShape(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], q.element_size())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """Sizes, strides, types and devices of q, k and v, looked at once. One object for all equal ones: a short key."""
+
+    shape: HeadShape
+
+
+_forms: dict[Hashable, Form] = {}
+_MOST_FORMS = 4096
+
+
+def form(q: Tensor, k: Tensor, v: Tensor) -> Form:
+    """The form of q (T, Hq, D), k (..., Hkv, D) and v (..., Hkv, Dv).
+
+    Raises:
+        ValueError: see `check_heads`.
+    """
+    sizes = q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
+    key = *sizes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    found = _forms.get(key)
+    if found is None:
+        if len(_forms) >= _MOST_FORMS:
+            _forms.clear()
+        found = _forms.setdefault(key, Form(head_shape(q, k, v)))
+    return found
 
 
 def exponent_scale(softmax_scale: float) -> float:

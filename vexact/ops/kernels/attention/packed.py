@@ -20,11 +20,13 @@ from vexact.ops.kernels.attention.launch import (
     Tile,
     chunk_to_merge,
     exponent_scale,
-    head_shape,
+    form,
 )
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv
 
 PREPARE_ROWS = 32
+_forward, _prepare, _queries, _keys = Launches(), Launches(), Launches(), Launches()
 
 
 def packed_forward(
@@ -54,29 +56,45 @@ def packed_forward(
         past cu_seqlens_q[-1]: 0 and -inf.
 
     Raises:
-        ValueError: see `head_shape` and `exponent_scale`.
+        ValueError: see `form` and `exponent_scale`.
     """
-    shape = head_shape(q, k, v)
+    inputs_form = form(q, k, v)
+    shape = inputs_form.shape
     blocks = key_blocks or KEY_BLOCKS[shape.key]
-    descriptors = row_descriptors(k, v, blocks.block_n)
-    tile = tile or (FORWARD_DESCRIBED if descriptors else FORWARD)[shape.key]
     out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
     num_sequences = cu_seqlens_q.shape[0] - 1
-    num_tiles = q.shape[0] // tile.block_m + num_sequences + 1
     scale = exponent_scale(softmax_scale)
     if q.shape[0] == 0 or num_sequences == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    forward_kernel[(num_tiles * shape.num_heads,)](
-        q, k, v, *(descriptors or (k, None, v)), out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
-        q.shape[0], num_sequences, num_tiles, 0, 0,
-        q.stride(0), q.stride(1), 0, k.stride(0), k.stride(1), 0, v.stride(0), v.stride(1),
-        NUM_HEADS=shape.num_heads, GROUP=shape.group, TILE_HEADS=1,
-        BLOCK_M=tile.block_m, BLOCK_N=blocks.block_n, CHUNK=chunk_to_merge(blocks, max_seqlen_k),
-        D=shape.dim, DV=shape.value_dim, D_PAD=shape.dim_pad, DV_PAD=shape.value_dim_pad,
-        PAGE_SIZE=0, CAUSAL=causal, DESCRIBED=descriptors is not None, STEP_K=head_step(k), STEP_V=head_step(v),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    chunk = chunk_to_merge(blocks, max_seqlen_k)
+
+    def call() -> Call:
+        descriptors = row_descriptors(k, v, blocks.block_n)
+        chosen = tile or (FORWARD_DESCRIBED if descriptors else FORWARD)[shape.key]
+        num_tiles = q.shape[0] // chosen.block_m + num_sequences + 1
+        keys = k, v, *(descriptors or (k, None, v))
+        args = (
+            q, *keys, out, lse, cu_seqlens_q, cu_seqlens_k, cu_seqlens_q, scale,
+            q.shape[0], num_sequences, num_tiles, 0, 0,
+            *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2],
+        )  # fmt: skip
+        constants = {
+            "NUM_HEADS": shape.num_heads, "GROUP": shape.group, "TILE_HEADS": 1,
+            "BLOCK_M": chosen.block_m, "BLOCK_N": blocks.block_n, "CHUNK": chunk,
+            "D": shape.dim, "DV": shape.value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
+            "PAGE_SIZE": 0, "CAUSAL": causal, "DESCRIBED": descriptors is not None,
+            "STEP_K": head_step(k), "STEP_V": head_step(v),
+            "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
+        }  # fmt: skip
+        return Call(forward_kernel, (num_tiles * shape.num_heads,), args, constants)
+
+    own_keys = () if cu_seqlens_k is cu_seqlens_q else (cu_seqlens_k,)
+    _forward(
+        (inputs_form, num_sequences, scale, causal, chunk, blocks, tile, len(own_keys)),
+        (q, k, v, out, lse, cu_seqlens_q, *own_keys),
+        call,
+    )
     return out, lse
 
 
@@ -108,9 +126,10 @@ def packed_backward(
         are 0.
 
     Raises:
-        ValueError: see `head_shape` and `exponent_scale`.
+        ValueError: see `form` and `exponent_scale`.
     """
-    shape = head_shape(q, k, v)
+    inputs_form = form(q, k, v)
+    shape = inputs_form.shape
     keys_tile = keys_tile or BACKWARD_KEYS[shape.key]
     queries_tile = queries_tile or BACKWARD_QUERIES[shape.key]
     scale = exponent_scale(softmax_scale)
@@ -121,30 +140,39 @@ def packed_backward(
     delta = torch.empty((shape.num_heads, num_rows), dtype=torch.float32, device=q.device)
     lse2 = torch.empty_like(delta)
     dout, out = dout.contiguous(), out.contiguous()
-    lengths = (cu_seqlens_q, cu_seqlens_k)
+    own_keys = () if cu_seqlens_k is cu_seqlens_q else (cu_seqlens_k,)
+    lengths = cu_seqlens_q, *own_keys
+    key = inputs_form, num_sequences, scale, causal, keys_tile, queries_tile, len(own_keys)
+    inputs, ends = (dout, q, k, v, delta, lse2), (cu_seqlens_q, cu_seqlens_k, scale, softmax_scale)
     strides = tuple(tensor.stride(axis) for tensor in (q, k, v) for axis in range(2))
-    constants = {
-        "NUM_HEADS": shape.num_heads, "GROUP": shape.group, "CAUSAL": causal,
-        "D": shape.dim, "DV": shape.value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
-    }  # fmt: skip
-    if num_rows:
-        prepare_kernel[(cdiv(num_rows, PREPARE_ROWS) * shape.num_heads,)](
-            dout, out, lse, delta, lse2, num_rows,
-            NUM_HEADS=shape.num_heads, DV=shape.value_dim, DV_PAD=shape.value_dim_pad, ROWS=PREPARE_ROWS, num_warps=4,
-        )  # fmt: skip
+
+    def constants(tile: Tile) -> dict[str, int]:
+        return {
+            "NUM_HEADS": shape.num_heads, "GROUP": shape.group, "CAUSAL": causal,
+            "D": shape.dim, "DV": shape.value_dim, "D_PAD": shape.dim_pad, "DV_PAD": shape.value_dim_pad,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        }  # fmt: skip
+
+    def prepare() -> Call:
+        sizes = {"DV": shape.value_dim, "DV_PAD": shape.value_dim_pad, "ROWS": PREPARE_ROWS}
+        grid = (cdiv(num_rows, PREPARE_ROWS) * shape.num_heads,)
+        args = dout, out, lse, delta, lse2, num_rows
+        return Call(prepare_kernel, grid, args, {"NUM_HEADS": shape.num_heads, **sizes, "num_warps": 4})
+
+    def queries() -> Call:
         num_tiles = num_rows // queries_tile.block_m + num_sequences + 1
-        queries_kernel[(num_tiles * shape.num_heads,)](
-            dout, q, k, v, delta, lse2, dq, *lengths, scale, softmax_scale,
-            num_sequences, num_tiles, num_rows, *strides, **constants,
-            BLOCK_M=queries_tile.block_m, BLOCK_N=queries_tile.block_n,
-            num_warps=queries_tile.num_warps, num_stages=queries_tile.num_stages,
-        )  # fmt: skip
-    if k.shape[0]:
+        args = *inputs, dq, *ends, num_sequences, num_tiles, num_rows, *strides
+        return Call(queries_kernel, (num_tiles * shape.num_heads,), args, constants(queries_tile))
+
+    def keys() -> Call:
         num_tiles = k.shape[0] // keys_tile.block_n + num_sequences + 1
-        keys_kernel[(num_tiles * shape.num_kv_heads,)](
-            dout, q, k, v, delta, lse2, dk, dv, *lengths, scale, softmax_scale,
-            num_sequences, num_tiles, num_rows, k.shape[0], *strides, **constants,
-            BLOCK_M=keys_tile.block_m, BLOCK_N=keys_tile.block_n,
-            num_warps=keys_tile.num_warps, num_stages=keys_tile.num_stages,
-        )  # fmt: skip
+        args = *inputs, dk, dv, *ends, num_sequences, num_tiles, num_rows, k.shape[0], *strides
+        return Call(keys_kernel, (num_tiles * shape.num_kv_heads,), args, constants(keys_tile))
+
+    if num_rows:
+        _prepare(key, (dout, out, lse, delta, lse2), prepare)
+        _queries(key, (*inputs, dq, *lengths), queries)
+    if k.shape[0]:
+        _keys(key, (*inputs, dk, dv, *lengths), keys)
     return dq, dk, dv

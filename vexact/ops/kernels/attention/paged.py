@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,18 +18,22 @@ from vexact.ops.kernels.attention.launch import (
     FORWARD_DESCRIBED,
     KEY_BLOCKS,
     MAX_DECODE_ROWS,
+    Form,
     HeadShape,
     KeyBlocks,
     Tile,
     chunk_to_merge,
     exponent_scale,
-    head_shape,
+    form,
     heads_per_tile,
     padded,
 )
 from vexact.ops.kernels.attention.split import chunk_kernel, merge_kernel
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.launch import capability
 from vexact.ops.kernels.sizes import cdiv
+
+_tiles, _chunks, _merge = Launches(), Launches(), Launches()
 
 
 def paged_forward(
@@ -68,13 +72,14 @@ def paged_forward(
         cu_seqlens_q[-1]: 0 and -inf.
 
     Raises:
-        ValueError: see `head_shape` and `exponent_scale`.
+        ValueError: see `form` and `exponent_scale`.
     """
-    shape = head_shape(q, k_cache, v_cache)
+    inputs_form = form(q, k_cache, v_cache)
+    shape = inputs_form.shape
     out = torch.empty((q.shape[0], shape.num_heads, shape.value_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[0], shape.num_heads), dtype=torch.float32, device=q.device)
     call = _Call(
-        q, (k_cache, v_cache), out, lse, (cu_seqlens_q, seqused_k, block_table), max_seqlen_k, shape,
+        q, (k_cache, v_cache), out, lse, (cu_seqlens_q, seqused_k, block_table), max_seqlen_k, inputs_form,
         key_blocks or KEY_BLOCKS[shape.key], exponent_scale(softmax_scale), causal,
     )  # fmt: skip
     if q.shape[0] == 0 or seqused_k.shape[0] == 0:
@@ -85,7 +90,7 @@ def paged_forward(
     if split_rows > 0:
         call.run_chunks(split_rows, decode_tile or DECODE[shape.key])
     if max_seqlen_q > split_rows:
-        call.run_tiles(split_rows, tile or (FORWARD_DESCRIBED if call.described else FORWARD)[shape.key])
+        call.run_tiles(split_rows, tile)
     return out, lse
 
 
@@ -99,10 +104,14 @@ class _Call:
     lse: Tensor
     lengths: tuple[Tensor, Tensor, Tensor]  # cu_seqlens_q, seqused_k, block_table
     max_seqlen_k: int
-    shape: HeadShape
+    form: Form
     blocks: KeyBlocks
     scale: float
     causal: bool
+
+    @property
+    def shape(self) -> HeadShape:
+        return self.form.shape
 
     @cached_property
     def descriptors(self) -> Descriptors | None:
@@ -140,35 +149,72 @@ class _Call:
             "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         }  # fmt: skip
 
-    def run_tiles(self, skip_up_to: int, tile: Tile) -> None:
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What every launch of this call depends on."""
+        return (
+            *(self.form, self.lengths[2].stride(0), self.num_sequences),
+            *(self.blocks.block_n, self.blocks.chunk, self.scale, self.causal),
+        )
+
+    def run_tiles(self, skip_up_to: int, tile: Tile | None) -> None:
         """Sequences of more than `skip_up_to` query rows, chunks in order."""
-        tile_heads = heads_per_tile(self.shape.group, tile.block_m)
-        num_tiles = self.q.shape[0] // (tile.block_m // tile_heads) + self.num_sequences + 1
-        forward_kernel[(num_tiles * (self.shape.num_heads // tile_heads),)](
-            self.q, *self.keys, self.out, self.lse, *self.lengths, self.scale,
-            self.q.shape[0], self.num_sequences, num_tiles, self.lengths[2].stride(0), skip_up_to, *self.strides,
-            BLOCK_M=tile.block_m, CHUNK=chunk_to_merge(self.blocks, self.max_seqlen_k),
-            **self.constants(tile, tile_heads),
-        )  # fmt: skip
+        chunk = chunk_to_merge(self.blocks, self.max_seqlen_k)
+
+        def call() -> Call:
+            chosen = tile or (FORWARD_DESCRIBED if self.described else FORWARD)[self.shape.key]
+            tile_heads = heads_per_tile(self.shape.group, chosen.block_m)
+            num_tiles = self.q.shape[0] // (chosen.block_m // tile_heads) + self.num_sequences + 1
+            args = (
+                self.q, *self.keys, self.out, self.lse, *self.lengths, self.scale,
+                self.q.shape[0], self.num_sequences, num_tiles, self.lengths[2].stride(0), skip_up_to, *self.strides,
+            )  # fmt: skip
+            constants = {"BLOCK_M": chosen.block_m, "CHUNK": chunk, **self.constants(chosen, tile_heads)}
+            return Call(forward_kernel, (num_tiles * (self.shape.num_heads // tile_heads),), args, constants)
+
+        tensors = self.q, *self.caches, self.out, self.lse, *self.lengths
+        _tiles((self.key, skip_up_to, chunk, tile), tensors, call)
 
     def run_chunks(self, max_rows: int, tile: Tile) -> None:
         """Sequences of at most `max_rows` query rows, chunks in parallel, then merged where there is more than one."""
         shape, chunk = self.shape, self.blocks.chunk
-        tile_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
         num_chunks = max(1, cdiv(self.max_seqlen_k, chunk))
-        parts = (self.num_sequences * num_chunks * max_rows if num_chunks > 1 else 0, shape.num_heads)
-        part_acc = self.lse.new_empty((*parts, shape.value_dim))
-        part_ml = self.lse.new_empty((*parts, 2))
-        overlap = self.q.is_cuda and capability(self.q.device)[0] >= 9  # two kernels in flight, one waiting
-        chunk_kernel[(num_chunks * self.num_sequences * (shape.num_heads // tile_heads),)](
-            self.q, *self.keys, self.out, self.lse, part_acc, part_ml, *self.lengths, self.scale,
-            self.q.shape[0], self.num_sequences, num_chunks, self.lengths[2].stride(0), max_rows, *self.strides,
-            BLOCK_M=max(tile.block_m, padded(max_rows * tile_heads)), CHUNK=chunk,
-            OVERLAP=overlap, **self.constants(tile, tile_heads),
-        )  # fmt: skip
+        states: tuple[Tensor, ...]
         if num_chunks > 1:
-            merge_kernel[(self.num_sequences * max_rows * shape.num_heads,)](
-                self.out, self.lse, part_acc, part_ml, *self.lengths[:2], self.scale, num_chunks, max_rows,
-                NUM_HEADS=shape.num_heads, CHUNK=chunk, DV=shape.value_dim, DV_PAD=shape.value_dim_pad,
-                OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+            parts = self.num_sequences * num_chunks * max_rows, shape.num_heads
+            states = self.lse.new_empty((*parts, shape.value_dim)), self.lse.new_empty((*parts, 2))
+        else:
+            states = (_nothing(self.lse.device),)
+        overlap = self.q.is_cuda and capability(self.q.device)[0] >= 9  # two kernels in flight, one waiting
+
+        def chunks() -> Call:
+            tile_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
+            args = (
+                self.q, *self.keys, self.out, self.lse, states[0], states[-1], *self.lengths, self.scale,
+                self.q.shape[0], self.num_sequences, num_chunks, self.lengths[2].stride(0), max_rows, *self.strides,
             )  # fmt: skip
+            constants = {
+                "BLOCK_M": max(tile.block_m, padded(max_rows * tile_heads)), "CHUNK": chunk, "OVERLAP": overlap,
+                **self.constants(tile, tile_heads),
+            }  # fmt: skip
+            grid = num_chunks * self.num_sequences * (shape.num_heads // tile_heads)
+            return Call(chunk_kernel, (grid,), args, constants)
+
+        def merge() -> Call:
+            args = self.out, self.lse, *states, *self.lengths[:2], self.scale, num_chunks, max_rows
+            constants = {
+                "NUM_HEADS": shape.num_heads, "CHUNK": chunk, "DV": shape.value_dim, "DV_PAD": shape.value_dim_pad,
+                "OVERLAP": overlap, "num_warps": 4, "launch_pdl": overlap,
+            }  # fmt: skip
+            return Call(merge_kernel, (self.num_sequences * max_rows * shape.num_heads,), args, constants)
+
+        key = self.key, num_chunks, max_rows, tile
+        _chunks(key, (self.q, *self.caches, self.out, self.lse, *states, *self.lengths), chunks)
+        if num_chunks > 1:
+            _merge(key, (self.out, self.lse, *states, *self.lengths[:2]), merge)
+
+
+@cache
+def _nothing(device: torch.device) -> Tensor:
+    """Stands for the states of chunks where there is only one, which has none."""
+    return torch.empty(0, dtype=torch.float32, device=device)

@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv, column_blocks
+
+_forward = Launches()
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -30,9 +33,14 @@ def _forward_kernel(
 
 def forward(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of ``weight`` (V, H) at ``ids`` (T,) -> (T, H); an id outside [0, V) gives a row of NaN."""
-    width = weight.shape[1]
-    out = torch.empty((ids.shape[0], width), dtype=weight.dtype, device=weight.device)
-    config = column_blocks(width)
-    grid = (ids.shape[0], cdiv(width, config["BLOCK"]))
-    _forward_kernel[grid](ids.contiguous(), weight.contiguous(), out, weight.shape[0], H=width, **config)
+    (num_rows, width), num_tokens = weight.shape, ids.shape[0]
+    ids, weight = ids.contiguous(), weight.contiguous()
+    out = torch.empty((num_tokens, width), dtype=weight.dtype, device=weight.device)
+
+    def call() -> Call:
+        config = column_blocks(width)
+        grid = num_tokens, cdiv(width, config["BLOCK"])
+        return Call(_forward_kernel, grid, (ids, weight, out, num_rows), {"H": width, **config})
+
+    _forward((num_tokens, num_rows, width, ids.dtype, weight.dtype), (ids, weight, out), call)
     return out

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.pointer import matmul_pointer_kernel
 from vexact.ops.kernels.linear.select import fit_float32_output, select_tile
 from vexact.ops.kernels.linear.tiles import Layout, Tile
 from vexact.ops.kernels.linear.tma import matmul_tma_kernel
 from vexact.ops.kernels.sizes import cdiv
+
+_launches = Launches()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -56,16 +59,27 @@ def matmul(
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return out
+    strides, dtypes = (a.stride(), b.stride(), out.stride()), (a.dtype, b.dtype, out.dtype)
+    _launches(
+        (layout, m, n, k, strides, dtypes, None if bias is None else bias.dtype, accumulate, tile),
+        (a, b, out) if bias is None else (a, b, out, bias),
+        lambda: _call(a, b, out, bias, accumulate, layout, tile),
+    )
+    return out
+
+
+def _call(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, layout: Layout, tile: Tile | None
+) -> Call:
+    (m, k), n = a.shape, b.shape[0]
     if tile is None:
         descriptors = k > 0 and use_descriptors(a, b, out)
         tile = select_tile(layout, m, n, k, a.dtype, descriptors)
     if out.dtype == torch.float32 and capability(out.device)[0] >= 10:
         tile = fit_float32_output(tile)
     if tile.kernel == "tma":
-        _launch_tma(a, b, out, bias, accumulate, tile)
-    else:
-        _launch_pointer(a, b, out, bias, accumulate, tile, tokens_are_depth=layout == "grad_weight")
-    return out
+        return _tma_call(a, b, out, bias, accumulate, tile)
+    return _pointer_call(a, b, out, bias, accumulate, tile, tokens_are_depth=layout == "grad_weight")
 
 
 def use_descriptors(*tensors: Tensor) -> bool:
@@ -115,64 +129,37 @@ def num_programs(m: int, n: int, tile: Tile, device: torch.device) -> int:
     return min(tiles, tile.waves * multiprocessors(device)) if tile.waves else tiles
 
 
-def _launch_tma(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile) -> None:
+def _tma_call(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile) -> Call:
     (m, k), n = a.shape, b.shape[0]
     a_desc, a_k_major = operand_descriptor(a, tile.block_m, tile.block_k)
     b_desc, b_k_major = operand_descriptor(b, tile.block_n, tile.block_k)
     c_desc, splits = output_descriptor(out, tile)
-    matmul_tma_kernel[(num_programs(m, n, tile, out.device),)](
-        a_desc,
-        b_desc,
-        c_desc,
-        out if bias is None else bias,
-        m,
-        n,
-        k,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        SPLITS=splits,
-        SWAP=tile.swap,
-        FLATTEN=tile.waves > 0,
-        A_K_MAJOR=a_k_major,
-        B_K_MAJOR=b_k_major,
-        HAS_BIAS=bias is not None,
-        ACCUMULATE=accumulate,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,  # the default differs between releases
-    )
+    constants = {
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m},
+        **{"SPLITS": splits, "SWAP": tile.swap, "FLATTEN": tile.waves > 0},
+        **{"A_K_MAJOR": a_k_major, "B_K_MAJOR": b_k_major, "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate},
+        **_options(tile),
+    }
+    args = a_desc, b_desc, c_desc, out if bias is None else bias, m, n, k
+    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants)
 
 
-def _launch_pointer(
+def _pointer_call(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, tokens_are_depth: bool
-) -> None:
+) -> Call:
     (m, k), n = a.shape, b.shape[0]
     k_unit = 1 if tokens_are_depth or k % 16 else 16
-    matmul_pointer_kernel[(cdiv(m, tile.block_m) * cdiv(n, tile.block_n),)](
-        a,
-        b,
-        out,
-        out if bias is None else bias,
-        m,
-        n,
-        k // k_unit,
-        *a.stride(),
-        *b.stride(),
-        *out.stride(),
-        K_UNIT=k_unit,
-        N_UNIT=1 if n % 16 else 16,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        SWAP=tile.swap,
-        EVEN_K=not tokens_are_depth and k % tile.block_k == 0,
-        HAS_BIAS=bias is not None,
-        ACCUMULATE=accumulate,
-        PRECISION="ieee",
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,  # the default differs between releases
-    )
+    constants = {
+        **{"K_UNIT": k_unit, "N_UNIT": 1 if n % 16 else 16},
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m},
+        **{"SWAP": tile.swap, "EVEN_K": not tokens_are_depth and k % tile.block_k == 0},
+        **{"HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "PRECISION": "ieee"},
+        **_options(tile),
+    }
+    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *a.stride(), *b.stride(), *out.stride()
+    return Call(matmul_pointer_kernel, (cdiv(m, tile.block_m) * cdiv(n, tile.block_n),), args, constants)
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    # the default of contraction differs between releases
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.logprob import token_logprobs
 from vexact.ops.kernels.sampling.philox import philox_4x32_10
 from vexact.ops.kernels.sampling.portable_math import log_of_normal
 from vexact.ops.kernels.sampling.threshold import thresholds
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
+_draw, _choose = Launches(), Launches()
 DRAW_CONFIG = {"CHUNK": 8192, "BLOCK": 1024, "num_warps": 4}
 
 
@@ -163,21 +165,26 @@ def draw(
     best_score = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
     best_token = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    _draw_kernel[(num_rows, num_chunks)](
-        logits,
-        temperature,
-        inv_temperature,
-        min_logit,
-        seed,
-        position,
-        best_score,
-        best_token,
-        vocab_size,
-        num_chunks,
-        **DRAW_CONFIG,
-        enable_fp_fusion=False,
+    tensors = logits, temperature, inv_temperature, min_logit, seed, position, best_score, best_token
+    _draw(
+        (num_rows, vocab_size, seed.dtype, position.dtype),
+        tensors,
+        lambda: Call(
+            _draw_kernel,
+            (num_rows, num_chunks),
+            (*tensors, vocab_size, num_chunks),
+            {**DRAW_CONFIG, "enable_fp_fusion": False},
+        ),
     )
-    _choose_kernel[(num_rows,)](
-        best_score, best_token, token_ids, num_chunks, BLOCK_S=next_power_of_2(num_chunks), num_warps=1
+    chunks = best_score, best_token, token_ids
+    _choose(
+        (num_rows, num_chunks),
+        chunks,
+        lambda: Call(
+            _choose_kernel,
+            (num_rows,),
+            (*chunks, num_chunks),
+            {"BLOCK_S": next_power_of_2(num_chunks), "num_warps": 1},
+        ),
     )
     return token_ids

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sampling.portable_math import exp_of_negative, log_of_normal
 
+_launches = Launches()
 THRESHOLD_CONFIG = {"BLOCK": 4096, "ROUNDS": 8, "num_warps": 16}
 _MAX_BLOCKS = 511  # a lane counts its tokens in ten bits, and a row in 21
 # Tokens this far below the best (in nats, or logits where the temperature is below one) seldom matter to a filter.
@@ -342,17 +344,15 @@ def thresholds(
     inv_temperature = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     min_logit = torch.empty_like(inv_temperature)
     scratch = torch.empty((num_rows, rounds * block), dtype=torch.float32, device=logits.device)
-    _threshold_kernel[(num_rows,)](
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        inv_temperature,
-        min_logit,
-        scratch,
-        vocab_size,
-        **THRESHOLD_CONFIG,
-        enable_fp_fusion=False,
+    tensors = logits, temperature, top_k, top_p, min_p, inv_temperature, min_logit, scratch
+    _launches(
+        (num_rows, vocab_size, top_k.dtype),
+        tensors,
+        lambda: Call(
+            _threshold_kernel,
+            (num_rows,),
+            (*tensors, vocab_size),
+            {**THRESHOLD_CONFIG, "enable_fp_fusion": False},
+        ),
     )
     return inv_temperature, min_logit

@@ -1,9 +1,10 @@
-"""Which metrics stand together in one picture."""
+"""Which metrics stand together in one picture, and in which order: the one table behind the HTML page, TensorBoard's
+custom scalars and W&B's view."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -78,7 +79,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel(PARTS, ("timing_s/*",), "seconds"),
         Panel("throughput", ("perf/throughput",), "tokens / s / GPU", smooth=True),
         Panel("tokens sampled per second", ("rollout/decode_tokens_per_s",), "tokens / s", smooth=True),
-        Panel("model FLOPs utilisation", ("perf/mfu",), "share of the peak"),
+        Panel("model FLOPs utilisation", ("perf/mfu/*",), "share of the peak", smooth=True),
         Panel("memory", ("perf/*memory*_gb",), "GiB"),
         Panel("grading one sample", ("reward/time_s/mean", "reward/time_s/max"), "seconds"),
         Panel("key-value pages in use", ("rollout/kv_usage",), "share, at the peak"),
@@ -88,7 +89,26 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 
 # of another stage, of the whole, or at the same time
 _INSIDE = re.compile(r"timing_s/(step|sync_weights|audit|audit_forward|weights_.*|gen_ahead|.*/.*)")
-_ORDER = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "testing", "save_checkpoint")
+STAGES = ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "update_weights", "testing", "save_checkpoint")
+"""Of a step, in their order in it, as ``timing_s/…`` names them."""
+
+
+def present_panels(present: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Section -> title -> the metrics of ``present`` that the panel shows; what shows none is left out.
+
+    >>> present_panels(["actor/entropy", "timing_s/gen", "timing_s/step"])
+    {'Policy': {'entropy': ['actor/entropy']}, 'Speed and memory': {'parts of a step': ['timing_s/gen']}}
+    """
+    names = list(present)
+    found = {
+        section: {panel.title: shown for panel in panels if (shown := _shown(panel, names))}
+        for section, panels in SECTIONS.items()
+    }
+    return {section: panels for section, panels in found.items() if panels}
+
+
+def _shown(panel: Panel, present: Sequence[str]) -> list[str]:
+    return step_parts(present) if panel.title == PARTS else panel.metrics(present)
 
 
 def step_parts(present: Iterable[str]) -> list[str]:
@@ -98,5 +118,5 @@ def step_parts(present: Iterable[str]) -> list[str]:
     ['timing_s/gen', 'timing_s/update_actor', 'timing_s/mine']
     """
     names = [name for name in present if name.startswith("timing_s/") and not _INSIDE.fullmatch(name)]
-    order = {f"timing_s/{name}": place for place, name in enumerate(_ORDER)}
+    order = {f"timing_s/{name}": place for place, name in enumerate(STAGES)}
     return sorted(names, key=lambda name: (order.get(name, len(order)), name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
+from vexact.algorithms.losses.inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
 
 MAX_LOG_RATIO = 20.0
 

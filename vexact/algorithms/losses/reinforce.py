@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
+from vexact.algorithms.losses.inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
 
 
 def reinforce(inputs: PolicyLossInputs, config: PolicyLossConfig) -> PolicyLossOutput:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
+from vexact.algorithms.advantages.inputs import AdvantageConfig, AdvantageInputs
 from vexact.algorithms.packed import discounted_returns, whiten
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
-from vexact.algorithms.grpo import grpo
+from vexact.algorithms.advantages.grpo import grpo
+from vexact.algorithms.advantages.inputs import AdvantageConfig, AdvantageInputs
 
 
 def dr_grpo(inputs: AdvantageInputs, config: AdvantageConfig) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vexact.algorithms.losses.inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
 from vexact.algorithms.packed import segment_sum
-from vexact.algorithms.policy_loss_inputs import PolicyLossConfig, PolicyLossInputs, PolicyLossOutput
 
 MAX_LOG_RATIO = 10.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vexact.algorithms.advantage_inputs import AdvantageConfig, AdvantageInputs
+from vexact.algorithms.advantages.inputs import AdvantageConfig, AdvantageInputs
 from vexact.algorithms.packed import Groups, whiten
 
 

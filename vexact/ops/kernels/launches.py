@@ -1,0 +1,263 @@
+"""Launching a kernel again without binding its arguments again.
+
+Triton names, specialises and looks up all arguments in every launch, and encodes every tensor descriptor: the host
+takes longer for that than most kernels run. Here the first launch of a key goes that way; what Triton then hands to the
+C function below it is recorded, and handed over again with the addresses of other tensors.
+
+A descriptor on the device says where a tensor is, how large and how far apart its rows are. It is a value: equal
+numbers give equal descriptors, whoever owns the memory by now, so they are kept by these numbers and never out of date.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from types import CellType, FunctionType
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ALIGNMENT = 16  # bytes; Triton compiles another kernel for an address that is no multiple
+_MOST = 4096  # entries of a table before it starts again
+_BASE_ARGS = 5  # three sizes of the grid, the stream, the kernel
+
+_encoded: dict[Hashable, dict[int, Any]] = {}
+_all: WeakSet[Launches] = WeakSet()
+
+
+class Call(NamedTuple):
+    """One launch as Triton takes it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]  # tensors, descriptors and numbers, in the order of the kernel's parameters
+    constants: dict[str, Any]  # constexpr parameters and options
+
+
+class Launches:
+    """The launches of an operator, each kind recorded once and then repeated."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[Hashable, _Recorded | None] = {}
+        self._kinds: dict[Hashable, Hashable] = {}
+        _all.add(self)
+
+    def forget(self) -> None:
+        self._recorded.clear()
+        self._kinds.clear()
+
+    def __call__(self, key: Hashable, tensors: Sequence[Tensor], describe: Callable[[], Call]) -> None:
+        """Launches ``describe()``.
+
+        Args:
+            key: determines everything about the call except where ``tensors`` lie. In the interpreter every call is
+                held against the first one of its key.
+            tensors: what the arguments of the call point to, each once.
+        """
+        if self._recorded:
+            active = driver.active
+            device = active.get_current_device()
+            recorded = self._recorded.get((device, key))
+            if recorded is not None and not _observed():
+                addresses = [tensor.data_ptr() for tensor in tensors if tensor.get_device() == device]
+                here = len(addresses) == len(tensors)
+                if here and recorded.launch(active.get_current_stream(device), addresses):
+                    return
+        self._bind(key, tensors, describe())
+
+    def _bind(self, key: Hashable, tensors: Sequence[Tensor], call: Call) -> None:
+        compiled = call.kernel[call.grid](*call.args, **call.constants)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if any(address % ALIGNMENT for address in addresses):
+            return
+        if not isinstance(call.kernel, JITFunction):
+            self._check(key, call)
+            return
+        place = driver.active.get_current_device(), key
+        ambiguous = len(set(addresses)) < len(addresses)
+        if place in self._recorded or ambiguous or _observed() or call.kernel.pre_run_hooks:
+            return
+        if len(self._recorded) >= _MOST:
+            self._recorded.clear()
+        self._recorded[place] = _record(compiled, call, tensors)
+
+    def _check(self, key: Hashable, call: Call) -> None:
+        kind = call.kernel, call.grid, tuple(map(_kind, call.args)), tuple(call.constants.items())
+        assert self._kinds.setdefault(key, kind) == kind, f"{key} stands for {self._kinds[key]} and for {kind}"
+
+
+def forget() -> None:
+    """The next launch of every kind goes through Triton again. For tests that change what decides a launch."""
+    _encoded.clear()
+    for launches in _all:
+        launches.forget()
+
+
+class _Slot:
+    """Where the C function takes the address of a tensor, or a descriptor of it."""
+
+    def __init__(self, place: int, tensor: int, encode: Callable[[int], Any] | None, known: dict[int, Any]) -> None:
+        self.place = place  # among the arguments of the C function
+        self.tensor = tensor  # which of the tensors
+        self.encode = encode  # None: the address itself
+        self.known = known
+
+    def descriptor(self, address: int) -> Any:
+        if len(self.known) >= _MOST:
+            self.known.clear()
+        assert self.encode is not None
+        found = self.known[address] = self.encode(address)
+        return found
+
+
+class _Recorded:
+    """What the C function was handed, but for the stream and for what depends on addresses."""
+
+    def __init__(self, function: Callable[..., None], final: tuple[Any, ...], slots: list[_Slot]) -> None:
+        self._function = function
+        self._grid, self._kernel = final[:3], final[4]
+        self._nested = isinstance(final[-1], (tuple, list))  # since Triton 3.7 the kernel's own arguments are one
+        self._head = final[_BASE_ARGS:-1] if self._nested else ()
+        self._args = list(final[-1] if self._nested else final[_BASE_ARGS:])
+        self._pointers = [(slot.place, slot.tensor) for slot in slots if slot.encode is None]
+        self._descriptors = [(slot.place, slot.tensor, slot.known, slot) for slot in slots if slot.encode]
+        for slot in slots:
+            self._args[slot.place] = None
+
+    def launch(self, stream: int, addresses: list[int]) -> bool:
+        """Whether it was launched: not where an address is unaligned."""
+        bits = 0
+        for address in addresses:
+            bits |= address
+        if bits % ALIGNMENT:
+            return False
+        args = self._args.copy()
+        for place, tensor in self._pointers:
+            args[place] = addresses[tensor]
+        for place, tensor, known, slot in self._descriptors:
+            address = addresses[tensor]
+            args[place] = known.get(address) or slot.descriptor(address)
+        if self._nested:
+            self._function(*self._grid, stream, self._kernel, *self._head, args)
+        else:
+            self._function(*self._grid, stream, self._kernel, *args)
+        return True
+
+
+def _observed() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _kind(arg: Any) -> Hashable:
+    if isinstance(arg, TensorDescriptor):
+        return str(arg.base.dtype), *arg.shape, *arg.strides, *arg.block_shape
+    return str(arg.dtype) if isinstance(arg, Tensor) else arg
+
+
+def _record(compiled: Any, call: Call, tensors: Sequence[Tensor]) -> _Recorded | None:
+    """What Triton would hand to its C function for this call; None where that is not understood, so that Triton goes on
+    launching it."""
+    launcher = compiled.run
+    if getattr(compiled.metadata, "global_scratch_size", 1) or getattr(compiled.metadata, "profile_scratch_size", 1):
+        return None  # memory of a launch's own
+    found = _function_and_recorder(launcher)
+    if found is None:
+        return None
+    function, recorder, seen = found
+    names = call.kernel.arg_names[len(call.args) :]
+    grid = (*call.grid, 1, 1)[:3]
+    recorder(
+        *(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None),
+        *(*call.args, *(call.constants[name] for name in names)),
+    )
+    if len(seen) != 1 or seen[0][:_BASE_ARGS] != (*grid, 0, compiled.function):
+        return None
+    slots = _slots(launcher, compiled, call, seen[0], tensors)
+    return None if slots is None else _Recorded(function, seen[0], slots)
+
+
+def _function_and_recorder(launcher: Any) -> tuple[Any, Any, list[tuple[Any, ...]]] | None:
+    """The C function under a launcher of Triton, a twin of the launcher that only notes what it would hand to it, and
+    the notes."""
+    seen: list[tuple[Any, ...]] = []
+
+    def note(*final: Any) -> None:
+        seen.append(final)
+
+    outer = getattr(launcher, "launch", None)
+    if outer is None:
+        return None
+    twin = copy.copy(launcher)
+    if not isinstance(outer, FunctionType):
+        twin.launch = note
+        return outer, twin, seen
+    cells = dict(zip(outer.__code__.co_freevars, outer.__closure__ or (), strict=True))
+    if "launcher" not in cells:
+        return None
+    function = cells["launcher"].cell_contents
+    cells["launcher"] = CellType(note)
+    twin.launch = FunctionType(outer.__code__, outer.__globals__, outer.__name__, None, tuple(cells.values()))
+    return function, twin, seen
+
+
+def _slots(
+    launcher: Any, compiled: Any, call: Call, final: tuple[Any, ...], tensors: Sequence[Tensor]
+) -> list[_Slot] | None:
+    """Where addresses and descriptors stand in ``final``; None if they are not those of ``call.args``."""
+    sources = [arg for arg in call.args if isinstance(arg, (Tensor, TensorDescriptor))]
+    args = final[-1] if isinstance(final[-1], (tuple, list)) else final[_BASE_ARGS:]
+    module = sys.modules[type(launcher).__module__]
+    map_type = getattr(module, "PyCUtensorMap", None)
+    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) or (map_type and isinstance(arg, map_type))]
+    metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    if len(places) != len(sources):
+        return None
+    slots = []
+    for place, source in zip(places, sources, strict=True):
+        descriptor = source if isinstance(source, TensorDescriptor) else None
+        address = (source if descriptor is None else descriptor.base).data_ptr()
+        index = next((i for i, tensor in enumerate(tensors) if tensor.data_ptr() == address), None)
+        meta = None if descriptor is None else next(metadata, None)
+        if index is None or isinstance(args[place], Tensor) != (meta is None):
+            return None
+        if descriptor is None or meta is None:
+            slots.append(_Slot(place, index, None, {}))
+        else:
+            slots.append(_described_slot(place, index, descriptor, meta, module.make_tensordesc_arg))
+    return slots
+
+
+class _Address:
+    """A tensor of which nothing is known but where it is."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _described_slot(
+    place: int, tensor: int, descriptor: TensorDescriptor, meta: Any, make: Callable[..., list[Any]]
+) -> _Slot:
+    form = copy.copy(descriptor)
+    form.base = None  # nothing here keeps memory alive
+    more = (None,) * (make.__code__.co_argcount - 2)
+
+    def encode(address: int) -> Any:
+        described = copy.copy(form)
+        described.base = _Address(address)
+        return make(described, meta, *more)[0]
+
+    others = {name: value for name, value in vars(form).items() if name != "base"}
+    if len(_encoded) >= _MOST:
+        _encoded.clear()
+    return _Slot(place, tensor, encode, _encoded.setdefault((repr(others), repr(meta)), {}))
