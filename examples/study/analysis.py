@@ -11,6 +11,7 @@ from bands import Band, band, difference
 from outcomes import MISMATCHES, OUTCOMES, outcomes
 
 LEVEL, STRICT_LEVEL = 0.95, 0.99
+LEAST_SEEDS = 4  # of a verdict
 LEAST_EFFECT, SMALL_EFFECT = 0.02, 0.05  # of the exact score
 EXACT, UNCORRECTED = "none", "uncorrected"
 
@@ -27,7 +28,9 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """``seen``, ``small`` or ``open``, as registered."""
+        """``seen``, ``small`` or ``open``, as registered; ``few`` where there are too few seeds to say."""
+        if self.wide.seeds < LEAST_SEEDS:
+            return "few"
         if self.strict.excludes(0.0) and abs(self.wide.mean) >= LEAST_EFFECT:
             return "seen"
         return "small" if self.wide.low >= -SMALL_EFFECT and self.wide.high <= SMALL_EFFECT else "open"
@@ -63,7 +66,7 @@ class Study:
 
     def values(self, cell: Cell, outcome: str) -> dict[int, float]:
         """By seed."""
-        assert outcome in OUTCOMES or outcome in MISMATCHES, outcome
+        assert outcome in (*OUTCOMES, *MISMATCHES), outcome
         return {seed: values[outcome] for seed, values in self._outcomes[cell].items()}
 
     def band(self, cell: Cell, outcome: str) -> Band:
@@ -77,7 +80,8 @@ class Study:
         pair = self.values(cell, outcome), self.values(reference, outcome)
         name = f"{_name(cell, outcome)} - {_name(reference, outcome)}"
         wide, strict = (difference(*pair, level, name) for level in (LEVEL, STRICT_LEVEL))
-        assert wide is not None and strict is not None, "both have the same seeds"
+        assert wide is not None, "both have the same seeds"
+        assert strict is not None, "and so has this one"
         return Effect(wide, strict)
 
 

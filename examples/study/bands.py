@@ -24,7 +24,7 @@ class Band(NamedTuple):
 
 
 def band(values: Sequence[float], level: float, name: str = "") -> Band:
-    """Percentile bootstrap of the mean (Efron 1979): ``RESAMPLES`` times as many values as there are are drawn from them.
+    """Percentile bootstrap of the mean (Efron 1979): ``RESAMPLES`` times, all values are drawn with replacement.
 
     Args:
         values: one per seed.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from analysis import EXACT, UNCORRECTED, Cell, Study, exact_cell
+from outcomes import THRESHOLD_WINDOW, running_mean
 
 INK, FAINT = "#222222", "#dddddd"
 COLOURS = {"uncorrected": "#cc6622", "tis": "#2266aa", "seq_mis": "#228855", "bypass": "#8844aa"}
@@ -31,7 +32,8 @@ STYLE = {
 
 def draw_part(study: Study, out: Path) -> None:
     """Per subject, algorithm and learning rate: on the left the exact score's difference from exact runs, with its
-    95 % band, on the right the rewards of some modes over the steps, a mean over the seeds with its range."""
+    95 % band, on the right the rewards of uncorrected runs over the steps, as running means over a few steps and
+    the seeds, with the range of exact runs."""
     try:
         import matplotlib
     except ImportError:
@@ -91,15 +93,17 @@ def _rewards(axis: object, study: Study, cells: Sequence[Cell]) -> None:
 
     for number, cell in enumerate(shown):
         rewards = np.array([_padded(row["reward"], int(row["steps"])) for row in study.rows[cell].values()])
-        smooth = np.array([np.convolve(row, np.ones(5) / 5, "valid") for row in rewards])
-        steps = np.arange(5, rewards.shape[1] + 1)
+        smooth = np.array([running_mean(row, THRESHOLD_WINDOW) for row in rewards])
+        steps = np.arange(rewards.shape[1] - smooth.shape[1], rewards.shape[1]) + 1
         colour = INK if cell[3] == EXACT else colormaps["plasma"](shades[number - 1])
-        axis.plot(steps, smooth.mean(0), color=colour, linewidth=1.8 if cell[3] == EXACT else 1.0, label=cell[3])
+        axis.plot(
+            steps, smooth.mean(0), color=colour, linewidth=1.8 if cell[3] == EXACT else 1.0, label=cell[3], zorder=3
+        )
         if cell[3] == EXACT:
             axis.fill_between(steps, smooth.min(0), smooth.max(0), color=INK, alpha=0.12, linewidth=0)
     axis.set_xlabel("step")
-    axis.set_ylabel("reward as sampled (mean of 5 steps)")
-    axis.legend(frameon=False, loc="best", fontsize=7)
+    axis.set_ylabel("reward as sampled")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7)
 
 
 def _padded(values: Sequence[float], steps: int) -> np.ndarray:

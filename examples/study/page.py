@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from analysis import EXACT, Cell, Effect, Study, exact_cell, uncorrected_cell
+from analysis import EXACT, UNCORRECTED, Cell, Effect, Study, exact_cell, uncorrected_cell
 from bands import Band
 from grid import read_grid
 from results import read_results
 
+STALE = "one_step_off"
 BEGIN, END = "<!-- study:{} -->", "<!-- /study:{} -->"
 
 
 def write_page(results: Path, grid: Path, page: Path) -> None:
-    """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid, and
-    draws ``study_NAME.svg``.
+    """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid (and
+    ``NAME-staleness``), and draws ``study_NAME.svg``.
 
     Raises:
         ValueError: a marker without its end.
@@ -30,9 +31,17 @@ def write_page(results: Path, grid: Path, page: Path) -> None:
     for name, study in studies(rows, grid).items():
         if BEGIN.format(name) not in text or not study.seeds:
             continue
-        text = replace_between(text, name, part_table(study))
         draw_part(study, page.parent / f"study_{name}.svg")
-    page.write_text(text, encoding="utf-8")
+    page.write_text(with_tables(text, rows, grid), encoding="utf-8")
+
+
+def with_tables(text: str, rows: Sequence[Mapping[str, Any]], grid: Path) -> str:
+    """The page with the tables of these results. Raises ValueError for a marker without its end."""
+    for name, study in studies(rows, grid).items():
+        for marker, table in ((name, part_table), (f"{name}-staleness", staleness_table)):
+            if BEGIN.format(marker) in text and study.seeds:
+                text = replace_between(text, marker, table(study))
+    return text
 
 
 def studies(rows: Sequence[Mapping[str, Any]], grid: Path) -> dict[str, Study]:
@@ -58,14 +67,29 @@ def part_table(study: Study) -> str:
     return "\n\n".join(_table(study, [cell for cell in study.cells if cell[:3] == group]) for group in groups)
 
 
+def staleness_table(study: Study) -> str:
+    """Uncorrected, one step off against every size of noise."""
+    lines = [
+        "| learning rate | KL of `one_step_off` | against | its KL | difference of the exact score | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in sorted(study.cells, key=lambda cell: cell[:3]):
+        stale = (*cell[:3], STALE, UNCORRECTED)
+        if cell[4] == UNCORRECTED and cell[3].startswith("noise") and stale in study.cells:
+            kl, other = (_mean(study.band(each, "kl").mean, ".1e") for each in (stale, cell))
+            difference = " | ".join(_effect(study.effect(stale, cell, "exact_score")))
+            lines.append(f"| {cell[2]:g} | {kl} | `{cell[3]}` | {other} | {difference} |")
+    return "\n".join(lines)
+
+
 def _table(study: Study, cells: Sequence[Cell]) -> str:
     subject, algorithm, lr = cells[0][:3]
     lines = [
         f"`{subject}`, {algorithm}, learning rate {lr:g}, {len(study.seeds)} seeds:",
         "",
         "| mode | correction | exact score | difference from `none` | | from `uncorrected` | | final reward | "
-        "steps to threshold | collapsed | spikes | k3 KL | other bits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "steps to threshold | collapsed | spikes | KL | other bits | other experts |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_entries(study, cell))} |" for cell in cells]
     return "\n".join(lines)
@@ -85,8 +109,9 @@ def _entries(study: Study, cell: Cell) -> list[str]:
         _interval(study.band(cell, "steps_to_threshold"), ".0f"),
         f"{sum(study.values(cell, 'collapsed').values()):.0f} of {len(study.seeds)}",
         _interval(study.band(cell, "spikes"), ".1f"),
-        _mean(study.band(cell, "k3_kl").mean, ".1e"),
+        _mean(study.band(cell, "kl").mean, ".1e"),
         _mean(study.band(cell, "share_different").mean, ".0%"),
+        _mean(study.band(cell, "routes_share_different").mean, ".1%"),
     ]
 
 
