@@ -30,6 +30,7 @@ from vexact.ops import PackedMetadata, PagedMetadata
 
 PAGE_SIZE = 64
 DEVICE = "cuda"
+WARM_UP_S = 1.5
 
 
 def build(num_layers: int) -> CausalLM:
@@ -80,8 +81,10 @@ def paged(new: list[int], keys: list[int]) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def host_ms(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median milliseconds until ``call`` returns, and until the device has finished."""
-    for _ in range(3):
+    """Median milliseconds until ``call`` returns, and until the device has finished, of a warm host."""
+    until = time.perf_counter() + WARM_UP_S
+    call()
+    while time.perf_counter() < until:
         call()
     returned, finished = [], []
     for _ in range(repeats):
@@ -92,6 +95,23 @@ def host_ms(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
         torch.cuda.synchronize()
         finished.append(time.perf_counter() - started)
     return 1e3 * median(returned), 1e3 * median(finished)
+
+
+def other_lengths(model: CausalLM, pages: list[tuple[torch.Tensor, torch.Tensor]], repeats: int) -> dict[str, float]:
+    """A prompt of a length that has not been seen: every kind of launch is new once in its forward."""
+    prompts = [paged([length], [length]) for length in range(401, 401 + 3 * repeats, 3)]
+    returned, finished = [], []
+    with torch.inference_mode():
+        for ids, positions, metadata in prompts:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            model.logits(model(ids, positions, metadata, pages)[-1:])
+            returned.append(time.perf_counter() - started)
+            torch.cuda.synchronize()
+            finished.append(time.perf_counter() - started)
+    row = {"host_ms": round(1e3 * median(returned), 2), "step_ms": round(1e3 * median(finished), 2)}
+    print(f"{'a prompt of another length':45} host {row['host_ms']:7.2f} ms, step {row['step_ms']:7.2f} ms", flush=True)
+    return row
 
 
 class Timed:
@@ -162,6 +182,7 @@ def measure(num_layers: int, repeats: int, functions: int) -> dict[str, Any]:
         returned, finished = host_ms(call, repeats)
         result["forwards"][name] = {"host_ms": round(returned, 2), "step_ms": round(finished, 2)}
         print(f"{name:45} host {returned:7.2f} ms, step {finished:7.2f} ms", flush=True)
+    result["forwards"]["a prompt of another length"] = other_lengths(model, pages, repeats)
     result["operators"] = per_operator(model, forwards["one prompt of 512"], repeats)
     for name, row in result["operators"].items():
         print(f"  {name:16} {row['us']:7.1f} us, {row['calls']} calls", flush=True)

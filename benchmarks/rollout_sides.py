@@ -100,6 +100,7 @@ SIDES: dict[str, Callable[[Path, dict[str, Any], str], Side]] = {
     "vllm-invariant": vllm,  # with VLLM_BATCH_INVARIANT=1
 }
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+QUIET |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}  # this process has touched the GPU already
 QUIET |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # it would pin all of its threads to cores that others use
 ENVIRONMENT = {"vllm": QUIET, "vllm-invariant": QUIET | {"VLLM_BATCH_INVARIANT": "1"}}
 """Variables of a side's process, where they are not set."""

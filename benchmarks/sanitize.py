@@ -72,7 +72,12 @@ def paged(page_size: int, new: list[int], old: list[int], dim: int) -> list[Tens
         max_seqlen_k=max(used),
     )
     q, k, v = (draw(sum(new) + 1, heads, dim).detach() for heads in (4, 2, 2))
-    return [ops.attention(q, k, v, metadata, dim**-0.5, caches)[: sum(new)]]
+    results = [ops.attention(q, k, v, metadata, dim**-0.5, caches)[: sum(new)]]
+    positions, table = torch.arange(len(q), device="cuda"), torch.randn(len(q), dim, device="cuda")
+    for norms in (None, ops.HeadNorms(q[0, 0].clone(), q[0, 1].clone(), 1e-6)):
+        rotated = ops.rope_to_cache(q, k, v, norms, positions, table, caches, metadata.slot_mapping)
+        results.append(ops.cached_attention(rotated, metadata, dim**-0.5, caches)[: sum(new)])
+    return results
 
 
 def rowwise(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:

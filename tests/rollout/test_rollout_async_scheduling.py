@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
-import torch
-from hash_model import HashModel
+from ahead_support import AHEAD, MAX_LEN, SYNC, fingerprint, make, serve, workload
 from late_device import LateDevice, PageAuditor
 from moe_configs import MOONLIGHT
-from rollout_models import VOCAB, LetterTokenizer, bits, tiny_model
-from test_rollout_decode_graphs import GPU_SIZES, install
+from rollout_models import VOCAB, bits, tiny_model
+from test_rollout_decode_graphs import install
 
 from vexact.models import ModelConfig, random_model
 from vexact.rollout import Engine, SamplingParams
@@ -19,44 +17,7 @@ from vexact.rollout.execution.readback import PendingOutput
 from vexact.rollout.scheduling.scheduler import Scheduler
 from vexact.rollout.scheduling.state import SlotState
 
-MAX_LEN = 96
-EOS = (3, 44, 71)
-SYNC, AHEAD = {"async_scheduling": False}, {"async_scheduling": True}
 CASES = 60
-
-
-def make(seed=0, **config):
-    defaults = {"max_model_len": MAX_LEN, "tokenizer": LetterTokenizer(), "eos_token_ids": EOS, "seed": 11}
-    engine = Engine(model=tiny_model(seed), **(defaults | config))
-    HashModel(engine)
-    return engine
-
-
-def fingerprint(sample):
-    numbers = bits(sample.logprobs), bits(sample.min_logits)
-    return (sample.token_ids, *numbers, sample.finish_reason, sample.stop_reason, sample.text)
-
-
-def workload():
-    """Shared prefixes, every way of ending, and lengths from one token to many pages."""
-    rng = random.Random(5)
-    shared = [rng.randrange(VOCAB - 1) for _ in range(40)]
-    requests = {}
-    for index in range(40):
-        prompt = shared[: rng.choice([0, 0, 7, 16, 33])] + [rng.randrange(VOCAB - 1) for _ in range(rng.randint(1, 9))]
-        requests[f"r{index}"] = (
-            prompt,
-            SamplingParams(
-                n=rng.choice([1, 1, 3]),
-                max_tokens=rng.choice([1, 2, 9, 17, 40, 40]),
-                temperature=rng.choice([0.0, 0.7, 1.0]),
-                top_k=rng.choice([-1, 5]),
-                stop=rng.choice([None, None, ["ab", "q", "xyz"], "e"]),
-                stop_token_ids=rng.choice([None, [5, 6]]),
-                ignore_eos=rng.random() < 0.3,
-            ),
-        )
-    return requests
 
 
 @pytest.fixture(scope="module")
@@ -84,29 +45,6 @@ def knobs(rng):
         "enable_chunked_prefill": chunked,
         "enable_prefix_caching": rng.random() < 0.7,
     }
-
-
-def serve(engine, requests, names, rng, abort_share=0.0):
-    """Requests that come while others run, some of which are aborted on the way; all samples."""
-    waiting, samples = list(names), []
-    seen = {}
-
-    def see(request_ids, output):
-        for request_id, token in zip(request_ids, output.token_ids.tolist(), strict=True):
-            seen.setdefault(request_id, []).append(token)
-
-    engine.observe_tokens(see)
-    while waiting or engine.has_unfinished:
-        if waiting and rng.random() < 0.5:
-            engine.add_request(*requests[waiting[-1]], waiting.pop())
-        running = [request.request_id for request in engine._scheduler.unfinished]
-        if running and rng.random() < abort_share:
-            samples += engine.abort({rng.choice(running)})
-        samples += engine.step()
-    engine.check_idle()
-    for sample in samples:
-        assert seen.get(sample.request_id, []) == list(sample.token_ids)
-    return samples
 
 
 def test_launching_ahead_changes_no_bit(expected, monkeypatch):
@@ -276,9 +214,8 @@ def test_a_step_that_cannot_be_launched_loses_no_token(expected):
 def test_tokens_that_an_interrupt_loses_are_missed(monkeypatch):
     """They are not taken for those of the next step, and no page is shared under what they might have been."""
     params = SamplingParams(max_tokens=9, ignore_eos=True)
+    (expected,) = make(**SYNC).generate([[1, 2, 3]], params, ["r"])
     engine = make(page_size=4, **AHEAD)
-    (expected,) = engine.generate([[1, 2, 3]], params, ["r"])
-    engine.clear_prefix_cache()
     engine.add_request([1, 2, 3], params, "r")
     engine.step()
     with monkeypatch.context() as patch:
@@ -361,55 +298,3 @@ def test_the_comparison_finds_a_planted_fault(expected, monkeypatch, fault, audi
         whole = [expected[0][sample.request_id] for sample in samples]
         found += any(one.token_ids != two.token_ids[: len(one.token_ids)] for one, two in zip(samples, whole))
     assert found
-
-
-LONG, TIGHT = (3, 17, 90, 700, 2040, 2050, 33, 1), (60, 61, 62, 63, 33, 20)
-
-
-def gpu_requests(rng, lengths):
-    """Greedy, free and truncated, ends by surprise and by length."""
-    prompts = [rng.integers(0, 1000, length).tolist() for length in lengths]
-    params = [
-        SamplingParams(
-            n=1 + 3 * (index % 2),
-            max_tokens=150,
-            temperature=0.8 * (index % 3 > 0),
-            top_p=(1.0, 0.9)[index % 2],
-            stop_token_ids=list(range(index, 1000, 200)),
-        )
-        for index in range(len(prompts))
-    ]
-    return prompts, params
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("lengths", "num_pages"), [(LONG, 64), (TIGHT, 9)], ids=["long", "tight"])
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_launching_ahead_changes_no_bit_on_a_gpu(lengths, num_pages, eager):
-    """Chunks beside decodes and several key buckets, or preemption; and weights that change between two calls."""
-    config = {
-        "max_model_len": 2200,
-        "max_num_seqs": 12,
-        "max_num_batched_tokens": 512,
-        "num_pages": num_pages,
-        "enforce_eager": eager,
-        "eos_token_ids": [7],
-    }
-    engines = [
-        Engine(model=tiny_model(0, torch.bfloat16, max_position_embeddings=4096, **GPU_SIZES).cuda(), **config, **mode)
-        for mode in (SYNC, {})
-    ]
-    found = [[], []]
-    for version in range(2):
-        prompts, params = gpu_requests(np.random.default_rng(version), lengths)
-        update = tiny_model(version, torch.bfloat16, max_position_embeddings=4096, **GPU_SIZES).cuda()
-        for engine, samples in zip(engines, found, strict=True):
-            engine.update_weights(update.named_parameters(), version)
-            ids = [f"{version}-{index}" for index in range(len(prompts))]
-            samples += map(fingerprint, engine.generate(prompts, params, ids))
-    assert found[0] == found[1]
-    assert len({one[3] for one in found[0]}) == 2, "by length and by a stop token"
-    stats = [engine.stats() for engine in engines]
-    assert [one["rollout/async_ratio"] > 0.5 for one in stats] == [False, True]
-    assert lengths is LONG or all(one["rollout/preemptions"] > 0 for one in stats)
-    assert all((one["rollout/graph_ratio"] > 0.3) is not eager for one in stats)

@@ -23,7 +23,7 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     )
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) == 34
+    assert len(binaries) == 38
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT[arch], binary
         assert binary["cubin"] > 0
@@ -35,6 +35,7 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     wide = (
         "rope bf16 16/8x128",
         "qk_norm_rope bf16 16/8x128",
+        "rope_to_cache bf16 16/8x128 norm=True",
         "latent_rope bf16 16x128+64",
         "swiglu backward bf16 6144",
     )

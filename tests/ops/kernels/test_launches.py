@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +82,7 @@ class Kernel(JITFunction):
             run=Launcher(self.handed, metadata, nested),
             function=FUNCTION,
             packed_metadata=(4, 1, 0),
+            hash="of this kernel",
             metadata=SimpleNamespace(global_scratch_size=0, profile_scratch_size=0, tensordesc_meta=metadata),
         )
 
@@ -153,11 +159,12 @@ def test_descriptors_are_made_once_for_an_address_and_a_form(nested: bool, monke
 
 def test_what_is_not_understood_stays_with_triton() -> None:
     x, y = torch.zeros(8), torch.zeros(8)
-    kernels = [Kernel(["x", "y", "again", "scale", "BLOCK"], [], False) for _ in range(4)]
+    kernels = [Kernel(["x", "y", "again", "scale", "BLOCK"], [], False) for _ in range(5)]
     kernels[0].compiled.metadata.global_scratch_size = 64  # memory of its own in every launch
     kernels[1].compiled.run.launch = lambda *args: None  # another launcher, without the function it calls
     kernels[2].compiled.metadata = SimpleNamespace()
     kernels[3].pre_run_hooks.append(lambda *args: None)
+    kernels[4].compiled.run.__class__ = type("Another", (), {"launch": None, "__call__": lambda self: None})
     for kernel in kernels:
         call = Launches()
         for _ in range(3):
@@ -195,6 +202,21 @@ def test_one_key_for_two_kinds_of_launches_is_noticed() -> None:
         call("key", (x,), lambda: Call(kernel, (1,), (x, 3), {}))
     with pytest.raises(AssertionError, match="key stands for"):
         call("key", (x,), lambda: Call(kernel, (1,), (x, 4), {}))
+
+
+def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("launches_release.py")
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[3])}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [kernel["name"] for kernel in kernels] == ["described", "pointers"]
+    for kernel in kernels:
+        first, second = kernel["first"], kernel["second"]
+        assert (first["triton"], second["triton"]) == (1, 0), kernel["name"]
+        assert len(first["handed"]) == 1
+        assert second["handed"] == first["handed"]
 
 
 @pytest.mark.gpu

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.rope import store_rotated, token_angles
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK_HEADS = 8
+_launches = Launches()
 
 
 @triton.jit(do_not_specialize=["num_positions"])
@@ -93,24 +95,17 @@ def forward(
     num_tokens, num_heads, width = q.shape
     rotated = k_rotated.shape[1]
     outputs = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2)]
-    _latent_rope_kernel[(num_tokens, cdiv(num_heads, BLOCK_HEADS))](
-        q,
-        k_plain,
-        k_rotated,
-        positions.contiguous(),
-        cos_sin.contiguous(),
-        *outputs,
-        q.stride(0),
-        q.stride(1),
-        k_plain.stride(0),
-        k_plain.stride(1),
-        k_rotated.stride(0),
-        cos_sin.shape[0],
-        HEADS=num_heads,
-        PLAIN=width - rotated,
-        HALF=rotated // 2,
-        INTERLEAVED=interleaved,
-        **launch_config(width - rotated, rotated),
-        enable_fp_fusion=False,
-    )
+    tensors = q, k_plain, k_rotated, positions.contiguous(), cos_sin.contiguous(), *outputs
+    sizes = *q.stride()[:2], *k_plain.stride()[:2], k_rotated.stride(0), cos_sin.shape[0]
+
+    def call() -> Call:
+        constants = {
+            **{"HEADS": num_heads, "PLAIN": width - rotated, "HALF": rotated // 2, "INTERLEAVED": interleaved},
+            **launch_config(width - rotated, rotated),
+            "enable_fp_fusion": False,
+        }
+        grid = num_tokens, cdiv(num_heads, BLOCK_HEADS)
+        return Call(_latent_rope_kernel, grid, (*tensors, *sizes), constants)
+
+    _launches((*q.shape, rotated, sizes, q.dtype, positions.dtype, interleaved), tensors, call)
     return outputs[0], outputs[1]

@@ -11,9 +11,10 @@ numbers give equal descriptors, whoever owns the memory by now, so they are kept
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -29,6 +30,7 @@ _BASE_ARGS = 5  # three sizes of the grid, the stream, the kernel
 
 _encoded: dict[Hashable, dict[int, Any]] = {}
 _all: WeakSet[Launches] = WeakSet()
+_logger = logging.getLogger(__name__)
 
 
 class Call(NamedTuple):
@@ -85,7 +87,11 @@ class Launches:
             return
         if len(self._recorded) >= _MOST:
             self._recorded.clear()
-        self._recorded[place] = _record(compiled, call, tensors)
+        try:
+            self._recorded[place] = _record(compiled, call, tensors)
+        except Exception as error:  # a release of Triton with other insides: its own way to launch still works
+            _logger.debug("launches of %s are not repeated: %r", call.kernel, error)
+            self._recorded[place] = None
 
     def _check(self, key: Hashable, call: Call) -> None:
         kind = call.kernel, call.grid, tuple(map(_kind, call.args)), tuple(call.constants.items())
@@ -119,7 +125,10 @@ class _Slot:
 class _Recorded:
     """What the C function was handed, but for the stream and for what depends on addresses."""
 
-    def __init__(self, function: Callable[..., None], final: tuple[Any, ...], slots: list[_Slot]) -> None:
+    def __init__(
+        self, compiled: Any, function: Callable[..., None], final: tuple[Any, ...], slots: list[_Slot]
+    ) -> None:
+        self._compiled = compiled  # unloads its code when nobody holds it
         self._function = function
         self._grid, self._kernel = final[:3], final[4]
         self._nested = isinstance(final[-1], (tuple, list))  # since Triton 3.7 the kernel's own arguments are one
@@ -181,7 +190,7 @@ def _record(compiled: Any, call: Call, tensors: Sequence[Tensor]) -> _Recorded |
     if len(seen) != 1 or seen[0][:_BASE_ARGS] != (*grid, 0, compiled.function):
         return None
     slots = _slots(launcher, compiled, call, seen[0], tensors)
-    return None if slots is None else _Recorded(function, seen[0], slots)
+    return None if slots is None else _Recorded(compiled, function, seen[0], slots)
 
 
 def _function_and_recorder(launcher: Any) -> tuple[Any, Any, list[tuple[Any, ...]]] | None:
@@ -215,23 +224,29 @@ def _slots(
     sources = [arg for arg in call.args if isinstance(arg, (Tensor, TensorDescriptor))]
     args = final[-1] if isinstance(final[-1], (tuple, list)) else final[_BASE_ARGS:]
     module = sys.modules[type(launcher).__module__]
-    map_type = getattr(module, "PyCUtensorMap", None)
-    places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) or (map_type and isinstance(arg, map_type))]
-    metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    kinds = tuple(filter(None, (Tensor, getattr(module, "PyCUtensorMap", None))))
+    places = [place for place, arg in enumerate(args) if isinstance(arg, kinds)]
     if len(places) != len(sources):
         return None
+    metadata = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    owners = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
     slots = []
     for place, source in zip(places, sources, strict=True):
         descriptor = source if isinstance(source, TensorDescriptor) else None
-        address = (source if descriptor is None else descriptor.base).data_ptr()
-        index = next((i for i, tensor in enumerate(tensors) if tensor.data_ptr() == address), None)
+        owner = owners.get((source if descriptor is None else descriptor.base).data_ptr())
         meta = None if descriptor is None else next(metadata, None)
-        if index is None or isinstance(args[place], Tensor) != (meta is None):
+        if owner is None or isinstance(args[place], Tensor) != (meta is None):
+            return None
+        if descriptor is None and args[place] is not source:
             return None
         if descriptor is None or meta is None:
-            slots.append(_Slot(place, index, None, {}))
+            slots.append(_Slot(place, owner, None, {}))
         else:
-            slots.append(_described_slot(place, index, descriptor, meta, module.make_tensordesc_arg))
+            encode, form = _encoder(descriptor, meta, module.make_tensordesc_arg)
+            key = compiled.hash, len(slots), form
+            if len(_encoded) >= _MOST:
+                _encoded.clear()
+            slots.append(_Slot(place, owner, encode, _encoded.setdefault(key, {})))
     return slots
 
 
@@ -245,19 +260,14 @@ class _Address:
         return self._address
 
 
-def _described_slot(
-    place: int, tensor: int, descriptor: TensorDescriptor, meta: Any, make: Callable[..., list[Any]]
-) -> _Slot:
-    form = copy.copy(descriptor)
-    form.base = None  # nothing here keeps memory alive
+def _encoder(
+    descriptor: TensorDescriptor, meta: Any, make: Callable[..., list[Any]]
+) -> tuple[Callable[[int], Any], Hashable]:
+    """What encodes such a descriptor for any address, and all that its result depends on beside the kernel."""
+    fields = {name: value for name, value in vars(descriptor).items() if name != "base"}  # no memory is kept alive
     more = (None,) * (make.__code__.co_argcount - 2)
 
     def encode(address: int) -> Any:
-        described = copy.copy(form)
-        described.base = _Address(address)
-        return make(described, meta, *more)[0]
+        return make(SimpleNamespace(base=_Address(address), **fields), meta, *more)[0]
 
-    others = {name: value for name, value in vars(form).items() if name != "base"}
-    if len(_encoded) >= _MOST:
-        _encoded.clear()
-    return _Slot(place, tensor, encode, _encoded.setdefault((repr(others), repr(meta)), {}))
+    return encode, tuple(tuple(value) if isinstance(value, list) else value for value in fields.values())

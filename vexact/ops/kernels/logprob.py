@@ -197,7 +197,7 @@ def token_logprobs(
             options = {"num_warps": 4, "enable_fp_fusion": False}
             return Call(block_states_kernel, grid, (*tensors, *sizes), {**tile, **options})
 
-        _blocks((rows, *sizes), tensors, call)
+        _blocks((rows, *sizes, *(tensor.dtype for tensor in tensors[:3])), tensors, call)
     return merge_states(states, logits, token_ids, inv_temperature, min_logit, vocabulary, gather=True)
 
 
@@ -223,5 +223,5 @@ def merge_states(
             options = {"num_warps": MERGE_WARPS, "enable_fp_fusion": False}
             return Call(merge_states_kernel, (rows,), (*tensors, *sizes), {**levels, **options})
 
-        _merge((rows, *sizes, token_ids.dtype, gather), tensors, call)
+        _merge((rows, *sizes, gather, chosen.dtype, *(vector.dtype for vector in vectors)), tensors, call)
     return logprobs, lse, entropy

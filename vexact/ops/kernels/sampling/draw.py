@@ -167,7 +167,7 @@ def draw(
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     tensors = logits, temperature, inv_temperature, min_logit, seed, position, best_score, best_token
     _draw(
-        (num_rows, vocab_size, seed.dtype, position.dtype),
+        (num_rows, vocab_size, *(tensor.dtype for tensor in tensors[:6])),
         tensors,
         lambda: Call(
             _draw_kernel,

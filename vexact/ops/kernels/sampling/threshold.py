@@ -346,7 +346,7 @@ def thresholds(
     scratch = torch.empty((num_rows, rounds * block), dtype=torch.float32, device=logits.device)
     tensors = logits, temperature, top_k, top_p, min_p, inv_temperature, min_logit, scratch
     _launches(
-        (num_rows, vocab_size, top_k.dtype),
+        (num_rows, vocab_size, temperature.dtype, top_k.dtype, top_p.dtype, min_p.dtype),
         tensors,
         lambda: Call(
             _threshold_kernel,
