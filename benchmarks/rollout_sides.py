@@ -44,7 +44,7 @@ def transformers_side(model: Path, limits: dict[str, Any], dtype: str) -> Side:
 
     device = resolve_device("auto")
     decoder = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        model, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
     ).to(device)
 
     def generate(prompts: Sequence[Sequence[int]], new: int) -> Batch:

@@ -71,7 +71,7 @@ def test_one_stock_operator_among_invariant_ones_is_named_with_its_caller():
         guard = watch(lambda: stock(tokens, tokens, metadata))
     (finding,) = guard.findings
     assert "scaled_dot_product" in finding.op
-    assert finding.where.startswith("stock.py:")
+    assert finding.where.startswith("stock/dense.py:")
     assert finding.count == 2, "once per layer"
     assert "times" in str(finding)
 

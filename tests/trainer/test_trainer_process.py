@@ -74,7 +74,7 @@ def test_kill_9_then_resume_ends_with_the_same_weights(train, metrics, tmp_path)
     assert _sha256(tmp_path / "run" / final) == _sha256(tmp_path / "whole" / final)
     ours, theirs = metrics("run"), metrics("whole")
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, 7))
-    clock = ("time", "timing_s", "perf", "reward/time_s", "rollout/decode", "rollout/host")
+    clock = ("time", "timing_s", "perf", "reward/time_s", "rollout/decode", "rollout/host", "rollout/wait")
     for a, b in zip(ours, theirs, strict=True):
         assert {k: v for k, v in a.items() if not k.startswith(clock)} == {
             k: v for k, v in b.items() if not k.startswith(clock)

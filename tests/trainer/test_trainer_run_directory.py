@@ -365,7 +365,7 @@ def test_the_last_weights_are_saved_whatever_validation_does(overrides, tiny, me
     assert "step 3 is trained and saved; its validation is repeated" in caplog.text
     ours, theirs = metrics("run")[-1], metrics("whole")[-1]
     assert ours["step"] == 3
-    clock = ("time", "timing_s", "perf", "reward/time_s", "rollout/decode", "rollout/host")
+    clock = ("time", "timing_s", "perf", "reward/time_s", "rollout/decode", "rollout/host", "rollout/wait")
     assert {k: v for k, v in ours.items() if not k.startswith(clock)} == {
         k: v for k, v in theirs.items() if not k.startswith(clock)
     }

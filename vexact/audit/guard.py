@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OPS = f"{_PACKAGE / 'ops'}{os.sep}"
-_STOCK = f"{_OPS}stock"  # stock.py and stock_*.py: others' operators under our signatures, deliberate baselines
+_STOCK = f"{_OPS}stock"  # others' operators under our signatures, deliberate baselines
 _TRANSPARENT = (f"{Path(torch.__file__).parent}{os.sep}", __file__)  # whoever called into these is the author
 
 # Names without the underscores that mark internal and in-place variants. Maxima and minima have no rounding, so their
@@ -43,7 +43,7 @@ class Finding:
     """A reduction outside ``vexact.ops``, and how often it ran."""
 
     op: str  # e.g. "aten.mm.default"
-    where: str  # who called it: "decoder.py:121 forward"
+    where: str  # who called it: "models/decoder.py:121 forward"
     shapes: tuple[tuple[int, ...], ...]  # of its tensor arguments, the first time
     count: int
 
@@ -94,7 +94,11 @@ class ReductionGuard(TorchDispatchMode):
         if _is_invariant(file):
             self.num_inside += 1
             return
-        where = f"{Path(file).name}:{author.f_lineno} {author.f_code.co_name}" if author is not None else "unknown"
+        where = (
+            f"{'/'.join(Path(file).parts[-2:])}:{author.f_lineno} {author.f_code.co_name}"
+            if author is not None
+            else "unknown"
+        )
         self._counts[op, where] += 1
         self._shapes.setdefault((op, where), tuple(tuple(arg.shape) for arg in args if isinstance(arg, Tensor)))
 

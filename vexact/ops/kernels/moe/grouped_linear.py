@@ -161,6 +161,8 @@ def _launch_tma(
     grid = min(tiles, tile.waves * multiprocessors(x.device)) if tile.waves else tiles
     halves, overlap = tile.waves == 0 and height >= 128, height < 128 and overlaps(x.device)
     half = height // 2 if halves else height
+    # since sm_100 the sums of gate and up pass through shared memory
+    stages = tile.stages - 1 if gated and tile.stages > 3 and capability(x.device)[0] >= 10 else tile.stages
     stored = x.new_empty(height + num_places, n)
     grouped_tma_kernel[(grid,)](
         x if gather else strip_descriptor(x, height, tile.block_k),
@@ -190,7 +192,7 @@ def _launch_tma(
         JOINT=gated and _is_joint(weight, tile),
         OVERLAP=overlap,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=stages,
         enable_fp_fusion=True,  # as the launches of linear
         launch_pdl=overlap,
     )
