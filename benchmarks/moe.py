@@ -7,7 +7,7 @@
 Bits: every row of the grouped products, under several routings, sizes and tiles, against ``linear`` and ``swiglu`` of
 that row with its expert's matrix. What fails is named and kept with the others' figures; exit 1 if a row differs or
 something failed. Times: medians of graph replays; routings change from call to call, so that decoding finds its
-experts' weights cold. The floor is the bytes of the experts hit over the bandwidth of a copy.
+experts' weights cold. The floor is the bytes of the experts hit at 3.0 TB/s.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ import torch
 from linear_timing import environment, median_ms
 from moe_bits import bit_cases, count_rows
 from moe_cases import MOONLIGHT, QWEN3, MoeShape, make_weights
-from moe_layer import Layer, copy_bandwidth, floor_us
+from moe_layer import Layer, floor_us
 from options import needs_gpu, out_file
+from serving_load import HBM_BYTES_PER_S
 
 DECODE = (1, 8, 16, 64, 128, 256)
-MANY = (1024, 4096, 16384, 32768)
+MANY = (1024, 4096, 5120, 16384, 32768)
 QUICK = (1, 16, 128, 4096, 16384)
 SHAPES = (QWEN3, MOONLIGHT)
 PARTS = ("layer", "route_and_group", "gate_up", "gate_up_alone", "gate_up_in_place", "down", "combine")
@@ -49,10 +50,10 @@ def many_times(layer: Layer, tokens: int, what: str) -> float:
     return median_ms(calls, target_ms=2.0, replays=5) * 1e3
 
 
-def time_forward(layer: Layer, tokens: int, bandwidth: float) -> dict[str, float]:
+def time_forward(layer: Layer, tokens: int) -> dict[str, float]:
     """The whole layer, its parts, and the others'."""
     case = {part: many_times(layer, tokens, part) for part in (*PARTS, *STOCK)}
-    case["floor"] = floor_us(layer, tokens, bandwidth)
+    case["floor"] = floor_us(layer, tokens, HBM_BYTES_PER_S)
     case["tflops"] = layer.shape.flops(tokens) / case["layer"] / 1e6
     case["stock_tflops"] = layer.shape.flops(tokens) / case["stock_layer"] / 1e6
     return case
@@ -133,16 +134,14 @@ def compare_and_compile(
     return record
 
 
-def run(
-    shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], bandwidth: float, errors: dict[str, str]
-) -> dict[str, Any]:
+def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], errors: dict[str, str]) -> dict[str, Any]:
     layer = Layer(shape, make_weights(shape))
     record: dict[str, Any] = {"forward": {}, "training": {}}
     print(f"\n{shape.name}: E {shape.experts} H {shape.hidden} I {shape.width} k {shape.top_k} shared {shape.shared}")
     print("tokens   layer   floor ratio TFLOP/s | route   gate_up: SwiGLU  plain  placed   down combine", end=" ")
     print("| torch: gather+gate_up  gate_up   down | layer TFLOP/s")
     for tokens in forward:
-        case = attempt(errors, f"{shape.name}, {tokens} tokens", partial(time_forward, layer, tokens, bandwidth))
+        case = attempt(errors, f"{shape.name}, {tokens} tokens", partial(time_forward, layer, tokens))
         if case is None:
             continue
         record["forward"][tokens] = case
@@ -169,14 +168,13 @@ def main() -> None:
     torch.manual_seed(0)
     began = time.monotonic()
     errors: dict[str, str] = {}
-    record: dict[str, Any] = {**environment(), "copy_bytes_per_s": copy_bandwidth(), "shapes": {}, "errors": errors}
+    record: dict[str, Any] = {**environment(), "floor_bytes_per_s": HBM_BYTES_PER_S, "shapes": {}, "errors": errors}
     print(f"{record['gpu']}, torch {record['torch']}, triton {record['triton']}")
-    print(f"copy {record['copy_bytes_per_s'] / 1e12:.2f} TB/s")
     forward, train = (QUICK, QUICK[-1:]) if args.quick else ((*DECODE, *MANY), TRAIN)
     record["bits"] = compare_and_compile(args.quick, forward, train, errors)
     print(f"compared and compiled after {time.monotonic() - began:.0f} s", flush=True)
     for shape in SHAPES:
-        figures = partial(run, shape, forward, train, record["copy_bytes_per_s"], errors)
+        figures = partial(run, shape, forward, train, errors)
         record["shapes"][shape.name] = attempt(errors, shape.name, figures)
         attempt(errors, f"after {shape.name}", torch.cuda.empty_cache)
         if args.out:

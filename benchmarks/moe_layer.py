@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from linear_timing import median_ms
 from moe_cases import MoeShape, Weights, draw_groups
 from torch import Tensor
 
@@ -15,13 +14,6 @@ from vexact.ops.kernels.moe import combine, grouped_linear
 
 Call = Callable[[], object]
 BF16 = torch.bfloat16
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms([lambda: target.copy_(source)] * 4) * 1e3
 
 
 def floor_us(layer: Layer, tokens: int, bandwidth: float) -> float:

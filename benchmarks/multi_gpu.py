@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from grpo_run import ACTOR, SHAPES, figures, inputs, layout_overrides, machine, state_digests, train, trainers
@@ -60,6 +61,7 @@ def problems(runs: dict[str, dict]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
+    parser.add_argument("--layers", type=at_least_one, help="instead of the shape's own")
     parser.add_argument("--gpus", type=at_least_one, nargs="+", default=[1, 2])
     parser.add_argument("--layout", nargs="+", choices=("colocated", "disaggregated"), default=["colocated"])
     parser.add_argument("--expert_groups", type=int, nargs="+", default=[1])
@@ -72,9 +74,16 @@ def main() -> int:
     parser.add_argument("more", nargs="*", metavar="key=value", help="overrides for every run")
     arguments = parser.parse_intermixed_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="vexact-multi-gpu-"))
-    common = [*inputs(SHAPES[arguments.shape], work, arguments.steps), *arguments.more]
+    shape = SHAPES[arguments.shape]
+    if arguments.layers is not None:
+        shape = replace(shape, raw=shape.raw | {"num_hidden_layers": arguments.layers})
+    common = [*inputs(shape, work, arguments.steps), *arguments.more]
     report = machine() | {"shape": arguments.shape, "launcher": arguments.launcher, "overrides": arguments.more}
-    report |= {"token_budget": SHAPES[arguments.shape].token_budget, "max_num_seqs": Config().rollout.max_num_seqs}
+    report |= {
+        "layers": shape.raw["num_hidden_layers"],
+        "token_budget": shape.token_budget,
+        "max_num_seqs": Config().rollout.max_num_seqs,
+    }
     report |= {"runs": {}, "efficiency": {}, "problems": []}
     plans = [
         (gpus, layout, groups)

@@ -169,7 +169,7 @@ class Rescore:
         draw, size = self.draw, self.size
         slots, page = draw.choice(size.slots), draw.choice(size.pages)
         tight = draw.random() < 0.5
-        wanted = slots * (size.prompt / 2 + size.mean_new) * (draw.uniform(0.2, 0.5) if tight else 2)
+        wanted = slots * (size.prompt / 2 + size.mean_new) * (draw.uniform(0.05, 0.3) if tight else 2)
         chunks = draw.random() < 0.8
         least = slots + 1 if chunks else size.longest
         return {
@@ -210,7 +210,7 @@ class Rescore:
         while waiting or engine.has_unfinished:
             for ask in [waiting.pop() for _ in range(min(len(waiting), draw.randint(0, 8)))]:
                 running += engine.add_request(ask.prompt, SamplingParams(**ask.params), ask.name)
-            if running and draw.random() < 0.05:
+            if running and draw.random() < 0.1:
                 aborted = engine.abort({running.pop(draw.randrange(len(running)))})
                 self.found.counts["aborts"] += len(aborted)
                 samples += aborted

@@ -187,8 +187,9 @@ def run_case(index: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=0, help="only compile, in so many processes")
+    parser.add_argument("--match", default="", help="only cases whose name has this in it")
     args = parser.parse_args()
-    everything = range(len(list(cases())))
+    everything = [index for index, (name, _) in enumerate(cases()) if args.match in name]
     if args.processes:
         with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
             list(pool.map(run_case, everything))

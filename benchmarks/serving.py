@@ -45,7 +45,7 @@ MAX_LEN = 2048
 def main(given: list[str] | None = None) -> None:
     arguments = parse(given)
     if arguments.run is not None:  # one mode, in this process
-        print(json.dumps(run_mode(arguments, arguments.run)))
+        arguments.out.write_text(json.dumps(run_mode(arguments, arguments.run)))
         return
     from end_to_end import random_checkpoint
     from grpo_run import SHAPES, machine
@@ -66,7 +66,7 @@ def main(given: list[str] | None = None) -> None:
         }
         report["roofline_tok_per_s"] = round(bound, 1)
         for mode in arguments.modes:
-            found = in_own_process(arguments, mode)
+            found = in_own_process(arguments, mode, Path(folder) / "found.json")
             for rate, figures in found.items():
                 if rate == "inf" and report["gpu"]:
                     figures["of_roofline"] = round(figures["out_tok_per_s"] / bound, 3)
@@ -110,21 +110,22 @@ def line(mode: str, rate: str, figures: dict[str, Any]) -> str:
     return text + (f"  attention: {figures['attention']}" if mode == "stock" else "")
 
 
-def in_own_process(arguments: argparse.Namespace, mode: str) -> dict[str, dict[str, Any]]:
-    """Figures by rate. The mode's process has the device to itself."""
+def in_own_process(arguments: argparse.Namespace, mode: str, out: Path) -> dict[str, dict[str, Any]]:
+    """Figures by rate. The mode's process has the device to itself; what it prints is not ours to read."""
     python = arguments.vllm_python if mode in VLLM else sys.executable
     if mode in VLLM and subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False).returncode:
         return {"": {"missing": f"vLLM is not installed for {python}"}}
     command = [python, __file__, "--run", mode, "--model_path", str(arguments.model_path), "--shape", arguments.shape]
+    command += ["--out", str(out)]
     for name in ("requests", "slots", "warmup", "memory", "seed"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--rates", *map(str, [math.inf] if mode in AT_ONCE else arguments.rates)]
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
     if result.returncode:
         raise SystemExit(f"{mode} failed with exit code {result.returncode}; its messages stand above")
-    return dict(json.loads(result.stdout.strip().splitlines()[-1]))
+    return dict(json.loads(out.read_text()))
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
 from itertools import product as combinations
@@ -29,7 +29,7 @@ from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.moe import grouped_linear
 
 KINDS = ("gated", "gate_up", "down", "grad_act", "grad_x", "grad_gate_up", "grad_down")
-TOKENS = (1, 8, 16, 64, 128, 256, 1024, 4096, 16384)
+TOKENS = (1, 8, 16, 64, 128, 256, 1024, 4096, 5120, 16384)
 GATHERED = ("gated", "gate_up", "grad_gate_up")
 BUDGETS = (72, 110, 215)  # KiB of shared memory: three, two and one program a multiprocessor
 
@@ -51,7 +51,7 @@ def many_tiles(halves: int) -> Iterator[Tile]:
     """Candidates for many rows an expert."""
     if halves == 2:
         yield from (Tile("tma", 128, 128, 64, 8, stages) for stages in (3, 4))
-        yield from (Tile("tma", 128, 128, 64, 8, 4, splits=splits, waves=1) for splits in (2, 4))
+        yield from (Tile("tma", 128, 128, 64, 8, 4, splits=splits, waves=w) for splits in (2, 4) for w in (0, 1))
         yield from (Tile("tma", 128, 128, 64, 8, 3, splits=2, waves=1), Tile("tma", 128, 64, 64, 4, 3))
         yield from (
             Tile("tma", 128, 64, 64, 4, 3, waves=2),
@@ -61,8 +61,10 @@ def many_tiles(halves: int) -> Iterator[Tile]:
         yield from (Tile("tma", 64, 128, 64, 4, 4), Tile("tma", 128, 128, 128, 8, 2))
         return
     yield from (Tile("tma", 128, 256, 64, 8, stages, splits=4, waves=1) for stages in (3, 4))
-    yield from (Tile("tma", 256, 128, 64, 8, 4, splits=4, waves=1), Tile("tma", 128, 256, 64, 8, 4, splits=2))
+    yield from (Tile("tma", 256, 128, 64, 8, 4, splits=4, waves=1), Tile("tma", 128, 256, 64, 8, 3, splits=4, waves=0))
+    yield from (Tile("tma", 128, 256, 64, 8, 4, splits=4), Tile("tma", 128, 256, 64, 8, 3, splits=2))
     yield from (Tile("tma", 128, 128, 64, 4, 3, splits=2, waves=2), Tile("tma", 128, 128, 64, 4, 3, splits=2))
+    yield from (Tile("tma", 128, 128, 64, 4, 3, splits=4), Tile("tma", 128, 128, 64, 8, 3, splits=4))
     yield from (Tile("tma", 64, 128, 64, 4, 4), Tile("tma", 64, 256, 64, 4, 4))
 
 
@@ -97,8 +99,8 @@ def launch(kind: str, tile: Tile, x: Tensor, weight: Tensor, rows: Tensor, offse
     return grouped_linear.product(x, weight, given, offsets, top_k, gated=kind == "gated", tile=tile)
 
 
-def work(shapes: list[MoeShape], tokens: tuple[int, ...]) -> Iterator[tuple[MoeShape, str, int]]:
-    for shape, count, kind in combinations(shapes, tokens, KINDS):
+def work(shapes: list[MoeShape], tokens: tuple[int, ...], kinds: Sequence[str]) -> Iterator[tuple[MoeShape, str, int]]:
+    for shape, count, kind in combinations(shapes, tokens, kinds):
         if count >= 4096 or (kind in ("gated", "down")):
             yield shape, kind, count
 
@@ -189,9 +191,12 @@ def main() -> None:
     parser.add_argument("--out", type=out_file, default=Path("tune_moe.json"))
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--jobs", type=int, default=16)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     args = parser.parse_args()
     began = time.monotonic()
-    cases = [*work([QWEN3], TOKENS), *work([MOONLIGHT], (16, 256, 4096))]
+    some = tuple(tokens for tokens in (16, 256, 4096) if tokens in args.tokens)
+    cases = [*work([QWEN3], args.tokens, args.kinds), *work([MOONLIGHT], some, args.kinds)]
     compile_all(cases, args.jobs)
     print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
     for shape in (QWEN3, MOONLIGHT):

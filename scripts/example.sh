@@ -10,6 +10,11 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$(bash "$root/scripts/setup.sh")"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
+if ! "$python" -Pc 'import importlib.util, sys; sys.exit(importlib.util.find_spec("wandb") is None)'; then
+  echo "example: wandb is not installed; metrics go to the console and metrics.jsonl" >&2
+  set -- 'trainer.logger=[console,jsonl]' "$@"
+fi
+
 if [[ -n "${model_dir:-}${train_path:-}${test_path:-}" ]]; then
   exec "$python" -m vexact train --from_env "recipe=$recipe" "$@"
 fi

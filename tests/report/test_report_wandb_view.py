@@ -1,8 +1,8 @@
 """The view that a W&B project is given: what the client would send, read back."""
 
 import json
-import re
 import os
+import re
 import sys
 
 import pytest

@@ -63,7 +63,7 @@ def test_a_trace_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path, c
         (["trainer.profile_steps=[0]"], "trainer.profile_steps.*>= 1"),
         (["trainer.profile_steps=[x]"], "trainer.profile_steps"),
         (["trainer.profile_steps=[1]", "trainer.profile_ranks=[0,1]"], "there is no 1; this run's only rank is 0"),
-        (["trainer.profile_steps=[1]", "trainer.profile_ranks=[]"], r"with trainer.profile_ranks=\[\] would write nothing; name a rank"),
+        (["trainer.profile_steps=[1]", "trainer.profile_ranks=[]"], r"ranks=\[\] would write nothing; name a rank"),
         (["global_profiler.steps=[9]"], "trainer.profile_steps=.*there is no 9"),
         (["global_profiler.tool=nsys"], "traces are torch.profiler's"),
     ],

@@ -25,11 +25,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens, kv_cache: KVCache | None) -> Tensor:
         """(T, H) -> (T, H)."""
-        qkv = self.ops.linear(x, self.qkv_proj.weight, self.qkv_proj.bias)
+        ops, qkv_proj, o_proj = self.ops, self.qkv_proj, self.o_proj
+        qkv = ops.linear(x, qkv_proj.weight, qkv_proj.bias)
         q, k, v = qkv.unflatten(1, (-1, self.config.head_dim)).split(self.head_counts, dim=1)  # (T, heads, D)
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        out = tokens.rotate_and_attend(self.ops, q, k, v, norms, self.config.softmax_scale, kv_cache)
-        projected: Tensor = self.ops.linear(out.flatten(1), self.o_proj.weight, self.o_proj.bias)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
+        out = tokens.rotate_and_attend(ops, q, k, v, norms, self.config.softmax_scale, kv_cache)
+        projected: Tensor = ops.linear(out.flatten(1), o_proj.weight, o_proj.bias)
         return projected

@@ -18,6 +18,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)."""
-        gate_up = self.ops.linear(x, self.gate_up_proj.weight, self.gate_up_proj.bias)
-        out: Tensor = self.ops.linear(self.ops.swiglu(gate_up), self.down_proj.weight, self.down_proj.bias)
+        ops, gate_up_proj, down_proj = self.ops, self.gate_up_proj, self.down_proj
+        gate_up = ops.linear(x, gate_up_proj.weight, gate_up_proj.bias)
+        out: Tensor = ops.linear(ops.swiglu(gate_up), down_proj.weight, down_proj.bias)
         return out

@@ -215,7 +215,7 @@ def _launch_forward(
 ) -> Tensor:
     num_rows, width = x.shape
     weight = _aligned(weight)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
 
     def call() -> Call:
         config = forward_config(width)

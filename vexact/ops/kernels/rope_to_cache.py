@@ -5,7 +5,6 @@ The arithmetic of `rope` and `qk_norm_rope`, whose bits it has: the same tiles, 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -102,7 +101,7 @@ def forward(
     """
     (num_tokens, num_q_heads, head_dim), (num_kv_heads, value_dim) = q.shape, v.shape[1:]
     q, k, v = readable(q), readable(k), packed_heads(v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(q.shape)
     if num_tokens == 0:
         return out
     shared = positions.contiguous(), cos_sin.contiguous(), slot_mapping, out, k_cache, v_cache

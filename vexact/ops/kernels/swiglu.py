@@ -63,7 +63,7 @@ def _backward_kernel(
 def forward(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of ``[gate | up]`` (M, 2I) contiguous -> (M, I) in the same dtype."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    out = gate_up.new_empty((num_rows, width))
     tensors = gate_up, out
     _forward((num_rows, width, out.dtype), tensors, lambda: _call(_forward_kernel, tensors, num_rows, width))
     return out

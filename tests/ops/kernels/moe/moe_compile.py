@@ -19,6 +19,7 @@ from torch import Tensor
 from vexact.ops.kernels.moe import combine, grouped_linear, groups, router, tiles
 
 TOKENS = (1, 37, 512, 20000)  # one binary must serve them all
+TINY = (4, 2, "softmax", 1, 1, True, 1.0, BF16)
 QWEN3 = (128, 8, "softmax", 1, 1, True, 1.0, BF16)
 MOONLIGHT = (64, 6, "sigmoid", 1, 1, True, 2.446, FP32)
 DEEPSEEK_V3 = (256, 8, "sigmoid", 8, 4, True, 2.5, FP32)
@@ -37,9 +38,9 @@ def routing(model: tuple[Any, ...], tokens: int) -> None:
 
 
 def routing_in_one_launch(model: tuple[Any, ...], tokens: int) -> None:
-    """A step of decoding; one token alone is never padded."""
+    """A step of decoding; few tokens are not padded, and 16 are ranked by two programs."""
     bias = meta(model[0], dtype=FP32) if model[2] == "sigmoid" else None
-    padding = meta(tokens, dtype=torch.bool) if tokens > 1 else None
+    padding = meta(tokens, dtype=torch.bool) if tokens > 2 else None
     digest = meta(tokens, dtype=torch.int64)
     router.grouped_forward(meta(tokens, model[0], dtype=FP32), bias, digest, padding, *model[1:], 3)
 
@@ -70,8 +71,8 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
     """Name and launch, given the number of tokens: all tiles of sm_90, a few of the newest."""
     for name, model in (("qwen3", QWEN3), ("deepseek-v3", DEEPSEEK_V3))[: 2 if arch == 90 else 1]:
         yield f"routing {name}", lambda tokens, model=model: routing(model, tokens)
-    for model in (MOONLIGHT, DEEPSEEK_V3, QWEN3)[: 3 if arch == 90 else 1]:
-        for rows in (1, 16):  # a tile of one row takes other ways through the compiler
+    for model in (TINY, MOONLIGHT, DEEPSEEK_V3, QWEN3)[: 4 if arch == 90 else 2]:
+        for rows in (1, 2, 8) if model is TINY else (1, 16):  # small tiles take other ways through the compiler
             one = model, rows
             yield f"routing in one launch {one}", lambda tokens, one=one: routing_in_one_launch(*one)
     for dtype in (BF16, FP32)[: 2 if arch == 90 else 1]:

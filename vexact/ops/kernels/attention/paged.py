@@ -86,12 +86,25 @@ def paged_forward(
         return out.zero_(), lse.fill_(-math.inf)
     if split_rows is None:
         decode_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
-        split_rows = max_seqlen_q if max_seqlen_q * decode_heads <= MAX_DECODE_ROWS else 1
+        if max_seqlen_q * decode_heads <= MAX_DECODE_ROWS:
+            split_rows = max_seqlen_q
+        else:
+            split_rows = int(may_decode(q.shape[0], seqused_k.shape[0], max_seqlen_q))
     if split_rows > 0:
         call.run_chunks(split_rows, decode_tile or DECODE[shape.key])
     if max_seqlen_q > split_rows:
         call.run_tiles(split_rows, tile)
     return out, lse
+
+
+def may_decode(num_rows: int, num_sequences: int, most_rows: int) -> bool:
+    """Whether one of the sequences, which own all rows and some each, can have a single row; else no chunks need to be
+    launched for it. Only speed depends on it.
+
+    >>> may_decode(700, 2, 512), may_decode(700, 3, 512)
+    (False, True)
+    """
+    return cdiv(num_rows - num_sequences, most_rows - 1) < num_sequences
 
 
 @dataclass

@@ -20,7 +20,7 @@ _launches = Launches()
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """x (M, K), weight (N, K) of any strides, bias (N,) or None -> (M, N): fp32 sums, rounded once to ``out_dtype``."""
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
+    out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
     return matmul(x, weight, out, layout="forward", bias=bias)
 
 
@@ -91,6 +91,11 @@ def use_descriptors(*tensors: Tensor) -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; the interpreter, on CPU tensors, stands for sm_90."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it ends; the interpreter runs one after the other."""
+    return device.type != "cpu" and capability(device)[0] >= 9
 
 
 @cache

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
+from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.sizes import cdiv, column_blocks, next_power_of_2
 
 
@@ -22,7 +24,10 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:  # launched while the kernel before it ends
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < H
@@ -100,6 +105,7 @@ def _launch(y: Tensor, weights: Tensor | None, slots: Tensor, shared: Tensor | N
     (num_tokens, top_k), width = slots.shape, y.shape[1]
     out = torch.empty(num_tokens, width, dtype=y.dtype, device=y.device)
     config = column_blocks(width, widest=1024)
+    overlap = overlaps(y.device)
     combine_kernel[(num_tokens, cdiv(width, config["BLOCK"]))](
         y,
         y if weights is None else weights,
@@ -111,6 +117,8 @@ def _launch(y: Tensor, weights: Tensor | None, slots: Tensor, shared: Tensor | N
         WEIGHTED=weights is not None,
         HAS_SHARED=shared is not None,
         **config,
+        OVERLAP=overlap,
         enable_fp_fusion=False,
+        launch_pdl=overlap,
     )
     return out

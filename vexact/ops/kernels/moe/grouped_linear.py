@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vexact.ops.kernels.linear.launch import capability, multiprocessors, strip_descriptor
+from vexact.ops.kernels.linear.launch import capability, multiprocessors, overlaps, strip_descriptor
 from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.moe.grad_weight import grouped_grad_weight_kernel
 from vexact.ops.kernels.moe.places import most_tiles
@@ -156,13 +156,18 @@ def _launch_tma(
     tile: Tile,
 ) -> Tensor:
     num_experts, k, k_major, gather = weight.shape[0], x.shape[1], weight.stride(2) == 1, rows is not None
-    out = x.new_empty(tile.block_m + num_places, n)
-    tiles = most_tiles(num_places, num_experts, tile.block_m) * cdiv(n, tile.block_n)
-    grid = min(tiles, tile.waves * multiprocessors(out.device)) if tile.waves else tiles
+    height, width = tile.block_m, tile.block_n // tile.splits
+    tiles = most_tiles(num_places, num_experts, height) * cdiv(n, tile.block_n)
+    grid = min(tiles, tile.waves * multiprocessors(x.device)) if tile.waves else tiles
+    halves, overlap = tile.waves == 0 and height >= 128, height < 128 and overlaps(x.device)
+    half = height // 2 if halves else height
+    stored = x.new_empty(height + num_places, n)
     grouped_tma_kernel[(grid,)](
-        x if gather else strip_descriptor(x, tile.block_m, tile.block_k),
+        x if gather else strip_descriptor(x, height, tile.block_k),
+        x if gather else strip_descriptor(x, half, tile.block_k),
         matrix_descriptor(weight, gated, tile),
-        own_rows(out, tile.block_m, tile.block_n // tile.splits),
+        own_rows(stored, height, width),
+        own_rows(stored[height - half :], half, width),
         rows if gather else offsets,
         offsets,
         num_experts,
@@ -171,22 +176,25 @@ def _launch_tma(
         x.stride(0),
         TOP_K=top_k,
         EXPERTS=next_power_of_2(num_experts),
-        BLOCK_M=tile.block_m,
+        BLOCK_M=height,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLITS=tile.splits,
         SWAP=tile.swap,
         FLATTEN=tile.waves > 0,
+        HALVES=halves,
         K_MAJOR=k_major,
         EVEN_K=k % tile.block_k == 0,
         GATHER=gather,
         GATED=gated,
         JOINT=gated and _is_joint(weight, tile),
+        OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,  # as the launches of linear
+        launch_pdl=overlap,
     )
-    return out[tile.block_m :]
+    return stored[height:]
 
 
 def _launch_pointer(

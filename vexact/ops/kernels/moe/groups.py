@@ -1,7 +1,7 @@
 """Places of the pairs of tokens and experts: a counting sort in which every place is a count, so nothing races.
 
-A pair's key is expert * P + pair; keys are distinct, and a place is the number of smaller keys. Few pairs are compared
-with all others. Many are counted by expert in chunks first, and compared within their chunk alone.
+Pairs are ranked among those of their expert in a chunk of consecutive pairs, and every chunk counts its pairs of each
+expert; a place is the number of pairs of smaller experts, of its own in earlier chunks, and the rank.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
-FEW_PAIRS = 4096
-QUERIES, CHUNK, STEP = 64, 512, 128  # pairs of a program of few; of many; compared at a time
-SCAN_CHUNKS, SCAN_EXPERTS = 32, 32
+CHUNK, STEP = 128, 32  # pairs of a chunk; compared at a time
+FEW_CHUNKS = 32  # whose counts every program adds up by itself
+SCAN_CHUNKS, SCAN_EXPERTS = 256, 8
 
 
 @triton.jit
@@ -25,55 +25,29 @@ def load_experts(experts_ptr, pairs, num_pairs, E):
     return tl.where((expert < 0) | (expert >= E), E, expert)
 
 
-@triton.jit
-def store_places(rows_ptr, slots_ptr, pairs, expert, place, num_pairs, E):
-    """A pair without expert takes a place behind all others, which stays empty."""
-    taken = expert < E
-    tl.store(slots_ptr + pairs, tl.where(taken, place, -1), mask=pairs < num_pairs)
-    tl.store(rows_ptr + place, tl.where(taken, pairs, 0), mask=pairs < num_pairs)
-
-
 @triton.jit(do_not_specialize=["num_pairs"])
-def group_few_kernel(
+def rank_kernel(
     experts_ptr,  # (P,) int32
-    rows_ptr,  # (P,) int32
-    slots_ptr,  # (P,) int32
-    offsets_ptr,  # (E + 1,) int32
+    ranks_ptr,  # (P,) int32
+    counts_ptr,  # (chunks, BINS) int32
     num_pairs,
     E,
-    QUERIES: tl.constexpr,
+    CHUNK: tl.constexpr,
     STEP: tl.constexpr,
+    BINS: tl.constexpr,  # more than E
 ):
-    """QUERIES pairs, or behind all pairs the offsets of as many experts: the same count of smaller keys."""
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    pair_blocks = tl.cdiv(num_pairs, QUERIES)
-    is_pair = tl.program_id(0) < pair_blocks
-    expert = query - pair_blocks * QUERIES
-    key = expert * num_pairs
-    if is_pair:
-        expert = load_experts(experts_ptr, query, num_pairs, E)
-        key = expert * num_pairs + query
-    count = tl.zeros((QUERIES,), tl.int32)
-    for start in range(0, num_pairs, STEP):
-        others = start + tl.arange(0, STEP)
-        other = load_experts(experts_ptr, others, num_pairs, E)
-        smaller = (other * num_pairs + others)[None, :] < key[:, None]
-        count += tl.sum((smaller & (others < num_pairs)[None, :]).to(tl.int32), 1)
-    if is_pair:
-        store_places(rows_ptr, slots_ptr, query, expert, count, num_pairs, E)
-    else:
-        tl.store(offsets_ptr + expert, count, mask=expert <= E)
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def count_kernel(experts_ptr, counts_ptr, num_pairs, E, CHUNK: tl.constexpr, BINS: tl.constexpr):
-    """counts (chunks, BINS): pairs of each expert in a chunk, in bin E those without."""
-    pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    """Ranks, -1 without expert, and counts of one chunk."""
+    start = tl.program_id(0) * CHUNK
+    pairs = start + tl.arange(0, CHUNK)
     expert = load_experts(experts_ptr, pairs, num_pairs, E)
-    bins = tl.arange(0, BINS)
-    counts = tl.histogram(expert, BINS)
-    padding = tl.sum((pairs >= num_pairs).to(tl.int32), 0)
-    tl.store(counts_ptr + tl.program_id(0) * BINS + bins, counts - tl.where(bins == E, padding, 0))
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for step in range(0, CHUNK, STEP):
+        others = start + step + tl.arange(0, STEP)
+        other = load_experts(experts_ptr, others, num_pairs, E)
+        before = (other[None, :] == expert[:, None]) & (others[None, :] < pairs[:, None])
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(ranks_ptr + pairs, tl.where(expert < E, rank, -1), mask=pairs < num_pairs)
+    tl.store(counts_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS))
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -92,54 +66,91 @@ def scan_chunks_kernel(
     tl.store(totals_ptr + bins, total)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_chunks"])
 def place_kernel(
-    experts_ptr,  # (P,) int32
-    before_ptr,  # (chunks, BINS) int32: pairs of each expert in the chunks before
-    totals_ptr,  # (BINS,) int32
+    experts_ptr,  # (P,) int32, read where there is a rank
+    counts_ptr,  # (chunks, BINS) int32: pairs of each expert in a chunk, or in the chunks before when SCANNED
+    totals_ptr,  # (BINS,) int32 when SCANNED
+    slots_ptr,  # (P,) int32: ranks, which become places
     rows_ptr,  # (P,) int32
-    slots_ptr,  # (P,) int32
     offsets_ptr,  # (E + 1,) int32
     num_pairs,
+    num_chunks,
     E,
     CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
+    PAIRS: tl.constexpr,  # CHUNK or the next power of two
     BINS: tl.constexpr,
+    FEW_CHUNKS: tl.constexpr,
+    SCANNED: tl.constexpr,
 ):
-    """A pair's place: pairs of smaller experts, those of its own in the chunks before, and in this one before it."""
-    start = tl.program_id(0) * CHUNK
-    pairs = start + tl.arange(0, CHUNK)
-    expert = load_experts(experts_ptr, pairs, num_pairs, E)
+    """A chunk's places; the first one's program also writes the offsets."""
+    chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    totals = tl.load(totals_ptr + bins)
-    begin = tl.cumsum(totals, 0) - totals
-    if tl.program_id(0) == 0:
-        tl.store(offsets_ptr + bins, begin, mask=bins <= E)
-    place = tl.gather(begin, expert, 0) + tl.load(before_ptr + tl.program_id(0) * BINS + expert)
-    for step in range(0, CHUNK, STEP):
-        others = start + step + tl.arange(0, STEP)
-        other = load_experts(experts_ptr, others, num_pairs, E)
-        before = (other[None, :] == expert[:, None]) & (others[None, :] < pairs[:, None])
-        place += tl.sum(before.to(tl.int32), 1)
-    store_places(rows_ptr, slots_ptr, pairs, expert, place, num_pairs, E)
+    if SCANNED:
+        total = tl.load(totals_ptr + bins, mask=bins < E, other=0)
+        before = tl.load(counts_ptr + chunk * BINS + bins, mask=bins < E, other=0)
+    else:
+        chunks = tl.arange(0, FEW_CHUNKS)
+        known = (chunks < num_chunks)[:, None] & (bins < E)[None, :]
+        counts = tl.load(counts_ptr + chunks[:, None] * BINS + bins[None, :], mask=known, other=0)
+        total = tl.sum(counts, 0)
+        before = tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+    past = tl.cumsum(total, 0)
+    if chunk == 0:
+        tl.store(offsets_ptr, 0)
+        tl.store(offsets_ptr + 1 + bins, past, mask=bins < E)
+    member = tl.arange(0, PAIRS)
+    pairs = chunk * CHUNK + member
+    here = (member < CHUNK) & (pairs < num_pairs)
+    rank = tl.load(slots_ptr + pairs, mask=here, other=-1)
+    taken = rank >= 0
+    expert = tl.load(experts_ptr + pairs, mask=taken, other=0)
+    place = tl.gather(past - total + before, expert, 0) + rank
+    tl.store(slots_ptr + pairs, place, mask=taken)
+    tl.store(rows_ptr + place, pairs, mask=taken)
+    tl.store(rows_ptr + pairs, tl.zeros((PAIRS,), tl.int32), mask=here & (pairs >= tl.sum(total, 0)))
 
 
 def forward(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(T, k) int32 contiguous -> rows (P,), slots (T, k), offsets (E+1,), all int32."""
-    num_pairs, device = experts.numel(), experts.device
-    rows, slots = torch.empty(num_pairs, dtype=torch.int32, device=device), torch.empty_like(experts)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    if num_pairs <= FEW_PAIRS:
-        grid = cdiv(num_pairs, QUERIES) + cdiv(num_experts + 1, QUERIES)
-        group_few_kernel[(grid,)](
-            experts, rows, slots, offsets, num_pairs, num_experts, QUERIES=QUERIES, STEP=STEP, num_warps=4
-        )
-        return rows, slots, offsets
-    chunks, bins = cdiv(num_pairs, CHUNK), max(SCAN_EXPERTS, next_power_of_2(num_experts + 1))
-    counts, totals = rows.new_empty(chunks, bins), rows.new_empty(bins)
-    count_kernel[(chunks,)](experts, counts, num_pairs, num_experts, CHUNK=CHUNK, BINS=bins, num_warps=4)
-    scan = {"SCAN_CHUNKS": SCAN_CHUNKS, "SCAN_EXPERTS": SCAN_EXPERTS}
-    scan_chunks_kernel[(bins // SCAN_EXPERTS,)](counts, totals, chunks, BINS=bins, **scan, num_warps=4)
-    at = experts, counts, totals, rows, slots, offsets, num_pairs, num_experts
-    place_kernel[(chunks,)](*at, CHUNK=CHUNK, STEP=STEP, BINS=bins, num_warps=4)
+    slots, chunks, bins = torch.empty_like(experts), cdiv(experts.numel(), CHUNK), bins_of(num_experts)
+    counts = experts.new_empty(chunks, bins)
+    if chunks:
+        at = experts, slots, counts, experts.numel(), num_experts
+        rank_kernel[(chunks,)](*at, CHUNK=CHUNK, STEP=STEP, BINS=bins, num_warps=4)
+    rows, offsets = place(experts, slots, counts, num_experts, CHUNK)
     return rows, slots, offsets
+
+
+def bins_of(num_experts: int) -> int:
+    """Width of a chunk's counts."""
+    return max(32, SCAN_EXPERTS, next_power_of_2(num_experts + 1))
+
+
+def place(experts: Tensor, slots: Tensor, counts: Tensor, num_experts: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """experts (T, k), counts (chunks, bins) of each ``chunk`` of pairs; ``slots`` (T, k) holds the ranks, and then the
+    places -> rows (P,), offsets (E+1,)."""
+    (chunks, bins), num_pairs = counts.shape, experts.numel()
+    rows, offsets, totals = (experts.new_empty(n) for n in (num_pairs, num_experts + 1, bins))
+    scanned = chunks > FEW_CHUNKS
+    if scanned:
+        scan = {"SCAN_CHUNKS": SCAN_CHUNKS, "SCAN_EXPERTS": SCAN_EXPERTS}
+        scan_chunks_kernel[(bins // SCAN_EXPERTS,)](counts, totals, chunks, BINS=bins, **scan, num_warps=4)
+    place_kernel[(max(1, chunks),)](
+        experts,
+        counts,
+        totals,
+        slots,
+        rows,
+        offsets,
+        num_pairs,
+        chunks,
+        num_experts,
+        CHUNK=chunk,
+        PAIRS=next_power_of_2(chunk),
+        BINS=bins,
+        FEW_CHUNKS=FEW_CHUNKS,
+        SCANNED=scanned,
+        num_warps=4,
+    )
+    return rows, offsets

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from vexact.ops.kernels.linear.launch import overlaps
+from vexact.ops.kernels.moe import groups
 from vexact.ops.kernels.moe.scores import LEFT_OUT, in_best_groups, largest, mixed, order_key, scores_of
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 ROWS = 4  # tokens of a program, one a warp
-FEW_TOKENS = 16  # one program routes and groups them
+FEW_TOKENS = 8  # one program routes and groups them, a warp each; several programs rank as many each
+WARP = 32  # columns that a row has at least: narrower tiles do not compile everywhere
+MANY_TOKENS, MANY_ROWS = 2048, 16  # from so many on, four tokens a warp
 ROUND_TO = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -39,19 +42,15 @@ def routed(
         order = tl.where(in_best_groups(order, ROWS, GROUPS, SIZE, TOP_GROUPS, BEST), order, LEFT_OUT)
     in_batch = (rows < num_tokens)[:, None]
     chosen = largest(order, TOP_K) & in_batch
-    left = tl.where(chosen, columns[None, :], GROUPS * SIZE)
-    position = tl.zeros(left.shape, tl.int32)
+    position = tl.cumsum(chosen.to(tl.int32), 1) - 1
     total = tl.zeros((ROWS,), tl.float32)
     state = (salt.to(tl.int64) + 1) * -7046029254386353131 + tl.zeros((ROWS,), tl.int64)
     for j in tl.static_range(TOP_K):
-        first = tl.min(left, 1)
-        here = left == first[:, None]
-        position = tl.where(here, j, position)
-        left = tl.where(here, GROUPS * SIZE, left)
+        here = chosen & (position == j)
         if NORMALIZE:
             total += tl.sum(tl.where(here, scores, 0.0), 1)
         if HAS_DIGEST:
-            expert = first // SIZE * (E // NUM_GROUPS) + first % SIZE
+            expert = tl.sum(tl.where(here, index[None, :], 0), 1)
             state = mixed(state + (expert.to(tl.int64) + 1) * -3335678366873096957)
     weights = scores
     if NORMALIZE:
@@ -76,9 +75,10 @@ def route_kernel(
     padding_ptr,  # (T,) bool, tokens that get no place
     experts_ptr,  # (T, TOP_K) int32
     weights_ptr,  # (T, TOP_K) fp32
-    rows_ptr,  # (T * TOP_K,) int32, as the next two written when GROUP
-    slots_ptr,  # (T, TOP_K) int32
-    offsets_ptr,  # (E + 1,) int32
+    slots_ptr,  # (T, TOP_K) int32, places when ALONE, else ranks among the pairs of the program
+    rows_ptr,  # (T * TOP_K,) int32, written when ALONE
+    offsets_ptr,  # (E + 1,) int32, written when ALONE
+    counts_ptr,  # (programs, BINS) int32, written unless ALONE
     num_tokens,
     scale,
     salt,
@@ -92,6 +92,7 @@ def route_kernel(
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,  # at least ROWS * TOP_K
+    BINS: tl.constexpr,
     SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ROUND_TO: tl.constexpr,
@@ -99,8 +100,13 @@ def route_kernel(
     HAS_DIGEST: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     GROUP: tl.constexpr,
+    ALONE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """ROWS tokens; with GROUP these are all, and a column of the choice tells the places of an expert."""
+    """ROWS tokens, with ALONE all of them. With GROUP they are grouped: a column of the choice tells the ranks of an
+    expert's pairs."""
+    if OVERLAP:
+        gdc_launch_dependents()  # the next kernel may start; it waits for this one to end before it reads
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     chosen, position, index, known = routed(
         logits_ptr, bias_ptr, digest_ptr, experts_ptr, weights_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS,
@@ -112,16 +118,21 @@ def route_kernel(
             padding = tl.load(padding_ptr + rows, mask=rows < num_tokens, other=0).to(tl.int1)
             taken = chosen & ~padding[:, None]
         counts = tl.sum(taken.to(tl.int32), 0)
-        past = tl.cumsum(counts, 0)
-        places = (past - counts)[None, :] + tl.cumsum(taken.to(tl.int32), 0) - 1
+        places = tl.cumsum(taken.to(tl.int32), 0) - 1
+        if ALONE:
+            past = tl.cumsum(counts, 0)
+            places += (past - counts)[None, :]
         pairs = rows[:, None] * TOP_K + position
         tl.store(slots_ptr + pairs, tl.where(taken, places, -1), mask=chosen)
-        tl.store(rows_ptr + places, pairs, mask=taken)
-        if HAS_PADDING:
-            behind = tl.sum(counts, 0) + tl.arange(0, PAIRS)
-            tl.store(rows_ptr + behind, tl.zeros((PAIRS,), tl.int32), mask=behind < num_tokens * TOP_K)
-        tl.store(offsets_ptr + index + 1, past, mask=known)
-        tl.store(offsets_ptr, 0)
+        if ALONE:
+            tl.store(rows_ptr + places, pairs, mask=taken)
+            if HAS_PADDING:
+                behind = tl.sum(counts, 0) + tl.arange(0, PAIRS)
+                tl.store(rows_ptr + behind, tl.zeros((PAIRS,), tl.int32), mask=behind < num_tokens * TOP_K)
+            tl.store(offsets_ptr + index + 1, past, mask=known)
+            tl.store(offsets_ptr, 0)
+        else:
+            tl.store(counts_ptr + tl.program_id(0) * BINS + index, counts, mask=known)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -190,7 +201,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """logits (T, E) fp32 contiguous -> experts (T, k) int32 ascending, weights (T, k) fp32; adds to ``digest`` (T,)."""
     choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
-    experts, weights, *_ = _launch(logits, bias, digest, None, *choice, group=False)
+    experts, weights, *_ = _launch(logits, bias, digest, None, *choice, block=ROWS, group=False)
     return experts, weights
 
 
@@ -208,16 +219,18 @@ def grouped_forward(
     round_to: torch.dtype,
     salt: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`forward`, then rows, slots and offsets of its experts, none for ``padding`` (T,) bool: one launch for
-    FEW_TOKENS, else several."""
+    """:func:`forward`, then rows, slots and offsets of its experts, none for ``padding`` (T,) bool."""
     choice = top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt
-    if 0 < logits.shape[0] <= FEW_TOKENS:
-        return _launch(logits, bias, digest, padding, *choice, group=True)
-    from vexact.ops.kernels.moe import groups
-
-    experts, weights = forward(logits, bias, digest, *choice)
-    placed = experts if padding is None else experts.masked_fill(padding.unsqueeze(1), -1)
-    return experts, weights, *groups.forward(placed, logits.shape[1])
+    num_tokens, num_experts = logits.shape
+    alone, block = 0 < num_tokens <= FEW_TOKENS, MANY_ROWS if num_tokens >= MANY_TOKENS else FEW_TOKENS
+    if alone:
+        block = next_power_of_2(num_tokens)
+    experts, weights, slots, rows, offsets, counts = _launch(
+        logits, bias, digest, padding, *choice, block=block, group=True, alone=alone
+    )
+    if not alone:
+        rows, offsets = groups.place(experts, slots, counts, num_experts, block * top_k)
+    return experts, weights, rows, slots, offsets
 
 
 def backward(
@@ -257,26 +270,34 @@ def _launch(
     scale: float,
     round_to: torch.dtype,
     salt: int,
+    *,
+    block: int,
     group: bool,
-) -> tuple[Any, ...]:
+    alone: bool = False,
+) -> tuple[Tensor, ...]:
+    """experts, weights, slots, rows, offsets, counts; see the kernel for which are written."""
     num_tokens, num_experts = logits.shape
+    programs, bins = cdiv(num_tokens, block), groups.bins_of(num_experts)
     experts = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
-    rows = slots = offsets = experts
+    slots = rows = offsets = counts = experts
     if group:
-        rows, slots = experts.new_empty(num_tokens * top_k), torch.empty_like(experts)
-        offsets = experts.new_empty(num_experts + 1)
-    block = next_power_of_2(num_tokens) if group else ROWS
-    route_kernel[(1 if group else cdiv(num_tokens, block),)](
+        slots = torch.empty_like(experts)
+    if alone:
+        rows, offsets = experts.new_empty(num_tokens * top_k), experts.new_empty(num_experts + 1)
+    elif group:
+        counts = experts.new_empty(programs, bins)
+    route_kernel[(programs,)](
         logits,
         logits if bias is None else bias,
         logits if digest is None else digest,
         logits if padding is None else padding,
         experts,
         weights,
-        rows,
         slots,
+        rows,
         offsets,
+        counts,
         num_tokens,
         scale,
         salt,
@@ -284,12 +305,13 @@ def _launch(
         NUM_GROUPS=num_groups,
         LEVELS=next_power_of_2(num_experts).bit_length() - 1,
         GROUPS=next_power_of_2(num_groups),
-        SIZE=next_power_of_2(num_experts // num_groups),
+        SIZE=max(next_power_of_2(num_experts // num_groups), WARP // next_power_of_2(num_groups)),
         TOP_GROUPS=top_groups,
         BEST=2 if scoring == "sigmoid" else 1,
         TOP_K=top_k,
         ROWS=block,
         PAIRS=next_power_of_2(block * top_k),
+        BINS=bins,
         SIGMOID=scoring == "sigmoid",
         NORMALIZE=normalize,
         ROUND_TO=ROUND_TO[round_to],
@@ -297,7 +319,9 @@ def _launch(
         HAS_DIGEST=digest is not None,
         HAS_PADDING=padding is not None,
         GROUP=group,
-        num_warps=4,
+        ALONE=alone,
+        OVERLAP=alone and overlaps(logits.device),
+        num_warps=4 if block == MANY_ROWS else min(block, FEW_TOKENS),
         enable_fp_fusion=False,
     )
-    return experts, weights, rows, slots, offsets
+    return experts, weights, slots, rows, offsets, counts

@@ -20,15 +20,16 @@ FORWARD: Entries = (
 )
 GATHERED: Entries = (
     *FORWARD[:-1],
-    (512, Tile("tma", 128, 256, 64, 8, 4, splits=2)),
+    (512, Tile("tma", 128, 256, 64, 8, 4, splits=4)),
     (LARGE, Tile("tma", 128, 256, 64, 8, 4, splits=4, waves=1)),
 )
 GATED: Entries = (
     (16, Tile("tma", 16, 64, 128, 4, 3, swap=True)),
     (32, Tile("tma", 32, 64, 64, 4, 5, swap=True)),
-    (LARGE, Tile("tma", 128, 128, 64, 8, 4)),
+    (512, Tile("tma", 128, 128, 64, 8, 4, splits=2)),
+    (LARGE, Tile("tma", 128, 128, 64, 8, 4, splits=2, waves=1)),
 )
-GRAD_WEIGHT = Tile("tma", 128, 128, 32, 4, 5)
+GRAD_WEIGHT = Tile("tma", 128, 128, 32, 4, 6)
 # Before sm_90, and for strides or addresses that are not multiples of 16 bytes. They fit the shared memory of sm_80.
 POINTER: Entries = (
     (16, Tile("pointer", 16, 32, 128, 4, 4)),
