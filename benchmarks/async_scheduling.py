@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import at_least_one, none_or_more, out_file
 from rollout import ROOM, TINY
 from roofline import BYTES, Traffic
 from serving_load import Load, draw
@@ -122,10 +123,10 @@ def measure(engine: Engine, loads: list[Load], repeats: int, *, traced: bool) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=CASES, default="qwen3-1.7b" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--mixed", type=int, default=0, metavar="N")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sequences", type=at_least_one, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--mixed", type=none_or_more, default=0, metavar="N")
+    parser.add_argument("--repeats", type=at_least_one, default=2)
+    parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args()
     raw, *lengths = CASES[arguments.shape]
     device = torch.device(resolve_device("auto"))

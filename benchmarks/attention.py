@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -42,6 +41,7 @@ from attention_cases import (
     stock_forward,
 )
 from linear_timing import environment, median_ms
+from options import needs_gpu, out_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -212,8 +212,9 @@ def run_table() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
+    needs_gpu(parser)
     torch.manual_seed(0)
     started = time.monotonic()
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), mp_context=get_context("spawn")) as pool:

@@ -21,11 +21,11 @@ from dataclasses import asdict
 from functools import partial
 from itertools import chain, islice, pairwise
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from attention_cases import Heads, Packed, Paged, cumulative, packed_case, to_pages
 from linear_timing import environment
+from options import at_least_one, needs_gpu, out_file
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -164,10 +164,11 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("--seconds", type=float, default=100.0)
-    parser.add_argument("--cases", type=int, default=len(CASES))
+    parser.add_argument("--cases", type=at_least_one, default=len(CASES))
     args = parser.parse_args()
+    needs_gpu(parser)
     started = time.monotonic()
     jobs = [(seed, index) for seed in range(args.cases) for index in range(-1, 40)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

@@ -15,13 +15,13 @@ import json
 import random
 import statistics
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 import triton
 from end_to_end import QWEN3_1B7
+from options import at_least_one, out_file
 
 from vexact.audit import Audit
 from vexact.config.schema import Config
@@ -80,8 +80,8 @@ def timed_update(actor: Actor, samples: list[Sample], params: SamplingParams, ra
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
+    parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args()
     device = resolve_device("auto")
     raw, count, longest, new = SHAPES[arguments.shape]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from audit import SHAPES
+from options import out_file
 
 from vexact.models import CausalLM, ModelConfig
 from vexact.trainer.checkpoint import CheckpointStore, Progress, Saver, ShardWriter, load_checkpoint, verify_checkpoint
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; removed at the end")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     device = torch.device(args.device)
     folder = args.folder or Path(tempfile.mkdtemp())

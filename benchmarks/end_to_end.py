@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 import triton
+from options import out_file
 
 from vexact.config import load_config
 from vexact.device import resolve_device
@@ -156,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=["tiny", "qwen3-1.7b"], choices=("tiny", "smollm2", "qwen3-1.7b"))
     parser.add_argument("--smollm2", help="checkpoint directory")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("more", nargs="*", metavar="key=value", help="overrides for every run")
     arguments = parser.parse_intermixed_args()
     report = {

@@ -16,13 +16,13 @@ import pstats
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import triton
 from end_to_end import QWEN3_1B7
+from options import at_least_one, needs_gpu, none_or_more, out_file
 
 from vexact.models import ModelConfig
 from vexact.models.decoder import CausalLM
@@ -197,11 +197,12 @@ def measure(num_layers: int, repeats: int, functions: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--profile", type=int, default=0, metavar="N")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=at_least_one, default=28)
+    parser.add_argument("--repeats", type=at_least_one, default=20)
+    parser.add_argument("--profile", type=none_or_more, default=0, metavar="N")
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
+    needs_gpu(parser)
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 from math import exp, log
-from pathlib import Path
 
 import torch
 from linear_timing import LAYER_SHAPES, environment, make_problem, median_ms, rotation, stock_call
+from options import needs_gpu, out_file
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TRAIN_ROWS = (1024, 2048, 4096, 8192, 16384)
@@ -81,8 +81,9 @@ def run_table() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
+    needs_gpu(parser)
     torch.manual_seed(0)
     print("layout      shape           rows  stock us   ours us ratio")
     record = run_table()

@@ -14,11 +14,11 @@ import argparse
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 
 import torch
 from linear_timing import environment
+from options import at_least_one, needs_gpu, out_file
 from torch import Tensor
 
 from vexact.ops.kernels import linear, linear_cross_entropy
@@ -140,9 +140,10 @@ def run_table(tokens: int, vocabulary: int, size: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--out", type=out_file)
+    parser.add_argument("--tokens", type=at_least_one, default=16384)
     args = parser.parse_args()
+    needs_gpu(parser)
     torch.manual_seed(0)
     tables = [run_table(args.tokens, 151936, size) for size in (2048, 4096)]
     if args.out:

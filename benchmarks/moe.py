@@ -22,7 +22,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,6 +30,7 @@ from linear_timing import environment, median_ms
 from moe_bits import bit_cases, count_rows
 from moe_cases import MOONLIGHT, QWEN3, MoeShape, make_weights
 from moe_layer import Layer, floor_us
+from options import needs_gpu, out_file
 from serving_load import HBM_BYTES_PER_S
 
 DECODE = (1, 8, 16, 64, 128, 256)
@@ -162,8 +162,9 @@ def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
+    needs_gpu(parser)
     torch.manual_seed(0)
     began = time.monotonic()
     errors: dict[str, str] = {}

@@ -18,12 +18,12 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from grpo_run import SHAPES as RUNS
 from grpo_run import machine
+from options import at_least_one, out_file
 from serving_load import HBM_BYTES_PER_S
 from torch import nn
 
@@ -141,8 +141,8 @@ def measure(name: str, counts: Sequence[int], prompt: int, new: int) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b-a3b", "moonlight-16b-a3b"])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sequences", type=at_least_one, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args()
     report = machine() | {"shapes": {}}
     for name in arguments.shapes:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from grpo_run import ACTOR, SHAPES, figures, inputs, layout_overrides, machine, state_digests, train, trainers
+from options import at_least_one, out_file
 
 from vexact.config import Config
 
@@ -60,16 +61,16 @@ def problems(runs: dict[str, dict]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
-    parser.add_argument("--layers", type=int, help="instead of the shape's own")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--layers", type=at_least_one, help="instead of the shape's own")
+    parser.add_argument("--gpus", type=at_least_one, nargs="+", default=[1, 2])
     parser.add_argument("--layout", nargs="+", choices=("colocated", "disaggregated"), default=["colocated"])
     parser.add_argument("--expert_groups", type=int, nargs="+", default=[1])
     parser.add_argument("--launcher", choices=("torchrun", "ray"), default="torchrun")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=at_least_one, default=3)
     parser.add_argument("--no_digest", action="store_true", help="interrupt after the steps, save nothing")
     parser.add_argument("--timeout_s", type=float, default=900, help="of each run")
     parser.add_argument("--work", type=Path, help="directory for models and runs (default: a temporary one)")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("more", nargs="*", metavar="key=value", help="overrides for every run")
     arguments = parser.parse_intermixed_args()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="vexact-multi-gpu-"))

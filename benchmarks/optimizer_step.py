@@ -13,10 +13,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from audit import SHAPES
+from options import at_least_one, out_file
 from torch.nn import Parameter
 
 from vexact.models import CausalLM, ModelConfig
@@ -73,8 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=at_least_one, default=10)
+    parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     device = torch.device(args.device)
     with torch.device("meta"):

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from options import out_file
 
 from vexact.report.html import RunRecord, read_run
 from vexact.report.html.thin import running_mean
@@ -83,7 +84,7 @@ def plot(run: RunRecord, out: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--out", type=Path, required=True, help="an .svg or .png file")
+    parser.add_argument("--out", type=out_file, required=True, help="an .svg or .png file")
     parser.add_argument("--title", help="default: the run's name")
     arguments = parser.parse_args()
     run = read_run(arguments.run)

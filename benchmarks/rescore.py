@@ -36,6 +36,7 @@ import soak
 import torch
 from end_to_end import random_checkpoint
 from grpo_run import SHAPES, machine
+from options import at_least_one, out_file
 from soak import Ask, Soak
 
 from vexact.device import resolve_device
@@ -332,15 +333,15 @@ def models(arguments: argparse.Namespace) -> tuple[CausalLM, CausalLM]:
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=20_000, help="to rescore")
+    parser.add_argument("--tokens", type=at_least_one, default=20_000, help="to rescore")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no round begins")
     parser.add_argument("--shape", choices=SHAPES, help="default: one layer of 32 channels")
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--layers", type=at_least_one)
     size = "large" if torch.cuda.is_available() else "small"
     parser.add_argument("--size", choices=SIZES, default=size, help="of the requests and the batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--control", action="store_true", help="score with one weight that is a unit too large")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args(given)
     rescore = Rescore(*models(arguments), SIZES[arguments.size], arguments.seed)
     started = time.monotonic()

@@ -40,6 +40,7 @@ import torch
 from end_to_end import random_checkpoint
 from grpo_run import SHAPES as RUNS
 from grpo_run import machine
+from options import at_least_one, checkpoint, none_or_more, out_file
 from rollout_sides import ENVIRONMENT, SIDES, Batch, Side
 from roofline import BYTES, Traffic
 
@@ -73,15 +74,15 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, tiny = parser.add_argument, not torch.cuda.is_available()
     add("--shape", choices=SHAPES, default="tiny" if tiny else "qwen3-1.7b")
-    add("--sequences", type=int, nargs="+", default=[1, 8] if tiny else [1, 8, 64, 256])
-    add("--prompt_tokens", type=int, default=24 if tiny else 512)
-    add("--new_tokens", type=int, default=16 if tiny else 512)
+    add("--sequences", type=at_least_one, nargs="+", default=[1, 8] if tiny else [1, 8, 64, 256])
+    add("--prompt_tokens", type=at_least_one, default=24 if tiny else 512)
+    add("--new_tokens", type=at_least_one, default=16 if tiny else 512)
     add("--sides", nargs="+", choices=SIDES, default=["exact", "stock", "hf", "vllm"])
-    add("--repeats", type=int, default=2)
-    add("--hf_most", type=int, default=8)
-    add("--busy", type=int, nargs="*", default=[], help="sequences at which ours are profiled as well")
-    add("--model", type=Path, help="a checkpoint of that shape; by default one with random weights")
-    add("--out", type=Path)
+    add("--repeats", type=at_least_one, default=2)
+    add("--hf_most", type=none_or_more, default=8)
+    add("--busy", type=at_least_one, nargs="*", default=[], help="sequences at which ours are profiled as well")
+    add("--model", type=checkpoint, help="a checkpoint of that shape; by default one with random weights")
+    add("--out", type=out_file)
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args(given)
 

@@ -15,11 +15,11 @@ import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from options import needs_gpu, out_file
 from torch import Tensor
 
 from vexact.ops.kernels import embedding, qk_norm_rope, rms_norm, rope, sampling, swiglu
@@ -289,8 +289,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date to record")
     parser.add_argument("--only", default="", help="measure only groups that start so: rms_norm, rope, sample 256, ...")
-    parser.add_argument("--out", type=Path, help="write the table as JSON here")
+    parser.add_argument("--out", type=out_file, help="write the table as JSON here")
     arguments = parser.parse_args()
+    needs_gpu(parser)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from options import at_least_one, checkpoint, has_gpu, out_file, part, per_second, refuse
 from serving_load import Load, Times, arrivals, draw, play, play_http, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +51,12 @@ def main(given: list[str] | None = None) -> None:
     from grpo_run import SHAPES, machine
     from roofline import Traffic
 
+    if arguments.shape not in SHAPES:
+        refuse(f"--shape {arguments.shape} is not known; use one of {', '.join(SHAPES)}")
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model_path is None:
             raw = SHAPES[arguments.shape].raw | {"eos_token_id": 1, "rope_theta": 1e6}
-            arguments.model_path = str(random_checkpoint(raw, Path(folder) / "model"))
+            arguments.model_path = random_checkpoint(raw, Path(folder) / "model")
         raw = config_of(arguments)
         loads = draw(arguments.requests, raw["vocab_size"], arguments.seed, scale(arguments))
         bound = Traffic.of(raw).tokens_per_s([(len(load.prompt), load.max_tokens) for load in loads], arguments.slots)
@@ -76,17 +79,17 @@ def main(given: list[str] | None = None) -> None:
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", default="qwen3-1.7b", help="random weights of this shape")
-    add("--model_path", help="a checkpoint instead")
+    add("--shape", default="qwen3-1.7b" if has_gpu() else "tiny", help="random weights of this shape")
+    add("--model_path", type=checkpoint, help="a checkpoint instead")
     add("--modes", nargs="+", default=[*OURS, *VLLM], choices=(*OURS, *VLLM))
-    add("--rates", nargs="+", type=float, default=[math.inf, 20.0, 10.0], help="requests per second")
-    add("--requests", type=int, default=768)
-    add("--slots", type=int, default=256, help="max_num_seqs of every engine")
-    add("--warmup", type=int, default=256, help="requests before the counted ones")
-    add("--memory", type=float, default=0.8, help="share of the GPU's memory that each engine may take")
+    add("--rates", nargs="+", type=per_second, default=[math.inf, 20.0, 10.0], help="requests per second")
+    add("--requests", type=at_least_one, default=768)
+    add("--slots", type=at_least_one, default=256, help="max_num_seqs of every engine")
+    add("--warmup", type=at_least_one, default=256, help="requests before the counted ones")
+    add("--memory", type=part, default=0.8, help="share of the GPU's memory that each engine may take")
     add("--seed", type=int, default=0)
     add("--vllm_python", default=sys.executable, help="a Python that has vLLM")
-    add("--out", type=Path)
+    add("--out", type=out_file)
     add("--run", help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
@@ -112,7 +115,7 @@ def in_own_process(arguments: argparse.Namespace, mode: str, out: Path) -> dict[
     python = arguments.vllm_python if mode in VLLM else sys.executable
     if mode in VLLM and subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False).returncode:
         return {"": {"missing": f"vLLM is not installed for {python}"}}
-    command = [python, __file__, "--run", mode, "--model_path", arguments.model_path, "--shape", arguments.shape]
+    command = [python, __file__, "--run", mode, "--model_path", str(arguments.model_path), "--shape", arguments.shape]
     command += ["--out", str(out)]
     for name in ("requests", "slots", "warmup", "memory", "seed"):
         command += [f"--{name}", str(getattr(arguments, name))]
@@ -231,7 +234,7 @@ def over_http(arguments: argparse.Namespace, command: list[str], port: int) -> I
 
 def http(arguments: argparse.Namespace) -> Any:
     port = free_port()
-    command = [sys.executable, "-m", "vexact", "serve", "--model_path", arguments.model_path, "--port", str(port)]
+    command = [sys.executable, "-m", "vexact", "serve", "--model_path", str(arguments.model_path), "--port", str(port)]
     command += ["--served_model_name", "bench", "--max_num_seqs", str(arguments.slots), "--max_queue", "100000"]
     command += ["--max_model_len", str(longest(arguments)), "--gpu_memory_utilization", str(arguments.memory)]
     return over_http(arguments, command, port)
@@ -239,7 +242,7 @@ def http(arguments: argparse.Namespace) -> Any:
 
 def vllm_http(arguments: argparse.Namespace) -> Any:
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model_path]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(arguments.model_path)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "bench", "--dtype", "bfloat16"]
     command += ["--max-num-seqs", str(arguments.slots), "--max-model-len", str(longest(arguments))]
     command += ["--gpu-memory-utilization", str(arguments.memory)]
@@ -251,7 +254,7 @@ def vllm_offline(arguments: argparse.Namespace) -> Iterator[Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        arguments.model_path,
+        str(arguments.model_path),
         dtype="bfloat16",
         max_num_seqs=arguments.slots,
         max_model_len=longest(arguments),

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import openai
+from options import at_least_one, out_file
 
 from vexact.models import ModelConfig, random_model
 from vexact.prepare.tokenizers import byte_tokenizer
@@ -254,12 +255,12 @@ def tiny_engine(**config: Any) -> Engine:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--concurrency", type=int, default=48)
+    parser.add_argument("--requests", type=at_least_one, default=10_000)
+    parser.add_argument("--concurrency", type=at_least_one, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model_path", help="default: a tiny random model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args()
 
     def make(**config: Any) -> Engine:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from grpo_run import ACTOR, ROLLOUT, SHAPES, TIMES, figures, inputs, machine, train
+from options import at_least_one, out_file
 
 RECOMPUTE = ("algorithm.recompute_old_log_prob=true",)
 
@@ -74,9 +75,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
     parser.add_argument("--runs", nargs="+", choices=variants(), default=list(variants()))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=at_least_one, default=4)
     parser.add_argument("--timeout_s", type=float, default=900, help="of each run")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("more", nargs="*", metavar="key=value", help="overrides for every run")
     arguments = parser.parse_intermixed_args()
     work = Path(tempfile.mkdtemp(prefix="vexact-step-cost-"))

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from attention_cases import MOONLIGHT, QWEN3, Heads, Packed, backward_flops, decode_case, forward_flops, packed_case
 from linear_timing import environment, median_ms
+from options import out_file
 from triton.runtime.errors import OutOfResources
 
 from vexact.ops.kernels.attention import descriptors, launch, packed_backward
@@ -181,7 +181,7 @@ def measure(candidate: Candidate) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("--kinds", default="forward,decode,keys,queries")
     parser.add_argument("--seconds", type=float, default=100.0)
     args = parser.parse_args()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from linear_timing import LAYER_SHAPES, Problem, environment, make_problem, median_ms, rotation, stock_call
+from options import out_file
 from triton.runtime.errors import OutOfResources
 
 from vexact.ops.kernels.linear import matmul
@@ -259,7 +260,7 @@ def write_summary(timings: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tune_linear.json"))
+    parser.add_argument("--out", type=out_file, default=Path("tune_linear.json"))
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--write-table", type=Path, metavar="TIMINGS")

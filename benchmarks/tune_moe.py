@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from linear_timing import environment, median_ms
 from moe_cases import MOONLIGHT, QWEN3, MoeShape, draw_groups, make_weights
+from options import out_file
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -187,7 +188,7 @@ WEIGHTS: dict = {}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tune_moe.json"))
+    parser.add_argument("--out", type=out_file, default=Path("tune_moe.json"))
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--jobs", type=int, default=16)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)

@@ -13,13 +13,13 @@ import datetime
 import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import triton
+from options import at_least_one, out_file
 from torch import Tensor
 
 from vexact.models import ModelConfig, random_model
@@ -164,8 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="1.7B")
     parser.add_argument("--bucket-mib", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--calls", type=int, default=10)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--calls", type=at_least_one, default=10)
+    parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args()
     if dist.is_torchelastic_launched():
         torch.cuda.set_device(dist.get_node_local_rank())

@@ -68,6 +68,11 @@ def test_the_ends_of_a_range_pass_and_what_is_past_them_does_not(leaf: Leaf) -> 
             load(leaf, number)
 
 
+def test_a_list_is_told_as_it_is_written() -> None:
+    with pytest.raises(ConfigError, match=r"^trainer.profile_steps=\[3, 0\]: must be >= 1 "):
+        load_config(["trainer.profile_steps=[3,0]"], checked=False)
+
+
 def test_every_number_has_a_least_value() -> None:
     assert [leaf.key for leaf in NUMERIC if ends(leaf)[0] is None] == []
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from functools import reduce
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -141,6 +144,43 @@ def test_numbers_truth_values_and_lists_keep_their_types() -> None:
     assert value("trainer.logger", "[file,console]") == ("jsonl", "console")
 
 
+def ways(hint: Any) -> list[tuple[str, Any]]:
+    """Of a key's type, texts and what they stand for: every choice, both truth values, a number, null, a list."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    plain = {bool: [("true", True), ("False", False)], int: [("8", 8)], float: [("0.5", 0.5)], str: [("a", "a")]}
+    found = []
+    for part in parts:
+        if typing.get_origin(part) is Literal:
+            found += [(choice, choice) for choice in typing.get_args(part)]
+        elif typing.get_origin(part) is tuple:
+            found += [(f"[{text}]", (it,)) for text, it in ways(typing.get_args(part)[0])]
+        elif part is type(None):
+            found.append(("null", None))
+        elif part in plain:
+            found += plain[part]
+    return found
+
+
+def test_all_that_a_key_may_be_can_be_given(tmp_path: Path) -> None:
+    recipe = tmp_path / "all.yaml"
+    for leaf in leaves(Keys):
+        for text, expected in ways(leaf.hint):
+            bounds = leaf.metadata["range"]
+            if text in ("8", "0.5", "[8]", "[0.5]") and any(bound is not None for bound in bounds.values()):
+                continue  # test_config_ranges
+            recipe.write_text(f"{leaf.key}: {text}\n")
+            assert value(leaf.key, text) == expected, leaf.key
+            found = reduce(getattr, leaf.key.split("."), load_config([f"recipe={recipe}"], checked=False))
+            assert (found, type(found)) == (expected, type(expected)), leaf.key
+
+
+def test_a_truth_value_beside_a_choice_is_none_of_its_texts() -> None:
+    key = f"{ROLLOUT}.async_scheduling"
+    for text in ("1", "0", "null", "none", "yes", "[true]", "'true'", ""):
+        assert message(f"{key}={text}").startswith(f"{key}="), text
+        assert "expected true or false or auto, e.g. " in message(f"{key}={text}")
+
+
 def test_references_to_other_keys_are_followed_in_text() -> None:
     assert value("trainer.experiment_name", "run_${trainer.seed}", "trainer.seed=7") == "run_7"
 
@@ -159,3 +199,4 @@ def test_which_keys_take_text() -> None:
     text = {leaf.key for leaf in leaves(Keys) if takes_text(leaf.hint)}
     assert {"trainer.experiment_name", "data.train_files", f"{MODEL}.custom_chat_template", "trainer.logger"} <= text
     assert text.isdisjoint({"trainer.seed", "data.shuffle", f"{ROLLOUT}.stop_token_ids", "reward.timeout_s"})
+    assert f"{ROLLOUT}.async_scheduling" not in text

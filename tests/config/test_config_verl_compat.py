@@ -85,6 +85,15 @@ def test_unused_key_is_dropped_with_a_notice() -> None:
     assert len(config.notices) == 2
 
 
+def test_verls_profilers_are_dropped_with_a_notice() -> None:
+    roles = ("actor", "rollout", "ref")
+    keys = [f"actor_rollout_ref.{role}.profiler.{name}" for role in roles for name in ("enable", "all_ranks")]
+    config = load_config([*(f"{key}=True" for key in keys), "global_profiler.steps=[1,2]"], checked=False)
+    assert config.trainer.profile_steps == (1, 2)
+    told = "has no effect: trainer.profile_steps and .profile_ranks say what is traced"
+    assert [any(f"{key}=True {told}" in notice for notice in config.notices) for key in keys] == [True] * len(keys)
+
+
 def test_moved_keys_land_where_the_schema_has_them() -> None:
     config = load_config(["trainer.max_actor_ckpt_to_keep=5", "custom_reward_function.path=my.py"], checked=False)
     assert config.trainer.keep_last == 5

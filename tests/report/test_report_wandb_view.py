@@ -1,6 +1,7 @@
 """The view that a W&B project is given: what the client would send, read back."""
 
 import json
+import os
 import re
 import sys
 
@@ -62,10 +63,12 @@ def test_what_does_not_work_is_one_message(monkeypatch, capsys):
         raise OSError("permission\ndenied")
 
     monkeypatch.setattr(internal, "upsert_view2", refuse)
+    monkeypatch.setenv("WANDB_BASE_URL", " ")  # which W&B would stop at
     assert main(["report", "--wandb_view", "team/sums"]) == 2
     said = capsys.readouterr().err
     assert "W&B does not take the view of team/sums: OSError: permission denied" in said
     assert "Traceback" not in said
+    assert "WANDB_BASE_URL" not in os.environ
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     assert main(["report", "--wandb_view", "team/sums"]) == 2
     assert "pip install 'vexact[wandb]'" in capsys.readouterr().err

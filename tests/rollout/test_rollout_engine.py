@@ -155,6 +155,10 @@ def test_lengths_and_ids_are_checked(model):
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 must be in"),
         ({"max_model_len": 1000}, "max_model_len=1000 exceeds the model's max_position_embeddings=512"),
         ({"async_scheduling": "on"}, "async_scheduling='on' must be 'auto', True or False"),
+        ({"async_scheduling": 1}, "async_scheduling=1 must be 'auto', True or False"),
+        ({"batch_invariant": "false"}, "batch_invariant='false' must be True or False"),
+        ({"enable_prefix_caching": None}, "enable_prefix_caching=None must be True or False"),
+        ({"gpu_memory_utilization": "0.5"}, "gpu_memory_utilization='0.5' must be in"),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 95}, "max_num_batched_tokens=95 is less than"),
     ],
 )

@@ -72,7 +72,7 @@ def test_new_weights_give_new_ones_and_an_aborted_request_none():
     assert sample.prompt_logprobs.tobytes() == trained(other, PROMPTS[:1])[0].tobytes()
 
 
-@pytest.mark.parametrize("value", [1, -1, True, False, 0.0, "0", [0], np.int64(0)])
+@pytest.mark.parametrize("value", [1, -1, True, False, 0.0, "0", [0], np.int64(1)])
 def test_there_are_no_alternatives(value):
     with pytest.raises(ValueError, match=r"prompt_logprobs=.* must be None or 0.* no alternatives"):
         SamplingParams(prompt_logprobs=value)

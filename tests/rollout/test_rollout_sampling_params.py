@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from vexact.config.checks.refused_sampling import REFUSED_SAMPLING
 from vexact.rollout.sampling.sampling_params import SamplingParams
@@ -75,6 +76,7 @@ def test_numbers_of_other_libraries_are_numbers():
     params = SamplingParams(n=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(-3))
     assert (params.n, params.temperature, params.top_p, params.seed) == (2, 0.5, 0.9, -3)
     assert SamplingParams(temperature=1).temperature == 1.0
+    assert type(SamplingParams(prompt_logprobs=np.int64(0)).prompt_logprobs) is int
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,8 @@ def test_numbers_of_other_libraries_are_numbers():
         ("frequency_penalty", np.float32(0.5), "could not repeat"),
         ("allowed_token_ids", np.array([1, 2]), "could not repeat"),
         ("bad_words", ("a",), "could not repeat"),
+        ("min_tokens", np.array(2), "forbids stop tokens at first"),
+        ("frequency_penalty", torch.tensor(0.5), "could not repeat"),
         ("min_tokens", True, "forbids stop tokens at first"),
         ("presence_penalty", math.nan, "could not repeat"),
     ],
@@ -104,6 +108,7 @@ def test_the_same_at_values_that_do_nothing_is_accepted():
     assert set(neutral) == set(REFUSED_SAMPLING)
     params = SamplingParams(n=2, **neutral)
     assert params == SamplingParams(n=2)
+    assert SamplingParams(min_tokens=np.array(0), repetition_penalty=torch.tensor(1.0)) == SamplingParams()
     assert dataclasses.replace(params, n=1) == pickle.loads(pickle.dumps(SamplingParams()))
     with pytest.raises(ValueError, match="min_tokens=1"):
         dataclasses.replace(params, min_tokens=1)

@@ -73,6 +73,7 @@ def test_a_good_run_is_printed_and_nothing_is_written(overrides, capsys, tiny, t
         (f"{ROLLOUT}.num_pages=2147483647", "takes "),
         (f"{ROLLOUT}.max_num_seqs=2147483647", "take "),
         ("trainer.seed=18446744073709551616", "<= 2^63 - 1"),
+        ("trainer.profile_ranks=[0,3]", "there is no 3; this run's only rank is 0"),
         ("trainer.experiment_name=", "give it a name"),
         ("trainer.project_name=a\nb", "give it a name, on one line"),
         ("data.train_max_samples=0", "use -1 for all rows"),

@@ -243,9 +243,14 @@ def _check_range(key: str, value: Any, number: Any, metadata: Mapping[str, Any])
     if isinstance(number, int) and bounds["le"] is None:
         bounds["le"] = LARGEST
     if isinstance(number, float) and not abs(number) <= LARGEST_FLOAT and not (number > 0 and metadata["infinite"]):
-        raise ConfigError(f"{key}={value!r}: must be a finite number of float32")
+        raise ConfigError(f"{key}={_listed(value)!r}: must be a finite number of float32")
     if not all(bound is None or _COMPARE[name](number, bound) for name, bound in bounds.items()):
-        raise ConfigError(f"{key}={value!r}: must be {describe_range(bounds)}{f' ({why})' if why else ''}")
+        raise ConfigError(f"{key}={_listed(value)!r}: must be {describe_range(bounds)}{f' ({why})' if why else ''}")
+
+
+def _listed(value: Any) -> Any:
+    """A list as it is written."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def describe_range(bounds: Mapping[str, float | None]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vexact.config.fields import ConfigError
 
 _QUOTED = re.compile(r"""\s*('(\\.|[^'\\])*'|"(\\.|[^"\\])*")\s*""", re.DOTALL)
+_PLAIN = frozenset((bool, int, float))
 _REFERENCE = re.compile(r"\$\{(oc\.env:[^{}]*|[A-Za-z_][\w.]*)\}")
 
 
@@ -52,7 +53,11 @@ def is_literal(value: Any) -> bool:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    """The types of a union, less a choice beside truth values or numbers: Hydra's grammar reads all of them."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if _PLAIN.isdisjoint(parts):
+        return parts
+    return tuple(part for part in parts if typing.get_origin(part) is not Literal)
 
 
 def _is_text(hint: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from vexact.env import tidy_wandb
 from vexact.report.panels import PARTS, SECTIONS, STAGES, Panel
 from vexact.report.wandb import STEP
 
@@ -32,6 +33,7 @@ def save_view(project: str) -> str:
     entity, _, name = project.partition("/")
     if not entity or not name or "/" in name:
         raise ValueError(f"--wandb_view {project}: write ENTITY/PROJECT, as in the address of the project's page")
+    tidy_wandb()
     try:
         from wandb_workspaces.workspaces import Workspace
     except ImportError as error:

@@ -3,7 +3,8 @@ deliberate baselines, ``batch_invariant=False`` and ``mismatch_mode``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 
 from vexact.config.sections.engine import EngineSettings
 from vexact.rollout.mismatch import check_mismatch
@@ -31,7 +32,11 @@ class EngineConfig(EngineSettings):
         for name in ("num_pages", "kv_cache_bytes", "max_model_len"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
-        if not 0 < self.gpu_memory_utilization <= 1:
+        for item in fields(self):
+            if isinstance(item.default, bool) and not isinstance(value := getattr(self, item.name), bool):
+                raise ValueError(f"{item.name}={value!r} must be True or False")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r} must be in (0, 1]: it is the fraction of the "
                 "free device memory given to the KV cache"
@@ -41,7 +46,7 @@ class EngineConfig(EngineSettings):
                 f"num_pages={self.num_pages} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache; set one"
             )
         self._check_capture_sizes()
-        if self.async_scheduling not in ("auto", True, False):
+        if self.async_scheduling != "auto" and not isinstance(self.async_scheduling, bool):
             raise ValueError(f"async_scheduling={self.async_scheduling!r} must be 'auto', True or False")
         check_mismatch(self.mismatch_mode, self.mismatch_scale)
 

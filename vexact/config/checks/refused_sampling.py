@@ -37,6 +37,6 @@ def check_refused_sampling(given: Mapping[str, Any]) -> None:
 
 
 def _does_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
-    if isinstance(value, Sized):
+    if isinstance(value, Sized) and getattr(value, "shape", None) != ():  # a number in an array has no length
         return len(value) == 0 and any(isinstance(item, Sized) for item in harmless)
     return not isinstance(value, bool) and any(value == item for item in harmless)

@@ -17,6 +17,7 @@ _ACTOR = "actor_rollout_ref.actor"
 _MODEL = "actor_rollout_ref.model"
 _PACKED = "sequences are packed up to ppo_max_token_len_per_gpu tokens, which log-probabilities do not depend on"
 _ROUTES = "rollout and trainer choose the same experts, which bitwise/routes_different counts: nothing to replay"
+_TRACES = "trainer.profile_steps and .profile_ranks say what is traced, by torch.profiler"
 _ONE_GPU = "every GPU that generates holds a whole replica of the engine"
 
 
@@ -169,7 +170,11 @@ UNUSED = (
     ),
     Unused(f"{_ROLLOUT}.trace.*", "tracing is not built in"),
     Unused(f"{_ROLLOUT}.prometheus.*", "metrics go to trainer.logger"),
-    Unused("global_profiler.*", "trainer.profile_steps and .profile_ranks say what is traced, by torch.profiler"),
+    Unused("global_profiler.*", _TRACES),
+    *(
+        Unused(f"{section}.profiler.*", _TRACES)
+        for section in (_ACTOR, _ROLLOUT, "actor_rollout_ref.ref", "actor_rollout_ref", "reward.reward_model")
+    ),
     Unused("ray_kwargs.*", "trainer.ray_address names the cluster, and RAY_* variables set it up"),
 )
 

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
@@ -69,11 +69,12 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"sampling parameter ignore_eos={self.ignore_eos!r} must be True or False")
         asked = self.prompt_logprobs
-        if asked is not None and (type(asked) is not int or asked != 0):
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, Integral) or asked != 0):
             raise ValueError(
                 f"sampling parameter prompt_logprobs={asked!r:.80} must be None or 0: the engine gives the exact "
                 "log-probability of a prompt's own tokens and no alternatives"
             )
+        self._set("prompt_logprobs", None if asked is None else 0)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

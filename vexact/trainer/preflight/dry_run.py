@@ -19,6 +19,7 @@ from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
 from vexact.trainer.preflight import checks
 from vexact.trainer.preflight.machine import machine_of
+from vexact.trainer.step.profile import check_profile
 from vexact.trainer.step.sampling import training_sampling, validation_sampling
 from vexact.trainer.workers import (
     actor_config,
@@ -46,6 +47,7 @@ def check_settings(config: Config, layout: Layout) -> None:
     model = ModelConfig.from_hf_dir(Path(config.model.path).expanduser())
     training_sampling(config)
     validation_sampling(config)
+    check_profile(config, config.trainer.total_training_steps, layout.world_size)
     device, machine = torch.device(layout.device), machine_of(layout)
     trainers = roles_of(config, layout.world_size).trainers
     check_expert_size(config.actor.fsdp_config.expert_parallel_size, len(trainers), model)

@@ -67,16 +67,20 @@ class StageProfiler:
             log.info("wrote %s", self._folder / name)
 
 
-def check_profile(config: Config, total_steps: int, num_processes: int) -> None:
-    """Raises ConfigError for a step or a rank that there will not be."""
+def check_profile(config: Config, total_steps: int | None, num_processes: int) -> None:
+    """Raises ConfigError for a step or a rank that there will not be; ``total_steps`` None is not known."""
     steps, ranks = config.trainer.profile_steps or (), config.trainer.profile_ranks
     for key, values, first, last in (
         ("trainer.profile_steps", steps, 1, total_steps),
         ("trainer.profile_ranks", ranks, 0, num_processes - 1),
     ):
-        wrong = [value for value in values if not first <= value <= last]
+        wrong = [] if last is None else [value for value in values if not first <= value <= last]
         if wrong:
-            what = "steps are" if first else "ranks are"
-            raise ConfigError(f"{key}={list(values)}: there is no {wrong[0]}; this run's {what} {first} to {last}")
+            what = "steps" if first else "ranks"
+            run = f"{what} are {first} to {last}" if first != last else f"only {what[:-1]} is {first}"
+            raise ConfigError(f"{key}={list(values)}: there is no {wrong[0]}; this run's {run}")
     if steps and not ranks:
-        raise ConfigError(f"trainer.profile_steps={list(steps)} with no trainer.profile_ranks would write nothing")
+        raise ConfigError(
+            f"trainer.profile_steps={list(steps)} with trainer.profile_ranks=[] would write nothing; name a rank, such "
+            "as 0, or leave both out"
+        )
