@@ -21,7 +21,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,6 +35,7 @@ from attention_cases import (
     stock_forward,
 )
 from linear_timing import environment
+from options import needs_gpu, out_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -183,10 +183,11 @@ def compile_job(index: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_file)
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    needs_gpu(parser)
     started = time.monotonic()
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 12), mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_job, range(4 * len(KINDS))))
