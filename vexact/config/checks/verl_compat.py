@@ -87,7 +87,7 @@ REFUSED = (
     Refused(
         f"{_ROLLOUT}.engine_kwargs.*",
         (None,),
-        "the only engine is vexact; its keys lie directly in the rollout section",
+        "no engine has keys of its own; those of every rollout lie directly in the rollout section",
     ),
     Refused(
         "actor_rollout_ref.ref.ulysses_sequence_parallel_size",
