@@ -14,6 +14,7 @@ from vexact.trainer.workers import actor_config, engine_settings
 
 OTHER: dict[str, Any] = {
     "attn_impl": "sdpa",
+    "async_scheduling": True,
     "num_pages": 7,
     "kv_cache_bytes": 1 << 20,
     "max_model_len": 99,
