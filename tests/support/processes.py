@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "distributed" / "run_group.py"
 IMPORTED = [ROOT, *(ROOT / "tests" / room for room in ("support", "distributed", "trainer"))]  # by processes under test
 MARK = "VEXACT_TEST_MARK"
+_sessions: dict[str, set[int]] = {}  # of the commands that were started with a mark
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -31,11 +32,15 @@ def environment(mark: str, further: Mapping[str, str] | None = None) -> dict[str
 
 
 def marked(mark: str) -> list[int]:
-    """The living processes that inherited ``mark``, this one left out."""
+    """The living processes that inherited ``mark``, this one left out, or that are of a marked command's session: who
+    changes its title may write over the mark."""
     wanted, found = f"{MARK}={mark}\0".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes() + b"\0":
+            inherited = wanted in (folder / "environ").read_bytes() + b"\0"
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            of_command = int(session) in _sessions.get(mark, ()) and state != "Z"
+            if int(folder.name) != os.getpid() and (inherited or of_command):
                 found.append(int(folder.name))
     return found
 
@@ -62,7 +67,7 @@ def ending(mark: str) -> Iterator[None]:
 
 
 def start(command: list[str], mark: str, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    started = subprocess.Popen(
         command,
         env=environment(mark, variables),
         cwd=ROOT,
@@ -71,6 +76,8 @@ def start(command: list[str], mark: str, **variables: str) -> subprocess.Popen[s
         text=True,
         start_new_session=True,
     )
+    _sessions.setdefault(mark, set()).add(started.pid)
+    return started
 
 
 def ranks(mark: str, size: int, port: int, *arguments: str, **variables: str) -> list[subprocess.Popen[str]]:
