@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from analysis import EXACT, UNCORRECTED, Cell, Effect, Study, exact_cell, uncorrected_cell
 from bands import Band
+from certainty import CONFIRMATION, hypotheses_table, multiplicity_table
 from grid import read_grid
 from results import read_results
 
 STALE = "one_step_off"
+MULTIPLICITY = "multiplicity"
 BEGIN, END = "<!-- study:{} -->", "<!-- /study:{} -->"
 
 
 def write_page(results: Path, grid: Path, page: Path) -> None:
-    """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid (and
-    ``NAME-staleness``), and draws ``study_NAME.svg``.
+    """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid,
+    ``NAME-staleness``, ``confirmation-hypotheses`` and ``multiplicity``, and draws ``study_NAME.svg``.
 
     Raises:
         ValueError: a marker without its end.
@@ -37,19 +39,30 @@ def write_page(results: Path, grid: Path, page: Path) -> None:
 
 def with_tables(text: str, rows: Sequence[Mapping[str, Any]], grid: Path) -> str:
     """The page with the tables of these results. Raises ValueError for a marker without its end."""
-    for name, study in studies(rows, grid).items():
-        for marker, table in ((name, part_table), (f"{name}-staleness", staleness_table)):
-            if BEGIN.format(marker) in text and study.seeds:
-                text = replace_between(text, marker, table(study))
-    return text
+    parts = studies(rows, grid)
+    for name, study in parts.items():
+        if study.seeds:
+            text = _filled(text, name, lambda study=study: part_table(study))
+            text = _filled(text, f"{name}-staleness", lambda study=study: staleness_table(study))
+    if CONFIRMATION in parts and not parts[CONFIRMATION].missing:
+        text = _filled(text, f"{CONFIRMATION}-hypotheses", lambda: hypotheses_table(parts[CONFIRMATION]))
+    return _filled(text, MULTIPLICITY, lambda: multiplicity_table(parts))
+
+
+def _filled(text: str, marker: str, table: Callable[[], str]) -> str:
+    return replace_between(text, marker, table()) if BEGIN.format(marker) in text else text
 
 
 def studies(rows: Sequence[Mapping[str, Any]], grid: Path) -> dict[str, Study]:
-    """One per part of the grid. Runs that parts share count in each of them."""
+    """One per part of the grid, of its own seeds alone. Runs that parts share count in each of them."""
     raw = yaml.safe_load(grid.read_text(encoding="utf-8"))
     thresholds = {name: float(subject["threshold"]) for name, subject in raw["subjects"].items()}
-    cells = {name: [_cell(spec) for spec in read_grid(grid, [name])] for name in raw["parts"]}
-    return {name: Study(rows, thresholds, part) for name, part in cells.items()}
+    found = {}
+    for name in raw["parts"]:
+        specs = read_grid(grid, [name])
+        ids = {spec.id for spec in specs}
+        found[name] = Study([row for row in rows if row["id"] in ids], thresholds, [_cell(spec) for spec in specs])
+    return found
 
 
 def replace_between(text: str, name: str, content: str) -> str:
