@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from analysis import EXACT, LEAST_SEEDS, LEVEL, SMALL_EFFECT, UNCORRECTED, Cell, Study
+from analysis import EXACT, LEAST_SEEDS, LEVEL, SMALL_EFFECT, UNCORRECTED, Cell, Study, exact_cell
 from bands import Band, holm, student_band, student_p
 
 OUTCOME = "exact_score"
 CONFIRMATION = "confirmation"
 TESTED_LEVEL = 0.05
+ROUNDING = ("bf16_logits", "k_order", "softmax_blocks", "stock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +86,37 @@ def multiplicity_table(parts: Mapping[str, Study]) -> str:
     lines = [
         f"{len(asked)} comparisons:",
         "",
-        "| part | learning rate | | difference of the exact score | p | p after Holm |",
-        "|---|---|---|---|---|---|",
+        "| part | | learning rate | | difference of the exact score | p | p after Holm |",
+        "|---|---|---|---|---|---|---|",
     ]
     for p, adjusted, (name, study, cell, reference), values in sorted(rows, key=lambda row: row[0]):
         effect = study.effect(cell, reference, OUTCOME)
         if effect is not None and effect.verdict == "seen":
             mark = "**" if adjusted < TESTED_LEVEL else ""
             what, band = _against(Hypothesis(cell, reference, 0)), _interval(student_band(values, LEVEL))
-            lines.append(f"| {name} | {cell[2]:g} | {what} | {band} | {p:.2g} | {mark}{adjusted:.2g}{mark} |")
+            lines.append(
+                f"| {name} | {cell[1]} | {cell[2]:g} | {what} | {band} | {p:.2g} | {mark}{adjusted:.2g}{mark} |"
+            )
+    return "\n".join(lines)
+
+
+def rounding_table(parts: Mapping[str, Study]) -> str:
+    """Every comparison of a disagreement the size of rounding with exact runs, by bootstrap and by Student's t."""
+    lines = [
+        "| part | | learning rate | | KL | seeds | difference, bootstrap | | by Student's t | within ±0.05 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, study in parts.items():
+        for cell in study.cells:
+            effect = study.effect(cell, exact_cell(cell), OUTCOME) if cell[3] in ROUNDING else None
+            if effect is None or len(study.seeds) < LEAST_SEEDS:
+                continue
+            band = student_band(study.differences(cell, exact_cell(cell), OUTCOME), LEVEL)
+            what = f"`{cell[3]}`" if cell[4] == UNCORRECTED else f"`{cell[3]}` `{cell[4]}`"
+            within = "yes" if band.low >= -SMALL_EFFECT and band.high <= SMALL_EFFECT else "no"
+            entries = [name, cell[1], f"{cell[2]:g}", what, f"{study.band(cell, 'kl').mean:.1e}", str(len(study.seeds))]
+            entries += [_interval(effect.wide), effect.verdict, _interval(band), within]
+            lines.append(f"| {' | '.join(entries)} |")
     return "\n".join(lines)
 
 

@@ -111,6 +111,7 @@ def _differences(axis: Axes, study: Study, cells: Sequence[Cell]) -> None:
     axis.set_yticks(middles, modes)
     axis.set_ylim(place - GAP - 0.4, -0.6)
     axis.grid(False, axis="y")
+    axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel("exact score, difference from exact runs of the same seeds")
 
 

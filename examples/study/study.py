@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from grid import read_grid
     from runner import run_all
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its runs end with it
     specs = read_grid(arguments.grid, arguments.part)
     failed = run_all(specs, arguments.work.resolve(), arguments.workers, arguments.seconds)
     return 1 if failed else 0

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from grid import read_grid
 from page import replace_between, studies, with_tables
+from processes import ending, marked, start, until
 from results import read_results, write_results
 from runner import read_rows
 from study_rows import row
@@ -80,6 +81,22 @@ def test_two_runs_end_to_end_and_the_one_that_a_kill_lost_again(tmp_path):
     assert written.returncode == 0, written.stderr
     assert "| `noise_1` | `tis` |" in page.read_text(encoding="utf-8")
     assert (tmp_path / "study_tiny.svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_a_study_that_is_terminated_takes_its_runs_with_it(tmp_path):
+    grid = yaml.safe_load(small_grid(tmp_path / "grid.yaml").read_text(encoding="utf-8"))
+    grid["subjects"]["dense"]["steps"] = 100_000
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    mark, work = f"study-{tmp_path}", tmp_path / "work"
+    command = [sys.executable, STUDY / "study.py", "run", "--grid", tmp_path / "grid.yaml", "--work", work]
+    with ending(mark):
+        process = start([str(word) for word in command], mark)
+        assert until(lambda: len(list((work / "runs").glob("*/train/metrics.jsonl"))) == 2, 120), process.poll()
+        assert len(marked(mark)) > 2
+        process.terminate()
+        assert process.wait(60) == 143
+        assert until(lambda: not marked(mark), 30)
+    assert read_rows(work / "results.jsonl") == []
 
 
 def test_a_run_that_cannot_start_fails_and_keeps_its_log(tmp_path):

@@ -121,7 +121,9 @@ def test_outcomes_of_curves_made_by_hand():
     assert count_spikes([9.0, 1.0] * 5) == 0, "the first ten have nothing to be compared with"
     died = row("x", 1, math.nan, status="stopped: numbers that are none", reward=[1.0] * 10)
     found = outcomes(died, 0.5)
-    assert (found["exact_score"], found["final_reward"], found["collapsed"]) == (0, 0, 1)
+    assert (found["exact_score"], found["final_reward"], found["collapsed"], found["fallen"]) == (0, 0, 1, 1)
+    never = outcomes(row("x", 1, 0.0, reward=[0.09] * 10 + [0.0] * 10), 0.5)
+    assert (never["collapsed"], never["fallen"]) == (1, 0), "it has nothing to fall from"
     mixed = row("x", 1, 0.3, tokens_different=[5.0] * 20, k3_kl=[math.nan, *[0.2] * 19])
     assert outcomes(mixed, 0.5)["share_different"] == 0.5
     assert outcomes(mixed, 0.5)["kl"] == 0.2
