@@ -80,24 +80,27 @@ def multiplicity_table(parts: Mapping[str, Study]) -> str:
         if name != CONFIRMATION and len(study.seeds) >= LEAST_SEEDS
         for cell, reference in study.comparisons()
     ]
-    found = [study.differences(cell, reference, OUTCOME) for _, study, cell, reference in asked]
-    p_values = [student_p(values) for values in found]
-    rows = zip(p_values, holm(p_values), asked, found, strict=True)
-    lines = [
-        f"{len(asked)} comparisons:",
-        "",
-        "| part | | learning rate | | difference of the exact score | p | p after Holm |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for p, adjusted, (name, study, cell, reference), values in sorted(rows, key=lambda row: row[0]):
+    p_values = [student_p(study.differences(cell, reference, OUTCOME)) for _, study, cell, reference in asked]
+    lines = []
+    for p, adjusted, (name, study, cell, reference) in sorted(
+        zip(p_values, holm(p_values), asked, strict=True), key=lambda row: row[0]
+    ):
         effect = study.effect(cell, reference, OUTCOME)
         if effect is not None and effect.verdict == "seen":
+            band = student_band(study.differences(cell, reference, OUTCOME), LEVEL)
+            entries = [name, cell[1], f"{cell[2]:g}", _against(Hypothesis(cell, reference, 0)), _interval(band)]
             mark = "**" if adjusted < TESTED_LEVEL else ""
-            what, band = _against(Hypothesis(cell, reference, 0)), _interval(student_band(values, LEVEL))
-            lines.append(
-                f"| {name} | {cell[1]} | {cell[2]:g} | {what} | {band} | {p:.2g} | {mark}{adjusted:.2g}{mark} |"
-            )
-    return "\n".join(lines)
+            lines.append(f"| {' | '.join([*entries, f'{p:.2g}', f'{mark}{adjusted:.2g}{mark}'])} |")
+    certain = sum("**" in line for line in lines)
+    return "\n".join(
+        [
+            f"{len(asked)} comparisons, {len(lines)} seen, {certain} with p < {TESTED_LEVEL} after Holm:",
+            "",
+            "| part | | learning rate | | difference of the exact score | p | p after Holm |",
+            "|---|---|---|---|---|---|---|",
+            *lines,
+        ]
+    )
 
 
 def rounding_table(parts: Mapping[str, Study]) -> str:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from analysis import Study
 from bands import band, holm, student_band, student_p
-from certainty import HYPOTHESES, hypotheses_table, multiplicity_table
+from certainty import HYPOTHESES, hypotheses_table, multiplicity_table, rounding_table
 from outcomes import count_spikes, has_collapsed, outcomes, steps_to
-from page import part_table
+from page import part_table, weights_table
 from study_rows import cells, row
 
 
@@ -79,11 +79,37 @@ def test_every_verdict_is_weighed_with_all_comparisons():
     part = Study(rows, {"s": 0.4}, cells(*scores))
     few = Study([row for row in rows if row["seed"] < 3], {"s": 0.4}, cells(*scores))
     table = multiplicity_table({"part": part, "few": few, "confirmation": part})
-    assert table.startswith("2 comparisons:")
+    assert table.startswith("2 comparisons, 1 seen, 1 with p < 0.05 after Holm:")
     assert table.count(" against ") == 1, "only what is seen has a line"
     (line,) = [line for line in table.splitlines() if "`a`" in line]
     p, adjusted = (float(entry.strip(" |*")) for entry in line.split(" | ")[-2:])
     assert adjusted == pytest.approx(2 * p, rel=0.1)
+
+
+def test_what_a_correction_leaves_is_averaged_over_steps_and_seeds():
+    nothing = [math.nan] * 20
+    rows = [row("none", seed, 0.5, effective_samples=nothing) for seed in (1, 2)]
+    rows += [row("noise_1", 1, 0.5, effective_samples=[0.5] * 10 + nothing[:10], rejected=[0.25] * 20)]
+    rows += [row("noise_1", 2, 0.5, effective_samples=[0.7] * 10 + nothing[:10], rejected=[0.75] * 20)]
+    none, noise = weights_table(Study(rows, {"s": 0.4}, cells("none", "noise_1"))).splitlines()[2:]
+    assert none == "| 0.1 | `none` |  | – | – | 0 | 1.00 | 1.00 |"
+    assert noise == "| 0.1 | `noise_1` | `uncorrected` | 60% | 50% | 0 | 1.00 | 1.00 |"
+
+
+def test_rounding_is_small_only_where_the_band_says_so():
+    scores = {
+        "none": (0.5,) * 4,
+        "k_order": (0.49, 0.5, 0.51, 0.5),
+        "stock": (0.46, 0.54, 0.46, 0.54),
+        "noise_1": (0.1,) * 4,
+    }
+    rows = [row(mode, seed, score) for mode, all_seeds in scores.items() for seed, score in enumerate(all_seeds)]
+    lines = rounding_table({"p": Study(rows, {"s": 0.4}, cells(*scores))}).splitlines()[2:]
+    found = [[entry.strip() for entry in line.split("|")] for line in lines]
+    assert [entries[4] for entries in found] == ["`k_order`", "`stock`"], "noise is not rounding"
+    # a bootstrap never leaves the range of its values; t of 3 degrees of freedom is 3.182
+    assert [(entries[8], entries[10]) for entries in found] == [("small", "yes"), ("small", "no")]
+    assert found[1][9] == "+0.000 (-0.073 … +0.073)"
 
 
 def test_verdicts_follow_the_registered_rule():
