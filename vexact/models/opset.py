@@ -59,6 +59,11 @@ class OpSet:
         return any(self.route is of.route and self.group_tokens is of.group_tokens for of in (invariant, stock))
 
     @property
+    def fuses_swiglu(self) -> bool:
+        """Whether ``linear_swiglu`` stands for ``linear`` and ``swiglu``."""
+        return self.linear is invariant.linear and self.swiglu is invariant.swiglu
+
+    @property
     def fuses_cache(self) -> bool:
         """Whether ``rope_to_cache`` and ``cached_attention`` stand for the rotation and ``attention`` with a cache."""
         return (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vexact.ops.kernels import chain
 from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.pointer import matmul_pointer_kernel
 from vexact.ops.kernels.linear.select import fit_float32_output, select_tile
@@ -77,9 +78,10 @@ def _call(
         tile = select_tile(layout, m, n, k, a.dtype, descriptors)
     if out.dtype == torch.float32 and capability(out.device)[0] >= 10:
         tile = fit_float32_output(tile)
+    chained = layout == "forward" and overlaps(a.device)
     if tile.kernel == "tma":
-        return _tma_call(a, b, out, bias, accumulate, tile)
-    return _pointer_call(a, b, out, bias, accumulate, tile, tokens_are_depth=layout == "grad_weight")
+        return _tma_call(a, b, out, bias, accumulate, tile, chained)
+    return _pointer_call(a, b, out, bias, accumulate, tile, chained, tokens_are_depth=layout == "grad_weight")
 
 
 def use_descriptors(*tensors: Tensor) -> bool:
@@ -134,7 +136,9 @@ def num_programs(m: int, n: int, tile: Tile, device: torch.device) -> int:
     return min(tiles, tile.waves * multiprocessors(device)) if tile.waves else tiles
 
 
-def _tma_call(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile) -> Call:
+def _tma_call(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, may_chain: bool
+) -> Call:
     (m, k), n = a.shape, b.shape[0]
     a_desc, a_k_major = operand_descriptor(a, tile.block_m, tile.block_k)
     b_desc, b_k_major = operand_descriptor(b, tile.block_n, tile.block_k)
@@ -145,12 +149,20 @@ def _tma_call(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate
         **{"A_K_MAJOR": a_k_major, "B_K_MAJOR": b_k_major, "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate},
         **_options(tile),
     }
-    args = a_desc, b_desc, c_desc, out if bias is None else bias, m, n, k
-    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants)
+    piece, chained = chaining(m, b, tile, may_chain)
+    args = a_desc, b_desc, c_desc, out if bias is None else bias, b, m, n, k, b.stride(0), piece
+    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants | chained)
 
 
 def _pointer_call(
-    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, tokens_are_depth: bool
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    accumulate: bool,
+    tile: Tile,
+    may_chain: bool,
+    tokens_are_depth: bool,
 ) -> Call:
     (m, k), n = a.shape, b.shape[0]
     k_unit = 1 if tokens_are_depth or k % 16 else 16
@@ -161,8 +173,19 @@ def _pointer_call(
         **{"HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "PRECISION": "ieee"},
         **_options(tile),
     }
-    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *a.stride(), *b.stride(), *out.stride()
-    return Call(matmul_pointer_kernel, (cdiv(m, tile.block_m) * cdiv(n, tile.block_n),), args, constants)
+    piece, chained = chaining(m, b, tile, may_chain)
+    strides = *a.stride(), *b.stride(), *out.stride()
+    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *strides, piece
+    return Call(matmul_pointer_kernel, (cdiv(m, tile.block_m) * cdiv(n, tile.block_n),), args, constants | chained)
+
+
+def chaining(rows: int, weight: Tensor, tile: Tile, possible: bool) -> tuple[int, dict[str, int | bool]]:
+    """Bytes of ``weight`` (N, K) that a thread asks for at a time, and the constants and options of a product with it
+    in the chain of a step of ``rows`` tokens."""
+    options = chain.options(rows, possible)
+    asked = 1024 * chain.of(rows).ask if options["CHAINED"] and weight.stride(1) == 1 and _addressable(weight) else 0
+    count, piece = chain.pieces(asked, tile.block_n, weight.shape[1] * weight.element_size(), tile.warps)
+    return piece, {**options, "PIECES": count}
 
 
 def _options(tile: Tile) -> dict[str, int]:

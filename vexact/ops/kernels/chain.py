@@ -1,0 +1,101 @@
+"""How the kernels of a decode step follow each other.
+
+A decode step is some 250 kernels of a few microseconds. Each may be launched while the one before it ends (programmatic
+dependent launch): its programs come to the multiprocessors as those of its predecessor leave them, and wait there for
+the rest. Three rules make that safe, and every kernel that takes ``CHAINED`` keeps them:
+
+1. Every program waits, with work or without, before it reads or writes anything. A grid whose programs left without
+   waiting could end before its predecessor, and whoever waits for that grid would read too early.
+2. A program lets the next kernel start only after its own wait. So when a kernel starts, its direct predecessor is the
+   only one that may not have ended, and its programs are all on multiprocessors already: nobody waits for a place that
+   a waiting program holds.
+3. Before it waits, a program may ask for memory that it will read, its weights: a request to the second-level cache
+   gives the program no value, so none can be out of date.
+
+What follows a kernel that keeps no rules (one of torch's) starts when that has ended. Nothing here changes a bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LARGE = sys.maxsize  # a bound no step exceeds
+_UNIT = 16  # bytes: what requests are multiples of
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How the kernels of a step of some number of rows are launched: a choice of speed only."""
+
+    overlap: bool = False  # each while the one before it ends
+    ask: int = 0  # KiB of its weight that a program of a product asks for before it waits; read with overlap only
+    fuse: bool = False  # SwiGLU in the product of gate and up, where no gradient is wanted
+
+
+# (most rows, how): the first entry whose bound holds the rows. Everything is off, because nothing of it has been timed
+# on a GPU; ``benchmarks/decode_kernels.py`` measures each part alone and all together, and prints this table.
+STEPS: tuple[tuple[int, Chain], ...] = ((LARGE, Chain()),)
+
+
+def of(rows: int) -> Chain:
+    """The chain that the kernels of a step of ``rows`` tokens form."""
+    return next(chain for bound, chain in STEPS if rows <= bound)
+
+
+def options(rows: int, possible: bool) -> dict[str, bool]:
+    """Constants and launch options of a kernel of a step; ``possible`` says whether the device can overlap kernels."""
+    chained = possible and of(rows).overlap
+    return {"CHAINED": chained, "launch_pdl": chained}
+
+
+def pieces(asked: int, rows: int, row_bytes: int, warps: int) -> tuple[int, int]:
+    """(pieces of a row, bytes of each) for a program that asks for about ``asked`` bytes of ``rows`` rows: at least one
+    request a thread, so that no two threads make the same one.
+
+    >>> pieces(64 << 10, 32, 4096, 4), pieces(64 << 10, 32, 1024, 4), pieces(0, 32, 4096, 4)
+    ((4, 512), (4, 256), (4, 0))
+    """
+    count = max(1, 32 * warps // rows)
+    size = min(row_bytes, asked // rows) // count
+    return count, size - size % _UNIT
+
+
+@triton.jit
+def follow(CHAINED: tl.constexpr):
+    """Wait for the kernel before this one, then let the next one start."""
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def request(address, size):
+    """Ask the second-level cache for ``size`` bytes, a multiple of 16, from ``address``: int64 and int32 of one shape."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred wanted;
+        setp.ne.s32 wanted, $2, 0;
+        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def ask_for_rows(ptr, first, num_rows, stride, piece, ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """Ask for the first PIECES * ``piece`` bytes of the rows ``first`` to ``first`` + ROWS - 1, of which there are
+    ``num_rows``, ``stride`` elements apart."""
+    rows = first + tl.arange(0, ROWS)[:, None]
+    parts = tl.arange(0, PIECES)[None, :]
+    address = (ptr + rows.to(tl.int64) * stride).to(tl.int64) + parts * piece
+    request(address, tl.where(rows < num_rows, piece, 0) + tl.zeros_like(parts))
