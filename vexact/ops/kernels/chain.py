@@ -6,9 +6,9 @@ the rest. Three rules make that safe, and every kernel that takes ``CHAINED`` ke
 
 1. Every program waits, with work or without, before it reads or writes anything. A grid whose programs left without
    waiting could end before its predecessor, and whoever waits for that grid would read too early.
-2. A program lets the next kernel start only after its own wait. So when a kernel starts, its direct predecessor is the
-   only one that may not have ended, and its programs are all on multiprocessors already: nobody waits for a place that
-   a waiting program holds.
+2. A kernel starts when every program of its predecessor has let it, so all of these are on multiprocessors already:
+   nobody waits for a place that a waiting program holds. Products and attention let it after their own wait, kernels of
+   rows perhaps before (``early``). So at most two predecessors have not ended, and few programs wait at a time.
 3. Before it waits, a program may ask for memory that it will read, its weights: a request to the second-level cache
    gives the program no value, so none can be out of date.
 
@@ -33,6 +33,7 @@ class Chain:
     """How the kernels of a step of some number of rows are launched: a choice of speed only."""
 
     overlap: bool = False  # each while the one before it ends
+    early: bool = False  # kernels of rows let the next one start before they wait themselves; with overlap only
     ask: int = 0  # KiB of its weight that a program of a product asks for before it waits; read with overlap only
     fuse: bool = False  # SwiGLU in the product of gate and up, where no gradient is wanted
 
@@ -47,10 +48,14 @@ def of(rows: int) -> Chain:
     return next(chain for bound, chain in STEPS if rows <= bound)
 
 
-def options(rows: int, possible: bool) -> dict[str, bool]:
-    """Constants and launch options of a kernel of a step; ``possible`` says whether the device can overlap kernels."""
-    chained = possible and of(rows).overlap
-    return {"CHAINED": chained, "launch_pdl": chained}
+def options(rows: int, possible: bool, *, may_be_early: bool = False) -> dict[str, int | bool]:
+    """Constants and launch options of a kernel of a step: how it is ``CHAINED``, 0 (not), 1 or 2 (``early``).
+
+    possible: whether the device can overlap kernels. may_be_early: for kernels of rows.
+    """
+    chain = of(rows)
+    chained = possible and chain.overlap
+    return {"CHAINED": chained + (chained and chain.early and may_be_early), "launch_pdl": chained}
 
 
 def pieces(asked: int, rows: int, row_bytes: int, warps: int) -> tuple[int, int]:
@@ -67,9 +72,12 @@ def pieces(asked: int, rows: int, row_bytes: int, warps: int) -> tuple[int, int]
 
 @triton.jit
 def follow(CHAINED: tl.constexpr):
-    """Wait for the kernel before this one, then let the next one start."""
+    """Wait for the kernel before this one and let the next one start, in this order or, if CHAINED is 2, in the other."""
+    if CHAINED == 2:
+        gdc_launch_dependents()
     if CHAINED:
         gdc_wait()
+    if CHAINED == 1:
         gdc_launch_dependents()
 
 

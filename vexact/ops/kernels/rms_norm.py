@@ -46,6 +46,8 @@ def _forward_kernel(
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
     dtype = y_ptr.dtype.element_ty
 
+    # first, because no load is moved above a store: a decode step waits for every one of them
+    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -57,7 +59,6 @@ def _forward_kernel(
     rstd = tl.rsqrt(mean_square + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
-    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     normed = (value * rstd[:, None]).to(dtype).to(tl.float32)
     tl.store(y_ptr + offsets, (normed * weight[None, :]).to(dtype), mask=mask)
 
@@ -230,7 +231,7 @@ def _launch_forward(
             (x, x if residual is None else residual, weight, y, x if total is None else total, rstd, num_rows, eps),
             {
                 **{"D": width, "HAS_RESIDUAL": residual is not None, **config, "enable_fp_fusion": False},
-                **chain.options(num_rows, overlaps(x.device)),
+                **chain.options(num_rows, overlaps(x.device), may_be_early=True),
             },
         )
 

@@ -120,7 +120,7 @@ def forward(
             **{"PAGE_SIZE": page_size, "HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2},
             **{"DV": value_dim, "NORM": bool(weights), "BLOCK_DV": next_power_of_2(value_dim)},
             **launch_config(num_q_heads, num_kv_heads, head_dim),
-            **{"enable_fp_fusion": False, **chain.options(num_tokens, overlaps(q.device))},
+            **{"enable_fp_fusion": False, **chain.options(num_tokens, overlaps(q.device), may_be_early=True)},
         }
         return Call(_rope_to_cache_kernel, (num_tokens,), args, constants)
 

@@ -73,7 +73,7 @@ def forward(gate_up: Tensor) -> Tensor:
     _forward(
         (num_rows, width, out.dtype),
         tensors,
-        lambda: _call(_forward_kernel, tensors, num_rows, width, chain.options(num_rows, overlaps(out.device))),
+        lambda: _call(_forward_kernel, tensors, num_rows, width, _chained(num_rows, out)),
     )
     return out
 
@@ -87,7 +87,11 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return grad
 
 
-def _call(kernel: Any, tensors: tuple[Tensor, ...], num_rows: int, width: int, more: dict[str, bool]) -> Call:
+def _chained(num_rows: int, out: Tensor) -> dict[str, int | bool]:
+    return chain.options(num_rows, overlaps(out.device), may_be_early=True)
+
+
+def _call(kernel: Any, tensors: tuple[Tensor, ...], num_rows: int, width: int, more: dict[str, Any]) -> Call:
     config = column_blocks(width)
     grid = num_rows, cdiv(width, config["BLOCK"])
     return Call(kernel, grid, tensors, {"I": width, **config, "enable_fp_fusion": False, **more})
