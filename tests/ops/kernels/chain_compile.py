@@ -21,15 +21,20 @@ from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, rope_to_c
 from vexact.ops.kernels.attention import paged_forward
 from vexact.ops.kernels.chain import Chain
 from vexact.ops.kernels.linear.tile_table import TUNED
+from vexact.ops.kernels.linear.tiles import Tile
 
 ARCH = 90
 ROWS = 64
 ON = ((chain.LARGE, Chain(overlap=True, ask=128, fuse=True)),)
+EARLY = ((chain.LARGE, Chain(overlap=True, early=True)),)
 OFF = ((chain.LARGE, Chain()),)
 WAIT, START_NEXT, REQUEST = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
 # what reads or writes memory that another kernel may know, or leaves the straight line
 TOUCHES = re.compile(r"\b(ld\.global|st\.global|ld\.relaxed|cp\.async(?!\.bulk\.prefetch)|red\.|atom\.|bra|ret)")
 ARITHMETIC = re.compile(r"\b((fma|mul|add|sub|div|max|min|ex2|rsqrt|neg|cvt|mma|wgmma|shfl|set|lg2)\.[\w.]*(f32|f16|b32)[\w.]*)")
+
+
+ROWWISE = ("norm", "residual and norm", "swiglu", "rotation")
 
 
 def indices(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -59,12 +64,13 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "attention in one chunk", lambda: attend(1024)
     yield "attention in chunks", lambda: attend(8192)
     tiles = {tile for key, entries in TUNED.items() if key[0] == "forward" for bound, tile in entries if bound <= 64}
-    for tile in sorted(tiles, key=str)[::5] + [tile for tile in tiles if tile.kernel == "pointer" or tile.waves]:
+    for tile in sorted(tiles, key=str)[::7] + [tile for tile in tiles if tile.waves]:
         out = meta(ROWS, 2048)
         yield f"product {tile}", lambda tile=tile, out=out: linear.matmul(
             x, meta(2048, 2048), out, layout="forward", tile=tile
         )
-    for _, tile in linear_swiglu.TILES:
+    apart = Tile("tma", 64, 32, 128, 4, 3)  # too deep for one piece of gate and up
+    for tile in (linear_swiglu.TILES[0][1], linear_swiglu.TILES[-1][1], apart):
         yield f"product with swiglu {tile}", lambda tile=tile: linear_swiglu.product(x, meta(12288, 2048), tile)
 
 
@@ -83,7 +89,7 @@ def arithmetic(lines: list[str]) -> list[str]:
     return [found.group(1) for line in lines if (found := ARITHMETIC.search(line))]
 
 
-def describe(name: str, kernel: str, chained: Any, plain: Any) -> dict[str, Any]:
+def describe(name: str, kernel: str, early: bool, chained: Any, plain: Any) -> dict[str, Any]:
     lines, other = body(chained.asm["ptx"]), body(plain.asm["ptx"])
     waits = [at for at, line in enumerate(lines) if WAIT in line]
     starts = [at for at, line in enumerate(lines) if START_NEXT in line]
@@ -92,6 +98,7 @@ def describe(name: str, kernel: str, chained: Any, plain: Any) -> dict[str, Any]
     return {
         "name": name,
         "kernel": kernel,
+        "early": early,
         "waits": len(waits),
         "touches_before_wait": [lines[at] for at in touches if not waits or at < waits[0]],
         "starts_next_after_wait": bool(starts and waits and starts[0] > waits[0]),
@@ -107,7 +114,8 @@ def describe(name: str, kernel: str, chained: Any, plain: Any) -> dict[str, Any]
 
 if __name__ == "__main__":
     for case, launch_case in cases():
-        both = zip(compiled(launch_case, ON), compiled(launch_case, OFF), strict=True)
-        for (kernel_name, with_chain), (_, without) in both:
-            sys.stdout.write(json.dumps(describe(case, kernel_name, with_chain, without)) + "\n")
-            sys.stdout.flush()
+        off = compiled(launch_case, OFF)
+        for steps in (ON, EARLY) if case in ROWWISE else (ON,):
+            for (kernel_name, with_chain), (_, without) in zip(compiled(launch_case, steps), off, strict=True):
+                record = describe(case, kernel_name, steps is EARLY, with_chain, without)
+                sys.stdout.write(json.dumps(record) + "\n")
