@@ -38,7 +38,7 @@ from torch import Tensor
 
 from vexact.audit.environment import environment
 from vexact.device import resolve_device
-from vexact.ops.kernels import chain
+from vexact.ops.kernels import chain, linear_swiglu
 from vexact.ops.kernels.chain import Chain
 from vexact.ops.kernels.launches import forget
 from vexact.prepare.shapes import SHAPES
@@ -175,8 +175,11 @@ def measure(step: Step, batches: int, rounds: int) -> dict[str, Any]:
         },
     }
     if step.ids.is_cuda:
-        shown = {name: trace(step, runs[name], variants[name].fuse) for name in dict.fromkeys((BASELINE, "fuse", best))}
-        result["kernels"] = shown
+        may_fuse = step.rows <= linear_swiglu.TILES[-1][0]
+        result["kernels"] = {
+            name: trace(step, runs[name], variants[name].fuse and may_fuse)
+            for name in dict.fromkeys((BASELINE, "fuse", best))
+        }
     return result
 
 
@@ -186,7 +189,9 @@ def show(result: dict[str, Any]) -> None:
     for name, row in result["variants"].items():
         print(f"  {name:24} {row['us']:8.1f} us  {slow / row['us']:6.3f}x  {row['of_roofline']:6.1%} of the roofline")
     for name, kinds in result.get("kernels", {}).items():
-        print(f"  {name}: us of a launch and in between, us that it runs, share of {HBM_BYTES_PER_S / 1e12} TB/s, us a step")
+        print(
+            f"  {name}: us of a launch and in between, us that it runs, share of {HBM_BYTES_PER_S / 1e12} TB/s, us a step"
+        )
         for kind, row in kinds.items():
             share = row["bytes"] / HBM_BYTES_PER_S * 1e6 / row["us"]
             total = row["us"] * row["launches"]
@@ -229,7 +234,9 @@ def main() -> int:
         if arguments.tune:
             found = Chain(**result["chain"])
             use(found)
-            result["tiles"] = search(step, found.fuse, lambda s=step, c=found: captured(s, c)[0], microseconds, deadline)
+            result["tiles"] = search(
+                step, found.fuse, lambda s=step, c=found: captured(s, c)[0], microseconds, deadline
+            )
         record["results"].append(result)
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")

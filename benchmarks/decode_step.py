@@ -133,7 +133,9 @@ def read_trace(events: list[dict[str, Any]], step: list[Kernel], replays: int) -
     for index, (start, end, name) in enumerate(found):
         kernel = step[index % len(step)]
         if not name.startswith(kernel.function):
-            raise ValueError(f"kernel {index % len(step)} of a step is {name}, expected {kernel.function} ({kernel.kind})")
+            raise ValueError(
+                f"kernel {index % len(step)} of a step is {name}, expected {kernel.function} ({kernel.kind})"
+            )
         row = rows.setdefault(kernel.kind, {"us": 0.0, "ran_us": 0.0, "bytes": 0.0, "launches": 0.0})
         first = index % len(step) == 0  # what lies between two replays belongs to no kernel
         row["us"] += end - (start if first else before)

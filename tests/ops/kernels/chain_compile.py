@@ -31,7 +31,9 @@ OFF = ((chain.LARGE, Chain()),)
 WAIT, START_NEXT, REQUEST = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
 # what reads or writes memory that another kernel may know, or leaves the straight line
 TOUCHES = re.compile(r"\b(ld\.global|st\.global|ld\.relaxed|cp\.async(?!\.bulk\.prefetch)|red\.|atom\.|bra|ret)")
-ARITHMETIC = re.compile(r"\b((fma|mul|add|sub|div|max|min|ex2|rsqrt|neg|cvt|mma|wgmma|shfl|set|lg2)\.[\w.]*(f32|f16|b32)[\w.]*)")
+ARITHMETIC = re.compile(
+    r"\b((fma|mul|add|sub|div|max|min|ex2|rsqrt|neg|cvt|mma|wgmma|shfl|set|lg2)\.[\w.]*(f32|f16|b32)[\w.]*)"
+)
 
 
 ROWWISE = ("norm", "residual and norm", "swiglu", "rotation")
@@ -66,8 +68,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     tiles = {tile for key, entries in TUNED.items() if key[0] == "forward" for bound, tile in entries if bound <= 64}
     for tile in sorted(tiles, key=str)[::7] + [tile for tile in tiles if tile.waves]:
         out = meta(ROWS, 2048)
-        yield f"product {tile}", lambda tile=tile, out=out: linear.matmul(
-            x, meta(2048, 2048), out, layout="forward", tile=tile
+        yield (
+            f"product {tile}",
+            lambda tile=tile, out=out: linear.matmul(x, meta(2048, 2048), out, layout="forward", tile=tile),
         )
     apart = Tile("tma", 64, 32, 128, 4, 3)  # too deep for one piece of gate and up
     for tile in (linear_swiglu.TILES[0][1], linear_swiglu.TILES[-1][1], apart):

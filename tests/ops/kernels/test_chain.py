@@ -82,7 +82,9 @@ def test_the_first_bound_that_holds_the_rows_decides(monkeypatch: pytest.MonkeyP
     assert chain.options(64, False, may_be_early=True) == {"CHAINED": 0, "launch_pdl": False}
 
 
-@pytest.mark.parametrize(("asked", "rows", "row_bytes", "warps"), [(65536, 32, 4096, 4), (999, 16, 80, 8), (0, 8, 64, 1)])
+@pytest.mark.parametrize(
+    ("asked", "rows", "row_bytes", "warps"), [(65536, 32, 4096, 4), (999, 16, 80, 8), (0, 8, 64, 1)]
+)
 def test_pieces_are_whole_units_of_what_there_is(asked: int, rows: int, row_bytes: int, warps: int) -> None:
     count, size = chain.pieces(asked, rows, row_bytes, warps)
     assert size % 16 == 0 and count * size <= row_bytes and count * size * rows <= asked
@@ -117,7 +119,9 @@ def test_products_ask_for_each_row_of_their_weight_once(
 
 
 @interpreted
-def test_gradients_and_weights_of_other_strides_ask_for_nothing(log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_and_weights_of_other_strides_ask_for_nothing(
+    log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     turn_on(monkeypatch, overlap=True, ask=64)
     x, weight = randn(4, 64, seed=1, dtype=torch.bfloat16), randn(64, 48, seed=2, dtype=torch.bfloat16)
     linear.grad_input(x, weight)
@@ -180,7 +184,9 @@ def test_attention_is_chained_with_the_others(monkeypatch: pytest.MonkeyPatch) -
     for launches in ("_chunks", "_merge"):
         monkeypatch.setattr(paged, launches, lambda key, tensors, call: seen.append(call().constants))
     caches = [torch.zeros(80, 64, 2, 64, device=DEVICE) for _ in range(2)]
-    lengths = (torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in ([0, 1], [2500], [list(range(40))]))
+    lengths = (
+        torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in ([0, 1], [2500], [list(range(40))])
+    )
     paged.paged_forward(torch.zeros(1, 4, 64, device=DEVICE), *caches, *lengths, 1, 2500, 0.1, True)
     assert [constants["CHAINED"] for constants in seen] == [1, 1]
     assert all(constants["launch_pdl"] for constants in seen)

@@ -55,9 +55,7 @@ def test_a_row_has_the_same_bits_in_every_batch() -> None:
 def test_one_launch_where_it_is_on_and_the_operands_can_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, ...]] = []
     product = linear_swiglu.product
-    monkeypatch.setattr(
-        linear_swiglu, "product", lambda x, *rest: (taken.append(tuple(x.shape)), product(x, *rest))[1]
-    )
+    monkeypatch.setattr(linear_swiglu, "product", lambda x, *rest: (taken.append(tuple(x.shape)), product(x, *rest))[1])
     x, weight = operands(300, 40, 64)
     cases = [
         (x[:8], weight),
