@@ -6,9 +6,9 @@
 A step (Qwen3-1.7B shapes, random weights, no sampling) is captured in a CUDA graph once for every variant of
 ``vexact/ops/kernels/chain.py``: as it is; kernels that start while the one before them ends, without and with requests
 for weights, early or not; SwiGLU in the product of gate and up; the best of these together. Variants take turns. Each
-must give the bits of the first for a number of batches of other tokens, so that what is read too early is seen, since it
-would be of the batch before. Per kind of kernel a trace gives the time from the end of the kernel before it to its own
-end, which adds up to the step. The last lines are the table ``STEPS`` that these timings ask for.
+must give the bits of the first for a number of batches of other tokens, so that what is read too early, and is of the
+batch before, is seen. Per kind of kernel a trace gives the time from the end of the kernel before it to its own end,
+which adds up to the step. The last lines are the table ``STEPS`` that these timings ask for.
 
 ``--tune`` searches the tiles of the four products of a layer inside of the step, one product after another, in the best
 variant: weights come from memory and neighbours are those of a model, where ``tune_linear.py`` repeats one product.
@@ -32,8 +32,8 @@ import torch
 from decode_step import Step, decode_step, kernels, random_decoder, read_trace
 from decode_tiles import search
 from options import at_least_one, out_file
-from roofline import HBM_BYTES_PER_S
 from rollout import TINY
+from roofline import HBM_BYTES_PER_S
 from torch import Tensor
 
 from vexact.audit.environment import environment
@@ -189,9 +189,7 @@ def show(result: dict[str, Any]) -> None:
     for name, row in result["variants"].items():
         print(f"  {name:24} {row['us']:8.1f} us  {slow / row['us']:6.3f}x  {row['of_roofline']:6.1%} of the roofline")
     for name, kinds in result.get("kernels", {}).items():
-        print(
-            f"  {name}: us of a launch and in between, us that it runs, share of {HBM_BYTES_PER_S / 1e12} TB/s, us a step"
-        )
+        print(f"  {name}: us per launch, us that it runs, share of {HBM_BYTES_PER_S / 1e12} TB/s, us a step")
         for kind, row in kinds.items():
             share = row["bytes"] / HBM_BYTES_PER_S * 1e6 / row["us"]
             total = row["us"] * row["launches"]

@@ -14,10 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops" / "kernels"))
 from rowwise import DEVICE, same_bits  # first: it decides how kernels run
 
+# isort: split
 import decode_kernels
 import decode_step
 import decode_tiles
 from decode_step import Kernel
+
 from vexact.ops import dispatch
 from vexact.ops.kernels import chain, launches, linear_swiglu
 from vexact.ops.kernels.chain import Chain
@@ -131,7 +133,7 @@ def test_a_tile_is_in_use_and_then_no_longer() -> None:
         with decode_tiles.tile_in_use(key, 8, tile):
             assert select.select_tile("forward", 8, *key, torch.bfloat16, True) == tile
             assert select.select_tile("forward", 9, *key, torch.bfloat16, True) != tile
-        assert select.TUNED == before
+        assert before == select.TUNED
         assert select.select_tile("forward", 8, *key, torch.bfloat16, True) != tile
     with decode_tiles.tile_in_use(None, 8, tile):
         assert linear_swiglu.TILES[0] == (8, tile)
@@ -143,7 +145,8 @@ def test_candidates_fit_beside_each_other_or_alone() -> None:
         for halved in (False, True):
             tiles = decode_tiles.candidates(rows, halved)
             sizes = [2 * t.stages * t.block_k * (t.block_m + t.block_n * (1 + halved)) for t in tiles]
-            assert len(tiles) >= 8 and max(sizes) <= 200 * 1024 and min(sizes) <= 72 * 1024
+            assert len(tiles) >= 8
+            assert min(sizes) <= 72 * 1024 < max(sizes) <= 200 * 1024
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +155,8 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr("sys.argv", [*command, "--rounds", "1", "--tune", "--budget-s", "1", "--out", str(out)])
     assert decode_kernels.main() == 0
     (result,) = json.loads(out.read_text())["results"]
-    assert set(result["variants"]) >= set(decode_kernels.VARIANTS) and result["rows_compared"] == 4
+    assert set(result["variants"]) >= set(decode_kernels.VARIANTS)
+    assert result["rows_compared"] == 4
     assert set(result["tiles"]) == {"gate_up", "down", "qkv", "o"}
     assert "STEPS" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*command, "--keys", "4096"])

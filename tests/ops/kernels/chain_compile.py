@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from linear_compile import BF16, FP32, compile_launches, meta
+from linear_compile import FP32, compile_launches, meta
 from torch import Tensor
 
 from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, rope_to_cache, swiglu

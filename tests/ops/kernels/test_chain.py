@@ -70,7 +70,7 @@ def requested(events: list[Any]) -> tuple[list[tuple[int, int]], int]:
 
 
 def test_nothing_is_on_that_was_not_measured() -> None:
-    assert chain.STEPS == ((chain.LARGE, Chain()),)
+    assert ((chain.LARGE, Chain()),) == chain.STEPS
     assert chain.options(1, possible=True) == {"CHAINED": 0, "launch_pdl": False}
 
 
@@ -87,8 +87,10 @@ def test_the_first_bound_that_holds_the_rows_decides(monkeypatch: pytest.MonkeyP
 )
 def test_pieces_are_whole_units_of_what_there_is(asked: int, rows: int, row_bytes: int, warps: int) -> None:
     count, size = chain.pieces(asked, rows, row_bytes, warps)
-    assert size % 16 == 0 and count * size <= row_bytes and count * size * rows <= asked
-    assert count * rows >= 32 * warps and count & (count - 1) == 0
+    assert size % 16 == 0
+    assert count * size <= min(row_bytes, asked // rows)
+    assert count * rows >= 32 * warps
+    assert count & (count - 1) == 0
 
 
 @interpreted
@@ -109,13 +111,15 @@ def test_products_ask_for_each_row_of_their_weight_once(
     covered = np.zeros(weight.numel() * 2, int)
     for address, size in spans:
         first = address - weight.data_ptr()
-        assert 0 <= first and first + size <= covered.size and address % 16 == size % 16 == 0
+        assert 0 <= first <= covered.size - size
+        assert address % 16 == size % 16 == 0
         covered[first : first + size] += 1
     covered = covered.reshape(152, -1)
     persistent = tile.waves * linear_launch.multiprocessors(x.device) * tile.block_n if tile.waves else 152
     depth = covered[0].sum()
     assert 0 < depth <= 8192 // tile.block_n
-    assert (covered[:persistent, :depth] == 1).all() and covered.sum() == depth * min(persistent, 152)
+    assert (covered[:persistent, :depth] == 1).all()
+    assert covered.sum() == depth * min(persistent, 152)
 
 
 @interpreted
@@ -129,7 +133,8 @@ def test_gradients_and_weights_of_other_strides_ask_for_nothing(
     assert not log
     linear.forward(x, weight.t(), None, x.dtype)
     spans, programs = requested(log)
-    assert not spans and programs > 0
+    assert not spans
+    assert programs > 0
 
 
 @interpreted
@@ -173,7 +178,8 @@ def test_code_waits_before_it_touches_memory_and_computes_the_same(tmp_path: Pat
         assert record["requests"] == {"linear_swiglu_kernel": 2}.get(kernel, int(kernel in products)), name
         assert record["requests_before_wait"], name
         assert record["waits_when_plain"] == int(kernel == "merge_kernel"), name  # it overlaps the chunks anyway
-        assert record["same_arithmetic"] and record["arithmetic"] > 5, name
+        assert record["same_arithmetic"], name
+        assert record["arithmetic"] > 5, name
         assert max(record["shared"]) <= 227 * 1024, name
 
 

@@ -1,4 +1,4 @@
-"""SwiGLU in the epilogue of the product of gate and up: the bits of the two kernels, whatever the tile and the batch."""
+"""SwiGLU in the epilogue of the product of gate and up: the bits of the two kernels, for every tile and batch."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def pieces(asked: int, rows: int, row_bytes: int, warps: int) -> tuple[int, int]
 
 @triton.jit
 def follow(CHAINED: tl.constexpr):
-    """Wait for the kernel before this one and let the next one start, in this order or, if CHAINED is 2, in the other."""
+    """Wait for the kernel before this one and let the next one start; if CHAINED is 2, the other way round."""
     if CHAINED == 2:
         gdc_launch_dependents()
     if CHAINED:
@@ -83,7 +83,7 @@ def follow(CHAINED: tl.constexpr):
 
 @triton.jit
 def request(address, size):
-    """Ask the second-level cache for ``size`` bytes, a multiple of 16, from ``address``: int64 and int32 of one shape."""
+    """Ask the second-level cache for ``size`` (int32) bytes, a multiple of 16, from ``address`` (int64) on."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred wanted;
