@@ -15,11 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ops" / "kernels"))
 from rowwise import DEVICE, same_bits  # first: it decides how kernels run
 
 # isort: split
-import decode_kernels
-import decode_step
-import decode_tiles
-from decode_step import Kernel
-
+from benchmarks.decode import kernels as decode_kernels
+from benchmarks.decode import step as decode_step
+from benchmarks.decode import tiles as decode_tiles
+from benchmarks.decode.step import Kernel
 from vexact.ops import dispatch
 from vexact.ops.kernels import chain, launches, linear_swiglu
 from vexact.ops.kernels.chain import Chain
@@ -151,7 +150,7 @@ def test_candidates_fit_beside_each_other_or_alone() -> None:
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "decode.json"
-    command = ["decode_kernels.py", "--shape", "tiny", "--rows", "2", "--keys", "70", "--layers", "1", "--batches", "2"]
+    command = ["kernels.py", "--shape", "tiny", "--rows", "2", "--keys", "70", "--layers", "1", "--batches", "2"]
     monkeypatch.setattr("sys.argv", [*command, "--rounds", "1", "--tune", "--budget-s", "1", "--out", str(out)])
     assert decode_kernels.main() == 0
     (result,) = json.loads(out.read_text())["results"]

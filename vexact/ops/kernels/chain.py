@@ -39,7 +39,7 @@ class Chain:
 
 
 # (most rows, how): the first entry whose bound holds the rows. Everything is off, because nothing of it has been timed
-# on a GPU; ``benchmarks/decode_kernels.py`` measures each part alone and all together, and prints this table.
+# on a GPU; ``benchmarks/decode/kernels.py`` measures each part alone and all together, and prints this table.
 STEPS: tuple[tuple[int, Chain], ...] = ((LARGE, Chain()),)
 
 

@@ -9,9 +9,9 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-from decode_step import Step
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.decode.step import Step
 from vexact.ops.kernels import linear_swiglu
 from vexact.ops.kernels.launches import forget
 from vexact.ops.kernels.linear import select

@@ -1,7 +1,7 @@
 """Where a decode step's time goes beside the memory roofline, and what each way to launch its kernels gains.
 
-    python benchmarks/decode_kernels.py --out benchmarks/results/decode_kernels_h100.json
-    python benchmarks/decode_kernels.py --rows 64 --tune --out tiles.json
+    python -m benchmarks.decode.kernels --out benchmarks/results/decode_kernels_h100.json
+    python -m benchmarks.decode.kernels --rows 64 --tune --out tiles.json
 
 A step (Qwen3-1.7B shapes, random weights, no sampling) is captured in a CUDA graph once for every variant of
 ``vexact/ops/kernels/chain.py``: as it is; kernels that start while the one before them ends, without and with requests
@@ -29,13 +29,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from decode_step import Step, decode_step, kernels, random_decoder, read_trace
-from decode_tiles import search
-from options import at_least_one, out_file
-from rollout import TINY
-from roofline import HBM_BYTES_PER_S
 from torch import Tensor
 
+from benchmarks.decode.step import Step, decode_step, kernels, random_decoder, read_trace
+from benchmarks.decode.tiles import search
+from benchmarks.rollout.throughput import TINY
+from benchmarks.shared.options import at_least_one, out_file
+from benchmarks.shared.roofline import HBM_BYTES_PER_S
 from vexact.audit.environment import environment
 from vexact.device import resolve_device
 from vexact.ops.kernels import chain, linear_swiglu

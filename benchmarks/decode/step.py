@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from roofline import BYTES
 from torch import Tensor
 
+from benchmarks.shared.roofline import BYTES
 from vexact.models import ModelConfig
 from vexact.models.decoder import CausalLM
 from vexact.ops import PagedMetadata
