@@ -50,6 +50,7 @@ VARIANTS = {
     "overlap early": Chain(overlap=True, early=True),
     **{f"overlap ask {kib}": Chain(overlap=True, ask=kib) for kib in (32, 64, 128, 256)},
     **{f"overlap early ask {kib}": Chain(overlap=True, early=True, ask=kib) for kib in (64, 128)},
+    **{f"overlap early ask 64 ahead {mib}": Chain(overlap=True, early=True, ask=64, ahead=mib) for mib in (8, 24)},
     "fuse": Chain(fuse=True),
 }
 BASELINE = next(iter(VARIANTS))

@@ -72,7 +72,11 @@ class DecoderLayer(nn.Module):
             x, residual = self.input_norm(x), x
         else:
             x, residual = self.input_norm.add(x, residual)
-        x = self.attention(x, Tokens(positions, cos_sin, metadata), kv_cache)
+        tokens = Tokens(positions, cos_sin, metadata)
+        if kv_cache is not None and isinstance(self.mlp, MLP) and isinstance(self.attention, Attention):
+            x = self.attention(x, tokens, kv_cache, self.mlp.gate_up_proj.weight)
+        else:
+            x = self.attention(x, tokens, kv_cache)
         x, residual = self.post_norm.add(x, residual)
         x = self.mlp(x, route_digest, routing) if isinstance(self.mlp, MoE) else self.mlp(x)
         return x, residual

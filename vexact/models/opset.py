@@ -64,6 +64,11 @@ class OpSet:
         return self.linear is invariant.linear and self.swiglu is invariant.swiglu
 
     @property
+    def tells_ahead(self) -> bool:
+        """Whether ``linear`` takes a weight that is read soon."""
+        return self.linear is invariant.linear
+
+    @property
     def fuses_cache(self) -> bool:
         """Whether ``rope_to_cache`` and ``cached_attention`` stand for the rotation and ``attention`` with a cache."""
         return (

@@ -25,7 +25,7 @@ from vexact.ops.kernels.linear.tiles import Tile
 
 ARCH = 90
 ROWS = 64
-ON = ((chain.LARGE, Chain(overlap=True, ask=128, fuse=True)),)
+ON = ((chain.LARGE, Chain(overlap=True, ask=128, ahead=8, fuse=True)),)
 EARLY = ((chain.LARGE, Chain(overlap=True, early=True)),)
 OFF = ((chain.LARGE, Chain()),)
 WAIT, START_NEXT, REQUEST = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
@@ -70,7 +70,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         out = meta(ROWS, 2048)
         yield (
             f"product {tile}",
-            lambda tile=tile, out=out: linear.matmul(x, meta(2048, 2048), out, layout="forward", tile=tile),
+            lambda tile=tile, out=out: linear.matmul(
+                x, meta(2048, 2048), out, layout="forward", tile=tile, ahead=meta(12288, 2048)
+            ),
         )
     apart = Tile("tma", 64, 32, 128, 4, 3)  # too deep for one piece of gate and up
     for tile in (linear_swiglu.TILES[0][1], linear_swiglu.TILES[-1][1], apart):

@@ -123,6 +123,25 @@ def test_products_ask_for_each_row_of_their_weight_once(
 
 
 @interpreted
+@pytest.mark.parametrize("tile", TILES)
+def test_what_is_read_next_is_asked_for_once(tile: Tile, log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = randn(3, 64, seed=1, dtype=torch.bfloat16), randn(152, 64, seed=2, dtype=torch.bfloat16)
+    ahead, out = randn(400, 640, seed=3, dtype=torch.bfloat16), x.new_empty(3, 152)
+    plain = linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=ahead).clone()
+    turn_on(monkeypatch, overlap=True, ahead=1)  # more than there is
+    linear_launch._launches.forget()
+    assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=ahead), plain)
+    spans, programs = requested(log)
+    size = spans[0][1]
+    assert size == chain.shares(1 << 20, ahead.nbytes, programs, 32 * tile.warps) > 0
+    assert spans == [(ahead.data_ptr() + size * index, size) for index in range(programs * 32 * tile.warps)]
+    assert size * len(spans) <= ahead.nbytes
+    log.clear()
+    linear.matmul(x, weight, out, layout="forward", tile=tile)
+    assert not requested(log)[0]
+
+
+@interpreted
 def test_gradients_and_weights_of_other_strides_ask_for_nothing(
     log: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +194,7 @@ def test_code_waits_before_it_touches_memory_and_computes_the_same(tmp_path: Pat
         allowed = "ld.global.b32" if kernel == "merge_kernel" else ()
         assert all(allowed and allowed in line for line in record["touches_before_wait"]), record
         assert record["starts_next_after_wait"] != record["early"], name
-        assert record["requests"] == {"linear_swiglu_kernel": 2}.get(kernel, int(kernel in products)), name
+        assert record["requests"] == 2 * (kernel in products), name
         assert record["requests_before_wait"], name
         assert record["waits_when_plain"] == int(kernel == "merge_kernel"), name  # it overlaps the chunks anyway
         assert record["same_arithmetic"], name

@@ -35,6 +35,7 @@ class Chain:
     overlap: bool = False  # each while the one before it ends
     early: bool = False  # kernels of rows let the next one start before they wait themselves; with overlap only
     ask: int = 0  # KiB of its weight that a program of a product asks for before it waits; read with overlap only
+    ahead: int = 0  # MiB of the weight that is read next that a product asks for, too; with overlap only
     fuse: bool = False  # SwiGLU in the product of gate and up, where no gradient is wanted
 
 
@@ -68,6 +69,16 @@ def pieces(asked: int, rows: int, row_bytes: int, warps: int) -> tuple[int, int]
     count = max(1, 32 * warps // rows)
     size = min(row_bytes, asked // rows) // count
     return count, size - size % _UNIT
+
+
+def shares(asked: int, available: int, programs: int, threads: int) -> int:
+    """Bytes for each thread of some programs that together ask for about ``asked`` of ``available`` bytes.
+
+    >>> shares(1 << 20, 1 << 30, 64, 128), shares(1 << 20, 100_000, 64, 128)
+    (128, 0)
+    """
+    size = min(asked, available) // (programs * threads)
+    return size - size % _UNIT
 
 
 @triton.jit
@@ -107,3 +118,11 @@ def ask_for_rows(ptr, first, num_rows, stride, piece, ROWS: tl.constexpr, PIECES
     parts = tl.arange(0, PIECES)[None, :]
     address = (ptr + rows.to(tl.int64) * stride).to(tl.int64) + parts * piece
     request(address, tl.where(rows < num_rows, piece, 0) + tl.zeros_like(parts))
+
+
+@triton.jit
+def ask_for_share(ptr, share, THREADS: tl.constexpr):
+    """Ask for this program's part of what lies from ``ptr`` on: ``share`` bytes for each of its threads."""
+    stride = share // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    first = tl.program_id(0) * THREADS
+    ask_for_rows(ptr, first, first + THREADS, stride, share, THREADS, 1)
