@@ -73,7 +73,9 @@ def launched(step: decode_step.Step, monkeypatch: pytest.MonkeyPatch) -> tuple[l
 
     def note(self: Any, key: Any, tensors: Any, call: launches.Call) -> None:
         calls.append(call)
-        constants = {name: 0 if name in ("CHAINED", "OVERLAP") else value for name, value in call.constants.items()}
+        constants = {
+            name: 0 if name in ("CHAINED", "OVERLAP", "AHEAD") else value for name, value in call.constants.items()
+        }
         bind(self, key, tensors, call._replace(constants=constants))  # the interpreter runs one kernel after another
 
     with monkeypatch.context() as patch:
@@ -100,7 +102,7 @@ def test_every_kernel_of_a_step_but_the_first_is_chained(rows: int, monkeypatch:
     step = decode_step.decode_step(model, rows, 70)
     plain, expected = launched(step, monkeypatch)
     for fuse in (False, True):
-        monkeypatch.setattr(chain, "STEPS", ((chain.LARGE, Chain(overlap=True, early=True, fuse=fuse)),))
+        monkeypatch.setattr(chain, "STEPS", ((chain.LARGE, Chain(overlap=True, early=True, ahead=1, fuse=fuse)),))
         calls, logits = launched(step, monkeypatch)
         assert same_bits(logits, expected)
         names = [call.kernel.__name__ for call in calls]
@@ -113,6 +115,8 @@ def test_every_kernel_of_a_step_but_the_first_is_chained(rows: int, monkeypatch:
         kinds = {2: {"norm", "rotation", "swiglu"}, 1: {"qkv", "attention", "o", "gate_up", "down", "lm_head"}}
         assert all(kernel.kind in kinds[how] for how, kernel in zip(chained[1:], kernels[1:], strict=True))
         assert all(call.constants["launch_pdl"] for call in calls[1:])
+        told = [kernel.kind for call, kernel in zip(calls, kernels, strict=True) if call.constants.get("AHEAD")]
+        assert told == ["o"] * 2, "they run while attention does, which leaves the memory idle"
     assert {call.constants.get("CHAINED") for call in plain} == {None, 0}
 
 

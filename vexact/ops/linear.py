@@ -46,19 +46,13 @@ def linear(
         check_floats("linear", x=x, weight=weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    if ahead is not None and x.dim() == 2 and x.is_cuda and not torch.is_grad_enabled():
-        return _told(x, weight, bias, out_dtype or x.dtype, ahead)
+    if ahead is not None and x.dim() == 2 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        told: Tensor = backend("linear", x).forward(x, weight, bias, out_dtype or x.dtype, ahead)
+        return told
     if x.dim() == 2:
         return apply(_Linear, x, weight, bias, out_dtype or x.dtype)
     out = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, bias, out_dtype or x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _told(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, ahead: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return apply(_Linear, x, weight, bias, out_dtype)
-    out: Tensor = backend("linear", x).forward(x, weight, bias, out_dtype, ahead)
-    return out
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

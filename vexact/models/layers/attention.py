@@ -31,6 +31,4 @@ class Attention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
         out = tokens.rotate_and_attend(ops, q, k, v, norms, self.config.softmax_scale, kv_cache)
-        told = {"ahead": ahead} if ahead is not None and ops.tells_ahead else {}
-        projected: Tensor = ops.linear(out.flatten(1), o_proj.weight, o_proj.bias, **told)
-        return projected
+        return ops.linear_ahead(out.flatten(1), o_proj.weight, o_proj.bias, ahead)
