@@ -179,17 +179,18 @@ def _invalid(kind: type[Body], error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
     name = ".".join(map(str, first["loc"])) or "the body"
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown parameter {name:.80}{_hint(kind, name)}", param=name, code="unknown_parameter")
+        hint = _hint(kind, *map(str, first["loc"]))
+        return ApiError(400, f"unknown parameter {name:.80}{hint}", param=name, code="unknown_parameter")
     return ApiError(400, f"{name}={first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)
 
 
-def _hint(kind: type[Body], name: str) -> str:
+def _hint(kind: type[Body], *path: str) -> str:
     """The nearest of all parameters that a request may name there, and why it cannot be had if it is one of those."""
-    section, dot, last = name.rpartition(".")
-    refused = {} if section else {name: reason for name, (_, reason) in {**REFUSED, **REFUSED_SAMPLING}.items()}
-    taken = StreamOptions.model_fields if section else (*kind.model_fields, *SAMPLING, "max_completion_tokens")
-    near = difflib.get_close_matches(last, sorted({*taken, *refused}), n=1)
+    *sections, name = path
+    refused = {} if sections else {name: reason for name, (_, reason) in {**REFUSED, **REFUSED_SAMPLING}.items()}
+    taken = StreamOptions.model_fields if sections else (*kind.model_fields, *SAMPLING, "max_completion_tokens")
+    near = difflib.get_close_matches(name, sorted({*taken, *refused}), n=1)
     if not near:
         return ""
     why = f" It is not supported: {refused[near[0]]}" if near[0] in refused else ""
-    return f"; did you mean {section}{dot}{near[0]}?{why}"
+    return f"; did you mean {'.'.join([*sections, near[0]])}?{why}"
