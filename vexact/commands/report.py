@@ -15,6 +15,12 @@ examples:
 docs/reports.md says what is in it, docs/dashboards.md what W&B and TensorBoard show.
 """
 
+_BEGINNING = 1 << 16  # bytes of a page, with its title
+
+
+class ReportFileError(ValueError):
+    """The page cannot be written where it was asked for."""
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -54,5 +60,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise IsADirectoryError(f"--out {out} is a directory; give a file, such as {out / FILE_NAME}")
     if not out.parent.is_dir():
         raise NotADirectoryError(f"--out {out}: there is no directory {out.parent}")
-    sys.stdout.write(f"{write_report(runs, out)}\n")
+    _spare_others(out)
+    try:
+        written = write_report(runs, out)
+    except OSError as error:
+        raise ReportFileError(f"{out} cannot be written ({error.strerror}); name another file with --out") from error
+    sys.stdout.write(f"{written}\n")
     return 0
+
+
+def _spare_others(out: Path) -> None:
+    """A report replaces an earlier one and nothing else: not a run's metrics, not a device."""
+    if out.is_file():
+        with out.open("rb") as file:
+            start = file.read(_BEGINNING)
+        if not start or b"vexact</title>" in start:
+            return
+    elif not out.exists():
+        return
+    raise ReportFileError(f"{out} is there and is no report; remove it, or name another file with --out")

@@ -24,7 +24,7 @@ def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., 
     Raises:
         ValueError: ``out_dir`` holds files that this did not make, or was made with other options.
     """
-    out = Path(out_dir).expanduser() if out_dir is not None else Path(cache_dir()) / _folder(name, options)
+    out = Path(os.path.expanduser(out_dir)) if out_dir is not None else Path(cache_dir()) / _folder(name, options)
     recipe = {"name": name, "options": options, "vexact": __version__}
     if _is_made(out, recipe):
         return out

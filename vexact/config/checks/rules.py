@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def _sources(config: Config) -> Iterator[str]:
             "actor_rollout_ref.model.path is not set: give a checkpoint directory (config.json and safetensors), or "
             "make a small one with `vexact prepare tiny`"
         )
-    elif not (Path(config.model.path).expanduser() / "config.json").is_file():
+    elif not (Path(os.path.expanduser(config.model.path)) / "config.json").is_file():
         yield (
             f"actor_rollout_ref.model.path={config.model.path}: no config.json there; give a Hugging Face checkpoint "
             "directory, or make a small one with `vexact prepare tiny`"
@@ -69,10 +70,10 @@ def _sources(config: Config) -> Iterator[str]:
         )
     for key, files in (("train_files", config.data.train_files), ("val_files", config.data.val_files)):
         for name in files:
-            if not name.startswith(TASK_PREFIX) and not Path(name).expanduser().exists():
+            if not name.startswith(TASK_PREFIX) and not Path(os.path.expanduser(name)).exists():
                 yield f"data.{key}={name}: no such file; paths are relative to {Path.cwd()}"
     path = config.reward.custom_reward_function.path
-    if path is not None and not Path(path).expanduser().is_file():
+    if path is not None and not Path(os.path.expanduser(path)).is_file():
         yield f"reward.custom_reward_function.path={path}: no such file"
 
 
@@ -262,7 +263,7 @@ def _run(config: Config) -> Iterator[str]:
             f"trainer.resume_mode={trainer.resume_mode} and trainer.resume_from_path={trainer.resume_from_path}: "
             "resume_path needs a path, and a path needs resume_mode=resume_path"
         )
-    if trainer.resume_from_path is not None and not Path(trainer.resume_from_path).expanduser().is_dir():
+    if trainer.resume_from_path is not None and not Path(os.path.expanduser(trainer.resume_from_path)).is_dir():
         yield f"trainer.resume_from_path={trainer.resume_from_path}: no such directory"
     blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
     if blocking is not None and not blocking.is_dir():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,11 +66,19 @@ class RunRecord:
 
     @cached_property
     def seed(self) -> str:
-        """Everything that only makes the run another draw of the same configuration."""
-        return json.dumps([self.config.get(key) for key in SEED_KEYS], default=str)
+        """Everything that only makes the run another draw of the same configuration, as it is in force."""
+        general, *others = (self.config.get(key) for key in SEED_KEYS)
+        return json.dumps([general, *(general if seed is None else seed for seed in others)], default=str)
+
+    @cached_property
+    def trained_steps(self) -> frozenset[int]:
+        """Steps that trained, as far as they were reported; one that an error stopped is none of them."""
+        scores = self.series.get("critic/score/mean")
+        return frozenset(() if scores is None else scores.steps.tolist())
 
 
 SEED_KEYS = ("trainer.seed", "data.seed", "actor_rollout_ref.rollout.seed")
+"""The first stands in for others that are null."""
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -110,6 +118,19 @@ def read_run(path: str | Path) -> RunRecord:
         problems=tuple(problems),
         divergence=_text(place / DIVERGENCE_FILE),
     )
+
+
+def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs, with names that are not the same: as much of the path as that takes."""
+    names = [run.name for run in runs]
+    for length in range(2, 1 + max((len(run.path.resolve().parts) for run in runs), default=0)):
+        if len(set(names)) == len(names):
+            break
+        names = [
+            name if names.count(name) == 1 else "/".join(run.path.resolve().parts[-length:])
+            for name, run in zip(names, runs, strict=True)
+        ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _rows(file: Path, problems: list[str]) -> dict[int, dict[str, float | None]]:

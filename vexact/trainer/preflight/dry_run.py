@@ -44,7 +44,7 @@ def check_settings(config: Config, layout: Layout) -> None:
     Raises:
         ValueError: a part of the trainer refuses its settings, or they do not suit the model or this machine.
     """
-    model = ModelConfig.from_hf_dir(Path(config.model.path).expanduser())
+    model = ModelConfig.from_hf_dir(Path(os.path.expanduser(config.model.path)))
     training_sampling(config)
     validation_sampling(config)
     check_profile(config, config.trainer.total_training_steps, layout.world_size)
