@@ -110,3 +110,10 @@ def test_two_may_write_one_page(tmp_path):
     assert main(["report", str(run)]) == 0
     assert (run / ".report.html.tmp").exists()
     assert not [file for file in run.iterdir() if file.name.endswith(f".{os.getpid()}.tmp")]
+
+
+def test_steps_that_are_missing_are_counted(tmp_path):
+    run = write_run(tmp_path / "run", [row(2), row(3), row(7)])
+    assert "metrics.jsonl lacks 3 of the steps that were trained" in read_run(run).problems
+    whole = write_run(tmp_path / "whole", [row(5), row(6)])  # as one that goes on from another directory
+    assert not [problem for problem in read_run(whole).problems if "lacks" in problem]

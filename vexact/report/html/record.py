@@ -18,6 +18,7 @@ from vexact.report.jsonl import FILE_NAME as METRICS_FILE
 
 CONFIG_FILE, CERTIFICATE_FILE, ENVIRONMENT_FILE = "config.yaml", "certificate.json", "environment.json"
 DIVERGENCE_FILE = "divergence.txt"
+_SCORE = "critic/score/mean"  # of every step that trained
 _MOST_CHARACTERS = 20_000  # of it
 _SAMPLE_FILE = re.compile(r"(step|val)_(\d{1,15})\.jsonl")
 _LARGEST_STEP = 2**53  # a page's numbers are doubles
@@ -73,7 +74,7 @@ class RunRecord:
     @cached_property
     def trained_steps(self) -> frozenset[int]:
         """Steps that trained, as far as they were reported; one that an error stopped is none of them."""
-        scores = self.series.get("critic/score/mean")
+        scores = self.series.get(_SCORE)
         return frozenset(() if scores is None else scores.steps.tolist())
 
 
@@ -104,6 +105,8 @@ def read_run(path: str | Path) -> RunRecord:
     for name, (_, values) in series.items():
         if count := int(np.isnan(values).sum()):
             problems.append(f"{name} is not finite in {count} of {len(values)} steps")
+    if missing := _missing(series):
+        problems.append(f"{METRICS_FILE} lacks {missing} of the steps that were trained")
     times = [time for row in rows.values() if (time := row.get("time")) is not None]
     return RunRecord(
         path=place,
@@ -187,6 +190,14 @@ def _series(rows: Mapping[int, Mapping[str, float | None]]) -> dict[str, Series]
                 steps.append(step)
                 values.append(math.nan if value is None else value)
     return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+
+
+def _missing(series: Mapping[str, Series]) -> int:
+    """How many steps between the first and the last that trained are not there: a full disk lost them, for instance."""
+    if _SCORE not in series:
+        return 0
+    steps = series[_SCORE].steps
+    return int(steps[-1] - steps[0]) + 1 - len(steps)
 
 
 def _loaded(file: Path, problems: list[str]) -> Any:
