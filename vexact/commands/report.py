@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vexact.commands.output import OutputError, check_output
+
 EPILOG = """\
 examples:
   vexact report runs/vexact/tiny_arithmetic
@@ -14,12 +16,6 @@ examples:
 
 docs/reports.md says what is in it, docs/dashboards.md what W&B and TensorBoard show.
 """
-
-_BEGINNING = 1 << 16  # bytes of a page, with its title
-
-
-class ReportFileError(ValueError):
-    """The page cannot be written where it was asked for."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -56,26 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     runs = list({run.path.resolve(): run for run in found}.values())
     default = runs[0].path / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
     out = Path(arguments.out) if arguments.out is not None else default
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a directory; give a file, such as {out / FILE_NAME}")
-    if not out.parent.is_dir():
-        raise NotADirectoryError(f"--out {out}: there is no directory {out.parent}")
-    _spare_others(out)
+    check_output("--out", out, b"vexact</title>", "report")
     try:
         written = write_report(runs, out)
     except OSError as error:
-        raise ReportFileError(f"{out} cannot be written ({error.strerror}); name another file with --out") from error
+        raise OutputError(f"{out} cannot be written ({error.strerror}); name another file with --out") from error
     sys.stdout.write(f"{written}\n")
     return 0
-
-
-def _spare_others(out: Path) -> None:
-    """A report replaces an earlier one and nothing else: not a run's metrics, not a device."""
-    if out.is_file():
-        with out.open("rb") as file:
-            start = file.read(_BEGINNING)
-        if not start or b"vexact</title>" in start:
-            return
-    elif not out.exists():
-        return
-    raise ReportFileError(f"{out} is there and is no report; remove it, or name another file with --out")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vexact.config.checks.rules import attention_notices, check, inexact
+from vexact.config.checks.unused import unused_notices
 from vexact.config.checks.verl_compat import MOVED, translate
 from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, nearest, typographic, unknown_keys
 from vexact.config.recipe import read_recipe
@@ -66,6 +67,7 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
     config = _build(values)
     if checked:
         check(config)
+        notices += unused_notices(config)
         warnings = attention_notices(config)
     else:
         warnings = []
@@ -209,9 +211,16 @@ def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         if notice is not None:
             notices.append(notice)
+    problems += [
+        f"{key}={value!r}: a path holds no NUL" for key, value in flat.items() if key in _PATHS and _has_nul(value)
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     return _nest({key: _at_home(value) if key in _PATHS else value for key, value in flat.items()}), notices
+
+
+def _has_nul(value: Any) -> bool:
+    return any(isinstance(item, str) and "\0" in item for item in (value if isinstance(value, list) else [value]))
 
 
 def _at_home(value: Any) -> Any:

@@ -205,6 +205,11 @@ def _texts(config: Config) -> Iterator[str]:
     for key, name in names.items():
         if not name.strip() or not name.isprintable():
             yield f"{key}={name!r}: give it a name, on one line"
+    for key in ("trainer.project_name", "trainer.experiment_name"):
+        if config.trainer.default_local_dir is None and (
+            Path(names[key]).is_absolute() or ".." in Path(names[key]).parts
+        ):
+            yield f"{key}={names[key]!r} leads out of runs/; set trainer.default_local_dir to name the run directory"
     if "" in config.rollout.stop:
         yield f"{ROLLOUT}.stop={list(config.rollout.stop)}: a stop string must not be empty"
 
@@ -265,6 +270,9 @@ def _run(config: Config) -> Iterator[str]:
         )
     if trainer.resume_from_path is not None and not Path(os.path.expanduser(trainer.resume_from_path)).is_dir():
         yield f"trainer.resume_from_path={trainer.resume_from_path}: no such directory"
+    given = trainer.default_local_dir or ""
+    if given.startswith("~") and os.path.expanduser(given) == given:
+        yield f"trainer.default_local_dir={given}: nobody's home directory; write ./{given} for one of that name here"
     blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
     if blocking is not None and not blocking.is_dir():
         yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file; set trainer.default_local_dir"
