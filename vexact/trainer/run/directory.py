@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from vexact.audit.certificate import FILE as CERTIFICATE
+from vexact.report.html import FILE_NAME as REPORT
 from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
 from vexact.report.sinks.wandb import RUN_ID_FILE
 from vexact.trainer.checkpoint import CheckpointStore
@@ -83,6 +84,9 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
         moved.append(kept.name)
     if anew and (run_dir / TENSORBOARD).exists():
         (run_dir / TENSORBOARD).rename(run_dir / f"{TENSORBOARD}.{number}")
+    if anew and (run_dir / REPORT).exists():
+        (run_dir / REPORT).rename(run_dir / _numbered(REPORT, number))
+        moved.append(_numbered(REPORT, number))
     if anew:
         (run_dir / CERTIFICATE).unlink(missing_ok=True)  # the checkpoints of that run have it
     (run_dir / RUN_ID_FILE).unlink(missing_ok=True)  # a W&B run cannot go back: what begins is another one
@@ -107,7 +111,11 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
-    names = [_numbered(METRICS_FILE, number), *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD))]
+    names = [
+        _numbered(METRICS_FILE, number),
+        _numbered(REPORT, number),
+        *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD)),
+    ]
     return [store.place_aside(number), *(run_dir / name for name in names)]
 
 
