@@ -117,3 +117,11 @@ def test_steps_that_are_missing_are_counted(tmp_path):
     assert "metrics.jsonl lacks 3 of the steps that were trained" in read_run(run).problems
     whole = write_run(tmp_path / "whole", [row(5), row(6)])  # as one that goes on from another directory
     assert not [problem for problem in read_run(whole).problems if "lacks" in problem]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null", "3", "a: [{2020-01-01: 1}]", "a: &x [*x]"])
+def test_a_configuration_that_is_none_is_named(tmp_path, content):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text(content)
+    assert any(problem.startswith("config.yaml cannot be read: ") for problem in read_run(run).problems)
+    assert "config.yaml cannot be read" in page_of(run).text

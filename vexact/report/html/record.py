@@ -204,10 +204,14 @@ def _loaded(file: Path, problems: list[str]) -> Any:
     """The file's content; {} with a problem noted where it is absent or broken."""
     try:
         text = file.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        tree = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        json.dumps(tree, default=str)  # YAML has more than can be shown
+        if isinstance(tree, dict):
+            return tree
+        problems.append(f"{file.name} cannot be read: it holds no keys")
     except FileNotFoundError:
         problems.append(f"there is no {file.name}")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}")
     return {}
 
