@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
 def test_full_disk_and_our_named_exceptions_are_user_errors() -> None:
     ours = type("MismatchError", (Exception,), {"__module__": "vexact.audit.compare"})
     assert cli.is_user_error(ours("token 3 differs"))
-    assert cli.is_user_error(OSError(errno.ENOSPC, "No space left on device"))
+    for number in (errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE):
+        assert cli.is_user_error(OSError(number, os.strerror(number)))
     assert not cli.is_user_error(OSError(errno.EIO, "Input/output error"))
     assert not cli.is_user_error(KeyError("x"))
 

@@ -19,6 +19,9 @@ from vexact import __version__, env, interrupt, streams
 
 READER_GONE = 141
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# full and read-only disks, names that are too long, links in a circle, limits of a process
+_DISK, _NAME = (errno.ENOSPC, errno.EDQUOT, errno.EROFS), (errno.ENAMETOOLONG, errno.ELOOP)
+_ERRNOS = (*_DISK, *_NAME, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +124,7 @@ def is_user_error(error: Exception) -> bool:
     that does not stand for a bug in a worker process."""
     if isinstance(error, _USER_ERRORS) or (_is_ours(error) and not getattr(error, "is_bug", False)):
         return True
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, OSError) and error.errno in _ERRNOS
 
 
 def _is_ours(error: BaseException) -> bool:
