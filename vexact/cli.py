@@ -78,8 +78,11 @@ def _run(argv: Sequence[str] | None) -> int:
 def _told(error: BaseException) -> str:
     """The message, and what was noted about it on its way: the rank it comes from, for instance."""
     text = str(error)
-    if isinstance(error, FileNotFoundError) and error.filename is None and not os.path.exists(os.curdir):
-        text = f"the current directory is gone ({text}); change to one that is there"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            text = f"the current directory is gone ({text}); change to one that is there"
     return "\n".join([text, *getattr(error, "__notes__", [])])
 
 
