@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from vexact import env
 from vexact.config import load_config
-from vexact.config.fields import leaves, nearest, type_name
+from vexact.config.fields import leaves, type_name
 from vexact.config.schema import Keys
+from vexact.config.spelling import nearest
 
 EPILOG = """\
 examples:
