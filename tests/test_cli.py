@@ -110,6 +110,21 @@ def test_prepare_passes_its_options_and_prints_where(
     assert "'seed=3' is not an option" in capsys.readouterr().err
 
 
+def test_help_config_names_what_is_near_where_nothing_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help_config", "sead"]) == 2
+    assert "no key contains 'sead'; near names: " in capsys.readouterr().err
+
+
+def test_a_current_directory_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["train", "data.train_files=x.jsonl"]) == 2
+    assert "the current directory is gone" in capsys.readouterr().err
+
+
 def test_help_config_lists_matching_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help_config", "rollout.top"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -76,7 +77,13 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _told(error: BaseException) -> str:
     """The message, and what was noted about it on its way: the rank it comes from, for instance."""
-    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+    text = str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            text = f"the current directory is gone ({text}); change to one that is there"
+    return "\n".join([text, *getattr(error, "__notes__", [])])
 
 
 def _interrupted(command: str, error: BaseException | None = None) -> int:
