@@ -3,10 +3,12 @@
 python -m benchmarks.attention.specialised [--out specialised.json] [--seconds 40] [--quick]
 
 Bits: forward and backward of random batches (long, short and empty sequences, more and fewer keys than queries, causal
-and not, three kinds of heads) until --seconds are over; every row of out, lse, dq, dk and dv is compared. Speed: both
-families and cuDNN take turns, so that a clock that falls hits all alike, in CUDA graphs, but for cuDNN's backward,
-which autograd calls; --quick: four rows.
-Exit code 1 if one bit differs. "launch.PROVEN" names the passes that take these kernels unasked.
+and not, every kind of heads), and the forward over pages of several sizes, until --seconds are over; every row of out,
+lse, dq, dk and dv is compared. Speed: both families and cuDNN take turns, so that a clock that falls hits all alike, in
+CUDA graphs, but for cuDNN's backward, which autograd calls: packed batches of 64 ... 32k tokens and many short ones,
+prompts and chunks of prompts over pages, alone and beside decoding sequences; --quick: six of them. At the end the
+lines of "launch.LEAST" that the figures make. Exit code 1 if one bit differs. "launch.PROVEN" names the passes that
+take these kernels unasked.
 """
 
 from __future__ import annotations
@@ -27,56 +29,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from benchmarks.attention.cases import (
-    QWEN3,
-    Heads,
-    backward_flops,
-    cumulative,
-    forward_flops,
-    packed_case,
-    stock_backward,
-    stock_forward,
+from benchmarks.attention.cases import Heads, backward_flops, packed_case, stock_backward, stock_forward
+from benchmarks.attention.specialised_cases import (
+    KINDS,
+    PACKED,
+    PAGE_SIZES,
+    PAGED,
+    QUICK,
+    Job,
+    least_lines,
+    paged_pass,
+    passes,
 )
 from benchmarks.shared.clock import environment
 from benchmarks.shared.options import needs_gpu, out_file
-from vexact.ops.kernels.attention import packed_backward, packed_forward
-
-D64 = Heads(16, 8, 64, 64)
-KINDS = ((QWEN3, torch.bfloat16), (D64, torch.bfloat16), (Heads(4, 4, 128, 128), torch.float16))
-LENGTHS = (
-    *((QWEN3, [length] * (16384 // length)) for length in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)),
-    (QWEN3, [32768]),
-    (QWEN3, [512] * 2),
-    (QWEN3, [1 + 37 * index % 60 for index in range(500)]),
-    (QWEN3, [8000, *(1 + 37 * index % 60 for index in range(200))]),
-    *((D64, [length] * (16384 // length)) for length in (64, 512, 1024, 8192)),
-)
-QUICK = ((QWEN3, [8192] * 2), (QWEN3, [1024] * 16), (QWEN3, [64] * 256), (D64, [8192] * 2))
-Pass = Callable[[bool | None], tuple[Tensor, ...]]
-
-
-def passes(
-    heads: Heads, dtype: torch.dtype, q_lens: list[int], k_lens: list[int], causal: bool, seed: int
-) -> tuple[Pass, Pass]:
-    """Forward and backward of one batch, by `specialised`."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def draw(rows: int, count: int, dim: int) -> Tensor:
-        return torch.randn(rows, count, dim, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
-
-    q, dout = (draw(sum(q_lens), heads.queries, heads.dim) for _ in range(2))
-    k, v = (draw(sum(k_lens), heads.keys, heads.dim) for _ in range(2))
-    rest = (cumulative(q_lens), cumulative(k_lens), max(q_lens), max(k_lens), heads.dim**-0.5, causal)
-
-    def forward(specialised: bool | None) -> tuple[Tensor, ...]:
-        return packed_forward(q, k, v, *rest, specialised=specialised)
-
-    out, lse = forward(False)
-
-    def backward(specialised: bool | None) -> tuple[Tensor, ...]:
-        return packed_backward(dout, q, k, v, out, lse, *rest, specialised=specialised)
-
-    return forward, backward
 
 
 def rows_different(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[int, int]:
@@ -101,13 +67,18 @@ def random_lengths(rng: random.Random) -> tuple[list[int], list[int]]:
 
 
 def compare_bits(seconds: float) -> dict[str, int]:
-    found = {"forward_rows": 0, "forward_different": 0, "backward_rows": 0, "backward_different": 0, "batches": 0}
+    names = "forward", "backward", "paged"
+    found = {f"{name}_{what}": 0 for name in names for what in ("rows", "different")} | {"batches": 0}
     rng = random.Random(0)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        heads, dtype = KINDS[found["batches"] % len(KINDS)]
-        both = passes(heads, dtype, *random_lengths(rng), rng.random() < 0.8, found["batches"])
-        for name, run in zip(("forward", "backward"), both, strict=True):
+        number = found["batches"]
+        heads, dtype = KINDS[number % len(KINDS)]
+        q_lens, k_lens = random_lengths(rng)
+        causal = rng.random() < 0.8
+        runs = passes(heads, dtype, q_lens, k_lens, causal, number)
+        runs["paged"] = paged_pass(heads, dtype, q_lens, k_lens, rng.choice(PAGE_SIZES), causal, number)
+        for name, run in runs.items():
             compared, different = rows_different(run(True), run(False))
             found[f"{name}_rows"] += compared
             found[f"{name}_different"] += different
@@ -147,35 +118,54 @@ def take_turns(calls: dict[str, Callable[[], object]], rounds: int = 7, round_ms
     return {name: median(values) for name, values in times.items()}
 
 
-def measure(heads: Heads, lengths: list[int]) -> list[dict]:
-    case = packed_case(lengths, heads)
-    forward, backward = passes(heads, torch.bfloat16, lengths, lengths, True, 0)
-    dout = torch.randn(sum(lengths), heads.queries, heads.value_dim, device="cuda", dtype=torch.bfloat16)
+def measure(job: Job) -> list[dict]:
+    heads, lengths = job.heads, job.q_lens
+    if job.page_size:
+        runs = {"paged": paged_pass(heads, torch.bfloat16, lengths, job.k_lens, job.page_size, True, 0)}
+    else:
+        runs = passes(heads, torch.bfloat16, lengths, lengths, True, 0)
     rows = []
-    for name, run, flops in (("forward", forward, forward_flops), ("backward", backward, backward_flops)):
+    for name, run in runs.items():
         calls: dict[str, Callable[[], object]] = {
             "triton": captured(lambda run=run: run(False)),
             "specialised": captured(lambda run=run: run(True)),
         }
-        if len(set(lengths)) == 1 and lengths[0] >= 128:
+        if not job.page_size and len(set(lengths)) == 1 and lengths[0] >= 128:
             with suppress(RuntimeError):
-                peer = SDPBackend.CUDNN_ATTENTION
-                stock = stock_forward(case, peer) if name == "forward" else stock_backward(case, dout, peer)
-                stock()
-                calls["cudnn"] = captured(stock) if name == "forward" else stock
-        work = flops(lengths, heads) / 1e9
+                calls["cudnn"] = cudnn(heads, lengths, name)
+        work = (backward_flops(lengths, heads) if name == "backward" else job.flops) / 1e9
+        tile_rows, steps = job.batch.average_tile()
         row: dict = {"pass": name, "head_dim": heads.dim, "sequences": len(lengths), "longest": max(lengths)}
+        row |= {"keys": max(job.k_lens), "page_size": job.page_size, "tile_rows": tile_rows, "steps": steps}
         row |= {f"{kind}_tflops": work / ms for kind, ms in take_turns(calls).items()}
         rows.append(row)
-        figures = " ".join(f"{kind} {row[f'{kind}_tflops']:6.0f}" for kind in calls if f"{kind}_tflops" in row)
-        print(f"{name:9s} d{heads.dim:<4d} {len(lengths):4d} x <= {max(lengths):6d}  {figures}", flush=True)
+        figures = " ".join(f"{kind} {row[f'{kind}_tflops']:6.0f}" for kind in calls)
+        ratio = row["specialised_tflops"] / row["triton_tflops"]
+        tiles = f"tiles of {tile_rows:3.0f} x {steps:5.1f}"
+        print(f"{name:9s} d{heads.dim:<4d} {job.title}  {tiles}  {ratio:5.2f}  {figures}", flush=True)
     return rows
 
 
+def cudnn(heads: Heads, lengths: list[int], name: str) -> Callable[[], object]:
+    """The same pass by cuDNN; a RuntimeError where it does not take the shape."""
+    case = packed_case(lengths, heads)
+    if name == "forward":
+        stock = stock_forward(case, SDPBackend.CUDNN_ATTENTION)
+        stock()
+        return captured(stock)
+    dout = torch.randn(sum(lengths), heads.queries, heads.value_dim, device="cuda", dtype=torch.bfloat16)
+    backward = stock_backward(case, dout, SDPBackend.CUDNN_ATTENTION)
+    backward()
+    return backward
+
+
 def compile_job(index: int) -> None:
+    """Compile what a kind of heads needs, in a process of a pool."""
     heads, dtype = KINDS[index // 4]
     length, causal = (300, 2500)[index % 2], index // 2 % 2 == 0
-    for run in passes(heads, dtype, [length], [length], causal, 0):
+    runs = list(passes(heads, dtype, [length], [length], causal, 0).values())
+    runs += [paged_pass(heads, dtype, [length], [length], size, causal, 0) for size in PAGE_SIZES]
+    for run in runs:
         for specialised in (False, True):
             run(specialised)
     torch.cuda.synchronize()
@@ -189,15 +179,21 @@ def main() -> None:
     args = parser.parse_args()
     needs_gpu(parser)
     started = time.monotonic()
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 12), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_job, range(4 * len(KINDS))))
     print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
     record: dict = {**environment(), **compare_bits(args.seconds)}
     print({key: record[key] for key in record if key.endswith(("rows", "different", "batches"))}, flush=True)
-    record["speed"] = [row for job in (QUICK if args.quick else LENGTHS) for row in measure(*job)]
+    record["speed"] = []
+    for job in QUICK if args.quick else (*PACKED, *PAGED):
+        record["speed"] += measure(job)
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record["least"] = least_lines(record["speed"])
+    print("\n".join(record["least"]))
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(bool(record["forward_different"] or record["backward_different"]))
+    sys.exit(any(record[key] for key in record if key.endswith("_different")))
 
 
 if __name__ == "__main__":

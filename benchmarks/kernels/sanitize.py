@@ -21,7 +21,7 @@ from torch import Tensor
 from vexact import ops
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
 from vexact.ops.kernels import chain
-from vexact.ops.kernels.attention import packed_backward, packed_forward
+from vexact.ops.kernels.attention import packed_backward, packed_forward, paged_forward
 from vexact.ops.kernels.launches import forget
 from vexact.ops.square_sums import num_stretches, square_sums
 
@@ -52,14 +52,36 @@ def packed(heads: tuple[int, int], dim: int, dtype: torch.dtype) -> list[Tensor]
 
 
 @torch.no_grad()
-def specialised(heads: tuple[int, int], dim: int) -> list[Tensor]:
+def specialised(heads: tuple[int, int], dims: tuple[int, int]) -> list[Tensor]:
     """The warp-specialised kernels, whether they are chosen or not; where there are none, the Triton kernels."""
-    lengths = [70, 0, 1, 129, 2200]
+    lengths, (dim, value_dim) = [70, 0, 1, 129, 2200], dims
     cu = PackedMetadata.from_lengths(lengths, "cuda").cu_seqlens
-    q, k, v = (draw(sum(lengths), count, dim).detach() for count in (heads[0], heads[1], heads[1]))
+    shapes = (heads[0], dim), (heads[1], dim), (heads[1], value_dim)
+    q, k, v = (draw(sum(lengths), *shape).detach() for shape in shapes)
     rest = (cu, cu, max(lengths), max(lengths), dim**-0.5, True)
     out, lse = packed_forward(q, k, v, *rest, specialised=True)
     return [out, lse, *packed_backward(torch.randn_like(out), q, k, v, out, lse, *rest, specialised=True)]
+
+
+@torch.no_grad()
+def specialised_pages(heads: tuple[int, int], dims: tuple[int, int], page_size: int) -> list[Tensor]:
+    """The same over pages: a prompt, chunks of prompts, a sequence that decodes."""
+    new, used, (dim, value_dim) = [70, 1, 129, 300], [300, 33, 129, 2200], dims
+    table = page_table([-(-keys // page_size) for keys in used])
+    caches = (draw(int(table.max()) + 1, page_size, heads[1], width).detach() for width in (dim, value_dim))
+    cu = PackedMetadata.from_lengths(new, "cuda").cu_seqlens
+    lengths = cu, torch.tensor(used, dtype=torch.int32, device="cuda"), table.cuda()
+    q = draw(sum(new), heads[0], dim).detach()
+    return list(paged_forward(q, *caches, *lengths, max(new), max(used), dim**-0.5, True, specialised=True))
+
+
+def page_table(counts: list[int]) -> Tensor:
+    """So many pages for each sequence, shuffled; padded by -1."""
+    table = torch.full((len(counts), max(counts)), -1, dtype=torch.int32)
+    free = torch.randperm(sum(counts), dtype=torch.int32).split(counts)
+    for row, own in zip(table, free, strict=True):
+        row[: len(own)] = own
+    return table
 
 
 @torch.no_grad()
@@ -67,10 +89,7 @@ def paged(page_size: int, new: list[int], old: list[int], dim: int) -> list[Tens
     """New tokens behind ``old`` keys; the last token of the batch is padding that no slot takes."""
     used = [a + b for a, b in zip(new, old, strict=True)]
     pages = [-(-keys // page_size) for keys in used]
-    table = torch.full((len(new), max(pages)), -1, dtype=torch.int32)
-    free = iter(torch.randperm(sum(pages)).tolist())
-    for row, count in zip(table, pages, strict=True):
-        row[:count] = torch.tensor([next(free) for _ in range(count)], dtype=torch.int32)
+    table = page_table(pages)
     caches = tuple(torch.zeros(sum(pages), page_size, 2, dim, device="cuda", dtype=BF16) for _ in range(2))
     slots = [
         int(row[p // page_size]) * page_size + p % page_size
@@ -201,8 +220,10 @@ def cases() -> Iterator[Case]:
                 f"cross-entropy {vocabulary} {dtype}",
                 lambda t=tokens, v=vocabulary, d=dtype: cross_entropy(t, 136, v, d),
             )
-    for heads, dim in (((4, 2), 64), ((2, 2), 128)):
-        yield f"specialised {heads} {dim}", lambda h=heads, d=dim: specialised(h, d)
+    for heads, dims in (((4, 2), (128, 128)), ((9, 3), (64, 64)), ((4, 4), (192, 128)), ((4, 2), (256, 256))):
+        yield f"specialised {heads} {dims}", lambda h=heads, d=dims: specialised(h, d)
+        for size in (16, 256):
+            yield f"specialised {heads} {dims} pages {size}", lambda h=heads, d=dims, s=size: specialised_pages(h, d, s)
     for page_size in (7, 16, 64):
         for new, old in (([1, 1, 1], [0, 64, 2200]), ([3, 70, 1], [5, 0, 130])):
             yield f"pages of {page_size} {new}", lambda p=page_size, n=new, o=old: paged(p, n, o, 64)

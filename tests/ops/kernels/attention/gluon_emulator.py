@@ -110,17 +110,19 @@ class Memory:
         return self.view.data_ptr(), self.view.data_ptr() + self.view.numel() * self.view.itemsize
 
     def read_by_hardware(self) -> Tensor:
+        """The view, for the tensor cores to read or a copy to overwrite."""
         first, end = self._addresses()
         if any(first < other_end and other < end for _, other, other_end in tuple(self.root.unfenced)):
-            raise RuntimeError("shared memory is read by the tensor cores before the fence that follows a store")
+            raise RuntimeError("shared memory is used by the hardware before the fence that follows a store")
         return self.view
 
 
 class Product:
     """A warp-group product that has been issued."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, compute: Callable[[], Tensor], held: Any) -> None:
         self.compute, self.value = compute, None
+        self.held = held  # its left operand, if that is in registers
 
 
 class Machine:
@@ -149,11 +151,15 @@ class Machine:
     ) -> None:
         if not pred:
             return
-        target.view.fill_(float("nan"))
+        if tuple(target.view.shape) != tuple(desc.block_shape):
+            raise ValueError(f"a box of {tuple(desc.block_shape)} is copied to a place of {tuple(target.view.shape)}")
+        row, column = (int(coordinate) for coordinate in coordinates)
+        if row < 0 or column < 0:
+            raise IndexError(f"a box at row {row}, column {column}: there is no such page")
+        target.read_by_hardware().fill_(float("nan"))
         if self.hasty:
             barrier.update(0, -desc.block_type.nbytes)
             return
-        row, column = (int(coordinate) for coordinate in coordinates)
 
         def arrive() -> None:
             time.sleep((0.3 + self.random.random()) * 1e-3)
@@ -164,21 +170,25 @@ class Machine:
 
     def multiply(self, a: Any, b: Memory, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
+        queue = getattr(self.local, "queue", [])
+        if use_acc and isinstance(acc, Product) and acc not in queue[-1:]:
+            raise RuntimeError("a sum that is still being computed is used by another product than the next one")
 
         def compute() -> Tensor:
             left = a.read_by_hardware() if isinstance(a, Memory) else a
             product = left.float() @ b.read_by_hardware().float()
-            return registers(acc + product if use_acc else product)
+            before = acc.value if isinstance(acc, Product) else acc
+            return registers(before + product if use_acc else product)
 
-        if use_acc and isinstance(acc, Product):
-            raise RuntimeError("a sum that is still being computed is used")
-        self.local.queue = [*getattr(self.local, "queue", []), Product(compute)]
+        self.local.queue = [*queue, Product(compute, None if isinstance(a, Memory) else a)]
         return self.local.queue[-1]
 
     def wait_products(self, outstanding: int, deps: list[Any]) -> Any:
         queue = getattr(self.local, "queue", [])
         while len(queue) > outstanding:
             first = queue.pop(0)
+            if first.held is not None and not any(dep is first.held for dep in deps):
+                raise RuntimeError("registers that a product reads are let go before it has been waited for")
             first.value = first.compute()
         values = [dep.value if isinstance(dep, Product) else dep for dep in deps]
         if any(value is None for value in values):
@@ -210,7 +220,7 @@ class Descriptor:
         self.block_type = SimpleNamespace(nbytes=nbytes)
 
     def box(self, row: int, column: int) -> Tensor:
-        """A box of the rows; what lies outside reads as 0."""
+        """A box of the rows; what lies behind them reads as 0."""
         height, width = self.block_shape
         box = torch.zeros(height, width, dtype=self.dtype)
         part = self.rows[row : row + height, column : column + width]
@@ -240,6 +250,12 @@ def _add(pointer: Pointer, value: int) -> Tensor:
     return registers(before)
 
 
+def _moved(asm: str, values: list[Any]) -> Any:
+    if asm != "mov.b32 $0, $1;":
+        raise NotImplementedError(asm)
+    return values[0]
+
+
 def _language(machine: Machine) -> dict[str, Any]:
     """What the names of the languages stand for."""
 
@@ -261,7 +277,9 @@ def _language(machine: Machine) -> dict[str, Any]:
         "max": lambda x, axis: x.amax(axis), "sum": lambda x, axis: x.sum(axis),
         "zeros": lambda shape, dtype, layout=None: full(shape, 0, dtype),
         "arange": lambda start, end, layout=None: registers(torch.arange(start, end)),
+        "cast": lambda value, dtype: registers(value).to(dtype),
         "load": _load, "store": _store, "atomic_add": _add, "cdiv": lambda a, b: -(-a // b),
+        "inline_asm_elementwise": lambda asm, constraints, values, **named: _moved(asm, values),
         "convert_layout": lambda value, layout, assert_trivial=False: value,
         "program_id": lambda axis: registers(machine.program), "num_programs": lambda axis: machine.programs,
         "static_range": range, "allocate_shared_memory": machine.allocate, "warp_specialize": machine.specialise,

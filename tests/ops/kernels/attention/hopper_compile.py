@@ -21,33 +21,45 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from vexact.ops.kernels.attention.hopper import host
-from vexact.ops.kernels.attention.launch import KEY_BLOCKS, WARP_SPECIALISED, HeadShape
+from vexact.ops.kernels.attention.launch import KEY_BLOCKS, WARP_SPECIALISED, HeadShape, key_columns
 
-_FLOATS = ("lse", "delta")
-_INDICES = ("cu_seqlens_q", "cu_seqlens_k", "counter")
+# Packed rows (0) and pages: one box a tile needs nothing of its own, several do, and pages that no tile divides.
+PAGE_SIZES = {64: (0,), 128: (0, 16, 48), 192: (0, 16), 256: (0, 16)}
+_FLOATS = ("lse", "delta", "run")
+_INDICES = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "table", "counter")
 _TENSORS = ("out", "dq", "dk", "dv")
-Case = tuple[str, Any, dict[str, int], dict[str, Any]]  # name, kernel, rows of the boxes, constants
+Case = tuple[str, Any, dict[str, tuple[int, int]], dict[str, Any]]  # name, kernel, boxes, constants
 
 
-def cases(dim: int) -> Iterator[Case]:
-    """Every kernel for these heads with the configuration the launchers choose."""
-    blocks = KEY_BLOCKS[HeadShape(16, 8, dim, dim, 2).key]
-    both = {"GROUP": 2, "D": dim, "DV": dim, "CAUSAL": True, "STEP_Q": dim, "STEP_K": dim, "STEP_V": dim}
-    heights = {"q_desc": host.ROWS, "k_desc": host.KEYS_AT_ONCE, "v_desc": host.KEYS_AT_ONCE}
-    forward = {"NUM_HEADS": 16, "BLOCK_N": blocks.block_n, "TILE_N": host.KEYS_AT_ONCE, "CHUNK": blocks.chunk}
-    yield f"forward {dim}", host.forward_kernel, heights, {**both, **forward, **host.REGISTERS}
-    heights = dict.fromkeys(("q_desc", "k_desc", "v_desc", "do_desc"), host.ROWS)
-    both["STAGES"] = host.BACKWARD_STAGES
-    queries = {"NUM_HEADS": 16, "BLOCK_N": host.ROWS, **host.REGISTERS}
-    yield f"queries {dim}", host.queries_kernel, heights, {**both, **queries}
-    yield f"keys {dim}", host.keys_kernel, heights, {**both, "KV_HEADS": 8, **host.BACKWARD_KEYS_REGISTERS}
+def constants_of(shape: HeadShape) -> dict[str, Any]:
+    steps = {"STEP_Q": shape.dim, "STEP_K": shape.dim, "STEP_V": shape.value_dim}
+    return {"GROUP": shape.group, "D": shape.dim, "DV": shape.value_dim, "CAUSAL": True, **steps}
+
+
+def forward_cases(shape: HeadShape, page_sizes: tuple[int, ...]) -> Iterator[Case]:
+    """The forward with the configuration the launcher chooses, packed (page size 0) and over pages."""
+    tile, blocks = host.FORWARD_TILES[shape.key], KEY_BLOCKS[shape.key]
+    first, rest = key_columns(shape.dim, shape.value_dim)
+    constants = {**constants_of(shape), "NUM_HEADS": shape.num_heads, "RUN_SHARED": tile.run_shared}
+    constants |= {"BLOCK_N": blocks.block_n, "TILE_N": tile.keys, "CHUNK": blocks.chunk, "D_PAD": first}
+    constants |= {"run": None} if tile.run_shared else {}
+    constants |= {} if rest else {"q_rest_desc": None, "k_rest_desc": None}
+    for page_size in page_sizes:
+        height = host.box_height(page_size, tile.keys)
+        boxes = {"q_desc": (host.ROWS, first), "k_desc": (height, first), "v_desc": (height, shape.value_dim)}
+        boxes |= {"q_rest_desc": (host.ROWS, rest), "k_rest_desc": (height, rest)} if rest else {}
+        name = f"forward {shape.dim}" + (f" pages {page_size}" if page_size else "")
+        constants |= {**tile.registers(height), "PAGE_SIZE": page_size}
+        yield name, host.forward_kernel, boxes, dict(constants)
+    if not tile.run_shared:
+        yield f"{name} one chunk", host.forward_kernel, boxes, {**constants, "CHUNK": 0, "run": None}
 
 
 def compile_case(case: Case, dtype: str = "bf16") -> dict[str, Any]:
     """Compile one binary and tell what the assembler says of it."""
-    name, kernel, heights, constants = case
+    name, kernel, boxes, constants = case
     layout = NVMMASharedLayout(128, 16, rank=2)
-    types = {name: f"tensordesc<{dtype}[{height}, {constants['D']}],{layout!r}>" for name, height in heights.items()}
+    types = {name: f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>" for name, (rows, columns) in boxes.items()}
     types |= dict.fromkeys(_FLOATS, "*fp32") | dict.fromkeys(_INDICES, "*i32") | dict.fromkeys(_TENSORS, f"*{dtype}")
     types |= {"c": "fp32", "scale": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {parameter.name: types.get(parameter.name, "i32") for parameter in kernel.params}
@@ -72,8 +84,13 @@ def compile_case(case: Case, dtype: str = "bf16") -> dict[str, Any]:
 
 
 def main() -> None:
-    for _, dim, _ in sorted(WARP_SPECIALISED):
-        for case in cases(dim):
+    cases = []
+    for element_bytes, dim, value_dim in sorted(WARP_SPECIALISED["forward"]):
+        shape = HeadShape(16, 8, dim, value_dim, element_bytes)
+        cases += forward_cases(shape, PAGE_SIZES.get(dim, (0,)))
+    only = sys.argv[1:]
+    for case in cases:
+        if not only or any(case[0].startswith(name) for name in only):
             sys.stdout.write(json.dumps(compile_case(case)) + "\n")
 
 

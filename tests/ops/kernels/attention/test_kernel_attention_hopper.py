@@ -1,27 +1,28 @@
-"""The warp-specialised kernels of sm_90: what they compile to and compute, when they are chosen and, on a GPU, their
-bits, which are those of the Triton kernels."""
+"""The warp-specialised forward of sm_90: what it compiles to and computes, and when such kernels are chosen."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
+import gluon_emulator
 import pytest
 import torch
-from attention_inputs import Batch, cumulative, make_batch, relative_error, same_bits
+from attention_inputs import Batch, make_batch, make_pages, relative_error
 from gluon_emulator import EmulatedKernel
+from hopper_inputs import LATENT, LENGTHS, WIDE, on_hopper, shorter, with_nan_behind
 from torch import Tensor
 
 from vexact.ops.attention.reference import attention_reference
-from vexact.ops.kernels.attention import packed_backward, packed_forward
+from vexact.ops.kernels.attention import launch, paged, paged_forward
+from vexact.ops.kernels.attention.batch import Batch as Sizes
+from vexact.ops.kernels.attention.batch import Least
 from vexact.ops.kernels.attention.hopper import host
 from vexact.ops.kernels.attention.launch import (
     KEY_BLOCKS,
-    LOG2E,
     PROVEN,
     HeadShape,
     chunk_to_merge,
@@ -32,25 +33,13 @@ from vexact.ops.kernels.attention.launch import (
 
 _SCRIPT = Path(__file__).with_name("hopper_compile.py")
 _SHARED_LIMIT = 227 * 1024  # bytes one block may use
-# The kernel of dK and dV keeps two sums of 64 x 128 in registers, and puts some numbers of its walk aside.
-_SPILLS = {"keys 128": 160}
+# The widest sums take 128 of the 224 registers of a consumer, which puts some numbers of its walk aside.
+_SPILLS = {"forward 192 pages 16": 64, "forward 256": 160}
+_SPILLS |= {"forward 256 pages 16": 320, "forward 256 pages 16 one chunk": 320}
 
-EDGES = [300, 64, 1, 0, 65, 127]
-LENGTHS = {
-    "tile edges": (EDGES, EDGES),
-    "chunk edges": ([2049, 130],) * 2,
-    "more keys": ([300, 64, 1, 5], [400, 100, 2300, 5]),
-    "fewer keys": ([300, 64, 5, 130], [200, 10, 0, 128]),
-}
-GPU_LENGTHS = LENGTHS | {
-    "tile edges": ([*EDGES, 700, 128, 63, 129, 191, 193],) * 2,
-    "chunk edges": ([5000, 777, 2047, 2048, 2049, 2176, 4097],) * 2,
-    "many short": ([length % 61 for length in range(600)],) * 2,
-}
-
-
-def on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+emulated = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the emulator takes CPU tensors; a GPU has the real kernels"
+)
 
 
 def test_compile_for_sm_90_without_serialised_products(tmp_path: Path) -> None:
@@ -59,7 +48,7 @@ def test_compile_for_sm_90_without_serialised_products(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(_SCRIPT)], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(binaries) == 6
+    assert len(binaries) == 10
     for binary in binaries:
         assert binary["shared"] <= _SHARED_LIMIT, binary
         assert binary["wgmma"] > 0, binary
@@ -76,8 +65,25 @@ def test_other_devices_and_heads_have_the_triton_kernels() -> None:
         assert warp_specialised("forward", heads, device, True) == on_hopper()
         assert not warp_specialised("forward", heads, device, False)
         assert warp_specialised("backward", heads, device) == (on_hopper() and "backward" in PROVEN)
-        for dim, value_dim, element_bytes in ((128, 128, 4), (80, 80, 2), (192, 128, 2)):
+        for dim, value_dim, element_bytes in ((128, 128, 4), (80, 80, 2), (256, 128, 2)):
             assert not warp_specialised("forward", HeadShape(16, 8, dim, value_dim, element_bytes), device, True)
+
+
+def test_proven_kernels_take_batches_whose_tiles_are_filled_and_long(monkeypatch):
+    heads, device = HeadShape(16, 8, 128, 128, 2), torch.device("cuda")
+    monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
+    large, small = Sizes(16384, 8, 2048, 2048, True), Sizes(16384, 256, 64, 64, True)
+    monkeypatch.setattr(launch, "PROVEN", frozenset())
+    assert not any(warp_specialised(kind, heads, device, None, large) for kind in ("forward", "backward", "paged"))
+    monkeypatch.setattr(launch, "PROVEN", frozenset({"forward"}))
+    monkeypatch.setitem(launch.LEAST, ("forward", 128), Least(64, 4))
+    assert warp_specialised("forward", heads, device, None, large)
+    assert not warp_specialised("forward", heads, device, None, small)
+    assert not warp_specialised("forward", heads, device, False, large)
+    assert warp_specialised("forward", heads, device, True, small)  # as benchmarks ask for it
+    assert not warp_specialised("paged", heads, device, None, large)
+    monkeypatch.delitem(launch.LEAST, ("forward", 128))
+    assert not warp_specialised("forward", heads, device, None, large)
 
 
 def emulated_forward(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
@@ -91,25 +97,9 @@ def emulated_forward(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def with_nan_behind(rows: Tensor, count: int = 200) -> Tensor:
-    return torch.cat([rows, torch.full_like(rows[:1], float("nan")).expand(count, *rows.shape[1:])])
-
-
-def shorter(batch: Batch) -> Batch:
-    """The batch with rows of no sequence behind it, all of them NaN."""
-    q, k, v = (with_nan_behind(rows) for rows in (batch.q, batch.k, batch.v))
-    return Batch(q, k, v, batch.q_lens, batch.k_lens)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator takes CPU tensors; a GPU has the real kernels")
-@pytest.mark.parametrize(("name", "dim", "causal"), [
-    *((name, 128, True) for name in LENGTHS), ("tile edges", 64, True), ("chunk edges", 64, True),
-    ("tile edges", 128, False), ("more keys", 64, False),
-])  # fmt: skip
-def test_emulated_forward_is_attention(name, dim, causal, monkeypatch):
-    monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
-    batch = make_batch(*LENGTHS[name], heads=(2, 1), dims=(dim, dim))
-    out, lse = emulated_forward(shorter(batch), causal)
+def check_attention(got: tuple[Tensor, Tensor], batch: Batch, causal: bool) -> None:
+    """Fails where out or lse is not the attention of a batch; rows behind it are to be clear."""
+    out, lse = got
     expected, expected_lse = attention_reference(batch.q, batch.k, batch.v, batch.cu_q, batch.cu_k, batch.scale, causal)
     rows = batch.q.shape[0]
     assert relative_error(out[:rows], expected) < 4e-3
@@ -118,89 +108,96 @@ def test_emulated_forward_is_attention(name, dim, causal, monkeypatch):
     assert torch.all(lse[rows:] == float("-inf"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator takes CPU tensors; a GPU has the real kernels")
-@pytest.mark.parametrize(("name", "dim", "causal"), [
-    ("tile edges", 128, True), ("more keys", 128, True), ("fewer keys", 128, True), ("tile edges", 64, True),
-    ("tile edges", 64, False),
+@emulated
+@pytest.mark.parametrize(("name", "dims", "causal"), [
+    *((name, (128, 128), True) for name in LENGTHS), ("tile edges", (64, 64), True), ("chunk edges", (64, 64), True),
+    ("tile edges", (128, 128), False), ("more keys", (64, 64), False), ("tile edges", LATENT, True),
+    ("chunk edges", LATENT, True), ("more keys", LATENT, False), ("tile edges", WIDE, False), ("more keys", WIDE, True),
 ])  # fmt: skip
-def test_emulated_backward_is_the_gradient(name, dim, causal, monkeypatch):
-    for kernel in ("queries_kernel", "keys_kernel"):
-        monkeypatch.setattr(host, kernel, EmulatedKernel(getattr(host, kernel)))
-    lengths = ([300, 64, 1, 5], [400, 100, 500, 5]) if name == "more keys" else LENGTHS[name]
-    batch = make_batch(*lengths, heads=(2, 1), dims=(dim, dim))
-    leaves = [rows.double().requires_grad_() for rows in (batch.q, batch.k, batch.v)]
-    out, lse = attention_reference(*leaves, batch.cu_q, batch.cu_k, batch.scale, causal)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(batch.q.dtype)
-    expected = torch.autograd.grad(out, leaves, dout.double())
-    lse2 = torch.where(lse.isinf(), float("inf"), lse.detach() * LOG2E).float()
-    delta = (out.detach() * dout).sum(-1).float()
-    statistics = [with_nan_behind(rows).T.contiguous() for rows in (delta, lse2)]
-    padded = shorter(batch)
-    gradients = [torch.full_like(rows, float("nan")) for rows in (padded.q, padded.k, padded.v)]
-    assert host.launch_backward(
-        with_nan_behind(dout), padded.q, padded.k, padded.v, *statistics, *gradients, batch.cu_q, batch.cu_k,
-        exponent_scale(batch.scale), batch.scale, causal,
-    )  # fmt: skip
-    for gradient, reference in zip(gradients, expected, strict=True):
-        rows = reference.shape[0]
-        assert relative_error(gradient[:rows], reference) < 5e-3
-        assert not gradient[rows:].any()
+def test_emulated_forward_is_attention(name, dims, causal, monkeypatch):
+    monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
+    batch = make_batch(*LENGTHS[name], heads=(2, 1), dims=dims)
+    check_attention(emulated_forward(shorter(batch), causal), batch, causal)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the emulator takes CPU tensors; a GPU has the real kernels")
+def emulated_pages(batch: Batch, page_size: int, causal: bool, skip_up_to: int = 0) -> tuple[Tensor, Tensor]:
+    pages = make_pages(batch, page_size)
+    q = with_nan_behind(batch.q)
+    shape = head_shape(batch.q, batch.k, batch.v)
+    out = torch.full((q.shape[0], shape.num_heads, shape.value_dim), float("nan"), dtype=q.dtype)
+    lse = torch.full(out.shape[:2], float("nan"))
+    lengths = batch.cu_q, torch.tensor(batch.k_lens, dtype=torch.int32), pages.table
+    chunk = chunk_to_merge(KEY_BLOCKS[shape.key], max(batch.k_lens))
+    scale = exponent_scale(batch.scale)
+    assert host.launch_paged(q, pages.k_cache, pages.v_cache, out, lse, lengths, scale, chunk, causal, skip_up_to)
+    return out, lse
+
+
+@emulated
+@pytest.mark.parametrize(("name", "dims", "page_size", "causal"), [
+    ("tile edges", (128, 128), 16, True), ("more keys", (128, 128), 16, True), ("fewer keys", (128, 128), 16, True),
+    ("chunk edges", (128, 128), 64, True), ("more keys", (128, 128), 256, True), ("tile edges", (128, 128), 8, False),
+    ("more keys", (128, 128), 48, True), ("more keys", (64, 64), 24, False), ("tile edges", (64, 64), 512, True),
+    ("more keys", LATENT, 16, True), ("tile edges", LATENT, 128, False), ("more keys", WIDE, 32, True),
+])  # fmt: skip
+def test_emulated_forward_reads_pages(name, dims, page_size, causal, monkeypatch):
+    """Unused slots of the pages are NaN, and entries of the table that hold no key are -1."""
+    monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
+    batch = make_batch(*LENGTHS[name], heads=(2, 1), dims=dims)
+    check_attention(emulated_pages(batch, page_size, causal), batch, causal)
+
+
+@emulated
+def test_emulated_pages_leave_decoding_sequences_alone(monkeypatch):
+    monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
+    batch = make_batch([1, 130, 2, 3, 0, 70], [300, 400, 2, 90, 5, 70], heads=(2, 1), dims=(128, 128))
+    out, lse = emulated_pages(batch, 16, True, skip_up_to=2)
+    expected, expected_lse = attention_reference(batch.q, batch.k, batch.v, batch.cu_q, batch.cu_k, batch.scale, True)
+    decoding = torch.tensor([True, *[False] * 130, True, True, *[False] * 73])
+    assert out[: len(decoding)][decoding].isnan().all()
+    assert lse[: len(decoding)][decoding].isnan().all()
+    assert relative_error(out[: len(decoding)][~decoding], expected[~decoding]) < 4e-3
+    torch.testing.assert_close(lse[: len(decoding)][~decoding].double(), expected_lse[~decoding], rtol=0, atol=4e-3)
+    assert not out[len(decoding) :].any()
+
+
+@emulated
+def test_prompts_are_taken_beside_sequences_that_decode(monkeypatch):
+    """Both families in one call: single rows by the Triton kernels, the others by the specialised one."""
+    monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
+    monkeypatch.setattr(paged, "warp_specialised", lambda kind, *_: kind == "paged")
+    batch = make_batch([1, 130, 1, 70], [40, 200, 3, 70], heads=(2, 1), dims=(64, 64))
+    pages = make_pages(batch, 16)
+    used = torch.tensor(batch.k_lens, dtype=torch.int32)
+    rows = batch.q, pages.k_cache, pages.v_cache
+    got = paged_forward(*rows, batch.cu_q, used, pages.table, 130, 200, batch.scale, True)
+    check_attention(got, batch, True)
+
+
+@emulated
+@pytest.mark.parametrize("page_size", [1, 4, 12])
+def test_boxes_of_less_than_8_rows_are_left_to_the_triton_kernels(page_size):
+    batch = make_batch([9], [9], heads=(1, 1), dims=(128, 128))
+    pages = make_pages(batch, page_size)
+    nothing = (torch.empty(0),) * 2
+    lengths = (torch.empty(0, dtype=torch.int32),) * 3
+    assert not host.launch_paged(batch.q, pages.k_cache, pages.v_cache, *nothing, lengths, 1.0, 0, True, 0)
+
+
+@emulated
 def test_the_emulator_shows_a_tile_that_was_not_waited_for(monkeypatch):
     monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel, hasty=True))
     out, _ = emulated_forward(make_batch([128], [128], heads=(1, 1), dims=(128, 128)), True)
     assert out.isnan().any()
 
 
-GPU_HEADS = [(128, (4, 2), torch.bfloat16), (64, (9, 3), torch.bfloat16), (128, (2, 2), torch.float16)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", GPU_LENGTHS)
-@pytest.mark.parametrize(("dim", "heads", "dtype"), GPU_HEADS)
-def test_bits_are_those_of_the_triton_kernels(dim, heads, dtype, name, causal):
-    batch = make_batch(*GPU_LENGTHS[name], heads=heads, dims=(dim, dim), dtype=dtype)
-    expected = packed_forward(*batch.arguments, causal, specialised=False)
-    for _ in range(3):
-        assert same_bits(packed_forward(*batch.arguments, causal, specialised=True), expected)
-    dout = torch.randn_like(expected[0])
-    arguments = (dout, batch.q, batch.k, batch.v, *expected, *batch.arguments[3:], causal)
-    gradients = packed_backward(*arguments, specialised=False)
-    for _ in range(3):
-        assert same_bits(packed_backward(*arguments, specialised=True), gradients)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
-@pytest.mark.parametrize("dim", [64, 128])
-def test_rows_of_no_sequence_are_cleared_and_do_not_reach_others(dim):
-    batch = make_batch([333, 95], [333, 95], heads=(4, 2), dims=(dim, dim))
-    expected = packed_forward(*batch.arguments, True, specialised=False)
-    out, lse = packed_forward(*shorter(batch).arguments, True, specialised=True)
-    assert same_bits((out[:428], lse[:428]), expected)
-    assert not out[428:].any()
-    assert torch.all(lse[428:] == float("-inf"))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
-def test_heads_with_gaps_are_read_in_place_and_a_captured_call_repeats():
-    lengths = random.Random(0).choices(range(1, 900), k=12)
-    batch = make_batch(lengths, lengths, heads=(4, 2), dims=(128, 128))
-    expected = packed_forward(*batch.arguments, True, specialised=False)
-    views = torch.cat([batch.q, batch.k, batch.v], 1).split([4, 2, 2], 1)
-    cu = cumulative(lengths)
-    run = (*views, cu, cu, max(lengths), max(lengths), batch.scale, True)
-    assert same_bits(packed_forward(*run, specialised=True), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = packed_forward(*run, specialised=True)
-    for _ in range(3):
-        for tensor in captured:
-            tensor.zero_()
-        graph.replay()
-        assert same_bits(captured, expected)
+@emulated
+def test_the_emulator_shows_a_page_that_is_none(monkeypatch):
+    monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
+    monkeypatch.setattr(gluon_emulator, "TIMEOUT_S", 0.3)  # of the consumers, who wait in vain
+    batch = make_batch([40], [40], heads=(1, 1), dims=(64, 64))
+    pages = make_pages(batch, 16)
+    pages.table[0, 2] = -1
+    monkeypatch.setattr(sys.modules[__name__], "make_pages", lambda *_: pages)
+    with pytest.raises(IndexError, match="a box at row -"):
+        emulated_pages(batch, 16, True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.attention.checks import check_heads, check_scale
+from vexact.ops.kernels.attention.batch import Batch, Least
 from vexact.ops.kernels.linear.launch import capability
 from vexact.ops.kernels.sizes import next_power_of_2
 
@@ -40,18 +41,16 @@ class Tile:
     block_n: int = 0
 
 
-# (element bytes, class of the head dimensions: see HeadShape.key) -> key blocks
+_DIMS = (32, 64, 128, 192, 256)  # classes of head dimensions: see HeadShape.key
+
+# (element bytes, class of the head dimensions) -> key blocks
 KEY_BLOCKS: dict[tuple[int, int], KeyBlocks] = {
     (2, 32): KeyBlocks(64, 2048),
     (2, 64): KeyBlocks(128, 2048),
     (2, 128): KeyBlocks(64, 2048),
     (2, 192): KeyBlocks(64, 2048),
     (2, 256): KeyBlocks(32, 2048),
-    (4, 32): KeyBlocks(32, 2048),
-    (4, 64): KeyBlocks(32, 2048),
-    (4, 128): KeyBlocks(32, 2048),
-    (4, 192): KeyBlocks(32, 2048),
-    (4, 256): KeyBlocks(32, 2048),
+    **{(4, dim): KeyBlocks(32, 2048) for dim in _DIMS},
 }
 
 FORWARD: dict[tuple[int, int], Tile] = {
@@ -72,22 +71,25 @@ FORWARD_DESCRIBED: dict[tuple[int, int], Tile] = FORWARD | {(2, 256): Tile(128, 
 
 # (element bytes, head dimension, value head dimension) of which sm_90 has warp-specialised kernels, in Gluon, with the
 # same bits. Every other GPU, shape and feature has the Triton kernels.
-WARP_SPECIALISED = {(2, 64, 64), (2, 128, 128)}
-# The passes that take them unasked, "forward" or "backward": those whose bits and speed have been compared on a GPU.
+WARP_SPECIALISED = {
+    "forward": frozenset({(2, 64, 64), (2, 128, 128), (2, 192, 128), (2, 256, 256)}),
+    "paged": frozenset({(2, 64, 64), (2, 128, 128), (2, 192, 128), (2, 256, 256)}),
+    "backward": frozenset({(2, 64, 64), (2, 128, 128), (2, 192, 128)}),
+}
+# The passes that take them unasked, of "forward" and "backward" over packed sequences and "paged" (the chunks of
+# prompts): those whose bits and speed have been compared on a GPU.
 PROVEN: frozenset[str] = frozenset()
+# By pass and head dimension. Not measured yet: `benchmarks/attention/specialised.py` prints these lines.
+LEAST: dict[tuple[str, int], Least] = {
+    **{("forward", dim): Least(64, 4) for dim in (64, 128, 192, 256)},
+    **{("backward", dim): Least(64, 4) for dim in (64, 128, 192)},
+    **{("paged", dim): Least(96, 4) for dim in (64, 128, 192, 256)},
+}
 
 # Rows of the decode tile follow the work; these are the warps and stages.
 DECODE: dict[tuple[int, int], Tile] = {
-    (2, 32): Tile(16, 4, 3),
-    (2, 64): Tile(16, 4, 3),
-    (2, 128): Tile(16, 4, 3),
-    (2, 192): Tile(16, 4, 3),
-    (2, 256): Tile(16, 4, 3),
-    (4, 32): Tile(16, 4, 2),
-    (4, 64): Tile(16, 4, 2),
-    (4, 128): Tile(16, 4, 2),
-    (4, 192): Tile(16, 4, 2),
-    (4, 256): Tile(16, 4, 2),
+    **{(2, dim): Tile(16, 4, 3) for dim in _DIMS},
+    **{(4, dim): Tile(16, 4, 2) for dim in _DIMS},
 }
 MAX_DECODE_ROWS = 64
 
@@ -225,15 +227,18 @@ def chunk_to_merge(blocks: KeyBlocks, max_seqlen_k: int) -> int:
     return blocks.chunk if max_seqlen_k > blocks.chunk else 0
 
 
-def warp_specialised(kind: str, shape: HeadShape, device: torch.device, asked: bool | None = None) -> bool:
-    """Whether the kernels of `attention/hopper` take these heads on this device, in the "forward" or the "backward".
+def warp_specialised(
+    kind: str, shape: HeadShape, device: torch.device, asked: bool | None = None, batch: Batch | None = None
+) -> bool:
+    """Whether the kernels of `attention/hopper` take these heads on this device in the pass `kind`, see PROVEN.
 
-    asked: whether they are wanted; those that are PROVEN if omitted.
+    asked: whether they are wanted; if omitted, where they are PROVEN and the `batch` is as large as LEAST says.
     """
-    if not (kind in PROVEN if asked is None else asked):
-        return False
-    known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED
-    return known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
+    if asked is None:
+        least = LEAST.get((kind, shape.dim))
+        asked = kind in PROVEN and least is not None and (batch is None or least.is_met_by(batch))
+    known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED[kind]
+    return asked and known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.kernels.attention.backward import keys_kernel, prepare_kernel, queries_kernel
+from vexact.ops.kernels.attention.batch import Batch
 from vexact.ops.kernels.attention.descriptors import head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
@@ -50,7 +51,7 @@ def packed_forward(
     Args:
         q: (T, Hq, D). k: (Tk, Hkv, D). v: (Tk, Hkv, Dv). fp32, bf16 or fp16; the last dimension is contiguous.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device.
-        max_seqlen_q: not needed, kept for symmetry: the grid follows T and B. max_seqlen_k: no sequence has more keys.
+        max_seqlen_q: no sequence has more query rows; without influence on the bits. max_seqlen_k: nor more keys.
         tile: launch configuration, free of influence on the bits. key_blocks: decides the bits; for tests and sweeps.
         specialised: whether the kernels of `hopper` run where they can, without influence on the bits either; chosen in
             `launch` if omitted.
@@ -72,7 +73,8 @@ def packed_forward(
     if q.shape[0] == 0 or num_sequences == 0:
         return out.zero_(), lse.fill_(-math.inf)
     chunk = chunk_to_merge(blocks, max_seqlen_k)
-    if tile is None and key_blocks is None and warp_specialised("forward", shape, q.device, specialised):
+    batch = Batch(q.shape[0], num_sequences, max_seqlen_q, max_seqlen_k, causal)
+    if tile is None and key_blocks is None and warp_specialised("forward", shape, q.device, specialised, batch):
         from vexact.ops.kernels.attention.hopper.host import launch_forward
 
         if launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, chunk, causal):
@@ -184,8 +186,9 @@ def packed_backward(
 
     if num_rows:
         _prepare(key, (dout, out, lse, delta, lse2), prepare)
-    if num_rows and untouched and warp_specialised("backward", shape, q.device, specialised):
-        from vexact.ops.kernels.attention.hopper.host import launch_backward
+    batch = Batch(num_rows, num_sequences, max_seqlen_q, max_seqlen_k, causal)
+    if num_rows and untouched and warp_specialised("backward", shape, q.device, specialised, batch):
+        from vexact.ops.kernels.attention.hopper.backward.host import launch_backward
 
         if launch_backward(*inputs, dq, dk, dv, *ends, causal):
             return dq, dk, dv

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.kernels import chain
+from vexact.ops.kernels.attention.batch import Batch
 from vexact.ops.kernels.attention.descriptors import Descriptors, head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
@@ -28,6 +29,7 @@ from vexact.ops.kernels.attention.launch import (
     form,
     heads_per_tile,
     padded,
+    warp_specialised,
 )
 from vexact.ops.kernels.attention.split import chunk_kernel, merge_kernel
 from vexact.ops.kernels.launches import Call, Launches
@@ -53,6 +55,7 @@ def paged_forward(
     decode_tile: Tile | None = None,
     key_blocks: KeyBlocks | None = None,
     split_rows: int | None = None,
+    specialised: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens over pages. No device memory is read on the host, so a call can be captured in a CUDA
     graph.
@@ -67,6 +70,8 @@ def paged_forward(
         max_seqlen_q, max_seqlen_k: no sequence of the batch has more query rows, more keys.
         tile, decode_tile, split_rows (the most query rows of a sequence that is cut): free of influence on the bits.
         key_blocks: decides the bits; for tests and sweeps.
+        specialised: whether the kernels of `hopper` take sequences of more rows than split_rows where they can, without
+            influence on the bits; chosen in `launch` if omitted.
 
     Returns:
         out (T, Hq, Dv) in the dtype of q; lse (T, Hq) fp32, natural log. Rows without visible keys, and rows past
@@ -94,7 +99,10 @@ def paged_forward(
     if split_rows > 0:
         call.run_chunks(split_rows, decode_tile or DECODE[shape.key])
     if max_seqlen_q > split_rows:
-        call.run_tiles(split_rows, tile)
+        batch = Batch(q.shape[0], seqused_k.shape[0], max_seqlen_q, max_seqlen_k, causal, split_rows)
+        own = tile is None and key_blocks is None
+        if not (own and warp_specialised("paged", shape, q.device, specialised, batch) and call.run_hopper(split_rows)):
+            call.run_tiles(split_rows, tile)
     return out, lse
 
 
@@ -170,6 +178,13 @@ class _Call:
             *(self.form, self.lengths[2].stride(0), self.num_sequences),
             *(self.blocks.block_n, self.blocks.chunk, self.scale, self.causal),
         )
+
+    def run_hopper(self, skip_up_to: int) -> bool:
+        """The same sequences as `run_tiles`, by the kernels for sm_90; False, and nothing, where they cannot."""
+        from vexact.ops.kernels.attention.hopper.host import launch_paged
+
+        rows, chunk = (self.q, *self.caches, self.out, self.lse), chunk_to_merge(self.blocks, self.max_seqlen_k)
+        return launch_paged(*rows, self.lengths, self.scale, chunk, self.causal, skip_up_to)
 
     def run_tiles(self, skip_up_to: int, tile: Tile | None) -> None:
         """Sequences of more than `skip_up_to` query rows, chunks in order."""

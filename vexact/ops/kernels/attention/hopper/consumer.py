@@ -2,27 +2,34 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from vexact.ops.kernels.attention.hopper.shared import (
-    ONES,
-    ROWS,
-    STAGES,
-    advance,
-    read_description,
-    visible_keys,
-)
+from vexact.ops.kernels.attention.columns import Columns
+from vexact.ops.kernels.attention.hopper.merged import clear_run, close_chunk, finish_rows, part_width
+from vexact.ops.kernels.attention.hopper.shared import ONES, ROWS, STAGES, advance, read_description, visible_keys
 from vexact.ops.kernels.attention.hopper.weights import (
     Weights,
     accumulator,
     add_values,
-    finish,
-    merge_states,
     multiply_keys,
     rescale,
-    row_sums,
     weigh_tile,
 )
+
+
+@gluon.jit
+def start_scores(q, shared, stage, TILE_N: gl.constexpr, D: gl.constexpr, D_PAD: gl.constexpr):
+    """Start the scores of the tile of keys in a stage: one sum over all columns, in order; see `score_products`."""
+    s = multiply_keys(q.first, shared.k.index(stage), TILE_N)
+    if D > D_PAD:
+        s = warpgroup_mma(q.rest, shared.k_rest.index(stage).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.constexpr_function
+def score_products(columns, first_columns):
+    """How many products `start_scores` starts."""
+    return 2 if columns > first_columns else 1
 
 
 @gluon.jit
@@ -40,7 +47,8 @@ def add_tile(weights, v, ones, total, acc, BLOCK_N: gl.constexpr, TILE_N: gl.con
 @gluon.jit
 def fold_tile(
     q, shared, ones, k_stage, phase, v_stage, weights, start, limit, m, total, acc, c,
-    DV: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, MASKED: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, D_PAD: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Add the values of one tile while the scores of the next, at `start`, are computed and weighed.
 
@@ -48,17 +56,16 @@ def fold_tile(
     the barrier of the next ones: without it the compiler puts it before the weights and they wait for each other.
     """
     v = shared.v.index(v_stage)
-    k = shared.k.index(k_stage)
     if TILE_N > BLOCK_N:
         acc, total = add_values(weights.first, v.slice(0, BLOCK_N), ones, acc, total)
         mbarrier.wait(shared.k_full.index(k_stage), phase)
-        s = multiply_keys(q, k, TILE_N)
-        acc, total, _ = warpgroup_mma_wait(1, deps=[acc, total, weights.first])
+        s = start_scores(q, shared, k_stage, TILE_N, D, D_PAD)
+        acc, total, _ = warpgroup_mma_wait(score_products(D, D_PAD), deps=[acc, total, weights.first])
         acc, total = rescale(acc, total, weights.between, DV)
         acc, total = add_values(weights.second, v.slice(BLOCK_N, BLOCK_N), ones, acc, total)
     else:
         mbarrier.wait(shared.k_full.index(k_stage), phase)
-        s = multiply_keys(q, k, TILE_N)
+        s = start_scores(q, shared, k_stage, TILE_N, D, D_PAD)
         acc, total = add_values(weights.first, v, ones, acc, total)
     s = warpgroup_mma_wait(2, deps=[s])
     mbarrier.arrive(shared.k_empty.index(k_stage), count=1)
@@ -71,31 +78,6 @@ def fold_tile(
     acc, total, _ = warpgroup_mma_wait(0, deps=[acc, total, weights.second])
     mbarrier.arrive(shared.v_empty.index(v_stage), count=1)
     return Weights(first, second, between), m, alpha, total, acc
-
-
-@gluon.jit
-def merge_run(run, m_run, total_run, m, total, acc, c, BLOCK_N: gl.constexpr, DV: gl.constexpr):
-    """(m, total, acc) of the merged chunks, whose sums are in `run`, and the one that has just been closed."""
-    layout: gl.constexpr = gl.SliceLayout(1, accumulator(DV))
-    return merge_states(
-        gl.convert_layout(m_run, layout, assert_trivial=True), total_run, run.load(accumulator(DV)),
-        gl.convert_layout(m, layout, assert_trivial=True), row_sums(total, DV), acc, c,
-    )  # fmt: skip
-
-
-@gluon.jit
-def store_rows(
-    out, lse, staging, value, row_lse, q_start, first, head, q_len, NUM_HEADS: gl.constexpr, DV: gl.constexpr
-):
-    """Write the rows that lie in the sequence to out (T, NUM_HEADS, DV) and lse (T, NUM_HEADS)."""
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(DV)))
-    gl.store(lse + (q_start + row).to(gl.int64) * NUM_HEADS + head, row_lse, mask=row < q_len)
-    staging.store(value.to(out.dtype.element_ty))
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    flat = (q_start + row).to(gl.int64) * NUM_HEADS + head
-    columns = gl.arange(0, DV, gl.SliceLayout(0, layout))
-    gl.store(out + flat[:, None] * DV + columns[None, :], staging.load(layout), mask=(row < q_len)[:, None])
 
 
 @gluon.jit
@@ -112,18 +94,16 @@ def skip_tiles(shared, stage, phase, count):
 
 @gluon.jit
 def consume(
-    shared, out, lse, c, PART: gl.constexpr,
+    shared, out, lse, run, c, PART: gl.constexpr,
     NUM_HEADS: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, CHUNK: gl.constexpr,
-    DV: gl.constexpr, CAUSAL: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, D_PAD: gl.constexpr, CAUSAL: gl.constexpr, RUN_SHARED: gl.constexpr,
 ):  # fmt: skip
     """Attention of part PART (0 or 1) of every tile that the producer draws; arguments as in `forward.py`."""
     row_layout: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
-    out_layout: gl.constexpr = gl.SliceLayout(1, accumulator(DV))
+    out_layout: gl.constexpr = gl.SliceLayout(1, accumulator(part_width(DV)))
     dtype: gl.constexpr = out.dtype.element_ty
-    q = shared.q.index(PART)
-    run = shared.run.index(PART)
+    q = Columns(shared.q.index(PART), shared.q_rest.index(PART))
     ones = shared.ones.permute((1, 0))
-    staging = run._reinterpret(dtype, [ROWS, DV], gl.NVMMASharedLayout(128, 16, rank=2))
     stage, phase = 0, 0
     slot, work_phase = 0, 0
     q_phase = 0
@@ -151,11 +131,11 @@ def consume(
             total_run = gl.zeros([ROWS], gl.float32, out_layout)
             if CHUNK > 0:  # noqa: SIM102 - a compile-time branch
                 if end > CHUNK:
-                    run.store(acc)
+                    clear_run(shared, run, PART, DV, RUN_SHARED)
             mbarrier.wait(shared.q_full.index(PART), q_phase)
             if end > 0:
                 mbarrier.wait(shared.k_full.index(stage), phase)
-                s = multiply_keys(q, shared.k.index(stage), TILE_N)
+                s = start_scores(q, shared, stage, TILE_N, D, D_PAD)
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(shared.k_empty.index(stage), count=1)
                 weights, m, alpha = weigh_tile(s, 0, limit, m, c, dtype, DV, BLOCK_N, TILE_N, True)
@@ -173,14 +153,13 @@ def consume(
                             m_before = gl.where(fresh, float("-inf"), m)
                         weights, m_next, alpha, total, acc = fold_tile(
                             q, shared, ones, stage, phase, v_stage, weights, start, limit, m_before, total, acc, c,
-                            DV, BLOCK_N, TILE_N, masked == 1,
+                            D, DV, D_PAD, BLOCK_N, TILE_N, masked == 1,
                         )  # fmt: skip
                         if CHUNK > 0:  # noqa: SIM102
                             if fresh:
-                                m_both, total_run, merged = merge_run(
-                                    run, m_run, total_run, m, total, acc, c, BLOCK_N, DV
+                                m_both, total_run = close_chunk(
+                                    shared, run, m_run, total_run, m, total, acc, c, PART, DV, RUN_SHARED
                                 )
-                                run.store(merged)
                                 m_run = gl.convert_layout(m_both, row_layout, assert_trivial=True)
                                 acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
                                 total = gl.zeros([ROWS, ONES], gl.float32, accumulator(ONES))
@@ -193,10 +172,7 @@ def consume(
             q_phase ^= 1
             tile_end = visible_keys(tile_first, 2 * ROWS, q_len, kv_len, CAUSAL)
             stage, phase = skip_tiles(shared, stage, phase, gl.cdiv(tile_end, TILE_N) - gl.cdiv(end, TILE_N))
-            m_last = gl.convert_layout(m, out_layout, assert_trivial=True)
-            total_last = row_sums(total, DV)
-            if CHUNK > 0:  # noqa: SIM102 - a compile-time branch
-                if end > CHUNK:
-                    m_last, total_last, acc = merge_run(run, m_run, total_run, m, total, acc, c, BLOCK_N, DV)
-            value, row_lse = finish(m_last, total_last, acc, c)
-            store_rows(out, lse, staging, value, row_lse, q_start, first, head, q_len, NUM_HEADS, DV)
+            finish_rows(
+                out, lse, shared, run, end > CHUNK, m_run, total_run, m, total, acc, c, q_start, first, head, q_len,
+                PART, NUM_HEADS, CHUNK, DV, RUN_SHARED,
+            )  # fmt: skip

@@ -1,27 +1,43 @@
-"""Host side of the warp-specialised kernels: what they read is described here, and how many programs run."""
+"""Host side of the warp-specialised forward: its launch configurations as data, and the launches."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vexact.ops.kernels.attention.descriptors import describable, head_step, row_width
-from vexact.ops.kernels.attention.hopper.backward_keys import keys_kernel
-from vexact.ops.kernels.attention.hopper.backward_queries import queries_kernel
+from vexact.ops.kernels.attention.descriptors import describable
+from vexact.ops.kernels.attention.hopper.arguments import ROWS, described, draw_tiles, head_constants
+from vexact.ops.kernels.attention.hopper.boxes import box_height
 from vexact.ops.kernels.attention.hopper.forward import forward_kernel
-from vexact.ops.kernels.attention.launch import KEY_BLOCKS, form, padded
-from vexact.ops.kernels.linear.launch import multiprocessors
+from vexact.ops.kernels.attention.launch import KEY_BLOCKS, form, key_columns
 
-ROWS = 64  # query rows, or keys, of a consumer: two make a tile
-KEYS_AT_ONCE = 128  # keys that travel together in the forward: one or two blocks of them
-BACKWARD_STAGES = 4  # tiles of 64 query rows, or keys, that a program of the backward holds at a time
+BOX_ROWS = 8  # the least rows of a box of keys: those that share a pattern of banks
 # Registers of a thread: the warp groups of two consumers and the producer share 504.
 REGISTERS = {"CONSUMER_REGISTERS": 232, "PRODUCER_REGISTERS": 40}
-BACKWARD_KEYS_REGISTERS = {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
+BUSY_PRODUCER_REGISTERS = {"CONSUMER_REGISTERS": 224, "PRODUCER_REGISTERS": 56}
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTile:
+    """How the forward walks keys; free of influence on the bits."""
+
+    keys: int  # that travel together: one or two blocks of them
+    run_shared: bool  # whether merged chunks stay in shared memory; else there is no room for them
+    busy: bool = False  # whether the producer has much to do even with packed rows
+
+    def registers(self, box_rows: int) -> dict[str, int]:
+        """Of a program that loads boxes of so many keys."""
+        return BUSY_PRODUCER_REGISTERS if self.busy or box_rows < self.keys else REGISTERS
+
+
+# (element bytes, class of the head dimensions: see HeadShape.key) -> tile
+FORWARD_TILES = {
+    (2, 64): ForwardTile(128, True),
+    (2, 128): ForwardTile(128, True),
+    (2, 192): ForwardTile(128, False),
+    (2, 256): ForwardTile(64, False, True),
+}
 
 
 def launch_forward(
@@ -33,68 +49,45 @@ def launch_forward(
     Args:
         scale: `launch.exponent_scale`. chunk: `launch.chunk_to_merge`.
     """
-    if not _all_describable(q, k, v):
-        return False
-    shape = form(q, k, v).shape
-    tiles, grid, counter = _tiles(q, cu_seqlens_q, shape.num_heads)
-    forward_kernel[grid](
-        _described(q, ROWS), _described(k, KEYS_AT_ONCE), _described(v, KEYS_AT_ONCE), out, lse,
-        cu_seqlens_q, cu_seqlens_k, counter, scale, q.shape[0], cu_seqlens_q.shape[0] - 1, tiles,
-        NUM_HEADS=shape.num_heads, BLOCK_N=KEY_BLOCKS[shape.key].block_n, TILE_N=KEYS_AT_ONCE, CHUNK=chunk,
-        **_constants(q, k, v, causal), **REGISTERS,
-    )  # fmt: skip
-    return True
+    return _launch_forward(q, k, v, out, lse, (cu_seqlens_q, cu_seqlens_k, cu_seqlens_q), scale, chunk, causal, 0, 0)
 
 
-def launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, lse2: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    scale: float, softmax_scale: float, causal: bool,
+def launch_paged(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, lse: Tensor, lengths: tuple[Tensor, Tensor, Tensor],
+    scale: float, chunk: int, causal: bool, skip_up_to: int,
 ) -> bool:  # fmt: skip
-    """Write the gradients of `packed_backward`; False, and nothing, where an input cannot be described.
+    """Write `paged_forward` of the sequences of more than `skip_up_to` query rows to out and lse; False, and nothing,
+    where an input cannot be described or a box of keys would be less than 8 rows high.
 
     Args:
-        dout: (T, Hq, Dv) contiguous. delta, lse2: (Hq, T) fp32 of `backward.prepare_kernel`.
+        lengths: cu_seqlens_q, seqused_k, block_table. The others as in `launch_forward`.
     """
-    if not _all_describable(q, k, v, dout):
+    page_size = k_cache.shape[1]
+    if page_size % BOX_ROWS:
         return False
+    return _launch_forward(q, k_cache, v_cache, out, lse, lengths, scale, chunk, causal, page_size, skip_up_to)
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: tuple[Tensor, Tensor, Tensor],
+    scale: float, chunk: int, causal: bool, page_size: int, skip_up_to: int,
+) -> bool:  # fmt: skip
     shape = form(q, k, v).shape
-    constants = {**_constants(q, k, v, causal), "STAGES": BACKWARD_STAGES}
-    num_sequences = cu_seqlens_q.shape[0] - 1
-    described = tuple(_described(rows, ROWS) for rows in (q, k, v, dout))
-    tiles, grid, counter = _tiles(q, cu_seqlens_q, shape.num_heads)
-    queries_kernel[grid](
-        *described, lse2, delta, dq, cu_seqlens_q, cu_seqlens_k, counter, scale, softmax_scale,
-        q.shape[0], num_sequences, tiles, NUM_HEADS=shape.num_heads, BLOCK_N=ROWS, **constants, **REGISTERS,
-    )  # fmt: skip
-    tiles, grid, counter = _tiles(k, cu_seqlens_k, shape.num_kv_heads)
-    keys_kernel[grid](
-        *described, lse2, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, counter, scale, softmax_scale,
-        q.shape[0], k.shape[0], num_sequences, tiles, KV_HEADS=shape.num_kv_heads,
-        **constants, **BACKWARD_KEYS_REGISTERS,
+    first, rest = key_columns(shape.dim, shape.value_dim)
+    widths = first + rest, first + rest, shape.value_dim_pad
+    if not all(describable(rows, width) for rows, width in zip((q, k, v), widths, strict=True)):
+        return False
+    tile = FORWARD_TILES[shape.key]
+    height = box_height(page_size, tile.keys)
+    tiles, grid, counter = draw_tiles(q, lengths[0], shape.num_heads)
+    run = None if tile.run_shared or not chunk else lse.new_empty((grid[0], 2, ROWS, shape.value_dim))
+    forward_kernel[grid](
+        described(q, ROWS, first), described(q, ROWS, rest) if rest else None,
+        described(k, height, first), described(k, height, rest) if rest else None, described(v, height),
+        out, lse, *lengths, counter, run, scale,
+        q.shape[0], lengths[0].shape[0] - 1, tiles, lengths[2].stride(0), skip_up_to,
+        NUM_HEADS=shape.num_heads, BLOCK_N=KEY_BLOCKS[shape.key].block_n, TILE_N=tile.keys, CHUNK=chunk,
+        D_PAD=first, PAGE_SIZE=page_size, RUN_SHARED=tile.run_shared,
+        **head_constants(q, k, v, causal), **tile.registers(height),
     )  # fmt: skip
     return True
-
-
-def _all_describable(*tensors: Tensor) -> bool:
-    return all(describable(rows, padded(rows.shape[-1])) for rows in tensors)
-
-
-def _described(rows: Tensor, height: int) -> TensorDescriptor:
-    shape, strides = [rows.shape[0], row_width(rows)], [rows.stride(0), 1]
-    return TensorDescriptor(rows, shape, strides, [height, rows.shape[-1]], NVMMASharedLayout(128, 16, rank=2))
-
-
-def _tiles(rows: Tensor, cu_seqlens: Tensor, heads: int) -> tuple[int, tuple[int], Tensor]:
-    """Tiles of 128 rows at most, a grid that draws them for all heads, and the counter it draws from."""
-    tiles = rows.shape[0] // (2 * ROWS) + cu_seqlens.shape[0]
-    counter = torch.zeros(1, dtype=torch.int32, device=rows.device)
-    return tiles, (min(multiprocessors(rows.device), tiles * heads),), counter
-
-
-def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
-    shape = form(q, k, v).shape
-    return {
-        "GROUP": shape.group, "D": shape.dim, "DV": shape.value_dim, "CAUSAL": causal,
-        "STEP_Q": head_step(q), "STEP_K": head_step(k), "STEP_V": head_step(v), "num_warps": 4,
-    }  # fmt: skip

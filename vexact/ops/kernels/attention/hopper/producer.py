@@ -2,26 +2,19 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from vexact.ops.kernels.attention import rows
-from vexact.ops.kernels.attention.hopper.shared import ROWS, STAGES, advance, describe, visible_keys
-
-find_sequence = gluon.jit(rows.find_sequence.fn)
-unowned_rows = gluon.jit(rows.unowned_rows.fn)
-
-
-@gluon.jit
-def clear_rows(target, first, num_rows, head, HEADS: gl.constexpr, WIDTH: gl.constexpr):
-    """Write 0 to one head of a tile of rows of target (num_rows, HEADS, WIDTH)."""
-    STEP: gl.constexpr = 256 // WIDTH
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [STEP, WIDTH // 8], [1, 1], [1, 0])
-    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    zeros = gl.zeros([STEP, WIDTH], target.dtype.element_ty, layout)
-    for start in range(first, gl.minimum(first + 2 * ROWS, num_rows), STEP):
-        row = start + gl.arange(0, STEP, gl.SliceLayout(1, layout))
-        rows = (row.to(gl.int64) * HEADS + head) * WIDTH
-        gl.store(target + rows[:, None] + columns[None, :], zeros, mask=(row < num_rows)[:, None])
+from vexact.ops.kernels.attention.hopper.boxes import box_height, load_boxes, load_values, tile_rows
+from vexact.ops.kernels.attention.hopper.loading import clear_rows
+from vexact.ops.kernels.attention.hopper.shared import (
+    ROWS,
+    STAGES,
+    advance,
+    describe,
+    find_sequence,
+    unowned_rows,
+    visible_keys,
+)
 
 
 @gluon.jit
@@ -35,27 +28,18 @@ def clear_sums(lse, first, num_rows, head, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def load_ragged(desc, row, column, tile, tail, phase, inside, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
-    """Load a tile that reaches past its sequence and put zeros after the first `inside` rows, where another sequence
-    begins: a weight of 0 does not hide a NaN."""
-    mbarrier.expect(tail.index(0), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [row, column], tail.index(0), tile)
-    mbarrier.wait(tail.index(0), phase)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [1, 1], [1, 0])
-    for part in gl.static_range(HEIGHT // 8):
-        some = tile.slice(part * 8, 8)
-        keep = part * 8 + gl.arange(0, 8, gl.SliceLayout(1, layout)) < inside
-        some.store(gl.where(keep[:, None], some.load(layout), 0.0))
-    fence_async_shared()
-
-
-@gluon.jit
 def produce(
-    shared, q_desc, k_desc, v_desc, out, lse, cu_seqlens_q, cu_seqlens_k, counter, num_rows, num_sequences, num_tiles,
-    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, TILE_N: gl.constexpr, DV: gl.constexpr,
+    shared, q_desc, q_rest_desc, k_desc, k_rest_desc, v_desc, out, lse, cu_seqlens_q, kv_lengths, table, counter,
+    num_rows, num_sequences, num_tiles, stride_table, skip_up_to,
+    NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, TILE_N: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, D_PAD: gl.constexpr, PAGE_SIZE: gl.constexpr,
     CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles, the heaviest of a causal sequence first, until there are no more; arguments as in `forward.py`."""
+    TWO: gl.constexpr = D > D_PAD
+    BOXES: gl.constexpr = TILE_N // box_height(PAGE_SIZE, TILE_N)
+    Q_BYTES: gl.constexpr = q_desc.block_type.nbytes + (q_rest_desc.block_type.nbytes if TWO else 0)
+    K_BYTES: gl.constexpr = BOXES * (k_desc.block_type.nbytes + (k_rest_desc.block_type.nbytes if TWO else 0))
     stage, phase = 0, 1
     slot, work_phase = 0, 1
     q_phase = 1
@@ -73,9 +57,14 @@ def produce(
             q_start = gl.load(cu_seqlens_q + sequence)
             q_len = gl.load(cu_seqlens_q + sequence + 1) - q_start
             first = block * 2 * ROWS
-            if first < q_len:
-                k_start = gl.load(cu_seqlens_k + sequence)
-                kv_len = gl.load(cu_seqlens_k + sequence + 1) - k_start
+            if (first < q_len) & (q_len > skip_up_to):
+                k_start = gl.load(kv_lengths + sequence)
+                kv_len = k_start
+                pages = table
+                if PAGE_SIZE == 0:
+                    kv_len = gl.load(kv_lengths + sequence + 1) - k_start
+                else:
+                    pages += gl.cast(sequence, gl.int64) * stride_table
                 slot, work_phase = describe(
                     shared.work, shared.work_full, shared.work_empty, slot, work_phase,
                     q_start, q_len, kv_len, first, head,
@@ -83,28 +72,32 @@ def produce(
                 for part in gl.static_range(2):
                     full = shared.q_full.index(part)
                     mbarrier.wait(shared.q_empty.index(part), q_phase)
-                    mbarrier.expect(full, q_desc.block_type.nbytes)
+                    mbarrier.expect(full, Q_BYTES)
                     row = q_start + first + part * ROWS
-                    tma.async_copy_global_to_shared(q_desc, [row, head * STEP_Q], full, shared.q.index(part))
+                    column = head * STEP_Q
+                    tma.async_copy_global_to_shared(q_desc, [row, column], full, shared.q.index(part))
+                    if TWO:
+                        q_rest = shared.q_rest.index(part)
+                        tma.async_copy_global_to_shared(q_rest_desc, [row, column + D_PAD], full, q_rest)
                 q_phase ^= 1
                 k_column = head // GROUP * STEP_K
                 v_column = head // GROUP * STEP_V
+                coming = tile_rows(pages, k_start, 0, kv_len, TILE_N, PAGE_SIZE)
                 for start in range(0, visible_keys(first, 2 * ROWS, q_len, kv_len, CAUSAL), TILE_N):
+                    rows = coming
+                    coming = tile_rows(pages, k_start, start + TILE_N, kv_len, TILE_N, PAGE_SIZE)
                     full = shared.k_full.index(stage)
                     mbarrier.wait(shared.k_empty.index(stage), phase)
-                    mbarrier.expect(full, k_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(k_desc, [k_start + start, k_column], full, shared.k.index(stage))
-                    full = shared.v_full.index(stage)
-                    values = shared.v.index(stage)
+                    mbarrier.expect(full, K_BYTES)
+                    load_boxes(k_desc, rows, k_column, full, shared.k.index(stage), TILE_N, PAGE_SIZE)
+                    if TWO:
+                        k_rest = shared.k_rest.index(stage)
+                        load_boxes(k_rest_desc, rows, k_column + D_PAD, full, k_rest, TILE_N, PAGE_SIZE)
                     mbarrier.wait(shared.v_empty.index(stage), phase)
-                    if start + TILE_N <= kv_len:
-                        mbarrier.expect(full, v_desc.block_type.nbytes)
-                        tma.async_copy_global_to_shared(v_desc, [k_start + start, v_column], full, values)
-                    else:
-                        row = k_start + start
-                        load_ragged(v_desc, row, v_column, values, shared.tail, tail_phase, kv_len - start, TILE_N, DV)
-                        tail_phase ^= 1
-                        mbarrier.arrive(full, count=1)
+                    tail_phase = load_values(
+                        v_desc, rows, v_column, shared.v_full.index(stage), shared.v.index(stage),
+                        shared.tail, tail_phase, kv_len - start, TILE_N, DV, PAGE_SIZE,
+                    )  # fmt: skip
                     stage, phase = advance(stage, phase, STAGES)
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
     describe(shared.work, shared.work_full, shared.work_empty, slot, work_phase, -1, 0, 0, 0, 0)

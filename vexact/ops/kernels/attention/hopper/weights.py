@@ -34,16 +34,6 @@ def as_left_operand(product, columns: gl.constexpr):
 
 
 @gluon.jit
-def store_gradient(target, value, start, first, head, length, HEADS: gl.constexpr, WIDTH: gl.constexpr):
-    """Write the rows from `first` on that lie in a sequence (start, length) to target (rows, HEADS, WIDTH)."""
-    layout: gl.constexpr = accumulator(WIDTH)
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    flat = ((start + row).to(gl.int64) * HEADS + head) * WIDTH
-    pointers = target + flat[:, None] + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
-    gl.store(pointers, value.to(target.dtype.element_ty), mask=(row < length)[:, None])
-
-
-@gluon.jit
 def rescale(acc, total, alpha, DV: gl.constexpr):
     """Both sums times alpha (ROWS,)."""
     return acc * along_rows(alpha, DV), total * along_rows(alpha, ONES)

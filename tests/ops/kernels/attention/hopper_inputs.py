@@ -1,0 +1,31 @@
+"""Batches that the tests of the warp-specialised kernels share."""
+
+from __future__ import annotations
+
+import torch
+from attention_inputs import Batch
+from torch import Tensor
+
+LATENT, WIDE = (192, 128), (256, 256)  # head dimensions
+
+EDGES = [300, 64, 1, 0, 65, 127]
+LENGTHS = {
+    "tile edges": (EDGES, EDGES),
+    "chunk edges": ([2049, 130],) * 2,
+    "more keys": ([300, 64, 1, 5], [400, 100, 2300, 5]),
+    "fewer keys": ([300, 64, 5, 130], [200, 10, 0, 128]),
+}
+
+
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def with_nan_behind(rows: Tensor, count: int = 200) -> Tensor:
+    return torch.cat([rows, torch.full_like(rows[:1], float("nan")).expand(count, *rows.shape[1:])])
+
+
+def shorter(batch: Batch) -> Batch:
+    """The batch with rows of no sequence behind it, all of them NaN."""
+    q, k, v = (with_nan_behind(rows) for rows in (batch.q, batch.k, batch.v))
+    return Batch(q, k, v, batch.q_lens, batch.k_lens)
