@@ -59,6 +59,11 @@ class OpSet:
         return any(self.route is of.route and self.group_tokens is of.group_tokens for of in (invariant, stock))
 
     @property
+    def fuses_experts(self) -> bool:
+        """Whether ``few_tokens`` stands for the operators of a layer of experts: not where one of them was replaced."""
+        return all(getattr(self, name) is getattr(invariant, name) for name in _EXPERT_OPS)
+
+    @property
     def fuses_cache(self) -> bool:
         """Whether ``rope_to_cache`` and ``cached_attention`` stand for the rotation and ``attention`` with a cache."""
         return (
@@ -68,6 +73,7 @@ class OpSet:
         )
 
 
+_EXPERT_OPS = ("route", "group_tokens", "route_and_group", "grouped_swiglu", "grouped_linear", "combine")
 OP_NAMES = tuple(field.name for field in fields(OpSet))
 
 
