@@ -12,7 +12,7 @@ from headless import Drawn, opened
 from stand_ins import executable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vexact.report.jsonl import read_metrics
+from vexact.report.sinks.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Flips random bits in the files of a checkpoint, one at a time, and counts the flips that a resume does not notice.
 
-    python benchmarks/faults/bit_flips.py                        # trains the tiny model for 2 steps, then 200 flips
-    python benchmarks/faults/bit_flips.py --checkpoint RUN/checkpoints/step_N --flips 1000 --resumes 0
+    python -m benchmarks.faults.bit_flips                        # trains the tiny model for 2 steps, then 200 flips
+    python -m benchmarks.faults.bit_flips --checkpoint RUN/checkpoints/step_N --flips 1000 --resumes 0
 
 Every file is as likely as any other, and every bit of it as any other. A flip is *named* when reading the checkpoint
 is refused and the message has the file's name, *unnoticed* when it is read. ``--resumes`` more flips go through the

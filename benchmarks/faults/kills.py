@@ -1,7 +1,7 @@
 """Kills and signals at random moments of a run: what is lost, what stays behind, and is the result the same?
 
-    PYTHONPATH=. python benchmarks/faults/kills.py --kills 25 --signals 60
-    PYTHONPATH=. python benchmarks/faults/kills.py --kills 25 --signals 60 --async-save   # checkpoints on their way
+    python -m benchmarks.faults.kills --kills 25 --signals 60
+    python -m benchmarks.faults.kills --kills 25 --signals 60 --async-save   # checkpoints on their way
 
 A tiny model trains for a few steps, once undisturbed. Then the same run is ended by SIGKILL and started again, until it
 is done: its weights must have the same SHA-256 and its metrics the same rows. Then the same with SIGTERM and SIGINT in
@@ -33,7 +33,7 @@ from pathlib import Path
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.prepare.tokenizers import character_tokenizer
-from vexact.report.jsonl import read_metrics
+from vexact.report.sinks.jsonl import read_metrics
 
 STEPS = 8
 DEADLINE_S = 15.0  # for a signal to end the process, on a busy machine

@@ -1,7 +1,7 @@
 """Kills at random moments of runs on several ranks: is it said who was lost, what stays behind, is the result the same?
 
-    PYTHONPATH=. python benchmarks/faults/ranks.py --faults 30
-    PYTHONPATH=. python benchmarks/faults/ranks.py --faults 30 --launchers ray torchrun --async-save
+    python -m benchmarks.faults.ranks --faults 30
+    python -m benchmarks.faults.ranks --faults 30 --launchers ray torchrun --async-save
 
 A tiny model trains for a few steps on one process, undisturbed. Then runs of the same are disturbed until they are
 done. Every attempt starts on another launcher, drawn anew: one process, two ranks of torchrun, two workers under Ray.
@@ -27,9 +27,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from kills import STEPS, Outcome, Runs, adopt_orphans, survivors
-
-from vexact.report.jsonl import read_metrics
+from benchmarks.faults.kills import STEPS, Outcome, Runs, adopt_orphans, survivors
+from vexact.report.sinks.jsonl import read_metrics
 from vexact.trainer.checkpoint import load_checkpoint
 
 STAGE_S = 6.0  # trainer.worker_timeout_s

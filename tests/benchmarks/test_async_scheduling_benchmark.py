@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import async_scheduling
 import pytest
+
+from benchmarks.rollout import async_scheduling
 
 
 def test_the_time_between_steps_by_hand() -> None:

@@ -7,19 +7,17 @@ import math
 import re
 from pathlib import Path
 
-import async_scheduling
-import host_cost
-import options
 import pytest
-import rescore
-import rollout
-import serving
 import torch
+
+from benchmarks.kernels import host_cost
+from benchmarks.rollout import async_scheduling, rescore, serving, throughput
+from benchmarks.shared import options
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def told(capsys: pytest.CaptureFixture[str], *given: str, main=rollout.main) -> str:
+def told(capsys: pytest.CaptureFixture[str], *given: str, main=throughput.main) -> str:
     with pytest.raises(SystemExit) as ended:
         main(list(given))
     assert ended.value.code == 2
@@ -27,14 +25,13 @@ def told(capsys: pytest.CaptureFixture[str], *given: str, main=rollout.main) -> 
 
 
 def test_no_script_measures_first_and_finds_out_then_that_its_file_cannot_be_written() -> None:
-    found = [line for file in SCRIPTS.glob("*.py") for line in re.findall(r'"--out",.*', file.read_text())]
-    scripts = [line for line in found if "SUPPRESS" not in line and "str(out)" not in line]
-    assert len(scripts) > 20
-    assert [line for line in scripts if "type=out_file" not in line] == []
+    found = [line for file in SCRIPTS.rglob("*.py") for line in re.findall(r'add\w*\("--out".*', file.read_text())]
+    assert len(found) > 20
+    assert [line for line in found if "type=out_file" not in line and "SUPPRESS" not in line] == []
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (rollout.main, rescore.main, serving.main):
+    for main in (throughput.main, rescore.main, serving.main):
         assert "is a directory; name a file in it" in told(capsys, "--out", str(tmp_path), main=main)
         assert f"there is no directory {tmp_path / 'no'}; make it first" in told(
             capsys, "--out", str(tmp_path / "no" / "a.json"), main=main
@@ -45,10 +42,10 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("main", "given", "expected"),
     [
-        (rollout.main, ["--sequences", "1", "0"], "argument --sequences: 0 must be at least 1"),
-        (rollout.main, ["--new_tokens", "-3"], "argument --new_tokens: -3 must be at least 1"),
-        (rollout.main, ["--repeats", "2.5"], "argument --repeats: 2.5 is no whole number"),
-        (rollout.main, ["--model", "nowhere"], "nowhere is no checkpoint: there is no nowhere/config.json"),
+        (throughput.main, ["--sequences", "1", "0"], "argument --sequences: 0 must be at least 1"),
+        (throughput.main, ["--new_tokens", "-3"], "argument --new_tokens: -3 must be at least 1"),
+        (throughput.main, ["--repeats", "2.5"], "argument --repeats: 2.5 is no whole number"),
+        (throughput.main, ["--model", "nowhere"], "nowhere is no checkpoint: there is no nowhere/config.json"),
         (rescore.main, ["--tokens", "0"], "argument --tokens: 0 must be at least 1"),
         (serving.main, ["--rates", "0"], "argument --rates: 0 must be more than 0"),
         (serving.main, ["--rates", "nan"], "argument --rates: nan must be more than 0"),

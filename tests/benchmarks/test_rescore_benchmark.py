@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rescore
+
+from benchmarks.rollout import rescore
 
 
 def test_every_way_to_sample_has_the_bits_of_the_training_forward(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import rollout
-from grpo_run import SHAPES
-from roofline import HBM_BYTES_PER_S, Traffic
+
+from benchmarks.rollout import throughput
+from benchmarks.shared.roofline import HBM_BYTES_PER_S, Traffic
+from benchmarks.trainer.grpo_run import SHAPES
 
 DENSE = SHAPES["tiny"].raw | {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 100, "intermediate_size": 16}
 DENSE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
@@ -37,14 +38,14 @@ def test_experts_are_read_as_often_as_they_are_expected_to_be_chosen() -> None:
 
 
 def test_time_covered_by_kernels() -> None:
-    assert rollout.covered([]) == 0
-    assert rollout.covered([(10, 12), (0, 4), (1, 2), (3, 5)]) == 7
+    assert throughput.covered([]) == 0
+    assert throughput.covered([(10, 12), (0, 4), (1, 2), (3, 5)]) == 7
 
 
 def test_a_batch_beside_the_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "record.json"
     more = ["--prompt_tokens", "9", "--new_tokens", "6", "--repeats", "1", "--out", str(out)]
-    assert rollout.main(["--shape", "tiny", "--sides", "exact", "stock", *more]) == 0
+    assert throughput.main(["--shape", "tiny", "--sides", "exact", "stock", *more]) == 0
     record = json.loads(out.read_text())
     assert record["sides"]["exact"]["against_training"]["log_probs_compared"] == 8 * 6
     assert record["sides"]["exact"]["against_training"]["log_probs_different"] == 0

@@ -9,11 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import grpo_run
-import plot_run
-import scale_model
-from scale_shapes import MODELS
-
+from benchmarks.multi_gpu import scale_model
+from benchmarks.multi_gpu.scale_shapes import MODELS
+from benchmarks.trainer import grpo_run, plot_run
 from vexact.report.html import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +43,7 @@ def test_a_run_is_stopped_after_its_steps_or_when_the_time_is_up(tmp_path: Path)
 
 
 def ran(script: str, out: Path, *arguments: str) -> dict:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--shape", "tiny", "--steps", "2", "--out", str(out)]
+    command = [sys.executable, "-m", f"benchmarks.{script}", "--shape", "tiny", "--steps", "2", "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -55,7 +53,7 @@ def ran(script: str, out: Path, *arguments: str) -> dict:
 
 
 def test_a_step_is_compared_with_what_others_pay(tmp_path: Path) -> None:
-    report = ran("step_cost.py", tmp_path / "report.json", "--runs", "exact", "recompute")
+    report = ran("trainer.step_cost", tmp_path / "report.json", "--runs", "exact", "recompute")
     exact, recompute = report["runs"]["exact"], report["runs"]["recompute"]
     assert exact["tokens_compared"] == recompute["tokens_compared"] == exact["tokens_sampled"] == 512
     assert exact["grad_norm"] == recompute["grad_norm"]
@@ -64,7 +62,7 @@ def test_a_step_is_compared_with_what_others_pay(tmp_path: Path) -> None:
 
 
 def test_a_layout_is_measured_and_its_state_hashed(tmp_path: Path) -> None:
-    report = ran("multi_gpu.py", tmp_path / "report.json", "--gpus", "1")
+    report = ran("multi_gpu.steps", tmp_path / "report.json", "--gpus", "1")
     (run,) = report["runs"].values()
     assert (run["tokens_compared"], run["tokens_different"], report["problems"]) == (512, 0, [])
     assert len(run["weights_sha256"]) == len(run["moments_sha256"]) == 64

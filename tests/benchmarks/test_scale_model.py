@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import scale_model
-from scale_model import COLLECTIVE_S, NIC, NVLINK, SUM, Measured, all_to_all, check, predict, ring, sent_to_one_node
-from scale_shapes import MODELS
+
+from benchmarks.multi_gpu import scale_model
+from benchmarks.multi_gpu.scale_model import (
+    COLLECTIVE_S,
+    NIC,
+    NVLINK,
+    SUM,
+    Measured,
+    all_to_all,
+    check,
+    predict,
+    ring,
+    sent_to_one_node,
+)
+from benchmarks.multi_gpu.scale_shapes import MODELS
 
 ONE = Measured(
     model=MODELS["qwen3-1.7b"],

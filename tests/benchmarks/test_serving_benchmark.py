@@ -8,10 +8,11 @@ import statistics
 from pathlib import Path
 
 import pytest
-import serving
-from end_to_end import random_checkpoint
-from grpo_run import SHAPES
-from serving_load import MEAN_NEW, MOST_NEW, Load, Times, arrivals, draw, percentile, summary
+
+from benchmarks.rollout import serving
+from benchmarks.rollout.serving_load import MEAN_NEW, MOST_NEW, Load, Times, arrivals, draw, percentile, summary
+from benchmarks.trainer.end_to_end import random_checkpoint
+from benchmarks.trainer.grpo_run import SHAPES
 
 
 def test_the_workload_is_what_it_says_and_always_the_same() -> None:

@@ -14,8 +14,8 @@ from vexact.report.html import read_run, write_report
 from vexact.report.names import is_expected_zero
 from vexact.report.panels import SECTIONS, present_panels
 from vexact.report.reporter import SINKS
-from vexact.report.sample_table import COLUMNS, sample_rows
-from vexact.report.sink import Sink
+from vexact.report.samples.table import COLUMNS, sample_rows
+from vexact.report.sinks.sink import Sink
 from vexact.report.summaries import summary_of
 from vexact.types import SampleGroup, Score, StepStats
 

@@ -19,7 +19,7 @@ from vexact.report.html.groups import grouped
 from vexact.report.html.page import render
 from vexact.report.html.thin import kept_points, stretch_means
 from vexact.report.panels import SECTIONS
-from vexact.report.token_text import TokenText
+from vexact.report.samples.token_text import TokenText
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u2028&lt;"
 

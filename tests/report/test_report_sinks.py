@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from vexact.report import Reporter, write_samples
-from vexact.report.console import HEADER_EVERY, ConsoleSink
-from vexact.report.jsonl import read_metrics
-from vexact.report.sink import RunInfo
+from vexact.report.sinks.console import HEADER_EVERY, ConsoleSink
+from vexact.report.sinks.jsonl import read_metrics
+from vexact.report.sinks.sink import RunInfo
 from vexact.types import Prompt, Sample, SampleGroup, Score, StepStats
 
 ROW = {
@@ -103,7 +103,7 @@ def test_plain_rows_align_and_show_the_mismatch(tmp_path):
 
 def test_the_remaining_time_forgets_the_first_step(tmp_path, monkeypatch):
     clock = iter([0.0, 60.0, 62.0, 64.0])  # the start, then the end of each step
-    monkeypatch.setattr("vexact.report.console.monotonic", lambda: next(clock))
+    monkeypatch.setattr("vexact.report.sinks.console.monotonic", lambda: next(clock))
     sink, text = plain_console(RunInfo(tmp_path, total_steps=13))
     for step in (1, 2, 3):
         sink.step(StepStats(step, ROW))

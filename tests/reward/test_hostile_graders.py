@@ -9,7 +9,7 @@ import hostile_grader
 import numpy as np
 import pytest
 
-from vexact.report.samples import write_samples
+from vexact.report.samples.files import write_samples
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest, RewardError, RewardSpec
 from vexact.types import Prompt, Sample, SampleGroup

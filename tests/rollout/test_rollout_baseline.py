@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 from moe_configs import QWEN3_MOE
+from replayed_graphs import install
 from rollout_models import bits, tiny_config, tiny_model, training_logprobs
-from test_rollout_decode_graphs import install
 
 from vexact.config import baseline as rule
 from vexact.models import ModelConfig, load_model, random_model, save_hf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from soak import TINY
-
+from benchmarks.rollout.soak import TINY
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.prepare.tokenizers import byte_tokenizer
 from vexact.rollout import Engine

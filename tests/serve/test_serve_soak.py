@@ -1,16 +1,11 @@
-"""A small soak: the same as ``benchmarks/soak.py`` with fewer requests."""
+"""A small soak: the same as ``benchmarks/rollout/soak.py`` with fewer requests."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import numpy as np
 import pytest
-import soak
 
+from benchmarks.rollout import soak
 from vexact.rollout import Engine
 from vexact.types import Sample
 

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.wandb_view is not None:
         if arguments.runs or arguments.out is not None:
             raise ValueError("--wandb_view takes no runs and no --out: a view shows all runs of the project")
-        from vexact.report.wandb_view import save_view
+        from vexact.report.sinks.wandb_view import save_view
 
         sys.stdout.write(f"{save_view(arguments.wandb_view)}\n")
         return 0

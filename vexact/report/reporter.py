@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vexact.report.console import ConsoleSink
-from vexact.report.jsonl import JsonlSink
-from vexact.report.sample_table import Row
-from vexact.report.sink import RunInfo, Sink
-from vexact.report.tensorboard import TensorboardSink
-from vexact.report.wandb import WandbSink
+from vexact.report.samples.table import Row
+from vexact.report.sinks.console import ConsoleSink
+from vexact.report.sinks.jsonl import JsonlSink
+from vexact.report.sinks.sink import RunInfo, Sink
+from vexact.report.sinks.tensorboard import TensorboardSink
+from vexact.report.sinks.wandb import WandbSink
 from vexact.types import StepStats
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""``benchmarks/rollout.py``: our engine and vLLM do the same work, and only ours has the training forward's bits."""
+"""``benchmarks.rollout.throughput``: ours and vLLM do the same work, and only ours has the training forward's bits."""
 
 import json
 import os
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_our_engine_beside_vllm(tmp_path):
     out = tmp_path / "record.json"
-    command = [sys.executable, ROOT / "benchmarks" / "rollout.py", "--shape", "tiny", "--repeats", "1", "--out", out]
+    command = [sys.executable, "-m", "benchmarks.rollout.throughput", "--shape", "tiny", "--repeats", "1", "--out", out]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--sides", "exact", "vllm"],

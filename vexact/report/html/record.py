@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from vexact.report.jsonl import FILE_NAME as METRICS_FILE
+from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
 
 CONFIG_FILE, CERTIFICATE_FILE, ENVIRONMENT_FILE = "config.yaml", "certificate.json", "environment.json"
 DIVERGENCE_FILE = "divergence.txt"

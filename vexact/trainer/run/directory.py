@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from vexact.report.jsonl import FILE_NAME as METRICS_FILE
-from vexact.report.wandb import RUN_ID_FILE
+from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
+from vexact.report.sinks.wandb import RUN_ID_FILE
 from vexact.trainer.checkpoint import CheckpointStore
 from vexact.trainer.run.lock import run_lock
 from vexact.trainer.run.pending_step import FILE as PENDING_FILE

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from vexact.config import Config
 from vexact.report import Reporter, write_samples
-from vexact.report.sample_table import sample_rows
+from vexact.report.samples.table import sample_rows
 from vexact.trainer.workers import Workers
 from vexact.types import SampleGroup
 

@@ -1,7 +1,7 @@
 """Launch configurations as data, and the few numbers every launch derives from its tensors.
 
 `KEY_BLOCKS` decides bits: it may depend on the dtype and the head dimensions, never on the batch, the GPU or the
-kernel. The other tables were chosen for speed with `benchmarks/tune_attention.py`; any entry of the two forward tables
+kernel. The other tables were chosen for speed with `benchmarks/attention/tune.py`; any entry of the two forward tables
 gives the same bits, while entries of the backward tables decide the last bits of gradients.
 """
 

@@ -1,4 +1,4 @@
-"""Tuned tiles, written by ``benchmarks/tune_linear.py --write-table`` from timings on NVIDIA H100 80GB HBM3.
+"""Tuned tiles, written by ``benchmarks/kernels/tune_linear.py --write-table`` from timings on NVIDIA H100 80GB HBM3.
 
 Layout and the two sizes that are not the batch -> (largest batch, tile). ``forward`` and ``grad_input`` name n and k
 and are bounded by m; ``grad_weight`` names m and n and is bounded by k, the tokens. See ``select``.

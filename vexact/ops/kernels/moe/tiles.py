@@ -1,6 +1,6 @@
 """Chooses the tile of a grouped product from its shape and from the places an expert has on average.
 
-Experts have more or fewer places than that, but no choice changes a bit. Timings are those of ``benchmarks/moe.py``.
+Experts have more or fewer places than that, but no choice changes a bit. ``benchmarks/moe/speed.py`` has timings.
 """
 
 from __future__ import annotations

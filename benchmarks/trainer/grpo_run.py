@@ -1,0 +1,276 @@
+"""One GRPO run of the real program in processes of its own: its inputs, its launch, and what its rows say.
+
+Shapes have random weights. Prompts and responses have fixed lengths, so that all runs of a shape do the same work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.trainer.end_to_end import random_checkpoint, reward_file
+from vexact.prepare.shapes import SHAPES as CHECKPOINTS
+from vexact.trainer.checkpoint import load_checkpoint
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+CHAT_TOKENS = 18  # of the byte tokenizer's chat template around a prompt
+TIMES = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "audit", "step")
+TINY = CHECKPOINTS["qwen3-0.6b"] | {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+TINY_MOE = TINY | {
+    **{key: CHECKPOINTS["qwen3-30b-a3b"][key] for key in ("architectures", "model_type", "norm_topk_prob")},
+    **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's config.json and the work of a step: prompts, samples of each, and tokens."""
+
+    raw: dict
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    new_tokens: int
+    token_budget: int
+    overrides: tuple[str, ...] = ()
+
+
+OFFLOAD = (f"{ACTOR}.fsdp_config.param_offload=true", f"{ACTOR}.fsdp_config.optimizer_offload=true")
+SHAPES = {
+    "tiny": Shape(TINY, 4, 4, 24, 16, 128),
+    "tiny-moe": Shape(TINY_MOE, 4, 4, 24, 16, 128),
+    "qwen3-1.7b": Shape(CHECKPOINTS["qwen3-1.7b"], 64, 8, 512, 1024, 16384),
+    # layers of the public checkpoints, as many as one GPU trains without offload
+    "qwen3-30b-a3b": Shape(CHECKPOINTS["qwen3-30b-a3b"] | {"num_hidden_layers": 4}, 16, 8, 128, 576, 16384),
+    "moonlight-16b-a3b": Shape(CHECKPOINTS["moonlight-16b-a3b"] | {"num_hidden_layers": 5}, 16, 8, 128, 576, 16384),
+    "qwen3-8b": Shape(CHECKPOINTS["qwen3-8b"], 16, 8, 512, 1024, 8192, OFFLOAD),
+}
+
+
+def inputs(shape: Shape, work: Path, steps: int, seed: int = 0) -> list[str]:
+    """Writes checkpoint, prompts and reward below ``work``; returns the overrides of every run of the shape."""
+    work.mkdir(parents=True, exist_ok=True)
+    raw = shape.raw | {"eos_token_id": 1, "rope_theta": 1e6}
+    model = random_checkpoint(raw, work / "model")
+    draw = random.Random(seed)
+    rows = [
+        {
+            "data_source": "random",
+            "prompt": "".join(draw.choices("abcdefghij ", k=shape.prompt_tokens - CHAT_TOKENS)),
+            "reward_model": {"ground_truth": ""},
+        }
+        for _ in range(shape.prompts * steps)
+    ]
+    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        f"actor_rollout_ref.model.path={model}",
+        f"data.train_files={work / 'prompts.jsonl'}",
+        f"reward.custom_reward_function.path={reward_file(work / 'reward.py')}",
+        f"data.max_prompt_length={shape.prompt_tokens}",
+        f"data.max_response_length={shape.new_tokens}",
+        f"data.train_batch_size={shape.prompts}",
+        f"{ROLLOUT}.n={shape.samples}",
+        f"{ROLLOUT}.ignore_eos=true",
+        f"{ACTOR}.optim.lr=1e-5",
+        f"{ACTOR}.ppo_max_token_len_per_gpu={shape.token_budget}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.samples_per_step=0",
+        "trainer.logger=[console,jsonl]",
+        *shape.overrides,
+    ]
+
+
+def trainers(gpus: int, layout: str) -> int:
+    return gpus - gpus // 2 if layout == "disaggregated" else gpus
+
+
+def layout_overrides(gpus: int, layout: str) -> list[str]:
+    """What puts a run on ``gpus`` GPUs (processes on a CPU): all do both, or half of them sample."""
+    apart = [f"trainer.rollout_gpus={gpus // 2}"] if layout == "disaggregated" else []
+    return [f"trainer.n_gpus_per_node={gpus}", *apart]
+
+
+def command(gpus: int, launcher: str, overrides: Sequence[str]) -> list[str]:
+    """The command line of a run; ``launcher`` starts the processes of several GPUs: torchrun, or ray by the program."""
+    train = ["-m", "vexact", "train", *overrides]
+    if gpus == 1 or launcher == "ray":
+        return [sys.executable, *train]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", *train]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that has ended well."""
+
+    rows: list[dict]  # of metrics.jsonl, one per step
+    directory: Path
+    wall_s: float
+    peak_bytes: int | None  # of the fullest GPU, as the driver sees it; None without a GPU
+    attention: str  # what the rollout attends with, by name
+
+
+def train(
+    gpus: int,
+    launcher: str,
+    overrides: Sequence[str],
+    directory: Path,
+    timeout_s: float,
+    stop_after: int | None = None,
+) -> Finished:
+    """
+    Args:
+        stop_after: interrupt the run after so many steps, before it saves a checkpoint that no disk has room for.
+
+    Raises:
+        RuntimeError: the run failed or ran out of time; the message ends with its last lines.
+    """
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+    directory.mkdir(parents=True, exist_ok=True)
+    log, started = directory.parent / f"{directory.name}.log", time.monotonic()
+    endless = [] if stop_after is None else ["trainer.total_training_steps=1000000"]
+    line = command(gpus, launcher, [*overrides, *endless, f"trainer.default_local_dir={directory}"])
+    with (
+        _peak_memory(gpus) as peak,
+        log.open("w") as output,
+        subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        code = wait(process, directory / "metrics.jsonl", started + timeout_s, stop_after)
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"{' '.join(line)}\nexit code {code}; the end of {log}:\n{tail}")
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "timing_s/step" in row and "actor/loss" in row]
+    seconds = time.monotonic() - started
+    return Finished(steps, directory, seconds, max(peak, default=0) or None, attention(log.read_text(errors="replace")))
+
+
+def attention(log: str) -> str:
+    """What the engine of a run said that it attends with; only one on stock operators has anything to say.
+
+    >>> attention("INFO rollout on stock operators (batch_invariant=false), attention: sdpa (no CUDA graphs)\\n")
+    'sdpa (no CUDA graphs)'
+    """
+    found = re.search(r"rollout on stock operators .*, attention: (.*)", log)
+    return found[1].strip() if found else "triton-invariant"
+
+
+def wait(process: subprocess.Popen, rows: Path, deadline: float, stop_after: int | None) -> int | str:
+    """The exit code; 0 for a run that was interrupted where it was to stop."""
+    has_stopped = False
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            return "none before the time was up"
+        if stop_after is not None and not has_stopped and rows.is_file():
+            has_stopped = rows.read_text().count('"actor/loss"') >= stop_after
+            if has_stopped:
+                process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    return 0 if has_stopped else process.returncode
+
+
+def figures(run: Finished) -> dict:
+    """Counts over all steps, and the median times of all but the first, in which kernels compile."""
+    timed = run.rows[1:] or run.rows
+    seconds = {name: [row[f"timing_s/{name}"] for row in timed if f"timing_s/{name}" in row] for name in TIMES}
+    return {
+        "steps": len(run.rows),
+        "tokens_compared": int(sum(row.get("bitwise/tokens_compared", 0) for row in run.rows)),
+        "tokens_different": int(sum(row.get("bitwise/tokens_different", 0) for row in run.rows)),
+        "routes_compared": int(sum(row.get("bitwise/routes_compared", 0) for row in run.rows)),
+        "routes_different": int(sum(row.get("bitwise/routes_different", 0) for row in run.rows)),
+        "tokens_sampled": int(sum(row["rollout/num_tokens"] for row in run.rows)),
+        "prompt_tokens": run.rows[0]["prompt_length/mean"],
+        "response_tokens": run.rows[0]["response_length/mean"],
+        "graph_ratio": run.rows[-1].get("rollout/graph_ratio"),
+        "attention": run.attention,
+        "grad_norm": [row["actor/grad_norm"] for row in run.rows],
+        "seconds": {name: round(statistics.median(values), 4) for name, values in seconds.items() if values},
+        "peak_gib": None if run.peak_bytes is None else round(run.peak_bytes / 2**30, 2),
+        "wall_s": round(run.wall_s, 1),
+    }
+
+
+def state_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of all weights and of all moments in the last checkpoint of a run, by name: no layout shows in them."""
+    _, state = load_checkpoint(directory / (directory / "latest").read_text().strip())
+    parameters = sorted(state["parameters"].items())
+
+    def digest(keys: tuple[str, ...]) -> str:
+        def one(item: tuple[str, dict]) -> str:
+            name, saved = item
+            parts = [hashlib.sha256(saved[key].contiguous().view(torch.uint8).numpy()).hexdigest() for key in keys]
+            return f"{name} {' '.join(parts)}\n"
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            return hashlib.sha256("".join(pool.map(one, parameters)).encode()).hexdigest()
+
+    return {"weights_sha256": digest(("weight",)), "moments_sha256": digest(("exp_avg", "exp_avg_sq"))}
+
+
+@contextmanager
+def _peak_memory(gpus: int) -> Iterator[list[int]]:
+    """Appends the memory in use on the fullest of the first GPUs, in bytes, twice a second."""
+    seen: list[int] = []
+    if not torch.cuda.is_available():
+        yield seen
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not ended.wait(0.5):
+            result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+            used = [int(line) * 2**20 for line in result.stdout.split()[:gpus] if line.isdigit()]
+            seen.append(max(used, default=0))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def machine() -> dict:
+    """GPU and versions, for the report."""
+    import datetime
+
+    import transformers
+    import triton
+
+    has_gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpus": torch.cuda.device_count() if has_gpu else 0,
+        "versions": {module.__name__: module.__version__ for module in (torch, triton, transformers)},
+        "date": datetime.date.today().isoformat(),
+    }

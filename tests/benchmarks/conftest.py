@@ -1,6 +1,0 @@
-"""The scripts are no package: they import each other by name."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -1,0 +1,76 @@
+"""``metrics.jsonl``: one JSON object per step, which a resumed run continues."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vexact.report.sinks.sink import RunInfo, Sink
+from vexact.types import StepStats
+
+FILE_NAME = "metrics.jsonl"
+
+
+class JsonlSink(Sink):
+    """Appends and flushes ``{"step", "time", metric: value, …}``; a value that is not finite is written as null."""
+
+    def __init__(self, run: RunInfo) -> None:
+        """Open the file: a resumed run drops the lines after its step, a new run renames an older file."""
+        path = run.run_dir / FILE_NAME
+        if path.exists():
+            if run.resume_step is None:
+                path.rename(_free_name(path))
+            else:
+                _keep_until(path, run.resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, stats: StepStats) -> None:
+        record: dict[str, float | None] = {"step": stats.step, "time": round(time.time(), 3)}
+        record |= {name: _finite(value) for name, value in stats.metrics.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that a killed run left unfinished is left out.
+
+    Raises:
+        ValueError: a line other than the last is not JSON.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return candidate
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
