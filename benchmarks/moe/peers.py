@@ -1,27 +1,41 @@
 """The same layer by other libraries, each where it can be imported: vLLM, Liger and SonicMoE beside ours.
 
-A peer is given tokens and router logits, routes them with its own kernel if it has one, and returns the layer's output.
-It is timed only where that output, and in training the gradients of the tokens and the matrices, are ours but for
-rounding.
+    python -m benchmarks.moe.peers liger --shape Qwen3-30B-A3B --seconds 60 --out liger.json
+
+``speed.py`` runs this once for every peer and shape, each in a process of its own. A peer is given tokens and router
+logits, routes them with its own kernel if it has one, and returns the layer's output. It is timed only where that
+output, and in training the gradients of the tokens and the matrices, are ours but for rounding.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.moe.cases import MOONLIGHT, QWEN3, REHEARSAL, MoeShape, make_weights
 from benchmarks.moe.layer import Layer
 from benchmarks.shared.clock import median_ms
+from benchmarks.shared.options import needs_gpu, out_file
 
 Forward = Callable[[Layer, Tensor, Tensor], Tensor]
+Record = dict[str, Any]
+SHAPES = {shape.name: shape for shape in (QWEN3, MOONLIGHT)}
 CLOSE = 0.02  # of the norm: bf16 rounds each of a few steps by at most 0.004
+CLOSE_LOGITS = 0.1  # Liger adds the gradients of weights in bf16
 CHECKED = 200  # tokens compared before anything is timed: experts with many rows, few and none
 
 
@@ -33,6 +47,14 @@ class Peer:
     forward: Forward
     captured: bool = False  # in a CUDA graph: it never waits for the device
     trains: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Tokens of the calls that are timed."""
+
+    forward: tuple[int, ...] = (16384, 5120, 4096, 32768, 64, 1, 16, 256)  # the ones that matter first
+    train: tuple[int, ...] = (16384, 32768, 4096)
 
 
 def liger() -> Peer:
@@ -102,18 +124,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
 
 
-def load(names: list[str], not_run: dict[str, str]) -> dict[str, Peer]:
-    """Those of ``names`` that can be imported; of the others ``not_run`` says why."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = PEERS[name]()
-        except Exception as error:  # an import may fail in whatever way a library's start-up can
-            not_run[name] = reason(error)
-            print(f"{name} is not run: {not_run[name]}", flush=True)
-    return found
-
-
 def unlike(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference of that of ours; infinite where theirs is not finite."""
     error = float((theirs.double() - ours.double()).norm() / ours.double().norm())
@@ -130,12 +140,16 @@ def check(layer: Layer, peer: Peer) -> dict[str, float]:
     with torch.no_grad():
         errors = {"output": unlike(layer.forward(x, logits), peer.forward(layer, x, logits))}
     if peer.trains:
-        found = [layer.gradients(forward, CHECKED, 1) for forward in (layer.forward, bound(layer, peer))]
+        found = []
+        for forward in (layer.forward, bound(layer, peer)):
+            torch.manual_seed(1)  # the same tokens, and the same gradient of the output
+            found.append(layer.step(forward, CHECKED, 1)())
         for name, ours, theirs in zip(("tokens", "logits", "gate_up", "down"), *found, strict=True):
             errors[f"gradient of {name}"] = unlike(ours, theirs)
     for name, error in errors.items():
-        if not error <= CLOSE:
-            raise ValueError(f"its {name} is not ours: relative error {error:.3g}, of which {CLOSE} would be rounding")
+        close = CLOSE_LOGITS if name == "gradient of logits" else CLOSE
+        if not error <= close:
+            raise ValueError(f"its {name} is not ours: relative error {error:.3g}, of which {close} would be rounding")
     return errors
 
 
@@ -171,63 +185,96 @@ def forward_us(layer: Layer, peer: Peer, tokens: int) -> float:
     return (median_ms(calls, target_ms=2.0) if peer.captured else eager_ms(calls)) * 1e3
 
 
-def measure(
-    layer: Layer,
-    peers: dict[str, Peer],
-    forward: tuple[int, ...],
-    train: tuple[int, ...],
-    seconds: float,
-    not_run: dict[str, str],
-) -> dict[str, Any]:
-    """Figures of every peer for one shape: errors, µs and TFLOP/s of a forward, TFLOP/s of training. Each has its part
-    of ``seconds``; what does not begin within it, and what fails, is in ``not_run``."""
-    record: dict[str, Any] = {}
-    shape = layer.shape
-    for at, (name, peer) in enumerate(peers.items()):
-        until = time.monotonic() + seconds / (len(peers) - at)
-        began = time.monotonic()
-        case: dict[str, Any] = {"version": peer.version, "captured": peer.captured, "forward": {}, "training": {}}
-        work: list[tuple[str, Callable[[], None]]] = [("check", lambda c=case, p=peer: c.update(errors=check(layer, p)))]
-        for tokens in sorted(forward, reverse=True):
-            work.append((f"forward of {tokens}", lambda c=case, p=peer, n=tokens: _forward(c, layer, p, n)))
-        for tokens in train if peer.trains else ():
-            work.append((f"training on {tokens}", lambda c=case, p=peer, n=tokens: _train(c, layer, p, n)))
-        for what, step in work:
-            try:
-                if time.monotonic() > until:
-                    raise TimeoutError(f"no time left of its {until - began:.0f} s")
-                step()
-            except Exception as error:  # whatever a compiler, a tuner or a device may raise
-                not_run[f"{name}, {shape.name}, {what}"] = reason(error)
-                print(f"{name}, {shape.name}, {what} is not run: {reason(error)}", flush=True)
-                if what == "check":
-                    break
-        seconds -= time.monotonic() - began
-        record[name] = case
-        print(f"{name} ({peer.version}), {shape.name}: {_line(case)}", flush=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def measure(name: str, shape: MoeShape, sizes: Sizes, seconds: float, keep: Callable[[Record], None]) -> Record:
+    """Errors, µs and TFLOP/s of forwards, TFLOP/s of training; ``keep`` is given the record after every figure.
+
+    What does not begin within ``seconds``, and what fails, is in its ``not_run`` with the reason.
+    """
+    record: Record = {"forward": {}, "training": {}, "not_run": {}}
+    try:
+        peer = PEERS[name]()
+    except Exception as error:  # an import may fail in whatever way a library's start-up can
+        record["not_run"]["all of it"] = reason(error)
+        return record
+    began, layer = time.monotonic(), Layer(shape, make_weights(shape))
+    record |= {"version": peer.version, "captured": peer.captured}
+
+    def checked() -> None:
+        record["errors"] = check(layer, peer)
+
+    def timed(tokens: int) -> None:
+        us = forward_us(layer, peer, tokens)
+        record["forward"][tokens] = {"us": us, "tflops": layer.shape.flops(tokens) / us / 1e6}
+
+    def trained(tokens: int) -> None:
+        step = layer.step(bound(layer, peer), tokens, 0)
+        step()
+        ms, (saved, peak) = eager_ms([step], rounds=3), layer.memory(step)
+        tflops = 3 * layer.shape.flops(tokens) / ms / 1e9
+        record["training"][tokens] = {"ms": ms, "tflops": tflops, "saved_gib": saved, "peak_gib": peak}
+
+    work: list[tuple[str, Callable[[], None]]] = [("check", checked)]
+    work += [(f"forward of {n} tokens", partial(timed, n)) for n in sizes.forward]
+    work += [(f"training on {n} tokens", partial(trained, n)) for n in sizes.train if peer.trains]
+    for what, step in work:
+        try:
+            if time.monotonic() - began > seconds:
+                raise TimeoutError(f"{seconds:.0f} s are over")
+            step()
+        except Exception as error:  # whatever a compiler, a tuner or a device may raise
+            record["not_run"][what] = reason(error)
+        keep(record)
+        if "check" in record["not_run"]:
+            break
     return record
 
 
-def _forward(case: dict[str, Any], layer: Layer, peer: Peer, tokens: int) -> None:
-    us = forward_us(layer, peer, tokens)
-    case["forward"][tokens] = {"us": us, "tflops": layer.shape.flops(tokens) / us / 1e6}
+def in_its_own_process(name: str, shape: MoeShape, seconds: float) -> Record:
+    """The record of such a process, which ends with it whatever happens there."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder, "peer.json")
+        command = [sys.executable, "-m", "benchmarks.moe.peers", name, "--shape", shape.name, "--seconds", str(seconds)]
+        try:
+            done = subprocess.run([*command, "--out", out], timeout=2 * seconds + 60, capture_output=True, text=True)
+            ending = f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+        except subprocess.TimeoutExpired:
+            done, ending = None, f"stopped after {2 * seconds + 60:.0f} s"
+        record: Record = json.loads(out.read_text()) if out.exists() else {"forward": {}, "training": {}, "not_run": {}}
+    if done is None or done.returncode:
+        record["not_run"]["the rest"] = ending[:300]
+    print(f"{name}, {shape.name}: {line(record)}", flush=True)
+    return record
 
 
-def _train(case: dict[str, Any], layer: Layer, peer: Peer, tokens: int) -> None:
-    step = layer.step(bound(layer, peer), tokens, 0)
-    step()
-    ms = eager_ms([step], rounds=3)
-    saved, peak = layer.memory(step)
-    flops = 3 * layer.shape.flops(tokens)
-    case["training"][tokens] = {"ms": ms, "tflops": flops / ms / 1e9, "saved_gib": saved, "peak_gib": peak}
+def line(record: Record) -> str:
+    """All of it in a line."""
+    parts = [record["version"]] if "version" in record else []
+    parts += [f"{what} differs by {error:.4f}" for what, error in record.get("errors", {}).items()]
+    parts += [f"{n}: {one['us']:.1f} us, {one['tflops']:.0f} TFLOP/s" for n, one in record["forward"].items()]
+    parts += [f"training {n}: {one['tflops']:.0f} TFLOP/s" for n, one in record["training"].items()]
+    parts += [f"{what} NOT RUN: {why}" for what, why in record["not_run"].items()]
+    return "; ".join(parts)
 
 
-def _line(case: dict[str, Any]) -> str:
-    parts = [f"{what} {error:.4f}" for what, error in case.get("errors", {}).items()]
-    parts += [f"{tokens}: {one['us']:.1f} us {one['tflops']:.0f} TFLOP/s" for tokens, one in case["forward"].items()]
-    parts += [f"training {tokens}: {one['tflops']:.0f} TFLOP/s" for tokens, one in case["training"].items()]
-    return "; ".join(parts) or "nothing"
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--shape", choices=[*SHAPES, REHEARSAL.name], default=QWEN3.name)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out", type=out_file, default=Path("peer.json"))
+    args = parser.parse_args()
+    rehearsed = args.shape == REHEARSAL.name
+    if not rehearsed:
+        needs_gpu(parser)
+    shape, sizes = (REHEARSAL, Sizes((1, 16), (16,))) if rehearsed else (SHAPES[args.shape], Sizes())
+
+    def keep(record: Record) -> None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    record = measure(args.peer, shape, sizes, args.seconds, keep)
+    keep(record)
+    print(line(record), flush=True)
 
 
+if __name__ == "__main__":
+    main()

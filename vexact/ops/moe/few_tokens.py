@@ -16,8 +16,10 @@ _MOST_CHOSEN = 16  # experts of a token: their rows are one tile
 
 
 def takes_few(x: Tensor, top_k: int, down: Tensor) -> bool:
-    """Whether :func:`few_tokens` has kernels of its own for rows ``x`` (T, H) and matrices ``down`` (E, H, I), proven on
-    a GPU: 16-bit numbers, few tokens, no gradients, nothing captured by a compiler."""
+    """Whether :func:`few_tokens` has kernels of its own for rows ``x`` (T, H) and matrices ``down`` (E, H, I).
+
+    They are for 16-bit numbers and few tokens, without gradients or a compiler, once they are proven on a GPU.
+    """
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     from vexact.ops.kernels.moe import few

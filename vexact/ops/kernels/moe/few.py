@@ -99,7 +99,7 @@ def few_gated_kernel(
     pair, block = tl.program_id(0), tl.program_id(1)
     token, j = pair // TOP_K, pair % TOP_K
     rows = token + tl.zeros((WARPS,), tl.int32)
-    chosen, position, weights, index, known, state = choose(
+    chosen, position, _, index, _, state = choose(
         logits_ptr, bias_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS, LEVELS, GROUPS, SIZE, TOP_GROUPS, BEST,
         TOP_K, WARPS, SIGMOID, NORMALIZE, ROUND_TO, HAS_BIAS, HAS_DIGEST,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def few_down_kernel(
     which its own is kept; then they are added by index."""
     block, token = tl.program_id(0), tl.program_id(1)
     rows = token + tl.zeros((WARPS,), tl.int32)
-    chosen, position, weights, index, known, state = choose(
+    chosen, position, weights, index, _, _ = choose(
         logits_ptr, bias_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS, LEVELS, GROUPS, SIZE, TOP_GROUPS, BEST,
         TOP_K, WARPS, SIGMOID, NORMALIZE, ROUND_TO, HAS_BIAS, False,
     )  # fmt: skip
@@ -231,7 +231,7 @@ def forward(
     down_tile: tuple[int, int, int] = DOWN_TILES[0],
     prefetch: bool = True,
 ) -> Tensor:
-    """x (T, H), logits (T, E) fp32, gate_up (E, 2I, H), down (E, H, I), shared (T, H) or None, all contiguous -> (T, H);
+    """x (T, H), logits (T, E) fp32, gate_up (E, 2I, H), down (E, H, I), shared (T, H) or None, contiguous -> (T, H);
     adds to ``digest`` (T,). The tiles and ``prefetch`` are for tuning: no bit depends on them."""
     (num_tokens, hidden), width = x.shape, down.shape[2]
     route = constants(logits.shape[1], bias, digest, top_k, scoring, num_groups, top_groups, normalize, round_to)
