@@ -79,9 +79,17 @@ def few_tokens(
             check_per_row("few_tokens", logits.shape[0], torch.bool, padding=padding)
         from vexact.ops.kernels.moe import few
 
-        optional = [None if tensor is None else tensor.contiguous() for tensor in (bias, padding, shared)]
-        whole = [tensor.contiguous() for tensor in (x, logits, gate_up, down)]
-        return few.forward(whole[0], whole[1], optional[0], digest, optional[1], *whole[2:], optional[2], *settings)
+        return few.forward(
+            x.contiguous(),
+            logits.contiguous(),
+            None if bias is None else bias.contiguous(),
+            digest,
+            None if padding is None else padding.contiguous(),
+            gate_up.contiguous(),
+            down.contiguous(),
+            None if shared is None else shared.contiguous(),
+            *settings,
+        )
     routes, groups = route_and_group(
         logits,
         bias,
