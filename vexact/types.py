@@ -30,6 +30,15 @@ class Prompt:
     extra_info: dict[str, Any] = field(default_factory=dict)
 
 
+def inverse_temperature(temperature: float) -> float:
+    """The fp32 factor of raw logits, as the sampler divides: in fp32. 1 where 0 means greedy.
+
+    >>> float(np.float32(1 / 0.85)) == inverse_temperature(0.85)
+    False
+    """
+    return float(np.float32(1.0) / np.float32(temperature)) if temperature > 0 else 1.0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One finished request.
@@ -62,7 +71,7 @@ class Sample:
     @property
     def inv_temperature(self) -> float:
         """The fp32 factor every raw logit is multiplied by before the log-softmax."""
-        return float(np.float32(1.0) / np.float32(self.temperature)) if self.temperature > 0 else 1.0
+        return inverse_temperature(self.temperature)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from vexact import ops
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
+from vexact.ops.kernels import chain
 from vexact.ops.kernels.attention import packed_backward, packed_forward
+from vexact.ops.kernels.launches import forget
 from vexact.ops.kernels.moe import few
 from vexact.ops.square_sums import num_stretches, square_sums
 
@@ -110,6 +112,24 @@ def rowwise(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     ids, embeddings = torch.randint(0, 50, (rows,), device="cuda"), draw(50, width, dtype=dtype)
     ids[: 2 * rows // 3] = 7
     return results + with_gradients((ops.embedding(ids, embeddings),), (embeddings,))
+
+
+@torch.no_grad()
+def chained(rows: int, page_size: int) -> list[Tensor]:
+    """A layer's kernels, each while the one before it ends; weights asked for to their last 16 bytes."""
+    before = chain.STEPS
+    chain.STEPS = ((chain.LARGE, chain.Chain(overlap=True, early=True, ask=1024, ahead=1, fuse=True)),)
+    forget()
+    try:
+        x, weight = draw(rows, 136).detach(), draw(136)
+        gate_up, down = draw(2 * 72, 136), draw(136, 72)
+        normed, residual = ops.add_rms_norm(x, x, weight, 1e-6)
+        act = ops.linear(ops.linear_swiglu(normed, gate_up), down, ahead=gate_up)
+        apart = ops.swiglu(ops.linear(normed, gate_up))
+        return [residual, act, apart, *paged(page_size, [1] * 3, [0, 64, 2200], 64)]
+    finally:
+        chain.STEPS = before
+        forget()
 
 
 def cross_entropy(tokens: int, size: int, vocabulary: int, dtype: torch.dtype) -> list[Tensor]:
@@ -202,6 +222,8 @@ def cases() -> Iterator[Case]:
     for page_size in (7, 16, 64):
         for new, old in (([1, 1, 1], [0, 64, 2200]), ([3, 70, 1], [5, 0, 130])):
             yield f"pages of {page_size} {new}", lambda p=page_size, n=new, o=old: paged(p, n, o, 64)
+    for rows, page_size in ((3, 64), (70, 16)):
+        yield f"chained {rows}", lambda r=rows, p=page_size: chained(r, p)
     yield "sampling", lambda: sampling(9, 1009)
 
 

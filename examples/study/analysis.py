@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bands import Band, band, difference
+from bands import Band, band
 from outcomes import MISMATCHES, OUTCOMES, outcomes
 
 LEVEL, STRICT_LEVEL = 0.95, 0.99
@@ -73,16 +73,26 @@ class Study:
         """The mean over seeds, at 95 %."""
         return band(list(self.values(cell, outcome).values()), LEVEL, _name(cell, outcome))
 
+    def differences(self, cell: Cell, reference: Cell, outcome: str) -> list[float]:
+        """Of being ``cell`` and not ``reference``, seed by seed; none where one of them has no runs."""
+        if cell not in self.rows or reference not in self.rows:
+            return []
+        first, second = self.values(cell, outcome), self.values(reference, outcome)
+        return [first[seed] - second[seed] for seed in self.seeds]
+
     def effect(self, cell: Cell, reference: Cell, outcome: str) -> Effect | None:
-        """Of being ``cell`` and not ``reference``; None where one of them has no runs."""
-        if cell not in self.rows or reference not in self.rows or not self.seeds:
+        """The mean of ``differences``; None where there are none."""
+        found = self.differences(cell, reference, outcome)
+        if not found:
             return None
-        pair = self.values(cell, outcome), self.values(reference, outcome)
         name = f"{_name(cell, outcome)} - {_name(reference, outcome)}"
-        wide, strict = (difference(*pair, level, name) for level in (LEVEL, STRICT_LEVEL))
-        assert wide is not None, "both have the same seeds"
-        assert strict is not None, "and so has this one"
+        wide, strict = (band(found, level, name) for level in (LEVEL, STRICT_LEVEL))
         return Effect(wide, strict)
+
+    def comparisons(self) -> list[tuple[Cell, Cell]]:
+        """Every cell with what it is compared with: exact runs, and, where it is corrected, uncorrected ones."""
+        pairs = [(cell, other(cell)) for cell in self.cells for other in (exact_cell, uncorrected_cell)]
+        return [(cell, other) for cell, other in dict.fromkeys(pairs) if other != cell and other in self.rows]
 
 
 def exact_cell(cell: Cell) -> Cell:

@@ -1,4 +1,4 @@
-"""What a run is measured by, from its curves. Defined in docs/study.md before any run of the study."""
+"""What a run is measured by, from its curves. Defined in docs/study.md before the runs; ``fallen`` was added after."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ LAST = 10  # steps that the final reward is the mean of
 THRESHOLD_WINDOW = 5
 SPIKE_FACTOR, SPIKE_WINDOW = 3.0, 10
 COLLAPSE_SHARE = 0.5
+LEARNED = 0.1  # of the best reward; below it a collapse cannot be told from never having learned
 
 OUTCOMES = {
     "exact_score": "score of the trained weights, sampled exactly",
     "final_reward": f"reward of the last {LAST} steps, as sampled",
     "steps_to_threshold": "steps to the threshold",
     "collapsed": "collapsed",
+    "fallen": f"collapsed from a mean reward of at least {LEARNED}",
     "spikes": "gradient-norm spikes",
 }
 MISMATCHES = ("kl", "probs_diff", "share_different", "routes_share_different")
@@ -34,13 +36,15 @@ def outcomes(row: Mapping[str, Any], threshold: float) -> dict[str, float]:
     reward = np.zeros(steps)
     reward[: len(row["reward"])] = row["reward"]
     final = float(reward[-LAST:].mean())
+    collapsed = stopped or has_collapsed(reward)
     compared = _total(row["tokens_compared"])
     is_compared = np.isfinite(row["tokens_compared"]).sum() > len(row["tokens_compared"]) / 2
     return {
         "exact_score": 0.0 if stopped else float(row["exact_score"]),
         "final_reward": final,
         "steps_to_threshold": float(steps_to(reward, threshold)),
-        "collapsed": float(stopped or has_collapsed(reward)),
+        "collapsed": float(collapsed),
+        "fallen": float(collapsed and running_mean(reward, LAST).max() >= LEARNED),
         "spikes": float(count_spikes(row["grad_norm"])),
         "kl": _median(row["k3_kl"] if is_compared else row["ppo_kl"]),
         "probs_diff": _median(row["probs_diff"]) if is_compared else math.nan,

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from analysis import EXACT, UNCORRECTED, Cell, Effect, Study, exact_cell, uncorrected_cell
 from bands import Band
+from certainty import CONFIRMATION, hypotheses_table, multiplicity_table, rounding_table
 from grid import read_grid
 from results import read_results
 
 STALE = "one_step_off"
+ROUNDINGS, MULTIPLICITY = "rounding", "multiplicity"
 BEGIN, END = "<!-- study:{} -->", "<!-- /study:{} -->"
 
 
 def write_page(results: Path, grid: Path, page: Path) -> None:
-    """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid (and
-    ``NAME-staleness``), and draws ``study_NAME.svg``.
+    """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid,
+    ``NAME-staleness``, ``NAME-weights``, ``confirmation-hypotheses``, ``rounding`` and ``multiplicity``, and draws
+    ``study_NAME.svg``.
 
     Raises:
         ValueError: a marker without its end.
@@ -37,19 +41,32 @@ def write_page(results: Path, grid: Path, page: Path) -> None:
 
 def with_tables(text: str, rows: Sequence[Mapping[str, Any]], grid: Path) -> str:
     """The page with the tables of these results. Raises ValueError for a marker without its end."""
-    for name, study in studies(rows, grid).items():
-        for marker, table in ((name, part_table), (f"{name}-staleness", staleness_table)):
-            if BEGIN.format(marker) in text and study.seeds:
-                text = replace_between(text, marker, table(study))
-    return text
+    parts = studies(rows, grid)
+    for name, study in parts.items():
+        if study.seeds:
+            text = _filled(text, name, lambda study=study: part_table(study))
+            text = _filled(text, f"{name}-staleness", lambda study=study: staleness_table(study))
+            text = _filled(text, f"{name}-weights", lambda study=study: weights_table(study))
+    if CONFIRMATION in parts and not parts[CONFIRMATION].missing:
+        text = _filled(text, f"{CONFIRMATION}-hypotheses", lambda: hypotheses_table(parts[CONFIRMATION]))
+    text = _filled(text, ROUNDINGS, lambda: rounding_table(parts))
+    return _filled(text, MULTIPLICITY, lambda: multiplicity_table(parts))
+
+
+def _filled(text: str, marker: str, table: Callable[[], str]) -> str:
+    return replace_between(text, marker, table()) if BEGIN.format(marker) in text else text
 
 
 def studies(rows: Sequence[Mapping[str, Any]], grid: Path) -> dict[str, Study]:
-    """One per part of the grid. Runs that parts share count in each of them."""
+    """One per part of the grid, of its own seeds alone. Runs that parts share count in each of them."""
     raw = yaml.safe_load(grid.read_text(encoding="utf-8"))
     thresholds = {name: float(subject["threshold"]) for name, subject in raw["subjects"].items()}
-    cells = {name: [_cell(spec) for spec in read_grid(grid, [name])] for name in raw["parts"]}
-    return {name: Study(rows, thresholds, part) for name, part in cells.items()}
+    found = {}
+    for name in raw["parts"]:
+        specs = read_grid(grid, [name])
+        ids = {spec.id for spec in specs}
+        found[name] = Study([row for row in rows if row["id"] in ids], thresholds, [_cell(spec) for spec in specs])
+    return found
 
 
 def replace_between(text: str, name: str, content: str) -> str:
@@ -82,13 +99,40 @@ def staleness_table(study: Study) -> str:
     return "\n".join(lines)
 
 
+def weights_table(study: Study) -> str:
+    """What the corrections leave of the samples: means over all steps and seeds."""
+    columns = {
+        "effective_samples": ".0%",
+        "rejected": ".0%",
+        "clip_fraction": ".1%",
+        "grad_norm": ".2f",
+        "entropy": ".2f",
+    }
+    lines = [
+        "| learning rate | mode | correction | effective samples | rejected | clipped | gradient norm | entropy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in study.cells:
+        correction = "" if cell[3] == EXACT else f"`{cell[4]}`"
+        found = [_mean(_mean_of(study, cell, column), form) for column, form in columns.items()]
+        lines.append(f"| {' | '.join([f'{cell[2]:g}', f'`{cell[3]}`', correction, *found])} |")
+    return "\n".join(lines)
+
+
+def _mean_of(study: Study, cell: Cell, column: str) -> float:
+    """NaN where no step has such a metric."""
+    values = np.array([value for row in study.rows[cell].values() for value in row[column]], dtype=np.float64)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
 def _table(study: Study, cells: Sequence[Cell]) -> str:
     subject, algorithm, lr = cells[0][:3]
     lines = [
         f"`{subject}`, {algorithm}, learning rate {lr:g}, {len(study.seeds)} seeds:",
         "",
         "| mode | correction | exact score | difference from `none` | | from `uncorrected` | | final reward | "
-        "steps to threshold | collapsed | spikes | KL | other bits | other experts |",
+        "steps to threshold | collapsed (fallen) | spikes | KL | other bits | other experts |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {' | '.join(_entries(study, cell))} |" for cell in cells]
@@ -107,12 +151,17 @@ def _entries(study: Study, cell: Cell) -> list[str]:
         *_effect(corrected),
         _interval(study.band(cell, "final_reward")),
         _interval(study.band(cell, "steps_to_threshold"), ".0f"),
-        f"{sum(study.values(cell, 'collapsed').values()):.0f} of {len(study.seeds)}",
+        _collapses(study, cell),
         _interval(study.band(cell, "spikes"), ".1f"),
         _mean(study.band(cell, "kl").mean, ".1e"),
         _mean(study.band(cell, "share_different").mean, ".0%"),
         _mean(study.band(cell, "routes_share_different").mean, ".1%"),
     ]
+
+
+def _collapses(study: Study, cell: Cell) -> str:
+    collapsed, fallen = (int(sum(study.values(cell, outcome).values())) for outcome in ("collapsed", "fallen"))
+    return f"{collapsed} of {len(study.seeds)}" + (f" ({fallen})" if collapsed else "")
 
 
 def _effect(effect: Effect | None) -> list[str]:

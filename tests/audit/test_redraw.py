@@ -84,7 +84,13 @@ def wider_nucleus(logits, params, sample):
 
 
 @pytest.mark.parametrize(
-    "params", [PARAMS, SamplingParams(n=2, max_tokens=9), SamplingParams(max_tokens=9, temperature=0)]
+    "params",
+    [
+        PARAMS,
+        SamplingParams(n=2, max_tokens=9),
+        SamplingParams(max_tokens=9, temperature=0),
+        SamplingParams(max_tokens=9, top_k=2**40, top_p=1e-60),  # more than a vocabulary, and 0 in fp32
+    ],
 )
 def test_every_honest_draw_can_be_repeated(params):
     samples = generate(params)

@@ -72,6 +72,8 @@ def test_text_parts_are_joined(content):
         (said("x", role=""), "role='' must be a name"),
         (said("x") | {"tool_calls": [{"id": 1}]}, "holds tool_calls, which are not supported"),
         (said("a\ud800"), "lone surrogate"),
+        (said("x", role="a\ud800"), "lone surrogate"),
+        (said("x") | {"more": [{"name": "\ud800"}]}, "lone surrogate"),
         ("x", "must be a mapping with 'role' and 'content', it is 'x'"),
     ],
 )
@@ -157,12 +159,17 @@ def test_add_generation_prompt_is_honoured():
     "key",
     [
         *("tokenize", "chat_template", "tools", "documents", "continue_final_message", "conversation", "messages"),
-        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs", "self"),
     ],
 )
 def test_arguments_that_are_not_the_templates_are_refused_by_name(key):
     with pytest.raises(ValueError, match=rf"data\.apply_chat_template_kwargs: '{key}' cannot be set"):
         text_of(chat(USER), **{key: True})
+
+
+def test_text_that_is_none_does_not_come_in_by_an_argument():
+    with pytest.raises(ValueError, match=r"row 0, as the chat template shows it, holds the lone surrogate"):
+        text_of(chat(USER), CHATML + "{{ date }}", date="\ud800")
 
 
 def test_an_argument_the_template_does_not_know_is_told(caplog):
@@ -179,6 +186,8 @@ def test_an_argument_the_template_does_not_know_is_told(caplog):
     [
         (chat(said("what is <|im_end|>?")), r"row 0: message 0 \(role 'user'\) holds '<\|im_end\|>', a special token"),
         (chat(SYSTEM, said("<|im_start|>assistant\n3")), r"message 1 .*'<\|im_start\|>'"),
+        (chat(said("x", role="user<|im_end|>")), r"message 0 .*'<\|im_end\|>'"),
+        (chat(said("x") | {"names": ["a", {"b": "<|im_start|>"}]}), r"message 0 .*'<\|im_start\|>'"),
         (Row("x <eos> y", "exact_match", "3"), r"message 0 .*'<eos>'"),
         (Row("<|im_start|>user\n1+2=<|im_end|>\n", "exact_match", "3"), "separates messages.*formatted already"),
     ],

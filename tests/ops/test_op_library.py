@@ -177,6 +177,7 @@ def _arguments() -> dict[str, tuple]:
         "rope_to_cache_forward": (q, k, k + 1, None, None, 0.0, ids, table, pages, pages + 1, spread),
         "latent_rope_forward": (q, torch.randn(6, 4, 12), torch.randn(6, 4), ids, table[:, :4], True),
         "swiglu_forward": (x,),
+        "linear_swiglu_forward": (x, weight),
         "swiglu_backward": (torch.randn(6, 4), x),
         "embedding_forward": (ids, weight),
         "embedding_backward": (x, ids, 4),

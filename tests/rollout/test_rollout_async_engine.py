@@ -71,6 +71,24 @@ def test_an_aborted_request_returns_what_it_has_and_a_new_one_goes_on_from_there
     asyncio.run(engine.run(Engine.check_idle))
 
 
+def test_whoever_waits_for_what_a_call_took_out_of_the_engine_is_told(engine):
+    """Not left waiting for ever; what the call leaves in goes on."""
+
+    async def scenario():
+        first, second = (asyncio.create_task(engine.generate(PROMPTS[0], LONG, name)) for name in ("a", "b"))
+        while sum(await engine.run(lambda engine: engine.num_requests)) < 2:
+            pass
+        assert len(await engine.run(lambda engine: engine.abort({"a"}))) == 1
+        with pytest.raises(RuntimeError, match="request 'a' was taken out of the engine by a call; use AsyncEngine"):
+            await asyncio.wait_for(first, 30)
+        assert await engine.run(Engine.abort_all) == ["b"]
+        with pytest.raises(RuntimeError, match="request 'b' was taken out"):
+            await asyncio.wait_for(second, 30)
+
+    asyncio.run(scenario())
+    assert engine.num_unfinished == 0
+
+
 def test_a_cancelled_caller_leaves_nothing_behind(engine):
     async def scenario():
         task = asyncio.create_task(engine.generate(PROMPTS[0], LONG, "gone"))

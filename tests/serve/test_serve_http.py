@@ -296,6 +296,14 @@ REFUSED: list[tuple[Callable[[openai.OpenAI], Any], type[openai.APIError], str, 
         "'image_url'",
         None,
     ),
+    (
+        lambda c: c.chat.completions.create(
+            model="tiny", messages=CHAT, extra_body={"chat_template_kwargs": {"enable_thinkin": False}}
+        ),
+        openai.BadRequestError,
+        "the model's chat template has no variable 'enable_thinkin'",
+        "chat_template_kwargs",
+    ),
 ]
 
 

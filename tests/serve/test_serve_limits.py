@@ -80,6 +80,8 @@ def test_a_body_that_is_too_large_slow_or_no_json_is_refused(narrow: Server) -> 
     assert ask(narrow, "/v1/completions", b"[1]", **key)[0] == 400
     assert ask(narrow, "/v1/completions", b'{"prompt": ' + b"[" * 1500, **key)[0] == 400
     assert ask(narrow, "/v1/completions", b"\xff", **key)[0] == 400
+    role = rb'{"messages": [{"role": "\ud800", "content": "x"}]}'  # JSON can name what UTF-8 cannot hold
+    assert "lone surrogate" in ask(narrow, "/v1/chat/completions", role, **key)[1]["error"]["message"]
     assert ask(narrow, "/v1/completions", b"{}", content_type="text/plain", **key)[0] == 415
     assert ask(narrow, "/v1/completions", **key)[0] == 405
     host, port = narrow._socket.getsockname()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vexact.data.messages import Message
+from vexact.data.messages import Message, check_text, texts
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """
     own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"add_generation_prompt", "kwargs"}
     for key in kwargs:
-        if not isinstance(key, str) or key in own or key == "messages":
+        if not isinstance(key, str) or key in own or key in ("self", "messages"):
             raise ValueError(
                 f"{KWARGS_KEY}: {key!r} cannot be set; prompts are rendered as text from the row's messages, and the "
                 "keys given here are variables of the chat template, such as enable_thinking, or add_generation_prompt"
@@ -56,6 +56,14 @@ def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     if not isinstance(prompted, bool):
         raise ValueError(f"{KWARGS_KEY}: add_generation_prompt={prompted!r} must be true or false")
     return {"add_generation_prompt": True, **kwargs}
+
+
+def unknown_variables(kwargs: Mapping[str, Any], tokenizer: Any) -> list[str]:
+    """Arguments that the chat template never reads, so that they change nothing."""
+    source = tokenizer.chat_template
+    text = source if isinstance(source, str) else "".join(source.values())
+    keys = kwargs.keys() - {"add_generation_prompt"}
+    return sorted(key for key in keys if not re.search(rf"\b{re.escape(key)}\b", text))
 
 
 class ChatTemplate:
@@ -79,11 +87,8 @@ class ChatTemplate:
             ValueError: it is no valid Jinja, or leaves out what a user says.
         """
         self._shape(("user",), self._origin)
-        source = self._tokenizer.chat_template
-        text = source if isinstance(source, str) else "".join(source.values())
-        for key in self._kwargs.keys() - {"add_generation_prompt"}:
-            if not re.search(rf"\b{re.escape(key)}\b", text):
-                log.warning("%s: %s has no variable %r; it changes nothing", KWARGS_KEY, self._origin, key)
+        for key in unknown_variables(self._kwargs, self._tokenizer):
+            log.warning("%s: %s has no variable %r; it changes nothing", KWARGS_KEY, self._origin, key)
 
     def render(self, messages: Sequence[Message], where: str) -> str:
         """The prompt's text.
@@ -94,7 +99,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: the template refuses the chat or leaves a message out, or a message holds one of the special
-                tokens that separate messages.
+                tokens that separate messages, in its content or anywhere else.
         """
         text = self._apply(messages, where)
         marks = self._shape(tuple(message["role"] for message in messages), where)
@@ -103,7 +108,7 @@ class ChatTemplate:
             shown = said.rpartition(_THOUGHT_END)[2] if message["role"] == "assistant" else said
             if shown.strip() not in text:
                 raise self._left_out(where, number, message, text)
-            imitated = sorted(mark for mark in marks if mark in said)
+            imitated = sorted(mark for mark in marks if any(mark in held for held in texts(message)))
             if imitated:
                 raise ValueError(
                     f"{where}: message {number} (role {message['role']!r}) holds {imitated[0]!r}, a special token with "
@@ -144,7 +149,7 @@ class ChatTemplate:
         except Exception as error:  # a template is foreign code and may raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise TemplateRefusal(f"{where}: the chat template refuses messages of {roles}: {error}; {_FIX}") from error
-        return str(text)
+        return check_text(str(text), f"{where}, as the chat template shows it,")
 
     def _left_out(self, where: str, number: int, message: Message, text: str) -> ValueError:
         return ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -20,7 +20,7 @@ def plain_messages(messages: Sequence[Any], where: str) -> tuple[Message, ...]:
 
     Raises:
         ValueError: no messages; no role or content; a part that is no text (an image, say); a content of another type;
-            tool calls; text that UTF-8 cannot hold.
+            tool calls; text that UTF-8 cannot hold, in the content or anywhere else.
     """
     if not messages:
         raise ValueError(f"{where} holds no messages; give at least {{'role': 'user', 'content': …}}")
@@ -34,7 +34,7 @@ def check_text(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         bad = text[error.start]
         raise ValueError(
-            f"{where} holds the lone surrogate {bad!r} at character {error.start}, which is no text; mend the row"
+            f"{where} holds the lone surrogate {bad!r} at character {error.start}, which is no text; mend it"
         ) from None
     return text
 
@@ -48,8 +48,23 @@ def _plain(message: Any, where: str) -> Message:
         raise ValueError(f"{where}: role={role!r} must be a name such as 'user'; keys there: {', '.join(kept)}")
     if "tool_calls" in kept:
         raise ValueError(f"{where} (role {role!r}) holds tool_calls, which are not supported; write them as content")
-    kept["content"] = check_text(_text(kept.get("content"), f"{where} (role {role!r})"), where)
+    kept["content"] = _text(kept.get("content"), f"{where} (role {role!r})")
+    for text in texts(kept):
+        check_text(text, where)
     return kept
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All strings of a message, or of anything that JSON can hold: a chat template may show any of them."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def _text(content: Any, where: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 import vexact.ops as invariant
 from vexact.ops import stock
@@ -64,6 +64,11 @@ class OpSet:
         return all(getattr(self, name) is getattr(invariant, name) for name in _EXPERT_OPS)
 
     @property
+    def fuses_swiglu(self) -> bool:
+        """Whether ``linear_swiglu`` stands for ``linear`` and ``swiglu``."""
+        return self.linear is invariant.linear and self.swiglu is invariant.swiglu
+
+    @property
     def fuses_cache(self) -> bool:
         """Whether ``rope_to_cache`` and ``cached_attention`` stand for the rotation and ``attention`` with a cache."""
         return (
@@ -71,6 +76,12 @@ class OpSet:
             and self.qk_norm_rope is invariant.qk_norm_rope
             and self.attention is invariant.attention
         )
+
+    def linear_ahead(self, x: Tensor, weight: Tensor, bias: Tensor | None, ahead: Tensor | None) -> Tensor:
+        """``linear``, told what weight is read next if it takes that."""
+        told = {"ahead": ahead} if ahead is not None and self.linear is invariant.linear else {}
+        out: Tensor = self.linear(x, weight, bias, **told)
+        return out
 
 
 _EXPERT_OPS = ("route", "group_tokens", "route_and_group", "grouped_swiglu", "grouped_linear", "combine")

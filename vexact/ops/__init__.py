@@ -19,6 +19,7 @@ from vexact.ops.linear_cross_entropy import (
     linear_cross_entropy_one_pass,
     linear_cross_entropy_trained,
 )
+from vexact.ops.linear_swiglu import linear_swiglu
 from vexact.ops.logprob import token_logprobs
 from vexact.ops.moe import (
     ExpertGroups,
@@ -58,6 +59,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_one_pass",
     "linear_cross_entropy_trained",
+    "linear_swiglu",
     "qk_norm_rope",
     "rms_norm",
     "rope",

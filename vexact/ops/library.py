@@ -60,6 +60,11 @@ def linear_grad_bias(dy: Tensor) -> Tensor:
     return module("linear", dy).grad_bias(dy)
 
 
+@_opaque(lambda x, weight: x.new_empty((x.shape[0], weight.shape[0] // 2)))
+def linear_swiglu_forward(x: Tensor, weight: Tensor) -> Tensor:
+    return module("linear_swiglu", x).forward(x, weight)
+
+
 @_opaque(lambda x, weight, eps: (*_same(x), _rows(x)))
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return module("rms_norm", x).forward(x, weight, eps)
@@ -349,6 +354,7 @@ OPS = {
     "linear_cross_entropy": SimpleNamespace(
         forward=linear_cross_entropy_forward, backward=linear_cross_entropy_backward
     ),
+    "linear_swiglu": SimpleNamespace(forward=linear_swiglu_forward),
     "moe.combine": SimpleNamespace(forward=moe_combine_forward, total=moe_combine_total, backward=moe_combine_backward),
     "moe.grouped_linear": SimpleNamespace(
         forward=moe_grouped_linear_forward,

@@ -167,6 +167,11 @@ class Engine:
         """Unfinished requests: those that hold a slot, and those that wait for one."""
         return self._scheduler.num_running, self._scheduler.num_waiting
 
+    @property
+    def unfinished_ids(self) -> set[str]:
+        """Of the samples that were asked for and have not ended."""
+        return {request.request_id for request in self._scheduler.unfinished}
+
     def add_request(
         self,
         prompt_token_ids: Sequence[int],

@@ -81,6 +81,7 @@ class EngineThread:
                 future.set_result(call(self._engine))
             except BaseException as error:
                 future.set_exception(error)
+            self._miss_taken()
 
         self._post(answer, partial(fail, future))
         return future
@@ -244,6 +245,14 @@ class EngineThread:
         if sample is not None and not shown:
             news = news._replace(token_ids=sample.token_ids, logprobs=sample.logprobs.tolist())
         self._outbox.setdefault(order.stream.loop, []).append(news)
+
+    def _miss_taken(self) -> None:
+        """Whoever waits for what a call has taken out of the engine, as ``engine.abort_all()`` does, is told so."""
+        if len(self._parts) <= sum(self._engine.num_requests):
+            return
+        for name in self._parts.keys() - self._engine.unfinished_ids:
+            taken = RuntimeError(f"request {name!r} was taken out of the engine by a call; use AsyncEngine.abort")
+            self._conclude(name, error=taken)
 
     def _release(self, order: Order, places: int) -> None:
         order.num_reserved -= places

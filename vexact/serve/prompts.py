@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vexact.data.chat_template import unknown_variables
 from vexact.data.rows import Row
 from vexact.data.template import PromptFormat, tokenize
 from vexact.rollout import SamplingParams
@@ -70,7 +71,15 @@ def _chat_prompt(body: ChatBody, tokenizer: Any) -> list[Sequence[int]]:
     if body.messages is None:
         raise ApiError(400, "messages is missing (or give the tokens as prompt_token_ids)", param="messages")
     _require(tokenizer, "messages")
-    form = PromptFormat(apply_chat_template_kwargs=body.chat_template_kwargs or {})
+    given = body.chat_template_kwargs or {}
+    if tokenizer.chat_template and (unknown := unknown_variables(given, tokenizer)):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs: the model's chat template has no variable {unknown[0]!r:.80}",
+            param="chat_template_kwargs",
+            code="unknown_parameter",
+        )
+    form = PromptFormat(apply_chat_template_kwargs=given)
     return list(tokenize([Row(tuple(body.messages), "", "", where="messages")], tokenizer, form))
 
 

@@ -160,8 +160,8 @@ def _check(body: Body, sampling: Mapping[str, Any]) -> None:
     if isinstance(body, CompletionBody) and body.logprobs:
         raise _unsupported(
             "logprobs",
-            f"logprobs={body.logprobs} is not supported: the engine gives the exact log-probability of the sampled "
-            "token only; use logprobs=0",
+            f"logprobs={body.logprobs!s:.80} is not supported: the engine gives the exact log-probability of the "
+            "sampled token only; use logprobs=0",
         )
     if body.stream and "prompt_logprobs" in sampling:
         raise ApiError(400, "prompt_logprobs comes with a whole answer; leave out stream", param="prompt_logprobs")
@@ -175,10 +175,10 @@ def _unsupported(name: str, message: str) -> ApiError:
 
 def _invalid(kind: type[Body], error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
-    name = ".".join(map(str, first["loc"]))
+    name = ".".join(map(str, first["loc"])) or "the body"
     if first["type"] == "extra_forbidden":
         known = [*kind.model_fields, *SAMPLING, "max_completion_tokens"]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return ApiError(400, f"unknown parameter {name}{hint}", param=name, code="unknown_parameter")
+        return ApiError(400, f"unknown parameter {name:.80}{hint}", param=name, code="unknown_parameter")
     return ApiError(400, f"{name}={first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)

@@ -42,7 +42,8 @@ class TextReader:
 
 class LiveText:
     """The text of one sample, a piece at a time. A piece never ends inside a character, and never holds the beginning
-    of a stop string before it is clear that it is none."""
+    of a stop string before it is clear that it is none. What was shown stands, but for a run of more than
+    ``_MAX_WINDOW`` byte tokens that turns out to be no text."""
 
     def __init__(self, reader: TextReader, stop: Iterable[str] = ()) -> None:
         self._reader = reader

@@ -9,6 +9,8 @@ from veomni.ops.kernels.cross_entropy import ForCausalLMLoss
 from vexact_veomni import convert
 from vexact_veomni.loss import causal_lm_loss
 
+from vexact.types import inverse_temperature
+
 
 @pytest.fixture
 def batch():
@@ -38,7 +40,17 @@ def test_log_probs_and_entropies_are_those_of_veomni(batch, shifted, temperature
     torch.testing.assert_close(ours.log_probs[:, :-1], theirs.log_probs[:, :8])
     torch.testing.assert_close(ours.entropy[:, :-1], theirs.entropy[:, :8])
     per_token = causal_lm_loss(**batch, return_log_probs=True, temperature=torch.full((2, 9), temperature))[2]
-    torch.testing.assert_close(per_token.log_probs, ours.log_probs)
+    assert torch.equal(per_token.log_probs, ours.log_probs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.26, 0.85, 1.05])
+def test_a_temperature_divides_as_the_sampler_does(batch, temperature):
+    """Bit for bit: 1 / 0.85 in fp64, then rounded, is another fp32 number."""
+    kept = int((nn.functional.pad(batch["labels"], (0, 1), value=-100)[..., 1:] != -100).sum())
+    reported = torch.full((kept,), inverse_temperature(temperature))
+    expected = causal_lm_loss(**batch, return_log_probs=True, inv_temperature=reported)[2].log_probs
+    for given in (temperature, torch.tensor(temperature), torch.full((2, 9), temperature)):
+        assert torch.equal(causal_lm_loss(**batch, return_log_probs=True, temperature=given)[2].log_probs, expected)
 
 
 def test_what_would_change_the_result_is_refused(batch):

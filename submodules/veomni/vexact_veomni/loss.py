@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from veomni.utils.model_outputs import FusedLinearAuxOutput
 
 from vexact.ops import linear_cross_entropy
+from vexact.types import inverse_temperature
 from vexact_veomni.parallel import refuse_sequence_parallelism
 
 _UNSUPPORTED = ("teacher_topk_ids", "teacher_topk_log_probs", "log_prob_min_clamp", "label_smoothing", "weight")
@@ -34,7 +35,7 @@ def causal_lm_loss(
 
     Args:
         labels: (B, T) int64; token t + 1 is what t predicts. shift_labels: the same, already moved.
-        temperature: one number, or fp32, one per label (B, T).
+        temperature: one number, or fp32, one per label (B, T); 0 is greedy, whose log-probabilities are those of 1.
         inv_temperature, min_logit: as a rollout reports them, (R,) fp32 for the kept labels: a factor in the place of
             ``temperature``, and truncation thresholds. FSDP2's mixed precision casts every floating input of the model;
             hand them over as int32 bits (``x.view(torch.int32)``).
@@ -58,9 +59,11 @@ def causal_lm_loss(
     if inv_temperature is not None:
         inverse: Tensor | float = _fp32("inv_temperature", inv_temperature)
     elif isinstance(temperature, Tensor):
-        inverse = (1.0 / _fp32("temperature", temperature)).expand_as(shift_labels).reshape(-1).index_select(0, rows)
+        given_each = _fp32("temperature", temperature)
+        inverse_each = torch.where(given_each > 0, 1.0 / given_each, 1.0)
+        inverse = inverse_each.expand_as(shift_labels).reshape(-1).index_select(0, rows)
     else:
-        inverse = 1.0 / temperature
+        inverse = inverse_temperature(temperature)
     min_logit = None if min_logit is None else _fp32("min_logit", min_logit)
     hidden = hidden_states.flatten(0, -2).index_select(0, rows)
     out = linear_cross_entropy(hidden, weights, flat.index_select(0, rows), inverse, min_logit)

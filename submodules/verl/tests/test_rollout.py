@@ -6,7 +6,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from verl.workers.config import HFModelConfig, SamplingConfig
+from verl.workers.config import HFModelConfig, PrometheusConfig, SamplingConfig
+from verl.workers.config.model import MtpConfig
 from verl.workers.rollout.replica import RolloutMode
 from vexact_verl.adapter import VexactAdapter
 from vexact_verl.parcels import Parcel
@@ -201,6 +202,14 @@ def test_validation_may_sample_in_its_own_way(model_path):
     [
         ({"engine_kwargs": {"vexact": {"block_size": 4}}}, r"engine_kwargs\.vexact has block_size; the engine takes"),
         ({"engine_kwargs": {"vexact": {"max_num_seqs": 4}}}, r"engine_kwargs\.vexact has max_num_seqs"),
+        ({"quantization": "fp8"}, "rollout.quantization=fp8: weights are computed with as the trainer does"),
+        ({"qat": {"enable": True}}, "rollout.qat.enable=True"),
+        ({"mtp": MtpConfig(enable_rollout=True)}, "rollout.mtp.enable_rollout=True: tokens are not guessed ahead"),
+        ({"logprobs_mode": "raw_logprobs"}, "rollout.logprobs_mode=raw_logprobs: .*; use processed_logprobs"),
+        ({"repetition_penalty": 1.2}, "rollout.repetition_penalty=1.2"),
+        ({"scheduling_policy": "priority", "over_sample_rate": 0.1}, "scheduling_policy=.*; rollout.over_sample_rate"),
+        ({"enable_rollout_routing_replay": True}, "nothing to replay"),
+        ({"prometheus": PrometheusConfig(enable=True)}, "rollout.prometheus.enable=True"),
         ({"top_p": 0.9}, "do not reach the trainer from a standalone rollout"),
         ({"dtype": "float8"}, "dtype='float8' is unknown"),
     ],

@@ -1,6 +1,7 @@
 """What verl's configuration asks for is done, or refused by name."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def refusal(model_path, model=None, engine=None, optim=None):
     [
         ({"lora_rank": 8}, {}, {}, "LoRA is not built in"),
         ({"use_liger": True}, {}, {}, "model.use_liger=True"),
+        ({"tiled_mlp": {"enabled": True, "num_shards": 4}}, {}, {}, "model.tiled_mlp.enabled=True"),
         ({"override_config": {"attn_implementation": "sdpa"}}, {}, {}, "attn_implementation=sdpa"),
         ({"override_config": {"rope_theta": 5.0}}, {}, {}, "the model is what its config.json says"),
         ({}, {"ulysses_sequence_parallel_size": 2}, {}, "ulysses_sequence_parallel_size=2"),
@@ -38,12 +40,20 @@ def refusal(model_path, model=None, engine=None, optim=None):
         ({}, {"pad_to_length": True}, {}, "pad_to_length"),
         ({}, {"model_dtype": "bf16"}, {}, "master weights are fp32"),
         ({}, {"qat": QATEngineConfig(enable=True)}, {}, "quantised training"),
+        ({}, {"mixed_precision": {"param_dtype": "bf16", "buffer_dtype": "bf16"}}, {}, "the rotary table is fp32"),
         ({}, {}, {"optimizer": "Adafactor"}, "torch.optim.Adafactor: only AdamW"),
         ({}, {}, {"override_optimizer_config": {"amsgrad": True}}, "amsgrad; only eps can be set"),
     ],
 )
 def test_what_cannot_be_honoured_is_named(model_path, model, engine, optim, message):
     assert message in refusal(model_path, model, engine, optim)
+
+
+def test_another_configuration_than_the_models_is_refused(model_path, tmp_path):
+    shutil.copytree(model_path, tmp_path / "other")
+    assert "/other: the model is what config.json in model.path says" in refusal(
+        model_path, {"hf_config_path": str(tmp_path / "other")}
+    )
 
 
 def test_all_refusals_come_at_once(model_path):

@@ -68,7 +68,7 @@ def rollout_config(precision: str, **changes: Any) -> RolloutConfig:
 
 def engine_config(precision: str, strategy: str = "vexact", **changes: Any) -> FSDPEngineConfig:
     config = FSDPEngineConfig(
-        mixed_precision={"param_dtype": precision},
+        mixed_precision={"param_dtype": precision} | changes.pop("mixed_precision", {}),
         use_torch_compile=False,
         max_token_len_per_gpu=256,
         infer_max_token_len_per_gpu=130,

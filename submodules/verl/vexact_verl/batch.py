@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from vexact.training.batches.batch import PackedBatch, TokenSequence, pack_tokens
+from vexact.types import inverse_temperature
 from vexact_verl.draws import read_draws
 
 
@@ -30,7 +30,7 @@ class JaggedBatch:
         draws = read_draws(data, [len(tokens) - prompt for tokens, prompt in zip(whole, prompts, strict=True)])
         _require_text(data, [len(tokens) for tokens in whole])
         sequences = [
-            TokenSequence(tokens[:prompt], tokens[prompt:], _inverse(draw.temperature), draw.min_logits)
+            TokenSequence(tokens[:prompt], tokens[prompt:], inverse_temperature(draw.temperature), draw.min_logits)
             for tokens, prompt, draw in zip(whole, prompts, draws, strict=True)
         ]
         self.packed: PackedBatch = pack_tokens(sequences, device)
@@ -59,8 +59,3 @@ def _require_text(data: TensorDict, lengths: list[int]) -> None:
     counted = torch.cat([torch.arange(length) for length in lengths])
     if positions.dim() != 2 or not torch.equal(positions.values().cpu().long(), counted):
         raise ValueError("position_ids must count from 0 in every sequence; actor.strategy=vexact trains text models")
-
-
-def _inverse(temperature: float) -> float:
-    """As ``Sample.inv_temperature``: greedy samples have the log-probabilities of temperature 1."""
-    return float(np.float32(1.0) / np.float32(temperature)) if temperature > 0 else 1.0

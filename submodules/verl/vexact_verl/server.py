@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
 from verl.utils.fs import copy_to_local
 from verl.workers.config import RolloutConfig
 from verl.workers.rollout.replica import RolloutMode, TokenOutput
 
-from vexact.rollout import Engine, EngineConfig
+from vexact.rollout import Engine
 from vexact.rollout.async_engine import AsyncEngine
 from vexact_verl.arrival import Arrival
 from vexact_verl.draws import KEY, Requests, carried_by
+from vexact_verl.engine_settings import engine_settings
 from vexact_verl.parcels import Parcel
 
 T = TypeVar("T")
-_SHARED = (  # keys that verl's rollout and vexact's engine have in common
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "gpu_memory_utilization",
-    "enable_chunked_prefill",
-    "enable_prefix_caching",
-    "enforce_eager",
-    "seed",
-)
 
 
 class VexactServer:
@@ -146,21 +136,3 @@ class VexactServer:
 
     async def _run(self, call: Callable[[Engine], T]) -> T:
         return await self._engine.run(call)
-
-
-def engine_settings(config: RolloutConfig) -> dict[str, Any]:
-    """verl's keys, and those of ``rollout.engine_kwargs.vexact``, for ``Engine``.
-
-    Raises ValueError for keys that the engine does not have, or that verl has another one for.
-    """
-    given: Any = config.engine_kwargs.get("vexact", None) or {}
-    own: dict[str, Any] = dict(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)  # type: ignore[arg-type]
-    known = {field.name for field in fields(EngineConfig)} - {*_SHARED, "free_cache_engine", "max_model_len"}
-    if unknown := sorted(own.keys() - known):
-        raise ValueError(
-            f"rollout.engine_kwargs.vexact has {', '.join(unknown)}; the engine takes {', '.join(sorted(known))} there"
-        )
-    if (sizes := config.cudagraph_capture_sizes) is not None:
-        own["cudagraph_capture_sizes"] = tuple(sizes)
-    longest = config.max_model_len or config.prompt_length + config.response_length
-    return {key: getattr(config, key) for key in _SHARED} | {"max_model_len": longest} | own

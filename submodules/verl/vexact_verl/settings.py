@@ -71,6 +71,10 @@ def _of_model(model: HFModelConfig) -> Iterator[str]:
     for key in ("use_liger", "enable_activation_offload"):
         if getattr(model, key):
             yield f"model.{key}=True: the model runs on vexact's operators only; leave it off"
+    if model.tiled_mlp.get("enabled", False):
+        yield "model.tiled_mlp.enabled=True: the model runs on vexact's operators only; leave it off"
+    if model.hf_config_path != model.path:
+        yield f"model.hf_config_path={model.hf_config_path}: the model is what config.json in model.path says"
     if model.mtp.enable:
         yield "model.mtp.enable=True: multi-token prediction is not built in"
     changed = {key: value for key, value in model.override_config.items() if key != "attn_implementation"}
@@ -101,6 +105,8 @@ def _of_engine(engine: FSDPEngineConfig, num_ranks: int) -> Iterator[str]:
         yield "fsdp_config.mixed_precision.param_dtype=fp16: there is no loss scaling; use bf16 or fp32"
     if not PrecisionType.is_fp32(precision.get("reduce_dtype", "fp32")):
         yield f"fsdp_config.mixed_precision.reduce_dtype={precision['reduce_dtype']}: gradients are summed in fp32"
+    if not PrecisionType.is_fp32(precision.get("buffer_dtype", "fp32")):
+        yield f"fsdp_config.mixed_precision.buffer_dtype={precision['buffer_dtype']}: the rotary table is fp32"
 
 
 def _of_optimizer(optim: FSDPOptimizerConfig) -> Iterator[str]:

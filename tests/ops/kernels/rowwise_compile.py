@@ -61,7 +61,7 @@ def _rms_norm(dtype: str, width: int) -> Iterator[Case]:
     shared = {"x_ptr": tensor, "weight_ptr": tensor, "rstd_ptr": "*fp32", "num_rows": "i32"}
     forward = {**shared, "residual_ptr": tensor, "y_ptr": tensor, "total_ptr": tensor, "eps": "fp32"}
     for fused in (False, True):
-        constants = {"D": width, "HAS_RESIDUAL": fused, **rms_norm.forward_config(width)}
+        constants = {"D": width, "HAS_RESIDUAL": fused, "CHAINED": 0, **rms_norm.forward_config(width)}
         yield f"rms_norm forward fused={fused} {dtype} {width}", rms_norm._forward_kernel, forward, constants
     backward = {**shared, "dy_ptr": tensor, "dx_ptr": tensor, "partial_ptr": "*fp32", "rows_per_block": "i32"}
     constants = {"D": width, **rms_norm.backward_config(width)}
@@ -117,7 +117,7 @@ def _rope_to_cache(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: in
     }
     constants = {
         **{"PAGE_SIZE": 64, "HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2},
-        **{"DV": head_dim, "NORM": normed, "BLOCK_DV": next_power_of_2(head_dim)},
+        **{"DV": head_dim, "NORM": normed, "CHAINED": 0, "BLOCK_DV": next_power_of_2(head_dim)},
         **rope.launch_config(num_q_heads, num_kv_heads, head_dim),
     }
     name = f"rope_to_cache {dtype} {num_q_heads}/{num_kv_heads}x{head_dim} norm={normed}"
@@ -127,7 +127,7 @@ def _rope_to_cache(dtype: str, num_q_heads: int, num_kv_heads: int, head_dim: in
 def _swiglu(dtype: str, width: int) -> Iterator[Case]:
     tensor, constants = f"*{dtype}", {"I": width, **column_blocks(width)}
     types = {"gate_up_ptr": tensor, "out_ptr": tensor}
-    yield f"swiglu forward {dtype} {width}", swiglu._forward_kernel, types, constants
+    yield f"swiglu forward {dtype} {width}", swiglu._forward_kernel, types, {**constants, "CHAINED": 0}
     types = {"gate_up_ptr": tensor, "dy_ptr": tensor, "grad_ptr": tensor}
     yield f"swiglu backward {dtype} {width}", swiglu._backward_kernel, types, constants
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rollout_models import VOCAB, tiny_config, tiny_model
 
-from vexact.models import random_model
+from vexact.models import random_model, save_hf
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.async_engine import AsyncEngine
 from vexact.training.batches.batch import TokenSequence, pack_tokens
@@ -78,7 +78,7 @@ def test_there_are_no_alternatives(value):
         SamplingParams(prompt_logprobs=value)
 
 
-def test_what_cannot_be_computed_is_refused_before_it_starts():
+def test_what_cannot_be_computed_is_refused_before_it_starts(tmp_path):
     params = SamplingParams(max_tokens=2, prompt_logprobs=0)
     engine = Engine(model=tiny_model(), eos_token_ids=(), max_num_batched_tokens=8)
     with pytest.raises(ValueError, match="9 prompt tokens in one pass, more than max_num_batched_tokens=8"):
@@ -86,4 +86,8 @@ def test_what_cannot_be_computed_is_refused_before_it_starts():
     stock = Engine(model=tiny_model(ops="stock"), eos_token_ids=(), batch_invariant=False)
     with pytest.raises(ValueError, match="prompt_logprobs needs an engine with batch_invariant=True"):
         stock.generate(PROMPTS, params)
-    assert not any(one.has_unfinished for one in (engine, stock))
+    save_hf(engine.model.named_parameters(), engine.model.config, tmp_path)
+    off = Engine(tmp_path, eos_token_ids=(), mismatch_mode="bf16_logits")
+    with pytest.raises(ValueError, match="mismatch_mode=bf16_logits has this engine compute others"):
+        off.generate(PROMPTS, params)
+    assert not any(one.has_unfinished for one in (engine, stock, off))

@@ -176,6 +176,7 @@ def test_the_last_admitted_is_preempted_and_finishes_later():
     first_alone = next(work for work in seen if len(work) == 1)
     assert list(first_alone) == ["a"]
     assert engine.finished == {"a": [1] * 7 + [7] * 9, "b": [2] * 7 + [7] * 9}
+    assert engine.scheduler.take_counters()[1:] == (14, 0), "who comes back is no prompt that was looked up"
     engine.blocks.check_idle(engine.state.num_held_slots)
 
 

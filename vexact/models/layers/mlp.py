@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vexact.models.opset import OpSet
+from vexact.ops import linear_swiglu
 
 
 class MLP(nn.Module):
@@ -19,6 +20,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)."""
         ops, gate_up_proj, down_proj = self.ops, self.gate_up_proj, self.down_proj
-        gate_up = ops.linear(x, gate_up_proj.weight, gate_up_proj.bias)
-        out: Tensor = ops.linear(ops.swiglu(gate_up), down_proj.weight, down_proj.bias)
+        if gate_up_proj.bias is None and ops.fuses_swiglu:
+            hidden = linear_swiglu(x, gate_up_proj.weight)
+        else:
+            hidden = ops.swiglu(ops.linear(x, gate_up_proj.weight, gate_up_proj.bias))
+        out: Tensor = ops.linear(hidden, down_proj.weight, down_proj.bias)
         return out

@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels import chain
+from vexact.ops.kernels.chain import follow
 from vexact.ops.kernels.launches import Call, Launches
+from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 _forward, _backward, _partials = Launches(), Launches(), Launches()
@@ -33,7 +36,9 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     in_row = columns < D
@@ -41,6 +46,8 @@ def _forward_kernel(
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
     dtype = y_ptr.dtype.element_ty
 
+    # first, because no load is moved above a store: a decode step waits for every one of them
+    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -52,7 +59,6 @@ def _forward_kernel(
     rstd = tl.rsqrt(mean_square + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
-    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0).to(tl.float32)
     normed = (value * rstd[:, None]).to(dtype).to(tl.float32)
     tl.store(y_ptr + offsets, (normed * weight[None, :]).to(dtype), mask=mask)
 
@@ -223,7 +229,10 @@ def _launch_forward(
             _forward_kernel,
             (cdiv(num_rows, config["BLOCK_M"]),),
             (x, x if residual is None else residual, weight, y, x if total is None else total, rstd, num_rows, eps),
-            {"D": width, "HAS_RESIDUAL": residual is not None, **config, "enable_fp_fusion": False},
+            {
+                **{"D": width, "HAS_RESIDUAL": residual is not None, **config, "enable_fp_fusion": False},
+                **chain.options(num_rows, overlaps(x.device), may_be_early=True),
+            },
         )
 
     if residual is None or total is None:

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels import chain
+from vexact.ops.kernels.chain import follow
 from vexact.ops.kernels.launches import Call, Launches
+from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.qk_norm_rope import normalize, readable
 from vexact.ops.kernels.rope import head_tile, launch_config, load_halves, packed_heads, store_rotated, token_angles
 from vexact.ops.kernels.sizes import next_power_of_2
@@ -49,7 +52,9 @@ def _rope_to_cache_kernel(
     BLOCK_HKV: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
@@ -115,7 +120,7 @@ def forward(
             **{"PAGE_SIZE": page_size, "HQ": num_q_heads, "HKV": num_kv_heads, "HALF": head_dim // 2},
             **{"DV": value_dim, "NORM": bool(weights), "BLOCK_DV": next_power_of_2(value_dim)},
             **launch_config(num_q_heads, num_kv_heads, head_dim),
-            "enable_fp_fusion": False,
+            **{"enable_fp_fusion": False, **chain.options(num_tokens, overlaps(q.device), may_be_early=True)},
         }
         return Call(_rope_to_cache_kernel, (num_tokens,), args, constants)
 

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels import chain
+from vexact.ops.kernels.chain import follow
 from vexact.ops.kernels.launches import Call, Launches
+from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.sizes import cdiv, column_blocks
 
 _forward, _backward = Launches(), Launches()
@@ -26,7 +29,9 @@ def _forward_kernel(
     out_ptr,  # (M, I)
     I: tl.constexpr,  # noqa: E741
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < I
@@ -65,7 +70,11 @@ def forward(gate_up: Tensor) -> Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((num_rows, width))
     tensors = gate_up, out
-    _forward((num_rows, width, out.dtype), tensors, lambda: _call(_forward_kernel, tensors, num_rows, width))
+    _forward(
+        (num_rows, width, out.dtype),
+        tensors,
+        lambda: _call(_forward_kernel, tensors, num_rows, width, _chained(num_rows, out)),
+    )
     return out
 
 
@@ -74,11 +83,15 @@ def backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     num_rows, width = dy.shape
     grad = torch.empty_like(gate_up)
     tensors = dy, gate_up, grad
-    _backward((num_rows, width, grad.dtype), tensors, lambda: _call(_backward_kernel, tensors, num_rows, width))
+    _backward((num_rows, width, grad.dtype), tensors, lambda: _call(_backward_kernel, tensors, num_rows, width, {}))
     return grad
 
 
-def _call(kernel: Any, tensors: tuple[Tensor, ...], num_rows: int, width: int) -> Call:
+def _chained(num_rows: int, out: Tensor) -> dict[str, int | bool]:
+    return chain.options(num_rows, overlaps(out.device), may_be_early=True)
+
+
+def _call(kernel: Any, tensors: tuple[Tensor, ...], num_rows: int, width: int, more: dict[str, Any]) -> Call:
     config = column_blocks(width)
     grid = num_rows, cdiv(width, config["BLOCK"])
-    return Call(kernel, grid, tensors, {"I": width, **config, "enable_fp_fusion": False})
+    return Call(kernel, grid, tensors, {"I": width, **config, "enable_fp_fusion": False, **more})

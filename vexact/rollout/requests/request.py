@@ -49,6 +49,7 @@ class Request:
     slot: int = NO_SLOT
     pages: list[int] = field(default_factory=list)
     prefix: list[CachedPage] = field(default_factory=list)  # cache entries that stand for pages[: len(prefix)]
+    was_preempted: bool = False
     cacheable: bool = True  # False after a key collision: its later pages must not be registered
 
     @property

@@ -23,6 +23,11 @@ class PromptScorer:
                 f"request {request_id!r}: prompt_logprobs needs an engine with batch_invariant=True; stock operators "
                 "decode only"
             )
+        if self._config.mismatch_mode != "none":
+            raise ValueError(
+                f"request {request_id!r}: prompt_logprobs are the trainer's, and mismatch_mode="
+                f"{self._config.mismatch_mode} has this engine compute others; use 'none'"
+            )
         most = self._config.max_num_batched_tokens
         if num_prompt_tokens > most:
             raise ValueError(

@@ -15,6 +15,7 @@ from vexact.rollout.requests.stop_strings import INCOMPLETE
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
 MAX_TEMPERATURE = 1e6  # above this fp32 no longer separates the probabilities of logits that are less than 0.1 apart
 MAX_SAMPLES = 2**16  # of one prompt
+MAX_TOP_K = 2**31 - 1  # what a step's arrays hold; no vocabulary is larger, so that more keeps no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,10 @@ class SamplingParams:
         check_refused_sampling(dict(zip(REFUSED_SAMPLING, refused, strict=True)))
         self._set("n", _integer("n", self.n, low=1, fix="ask for at least one sample"))
         if self.n > MAX_SAMPLES:
-            raise ValueError(f"sampling parameter n={self.n} must be at most {MAX_SAMPLES} samples of one prompt")
+            raise ValueError(f"sampling parameter n={self.n!r:.80} must be at most {MAX_SAMPLES} samples of one prompt")
         self._set("max_tokens", _integer("max_tokens", self.max_tokens, low=1, fix="allow at least one new token"))
-        self._set("top_k", _integer("top_k", self.top_k, low=-1, fix="use -1 or 0 to turn top-k off"))
+        top_k = _integer("top_k", self.top_k, low=-1, fix="use -1 or 0 to turn top-k off")
+        self._set("top_k", min(top_k, MAX_TOP_K))
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed, low=None, fix="use None for the engine's seed"))
         self._set("temperature", _number("temperature", self.temperature))
@@ -67,7 +69,7 @@ class SamplingParams:
         self._set("stop", _stop_strings(self.stop))
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"sampling parameter ignore_eos={self.ignore_eos!r} must be True or False")
+            raise ValueError(f"sampling parameter ignore_eos={self.ignore_eos!r:.80} must be True or False")
         asked = self.prompt_logprobs
         if asked is not None and (isinstance(asked, bool) or not isinstance(asked, Integral) or asked != 0):
             raise ValueError(
@@ -86,8 +88,8 @@ class SamplingParams:
             )
         if self.temperature > MAX_TEMPERATURE:
             raise ValueError(
-                f"sampling parameter temperature={self.temperature!r} must be at most {MAX_TEMPERATURE:g}; samples are "
-                "uniform long before"
+                f"sampling parameter temperature={self.temperature!r:.80} must be at most {MAX_TEMPERATURE:g}; "
+                "samples are uniform long before"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling parameter top_p={self.top_p!r} must be in (0, 1]; use 1.0 to turn top-p off")
@@ -99,17 +101,17 @@ def _integer(name: str, value: Any, *, low: int | None, fix: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"sampling parameter {name}={value!r} must be an integer; {fix}") from None
+        raise ValueError(f"sampling parameter {name}={value!r:.80} must be an integer; {fix}") from None
     if isinstance(value, bool):
-        raise ValueError(f"sampling parameter {name}={value!r} must be an integer, not a truth value; {fix}")
+        raise ValueError(f"sampling parameter {name}={value!r:.80} must be an integer, not a truth value; {fix}")
     if low is not None and number < low:
-        raise ValueError(f"sampling parameter {name}={value!r} must be at least {low}; {fix}")
+        raise ValueError(f"sampling parameter {name}={value!r:.80} must be at least {low}; {fix}")
     return number
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"sampling parameter {name}={value!r} must be a number")
+        raise ValueError(f"sampling parameter {name}={value!r:.80} must be a number")
     try:
         number = float(value)
     except OverflowError:
@@ -123,11 +125,13 @@ def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else _items("stop", stop, "a string or a list of strings")
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"sampling parameter stop holds {string!r}; every stop string must be a non-empty string")
+            raise ValueError(
+                f"sampling parameter stop holds {string!r:.80}; every stop string must be a non-empty string"
+            )
         if INCOMPLETE in string or not _is_unicode(string):
             raise ValueError(
-                f"sampling parameter stop holds {string!r}, which no response can contain: U+FFFD and lone surrogates "
-                "stand for bytes that are no character"
+                f"sampling parameter stop holds {string!r:.80}, which no response can contain: U+FFFD and lone "
+                "surrogates stand for bytes that are no character"
             )
     return strings
 
@@ -144,7 +148,7 @@ def _items(name: str, value: Iterable[Any] | None, what: str) -> tuple[Any, ...]
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ValueError(f"sampling parameter {name}={value!r} must be {what}")
+        raise ValueError(f"sampling parameter {name}={value!r:.80} must be {what}")
     return tuple(value)
 
 

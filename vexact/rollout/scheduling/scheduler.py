@@ -128,6 +128,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         assert not self._state.num_pending[request.slot], "a token on its way would be lost"
         self._drop(request)
+        request.was_preempted = True
         self._waiting.appendleft(request)
         self.num_preemptions += 1
 
@@ -245,8 +246,9 @@ class Scheduler:
         self._state.bind(request, num_computed=len(prefix) * self._blocks.page_size)
         self._running.append(request)
         self._running_slots = None
-        self.num_prefix_queried += request.num_tokens
-        self.num_prefix_hits += len(prefix) * self._blocks.page_size
+        if not request.was_preempted:  # it would find itself
+            self.num_prefix_queried += request.num_tokens
+            self.num_prefix_hits += len(prefix) * self._blocks.page_size
 
     def commit(self, schedule: Schedule, sampled_slots: np.ndarray) -> list[Request]:
         """The step is launched: for every later one its tokens are in the cache, and each of ``sampled_slots`` gets a

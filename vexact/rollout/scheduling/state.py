@@ -77,7 +77,7 @@ class SlotState:
         self.block_table[slot, : len(request.pages)] = request.pages
         params = request.params
         self.temperature[slot] = params.temperature
-        self.top_k[slot] = min(params.top_k, np.iinfo(np.int32).max)
+        self.top_k[slot] = params.top_k
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p
         self.seed[slot] = request.seed

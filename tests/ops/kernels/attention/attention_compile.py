@@ -79,11 +79,11 @@ def _forward(
             kind = f"forward pages {page_size} chunk {chunk} {name}"
             yield kind, forward.forward_kernel, dtype, {**both, **own, "CAUSAL": True}, options
     own = {"PAGE_SIZE": page_sizes[0], "TILE_HEADS": shape.group, "CHUNK": blocks.chunk, "CAUSAL": True}
-    own["OVERLAP"] = described
+    own |= {"OVERLAP": described, "CHAINED": 0}
     options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
     for block_m in (decode.block_m, MAX_DECODE_ROWS) if thorough else (decode.block_m,):
         yield f"chunk m{block_m} {name}", split.chunk_kernel, dtype, {**both, **own, "BLOCK_M": block_m}, options
-    merge = {key: both[key] for key in ("NUM_HEADS", "DV", "DV_PAD")} | {"OVERLAP": described}
+    merge = {key: both[key] for key in ("NUM_HEADS", "DV", "DV_PAD")} | {"OVERLAP": described, "CHAINED": 0}
     options = {"num_warps": 4, "launch_pdl": described}
     yield f"merge {name}", split.merge_kernel, dtype, {**merge, "CHUNK": blocks.chunk}, options
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vexact.ops.kernels import chain
 from vexact.ops.kernels.attention.descriptors import Descriptors, head_step, row_descriptors
 from vexact.ops.kernels.attention.forward import forward_kernel
 from vexact.ops.kernels.attention.launch import (
@@ -30,7 +31,7 @@ from vexact.ops.kernels.attention.launch import (
 )
 from vexact.ops.kernels.attention.split import chunk_kernel, merge_kernel
 from vexact.ops.kernels.launches import Call, Launches
-from vexact.ops.kernels.linear.launch import capability
+from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.sizes import cdiv
 
 _tiles, _chunks, _merge = Launches(), Launches(), Launches()
@@ -198,7 +199,8 @@ class _Call:
             states = self.lse.new_empty((*parts, shape.value_dim)), self.lse.new_empty((*parts, 2))
         else:
             states = (_nothing(self.lse.device),)
-        overlap = self.q.is_cuda and capability(self.q.device)[0] >= 9  # two kernels in flight, one waiting
+        overlap = overlaps(self.q.device)
+        options = chain.options(self.q.shape[0], overlap)
 
         def chunks() -> Call:
             tile_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
@@ -208,7 +210,7 @@ class _Call:
             )  # fmt: skip
             constants = {
                 "BLOCK_M": max(tile.block_m, padded(max_rows * tile_heads)), "CHUNK": chunk, "OVERLAP": overlap,
-                **self.constants(tile, tile_heads),
+                **self.constants(tile, tile_heads), **options,
             }  # fmt: skip
             grid = num_chunks * self.num_sequences * (shape.num_heads // tile_heads)
             return Call(chunk_kernel, (grid,), args, constants)
@@ -217,7 +219,7 @@ class _Call:
             args = self.out, self.lse, *states, *self.lengths[:2], self.scale, num_chunks, max_rows
             constants = {
                 "NUM_HEADS": shape.num_heads, "CHUNK": chunk, "DV": shape.value_dim, "DV_PAD": shape.value_dim_pad,
-                "OVERLAP": overlap, "num_warps": 4, "launch_pdl": overlap,
+                "OVERLAP": overlap, "num_warps": 4, **options, "launch_pdl": overlap,
             }  # fmt: skip
             return Call(merge_kernel, (self.num_sequences * max_rows * shape.num_heads,), args, constants)
 

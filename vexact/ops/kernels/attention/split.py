@@ -27,14 +27,18 @@ def chunk_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, DESCRIBED: tl.constexpr, STEP_K: tl.constexpr, STEP_V: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The state of one chunk of keys for all rows of one sequence and one key/value head.
 
     part_acc (B, num_chunks, max_rows, NUM_HEADS, DV) fp32 and part_ml (..., NUM_HEADS, 2) fp32 receive the state of a
     sequence longer than one chunk; out and lse receive the finished rows of any other, and rows past the last sequence
-    are cleared. The remaining arguments are those of the forward kernel.
+    are cleared. The remaining arguments are those of the forward kernel. CHAINED: see `chain`.
     """
+    if CHAINED:
+        gdc_wait()
+        if num_chunks == 1:  # no merge kernel
+            gdc_launch_dependents()
     BLOCK_Q: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = NUM_HEADS // TILE_HEADS
     pid = tl.program_id(0)
@@ -86,6 +90,7 @@ def chunk_kernel(
 def merge_kernel(
     out, lse, part_acc, part_ml, cu_seqlens_q, kv_lengths, c, num_chunks, max_rows,
     NUM_HEADS: tl.constexpr, CHUNK: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, OVERLAP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunk states of one query row, first chunk first. A chunk past the end reads as an empty state: a
     no-op."""
@@ -98,6 +103,8 @@ def merge_kernel(
     kv_len = tl.load(kv_lengths + sequence)
     if OVERLAP:
         gdc_wait()  # every program, also those without work: whoever waits for this kernel waits for the states, too
+    if CHAINED:
+        gdc_launch_dependents()
     if (position >= q_len) | (q_len > max_rows) | (kv_len <= CHUNK):
         return
     offs_dv = tl.arange(0, DV_PAD)[None, :]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vexact.ops.kernels import chain
 from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.pointer import matmul_pointer_kernel
 from vexact.ops.kernels.linear.select import fit_float32_output, select_tile
@@ -18,10 +20,15 @@ from vexact.ops.kernels.sizes import cdiv
 _launches = Launches()
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """x (M, K), weight (N, K) of any strides, bias (N,) or None -> (M, N): fp32 sums, rounded once to ``out_dtype``."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, ahead: Tensor | None = None
+) -> Tensor:
+    """x (M, K), weight (N, K) of any strides, bias (N,) or None -> (M, N): fp32 sums, rounded once to ``out_dtype``.
+
+    ``ahead`` is a weight that will be read soon; the cache may be asked for it.
+    """
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
-    return matmul(x, weight, out, layout="forward", bias=bias)
+    return matmul(x, weight, out, layout="forward", bias=bias, ahead=ahead)
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
@@ -51,25 +58,47 @@ def matmul(
     bias: Tensor | None = None,
     accumulate: bool = False,
     tile: Tile | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Write a (M, K) @ b (N, K)ᵀ (+ bias) into ``out`` (M, N), or with ``accumulate`` add it to an fp32 ``out``.
 
-    ``tile`` overrides the table (for tuning and for tests); the bits do not depend on it.
+    ``tile`` overrides the table (for tuning and for tests); the bits do not depend on it, nor on ``ahead``, see
+    ``forward``.
     """
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return out
+    if ahead is not None and not (chain.of(m).overlap and chain.of(m).ahead and ahead.is_contiguous()):
+        ahead = None
     strides, dtypes = (a.stride(), b.stride(), out.stride()), (a.dtype, b.dtype, out.dtype)
     _launches(
-        (layout, m, n, k, strides, dtypes, None if bias is None else bias.dtype, accumulate, tile),
-        (a, b, out) if bias is None else (a, b, out, bias),
-        lambda: _call(a, b, out, bias, accumulate, layout, tile),
+        (
+            layout,
+            m,
+            n,
+            k,
+            strides,
+            dtypes,
+            None if bias is None else bias.dtype,
+            accumulate,
+            tile,
+            0 if ahead is None else ahead.numel(),
+        ),
+        tuple(tensor for tensor in (a, b, out, bias, ahead) if tensor is not None),
+        lambda: _call(a, b, out, bias, accumulate, layout, tile, ahead),
     )
     return out
 
 
 def _call(
-    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, layout: Layout, tile: Tile | None
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    accumulate: bool,
+    layout: Layout,
+    tile: Tile | None,
+    ahead: Tensor | None,
 ) -> Call:
     (m, k), n = a.shape, b.shape[0]
     if tile is None:
@@ -77,9 +106,10 @@ def _call(
         tile = select_tile(layout, m, n, k, a.dtype, descriptors)
     if out.dtype == torch.float32 and capability(out.device)[0] >= 10:
         tile = fit_float32_output(tile)
+    link = _link(m, b, tile, ahead, num_programs(m, n, tile, out.device), layout == "forward" and overlaps(a.device))
     if tile.kernel == "tma":
-        return _tma_call(a, b, out, bias, accumulate, tile)
-    return _pointer_call(a, b, out, bias, accumulate, tile, tokens_are_depth=layout == "grad_weight")
+        return _tma_call(a, b, out, bias, accumulate, tile, link)
+    return _pointer_call(a, b, out, bias, accumulate, tile, link, tokens_are_depth=layout == "grad_weight")
 
 
 def use_descriptors(*tensors: Tensor) -> bool:
@@ -134,7 +164,9 @@ def num_programs(m: int, n: int, tile: Tile, device: torch.device) -> int:
     return min(tiles, tile.waves * multiprocessors(device)) if tile.waves else tiles
 
 
-def _tma_call(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile) -> Call:
+def _tma_call(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, link: _Link
+) -> Call:
     (m, k), n = a.shape, b.shape[0]
     a_desc, a_k_major = operand_descriptor(a, tile.block_m, tile.block_k)
     b_desc, b_k_major = operand_descriptor(b, tile.block_n, tile.block_k)
@@ -145,12 +177,19 @@ def _tma_call(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate
         **{"A_K_MAJOR": a_k_major, "B_K_MAJOR": b_k_major, "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate},
         **_options(tile),
     }
-    args = a_desc, b_desc, c_desc, out if bias is None else bias, m, n, k
-    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants)
+    args = a_desc, b_desc, c_desc, out if bias is None else bias, b, m, n, k, b.stride(0), *link.args
+    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants | link.constants)
 
 
 def _pointer_call(
-    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, tokens_are_depth: bool
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    accumulate: bool,
+    tile: Tile,
+    link: _Link,
+    tokens_are_depth: bool,
 ) -> Call:
     (m, k), n = a.shape, b.shape[0]
     k_unit = 1 if tokens_are_depth or k % 16 else 16
@@ -161,8 +200,37 @@ def _pointer_call(
         **{"HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "PRECISION": "ieee"},
         **_options(tile),
     }
-    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *a.stride(), *b.stride(), *out.stride()
-    return Call(matmul_pointer_kernel, (cdiv(m, tile.block_m) * cdiv(n, tile.block_n),), args, constants)
+    strides = *a.stride(), *b.stride(), *out.stride()
+    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *strides, *link.args
+    grid = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
+    return Call(matmul_pointer_kernel, (grid,), args, constants | link.constants)
+
+
+def chaining(rows: int, weight: Tensor, tile: Tile, possible: bool) -> tuple[int, dict[str, int | bool]]:
+    """Bytes of ``weight`` (N, K) that a thread asks for at a time, and the constants and options of a product with it
+    in the chain of a step of ``rows`` tokens."""
+    options = chain.options(rows, possible)
+    asked = 1024 * chain.of(rows).ask if options["CHAINED"] and weight.stride(1) == 1 and _addressable(weight) else 0
+    count, piece = chain.pieces(asked, tile.block_n, weight.shape[1] * weight.element_size(), tile.warps)
+    return piece, {**options, "PIECES": count}
+
+
+class _Link(NamedTuple):
+    """What makes a product part of a chain."""
+
+    args: tuple[int, Tensor, int]  # bytes of its weight for a thread, what is read after it, bytes of that for a thread
+    constants: dict[str, int | bool]
+
+
+def _link(rows: int, weight: Tensor, tile: Tile, ahead: Tensor | None, programs: int, possible: bool) -> _Link:
+    piece, constants = chaining(rows, weight, tile, possible)
+    threads = 0 if ahead is None or not constants["CHAINED"] else 32 * tile.warps
+    share = (
+        chain.shares(chain.of(rows).ahead << 20, ahead.nbytes, programs, threads)
+        if threads and ahead is not None
+        else 0
+    )
+    return _Link((piece, weight if ahead is None else ahead, share), {**constants, "AHEAD": threads})
 
 
 def _options(tile: Tile) -> dict[str, int]:
