@@ -164,7 +164,11 @@ def few_down_kernel(
     OVERLAP: tl.constexpr,
 ):
     """WIDTH columns of one token: one tile holds these columns of all its experts, each times the rows of all pairs, of
-    which its own is kept; then they are added by index."""
+    which its own is kept; then they are added by index.
+
+    It may read the logits before it waits: it starts when every program of the first kernel has let it, which each does
+    after its own wait, so whoever wrote them has ended.
+    """
     block, token = tl.program_id(0), tl.program_id(1)
     rows = token + tl.zeros((WARPS,), tl.int32)
     chosen, position, weights, index, _, _ = choose(
