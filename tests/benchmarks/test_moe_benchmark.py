@@ -119,7 +119,7 @@ def test_a_process_that_dies_leaves_what_it_had(monkeypatch, capsys):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(subprocess, "run", run)
-    for seconds, ending in ((60, "exit code -11: no word"), (10, "stopped after 80 s")):
+    for seconds, ending in ((60, "exit code -11: no word"), (10, "stopped after 55 s")):
         record = in_its_own_process("vllm", REHEARSAL, seconds)
         assert record["not_run"] == {"the rest": ending}
         assert record["forward"]["1"]["us"] == 1.0
