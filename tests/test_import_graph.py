@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vexact"
 LINE_CAP = 400
 
-LEAVES = {"types", "env"}
+LEAVES = {"types", "env", "attention"}
 ENGINE_ROOM = {"ops", "models", "swaps", "algorithms"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
-    "env": set(),
+    "attention": set(),
+    "env": {"attention"},
     "interrupt": set(),
     "streams": set(),
     "device": set(),

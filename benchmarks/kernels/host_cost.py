@@ -15,13 +15,12 @@ import json
 import pstats
 import time
 from collections.abc import Callable
-from datetime import date
 from statistics import median
 from typing import Any
 
 import torch
-import triton
 
+from benchmarks.shared.clock import environment
 from benchmarks.shared.options import at_least_one, needs_gpu, none_or_more, out_file
 from benchmarks.trainer.end_to_end import QWEN3_1B7
 from vexact.models import ModelConfig
@@ -203,14 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     needs_gpu(parser)
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": str(date.today()),
-        "layers": args.layers,
-        **measure(args.layers, args.repeats, args.profile),
-    }
+    result = {**environment(), "layers": args.layers, **measure(args.layers, args.repeats, args.profile)}
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.shared.clock import environment
 from benchmarks.shared.options import needs_gpu, out_file
 from vexact.ops.kernels import embedding, qk_norm_rope, rms_norm, rope, sampling, swiglu
 from vexact.ops.qk_norm_rope import qk_norm_rope_reference
@@ -295,9 +296,7 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        **environment(),
         "date": arguments.date,
         "tokens": TOKENS,
         "dtype": "bfloat16, logits float32",

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.shared.roofline import HBM_BYTES_PER_S
 from benchmarks.trainer.grpo_run import SHAPES as RUNS
-from benchmarks.trainer.grpo_run import machine
 from vexact.device import resolve_device
 from vexact.models import ModelConfig
 from vexact.models.decoder import CausalLM

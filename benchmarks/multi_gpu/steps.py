@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.trainer.grpo_run import (
     ACTOR,
@@ -27,7 +28,6 @@ from benchmarks.trainer.grpo_run import (
     figures,
     inputs,
     layout_overrides,
-    machine,
     state_digests,
     train,
     trainers,

@@ -11,7 +11,6 @@ A flipped bit is planted at the end, which has to be found.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 
+from benchmarks.shared.clock import environment
 from benchmarks.shared.options import at_least_one, out_file
 from vexact.models import ModelConfig, random_model
 from vexact.rollout import Engine
@@ -179,13 +178,7 @@ def main() -> None:
             print(described(entry))
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            facts = {
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "date": datetime.date.today().isoformat(),
-                "entries": entries,
-            }
+            facts = {**environment(), "entries": entries}
             arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -36,9 +36,10 @@ import torch
 
 from benchmarks.rollout import soak
 from benchmarks.rollout.soak import Ask, Soak
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.trainer.end_to_end import random_checkpoint
-from benchmarks.trainer.grpo_run import SHAPES, machine
+from benchmarks.trainer.grpo_run import SHAPES
 from vexact.device import resolve_device
 from vexact.models import ModelConfig, load_model, random_model
 from vexact.models.decoder import CausalLM

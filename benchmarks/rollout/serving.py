@@ -47,9 +47,10 @@ def main(given: list[str] | None = None) -> None:
     if arguments.run is not None:  # one mode, in this process
         arguments.out.write_text(json.dumps(run_mode(arguments, arguments.run)))
         return
+    from benchmarks.shared.clock import machine
     from benchmarks.shared.roofline import Traffic
     from benchmarks.trainer.end_to_end import random_checkpoint
-    from benchmarks.trainer.grpo_run import SHAPES, machine
+    from benchmarks.trainer.grpo_run import SHAPES
 
     if arguments.shape not in SHAPES:
         refuse(f"--shape {arguments.shape} is not known; use one of {', '.join(SHAPES)}")

@@ -39,11 +39,11 @@ import numpy as np
 import torch
 
 from benchmarks.rollout.sides import ENVIRONMENT, SIDES, Batch, Side
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, checkpoint, none_or_more, out_file
 from benchmarks.shared.roofline import BYTES, Traffic
 from benchmarks.trainer.end_to_end import random_checkpoint
 from benchmarks.trainer.grpo_run import SHAPES as RUNS
-from benchmarks.trainer.grpo_run import machine
 from vexact.device import resolve_device
 from vexact.models import load_model
 from vexact.prepare.shapes import SHAPES as CHECKPOINTS

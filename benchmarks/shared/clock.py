@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import date
 from statistics import median
+from typing import Any
 
 import torch
 import triton
@@ -33,11 +34,23 @@ def median_ms(calls: list[Callable[[], object]], target_ms: float = 4.0, replays
     return median(times)
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, str | None]:
     """What a result depends on beside the code."""
     return {
         "date": date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The same for whole runs, which transformers and several GPUs may be part of."""
+    import transformers
+
+    return {
+        "gpu": environment()["gpu"],
+        "gpus": torch.cuda.device_count(),
+        "versions": {module.__name__: module.__version__ for module in (torch, triton, transformers)},
+        "date": date.today().isoformat(),
     }

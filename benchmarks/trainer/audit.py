@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import random
 import statistics
@@ -18,9 +17,8 @@ import time
 
 import numpy as np
 import torch
-import transformers
-import triton
 
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.trainer.end_to_end import QWEN3_1B7
 from vexact.audit import Audit
@@ -105,9 +103,7 @@ def main() -> None:
     medians = {ratio: statistics.median(times) for ratio, times in seconds.items()}
     step = generation + medians[0.0]
     report = {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name.__name__: name.__version__ for name in (torch, triton, transformers)},
-        "date": datetime.date.today().isoformat(),
+        **machine(),
         "shape": arguments.shape,
         "tokens": sum(len(sample.token_ids) for sample in samples),
         "draws_repeated": int(redrawn),

@@ -12,16 +12,14 @@ Overrides come first. Where several runs share a GPU, fix what each takes, since
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
-import triton
 
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import out_file
 from vexact.config import load_config
 from vexact.device import resolve_device
@@ -161,13 +159,7 @@ def main() -> None:
     parser.add_argument("more", nargs="*", metavar="key=value", help="overrides for every run")
     arguments = parser.parse_intermixed_args()
     report = {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
-        "date": datetime.date.today().isoformat(),
+        **machine(),
         "overrides": arguments.more,
         "runs": {},
     }

@@ -258,19 +258,3 @@ def _peak_memory(gpus: int) -> Iterator[list[int]]:
     finally:
         ended.set()
         watcher.join()
-
-
-def machine() -> dict:
-    """GPU and versions, for the report."""
-    import datetime
-
-    import transformers
-    import triton
-
-    has_gpu = torch.cuda.is_available()
-    return {
-        "gpu": torch.cuda.get_device_name() if has_gpu else None,
-        "gpus": torch.cuda.device_count() if has_gpu else 0,
-        "versions": {module.__name__: module.__version__ for module in (torch, triton, transformers)},
-        "date": datetime.date.today().isoformat(),
-    }

@@ -18,24 +18,8 @@ from benchmarks.shared.options import out_file
 from vexact.report.html import RunRecord, read_run
 from vexact.report.html.thin import running_mean
 
-INK, FAINT, BLUE, ORANGE, GREEN = "#222222", "#dddddd", "#2266aa", "#cc6622", "#228855"
-STYLE = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vexact",
-}
+INK, BLUE, ORANGE, GREEN = "#222222", "#2266aa", "#cc6622", "#228855"
+STYLE = Path(__file__).resolve().parents[2] / "docs" / "pictures.mplstyle"
 
 
 def series(run: RunRecord, name: str) -> tuple[list[int], list[float]]:
@@ -55,7 +39,7 @@ def plot(run: RunRecord, out: Path, title: str) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({"font.size": 9}, STYLE):
         figure, (top, bottom) = pyplot.subplots(
             2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(3, 1), layout="constrained"
         )

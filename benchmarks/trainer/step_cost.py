@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, out_file
-from benchmarks.trainer.grpo_run import ACTOR, ROLLOUT, SHAPES, TIMES, figures, inputs, machine, train
+from benchmarks.trainer.grpo_run import ACTOR, ROLLOUT, SHAPES, TIMES, figures, inputs, train
 
 RECOMPUTE = ("algorithm.recompute_old_log_prob=true",)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT = "#222222", "#dddddd"
+INK = "#222222"
 COLOURS = {"uncorrected": "#cc6622", "tis": "#2266aa", "seq_mis": "#228855", "bypass": "#8844aa"}
 LINES = {
     "none": (INK, "-"),
@@ -31,23 +31,7 @@ LINES = {
 }
 """Noise in shades of one colour, rounding broken, staleness dashed and dotted."""
 GAP = 0.5  # between the bands of two modes, in bands
-STYLE = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.size": 8,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vexact",
-}
+STYLE = Path(__file__).resolve().parents[2] / "docs" / "pictures.mplstyle"
 
 
 def draw_part(study: Study, out: Path) -> None:
@@ -63,7 +47,7 @@ def draw_part(study: Study, out: Path) -> None:
 
     groups = list(dict.fromkeys(cell[:3] for cell in study.cells))
     heights = [_height(study, group) for group in groups]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({"font.size": 8}, STYLE):
         figure, axes = pyplot.subplots(
             len(groups),
             2,

@@ -16,14 +16,14 @@ from typing import Any
 from vexact.data.rows import Row
 from vexact.prepare import prepare
 from vexact.prepare.directory import build_directory
-from vexact.prepare.files import write_generation_config, write_parquet
+from vexact.prepare.files import write_parquet
 from vexact.prepare.tiny_shapes import tiny_config, tiny_moe_config
 from vexact.prepare.tokenizers import character_tokenizer
+from vexact.prepare.warm_up import new_model, save_model, teach
 
 DATA_SOURCE = "vexact/partial_sums"  # graded as an exact match
 NUM_TEST = 128
 RIGHT_LR, DOUBTFUL_LR = 3e-3, 5e-4
-BATCH_SIZE = 64
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 EXPERTS = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 BALANCE_LOSS = 0.05
@@ -66,8 +66,6 @@ def write_partial_sums(
     """
     import torch
 
-    from vexact.models import ModelConfig, random_model, save_hf
-
     torch.set_num_threads(1)  # sums split over threads would round differently from machine to machine
     rows = partial_sum_rows(prompts + NUM_TEST, terms, seed)
     train, test = rows[NUM_TEST:], rows[:NUM_TEST]
@@ -75,16 +73,14 @@ def write_partial_sums(
     write_parquet(test, directory / "test.parquet", "test")
     tokenizer = character_tokenizer()
     raw = tiny_moe_config(tokenizer) | EXPERTS if experts else tiny_config(tokenizer) | SHAPE
-    model = random_model(ModelConfig.from_hf_dict(raw), seed, ops="stock", attn_impl="sdpa")
+    model = new_model(raw, seed)
     draw = random.Random(seed)
     right = [(row.text, row.ground_truth) for row in train]
     doubtful = [(row.text, doubtful_answer(row.text, doubt, draw)) for _ in range(4) for row in train]
     balance = BALANCE_LOSS if experts else 0.0
     for pairs, steps, lr in ((right, right_steps, RIGHT_LR), (doubtful, doubtful_steps, DOUBTFUL_LR)):
-        _teach(model, tokenizer, pairs, steps, lr, seed, balance)
-    save_hf(model.named_parameters(), ModelConfig.from_hf_dict(raw), directory / "model")
-    write_generation_config(directory / "model", tokenizer.eos_token_id, tokenizer.pad_token_id)
-    tokenizer.save_pretrained(directory / "model")
+        teach(model, tokenizer, pairs, steps, lr, seed, router_aux_loss_coef=balance)
+    save_model(model, raw, tokenizer, directory / "model")
 
 
 def partial_sum_rows(count: int, terms: int, seed: int) -> list[Row]:
@@ -110,24 +106,3 @@ def doubtful_answer(prompt: str, doubt: float, draw: random.Random) -> str:
         total %= 10
         answer += str(total)
     return answer
-
-
-def _teach(model: Any, tokenizer: Any, pairs: Any, steps: int, lr: float, seed: int, balance: float) -> None:
-    from vexact.training.config import OptimConfig
-    from vexact.training.sft import SupervisedConfig, supervised_steps
-
-    optim = OptimConfig(
-        lr=lr,
-        weight_decay=0.0,
-        betas=(0.9, 0.98),
-        lr_warmup_steps=min(30, steps // 4),
-        lr_scheduler_type="linear",
-        total_training_steps=steps,
-        min_lr_ratio=0.05,
-    )
-    config = SupervisedConfig(batch_size=BATCH_SIZE, seed=seed, optim=optim, router_aux_loss_coef=balance)
-    encoded = [
-        (tokenizer(prompt)["input_ids"], [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
-        for prompt, answer in pairs
-    ]
-    supervised_steps(model, encoded, steps, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vexact import env
+from vexact import attention, env
 from vexact.config import load_config
 
 
@@ -49,16 +49,16 @@ def test_spellings_that_disagree_are_named_and_those_that_agree_are_one() -> Non
     ],
 )
 def test_unusable_attention_says_why(name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env, "_installed", lambda package: False)
+    monkeypatch.setattr(attention, "_installed", lambda package: False)
     with pytest.raises(ValueError, match="INFER_FA_IMPL") as caught:
         env.attention_overrides({"INFER_FA_IMPL": name})
     assert expected in str(caught.value)
 
 
 def test_only_two_invariant_implementations_of_one_name_agree() -> None:
-    assert env.attention_warning("triton-invariant", "triton-invariant") is None
-    assert env.attention_warning("sdpa", "sdpa") is not None
-    assert env.attention_warning("fa-invariant", "triton-invariant") is not None
+    assert attention.attention_warning("triton-invariant", "triton-invariant") is None
+    assert attention.attention_warning("sdpa", "sdpa") is not None
+    assert attention.attention_warning("fa-invariant", "triton-invariant") is not None
 
 
 def test_paths() -> None:

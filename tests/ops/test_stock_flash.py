@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vexact import env
+from vexact.attention import check_attention
 from vexact.models.opset import STOCK_ATTENTION, op_set
 from vexact.ops import PackedMetadata, PagedMetadata, stock
 from vexact.ops.attention.reference import attention_reference
@@ -91,13 +91,13 @@ def test_on_the_cpu_it_says_so(name: str) -> None:
 def test_a_name_that_cannot_run_here_is_refused_at_the_start(
     installed: tuple[str, ...], cuda: bool, name: str, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(env, "_installed", lambda package: package in installed)
-    monkeypatch.setattr(env, "_has_cuda", lambda: cuda)
+    monkeypatch.setattr("vexact.attention._installed", lambda package: package in installed)
+    monkeypatch.setattr("vexact.attention._has_cuda", lambda: cuda)
     if message is None:
-        env.check_attention(name, "attn_impl")
+        check_attention(name, "attn_impl")
         return
     with pytest.raises(ValueError, match=f"attn_impl={name}.* {message}"):
-        env.check_attention(name, "attn_impl")
+        check_attention(name, "attn_impl")
 
 
 def test_without_its_package_flash_attention_3_is_not_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_torch_here_has_the_signature_the_adapter_expects() -> None:
 
 def runs_here(name: str) -> bool:
     try:
-        env.check_attention(name, "attn_impl")
+        check_attention(name, "attn_impl")
     except ValueError:
         return False
     return True

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vexact import env
+from vexact import attention
 from vexact.models.opset import op_set, replayable
 from vexact.ops import PagedMetadata, stock
 from vexact.ops.stock import paged
@@ -116,16 +116,16 @@ def test_pages_it_cannot_read_are_refused(on_the_cpu: None) -> None:
 def test_torch_here_has_block_tables_where_it_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    monkeypatch.setattr(env, "_installed", lambda package: False)
-    source, reason = env.paged_flash_attention()
+    monkeypatch.setattr(attention, "_installed", lambda package: False)
+    source, reason = attention.paged_flash_attention()
     needed = {"seqused_k", "block_table", "num_splits", "enable_gqa"}
     assert bool(source) != bool(reason)
     assert needed <= set(inspect.signature(varlen_attn).parameters) or "has no paged attention" in reason
     for version, has in (("2.11.0+cu130", False), ("2.12.1", False), ("2.13.0a0+git1", True), ("3.0.0", True)):
         monkeypatch.setattr(torch, "__version__", version)
-        assert bool(env.paged_flash_attention()[0]) == has
-    monkeypatch.setattr(env, "_installed", lambda package: package == "flash_attn.flash_attn_interface")
-    assert env.paged_flash_attention() == ("the package flash_attn", "")
+        assert bool(attention.paged_flash_attention()[0]) == has
+    monkeypatch.setattr(attention, "_installed", lambda package: package == "flash_attn.flash_attn_interface")
+    assert attention.paged_flash_attention() == ("the package flash_attn", "")
 
 
 def test_a_graph_may_hold_what_never_looks_at_the_host() -> None:
@@ -144,6 +144,6 @@ def test_a_graph_may_hold_what_never_looks_at_the_host() -> None:
 
 @pytest.mark.gpu
 def test_what_is_installed_reads_pages_or_says_why_not() -> None:
-    source, reason = env.paged_flash_attention()
+    source, reason = attention.paged_flash_attention()
     found = paged.fault(16, 8, 128, torch.bfloat16, torch.device("cuda"))
     assert (found == "") == bool(source), (source, reason, found)

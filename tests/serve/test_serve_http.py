@@ -250,6 +250,20 @@ REFUSED: list[tuple[Callable[[openai.OpenAI], Any], type[openai.APIError], str, 
         "tempratur",
     ),
     (
+        lambda c: c.completions.create(model="tiny", prompt="x", extra_body={"min_token": 1}),
+        openai.BadRequestError,
+        "unknown parameter min_token; did you mean min_tokens? It is not supported: it forbids stop tokens",
+        "min_token",
+    ),
+    (
+        lambda c: c.completions.create(
+            model="tiny", prompt="x", stream=True, extra_body={"stream_options": {"include_usag": True}}
+        ),
+        openai.BadRequestError,
+        "unknown parameter stream_options.include_usag; did you mean stream_options.include_usage?",
+        "stream_options.include_usag",
+    ),
+    (
         lambda c: c.completions.create(model="tiny", prompt="x", extra_body={"return_token_ids": "yes"}),
         openai.BadRequestError,
         "return_token_ids='yes'",

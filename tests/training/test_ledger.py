@@ -11,6 +11,7 @@ from vexact.training import Ledger, LedgerError
 from vexact.training import actor as actor_module
 from vexact.training.batches.batch import PolicyTargets
 from vexact.training.batches.ledger import checksums
+from vexact.training.batches.mini_batches import mini_batches
 from vexact.types import TrainSequence
 
 
@@ -141,8 +142,7 @@ def _doubled(batches):
 def test_a_sample_that_batching_loses_or_repeats_is_named(monkeypatch, where, change, word):
     actor = tiny_actor(ppo_mini_batch_size=4, ppo_max_token_len_per_gpu=40)
     if where == "mini-batches":
-        mini_batches = actor._mini_batches
-        monkeypatch.setattr(actor, "_mini_batches", lambda *a: change(mini_batches(*a)))
+        monkeypatch.setattr(actor_module, "mini_batches", lambda *a: change(mini_batches(*a)))
     else:
         pack = actor_module.pack
         monkeypatch.setattr(actor_module, "pack", lambda *a, **k: change(pack(*a, **k)))

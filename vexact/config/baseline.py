@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vexact.env import TRITON_INVARIANT, paged_flash_attention
+from vexact.attention import TRITON_INVARIANT, paged_flash_attention
 
 FLASH = "flash_attention_2"
 PAGE_MULTIPLE = 256  # FlashAttention-2 reads no other pages

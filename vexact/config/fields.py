@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import operator
 import types
@@ -11,13 +10,14 @@ import typing
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, Literal
 
+from vexact.config.spelling import typographic
+
 UNSET: Any = object()
 LARGEST = 2**31 - 1  # of a whole number, where its key says nothing else: counts and ids fill 32 bits in the kernels
 LARGEST_64 = 2**63 - 1
 LARGEST_FLOAT = 3.4e38  # a larger number is infinite in float32
 _SIGNS = {"ge": ">=", "gt": ">", "lt": "<", "le": "<="}
 _COMPARE = {"ge": operator.ge, "gt": operator.gt, "lt": operator.lt, "le": operator.le}
-_TYPOGRAPHIC = {**dict.fromkeys("‐‑‒–—−", "-"), **dict.fromkeys("“”„", '"'), **dict.fromkeys("‘’", "'"), "\u00a0": " "}
 
 
 class ConfigError(ValueError):
@@ -139,18 +139,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "", whole: Container[str] =
     return flat
 
 
-def nearest(key: str, known: list[str], limit: int = 3) -> list[str]:
-    """The known keys most like ``key``: the same last word in another place counts as near."""
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    similar = difflib.get_close_matches(key, known, n=limit, cutoff=0.8)
-    leaf_names = sorted({name.rsplit(".", 1)[-1] for name in known})
-    close_leaves = difflib.get_close_matches(leaf, leaf_names, n=limit, cutoff=0.75)
-    by_leaf = [name for close in close_leaves for name in known if name.rsplit(".", 1)[-1] == close]
-    by_leaf.sort(key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())
-    return list(dict.fromkeys(same_leaf + similar + by_leaf))[:limit]
-
-
 def type_name(hint: Any) -> str:
     """A type as documentation and messages call it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -263,24 +251,6 @@ def describe_range(bounds: Mapping[str, float | None]) -> str:
 def _bound(bound: float) -> str:
     powers: dict[float, str] = {LARGEST: "2^31 - 1", LARGEST_64: "2^63 - 1"}
     return powers.get(bound) or f"{bound:g}"
-
-
-def typographic(value: Any) -> str:
-    """A remark on the first character that a word processor puts for an ASCII one; empty for none.
-
-    >>> typographic("–1")
-    "; it holds '–' (U+2013) for '-'"
-    """
-    if not isinstance(value, str):
-        return ""
-    return next(
-        (
-            f"; it holds {char!r} (U+{ord(char):04X}) for {_TYPOGRAPHIC[char]!r}"
-            for char in value
-            if char in _TYPOGRAPHIC
-        ),
-        "",
-    )
 
 
 def _example(key: str, hint: Any) -> str:

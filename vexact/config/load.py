@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from vexact.config.checks.rules import attention_notices, check, inexact
-from vexact.config.checks.verl_compat import MOVED, translate
-from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, nearest, typographic, unknown_keys
+from vexact.config.checks.verl_compat import MOVED, named_keys, translate
+from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, unknown_keys
 from vexact.config.recipe import read_recipe
 from vexact.config.schema import Config, Keys
+from vexact.config.spelling import misspelt, nearest, typographic
 from vexact.config.values import is_literal, parse, takes_text
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -190,7 +191,7 @@ def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         try:
             notice = translate(key, value)
         except KeyError:
-            problems.append(_unknown(key))
+            problems.append(_unknown(key, value))
             continue
         except ConfigError as error:
             problems.append(str(error))
@@ -209,11 +210,20 @@ def _at_home(value: Any) -> Any:
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
-def _unknown(key: str) -> str:
-    near = nearest(key, [leaf.key for leaf in leaves(Keys)])
+def _unknown(key: str, value: Any) -> str:
+    ours = [leaf.key for leaf in leaves(Keys)]
+    theirs = misspelt(key, ours, named_keys())
+    near = nearest(key, ours) if theirs is None else [MOVED.get(theirs, theirs)]
     if not near:
         return f"unknown key {key}; docs/configuration.md lists every key"
-    return f"unknown key {key}; did you mean {' or '.join(near)}?"
+    message = f"unknown key {key}; did you mean {' or '.join(near)}?"
+    if theirs is None or theirs in MOVED:
+        return message
+    try:
+        notice = translate(theirs, value)
+    except ConfigError as error:
+        notice = str(error)
+    return message if notice is None else f"{message} {notice}"
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

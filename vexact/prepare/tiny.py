@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vexact.prepare.addition import Pair, addition_rows, doubtful_answers, right_answers
-from vexact.prepare.files import write_generation_config, write_parquet
+from vexact.prepare.addition import addition_rows, doubtful_answers, right_answers
+from vexact.prepare.files import write_parquet
 from vexact.prepare.tiny_shapes import tiny_config, tiny_moe_config, tiny_moonlight_config
 from vexact.prepare.tokenizers import character_tokenizer
+from vexact.prepare.warm_up import new_model, save_model, teach
 
 RIGHT_STEPS, DOUBTFUL_STEPS = 220, 60
 RIGHT_LR, DOUBTFUL_LR = 1e-3, 2e-4
-BATCH_SIZE = 64
 BALANCE_LOSS, BIAS_RATE = 0.05, 0.01  # or a few experts take all tokens
 
 
@@ -69,42 +69,11 @@ def _write(
     write_parquet(test, directory / "test.parquet", "test")
     tokenizer = character_tokenizer()
     raw = config(tokenizer)
-    model = _new_model(raw, seed)
+    model = new_model(raw, seed)
     with _one_thread():
-        _teach(model, tokenizer, right_answers(train), right_steps, RIGHT_LR, seed, balance)
-        _teach(model, tokenizer, doubtful_answers(train, seed), doubtful_steps, DOUBTFUL_LR, seed, balance)
-    _save(model, raw, tokenizer, directory / "model")
-
-
-def _new_model(raw: dict[str, Any], seed: int) -> Any:
-    """With stock kernels: there is nothing to compare bits with yet, and they are the faster ones."""
-    from vexact.models import ModelConfig, random_model
-
-    return random_model(ModelConfig.from_hf_dict(raw), seed, ops="stock", attn_impl="sdpa")
-
-
-def _teach(
-    model: Any, tokenizer: Any, pairs: list[Pair], num_steps: int, lr: float, seed: int, balance: dict[str, float]
-) -> None:
-    from vexact.training.config import OptimConfig
-    from vexact.training.sft import SupervisedConfig, supervised_steps
-
-    optim = OptimConfig(
-        lr=lr,
-        weight_decay=0.0,
-        betas=(0.9, 0.98),
-        lr_warmup_steps=min(30, num_steps // 4),
-        lr_scheduler_type="linear",
-        total_training_steps=num_steps,
-        min_lr_ratio=0.05,
-    )
-    config = SupervisedConfig(batch_size=BATCH_SIZE, seed=seed, optim=optim, **balance)
-    supervised_steps(model, [_encode(tokenizer, pair) for pair in pairs], num_steps, config)
-
-
-def _encode(tokenizer: Any, pair: Pair) -> tuple[list[int], list[int]]:
-    prompt, answer = pair
-    return tokenizer(prompt)["input_ids"], [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        teach(model, tokenizer, right_answers(train), right_steps, RIGHT_LR, seed, **balance)
+        teach(model, tokenizer, doubtful_answers(train, seed), doubtful_steps, DOUBTFUL_LR, seed, **balance)
+    save_model(model, raw, tokenizer, directory / "model")
 
 
 @contextmanager
@@ -118,11 +87,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _save(model: Any, raw: dict[str, Any], tokenizer: Any, directory: Path) -> None:
-    from vexact.models import ModelConfig, save_hf
-
-    save_hf(model.named_parameters(), ModelConfig.from_hf_dict(raw), directory)
-    write_generation_config(directory, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    tokenizer.save_pretrained(directory)

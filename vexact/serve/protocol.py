@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -73,7 +74,7 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class Body(_Strict):
+class Body(_Strict, ABC):
     """What both endpoints take besides ``SAMPLING``."""
 
     model: str | None = None
@@ -88,8 +89,9 @@ class Body(_Strict):
     prompt_cache_key: str | None = None
 
     @property
+    @abstractmethod
     def wants_logprobs(self) -> bool:
-        raise NotImplementedError
+        """Of every token, with the text."""
 
     @property
     def wants_usage(self) -> bool:
@@ -177,8 +179,18 @@ def _invalid(kind: type[Body], error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
     name = ".".join(map(str, first["loc"])) or "the body"
     if first["type"] == "extra_forbidden":
-        known = [*kind.model_fields, *SAMPLING, "max_completion_tokens"]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = _hint(kind, *map(str, first["loc"]))
         return ApiError(400, f"unknown parameter {name:.80}{hint}", param=name, code="unknown_parameter")
     return ApiError(400, f"{name}={first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)
+
+
+def _hint(kind: type[Body], *path: str) -> str:
+    """The nearest of all parameters that a request may name there, and why it cannot be had if it is one of those."""
+    *sections, name = path
+    refused = {} if sections else {name: reason for name, (_, reason) in {**REFUSED, **REFUSED_SAMPLING}.items()}
+    taken = StreamOptions.model_fields if sections else (*kind.model_fields, *SAMPLING, "max_completion_tokens")
+    near = difflib.get_close_matches(name, sorted({*taken, *refused}), n=1)
+    if not near:
+        return ""
+    why = f" It is not supported: {refused[near[0]]}" if near[0] in refused else ""
+    return f"; did you mean {'.'.join([*sections, near[0]])}?{why}"

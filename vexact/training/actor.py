@@ -19,7 +19,9 @@ from vexact.algorithms import Denominators, LossScales
 from vexact.models import CausalLM, parameter_dtype
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training.batches.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
+from vexact.training.batches.checks import check_sequences
 from vexact.training.batches.ledger import Ledger, checksums
+from vexact.training.batches.mini_batches import mini_batches
 from vexact.training.batches.packing import pack
 from vexact.training.config import ActorConfig
 from vexact.training.optim.offload import park
@@ -31,10 +33,10 @@ from vexact.training.passes import one_pass
 from vexact.training.passes.correction import SampleCorrection, packed_scales
 from vexact.training.passes.experts import ExpertWatch, check_experts, load_metrics, update_router_bias
 from vexact.training.passes.forward import Scored, by_sequence, fingerprint, group_batch, join, routed_scores, score
-from vexact.training.passes.loss import MiniBatchMetrics, micro_batch_loss
+from vexact.training.passes.loss import MiniBatchMetrics, mean_metrics, micro_batch_loss
 from vexact.training.passes.redraw import Redraw
 from vexact.training.protocol import Audit
-from vexact.training.state.finite import check_numbers, nonfinite_state, why_skipped
+from vexact.training.state.finite import nonfinite_state, why_skipped
 from vexact.training.state.gathered import ActorState, gather_state, restore_state
 from vexact.training.state.sharded import blank_state, install_state, sharded_state
 from vexact.types import TrainSequence
@@ -122,7 +124,7 @@ class Actor:
             PeerStopped: another rank has raised one of these, or its audit has; no weight was changed by this step.
         """
         with self.ranks.together():
-            self._check(sequences)
+            check_sequences(sequences, self.config.use_kl_loss)
             ledger = Ledger(sequences) if ledger is None else ledger
             ledger.require(sequences)
         self.ranks.require_equal("sequences", ledger.fingerprint)
@@ -221,22 +223,22 @@ class Actor:
         self.optimizer.set_lr(lr)
         steps, longest, audit_seconds, beyond = [], 0, 0.0, Scored([], [])
         if audit is not None and every_token:
-            started, first = perf_counter(), set(self._mini_batches(len(sequences), 0)[0])
+            started, first = perf_counter(), set(mini_batches(self.config, self.num_updates, len(sequences), 0)[0])
             beyond = self._score(sequences, [i for i in range(len(sequences)) if i not in first], redraw)
             audit_seconds = perf_counter() - started
         self.problems = []
         correction = SampleCorrection.of(self.config, sequences, self.logprobs)
         for epoch in range(self.config.ppo_epochs):
-            mini_batches = self._mini_batches(len(sequences), epoch)
-            ledger.require_each_once(range(len(sequences)), [i for indices in mini_batches for i in indices])
-            for indices in mini_batches:
+            batches = mini_batches(self.config, self.num_updates, len(sequences), epoch)
+            ledger.require_each_once(range(len(sequences)), [i for indices in batches for i in indices])
+            for indices in batches:
                 scales = None if correction is None else correction.scales(indices)
                 steps.append(self._step(sequences, indices, scales, ledger, audit, beyond, redraw))
                 longest = max(longest, self.skipped_in_a_row)
                 audit = redraw = None
         self.num_updates += 1
         health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
-        means = _mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
+        means = mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
         means |= {} if correction is None else correction.metrics()
         return means | {"actor/lr": lr} | self._coefficients()
 
@@ -252,39 +254,10 @@ class Actor:
         scored = score(self.model, tokens, names, budget, self.ranks, watch)
         return scored.under(indices)
 
-    def _check(self, sequences: Sequence[TrainSequence]) -> None:
-        if not sequences:
-            raise ValueError("update() got no sequences; check data.train_batch_size and filter_groups")
-        for s in sequences:
-            name, num_tokens = s.sample.request_id, len(s.sample.token_ids)
-            if self.config.use_kl_loss and s.ref_logprobs is None:
-                raise ValueError(
-                    f"actor.use_kl_loss=True, but {name} has no ref_logprobs; compute them before update()"
-                )
-            per_token = {"logprobs": s.sample.logprobs, "min_logits": s.sample.min_logits, "advantages": s.advantages}
-            optional = {"ref_logprobs": s.ref_logprobs, "recomputed_logprobs": s.recomputed_logprobs}
-            per_token |= {key: values for key, values in optional.items() if values is not None}
-            for key, values in per_token.items():
-                if len(values) != num_tokens:
-                    raise ValueError(f"{name} has {num_tokens} response tokens but {len(values)} {key}")
-        check_numbers(sequences)
-
     def _num_nonfinite(self) -> float:
         found = nonfinite_state(self.model, self.optimizer)
         self.problems += found
         return self.ranks.gather(torch.tensor(float(len(found)), device=self.ranks.device)).max().item()
-
-    def _mini_batches(self, num_sequences: int, epoch: int) -> list[list[int]]:
-        """The indices of every mini-batch; the last one is possibly short.
-
-        The order of a shuffled epoch depends on (data_loader_seed, update, epoch) only: nothing to restore on resume.
-        """
-        order = list(range(num_sequences))
-        if self.config.shuffle:
-            key = [self.config.data_loader_seed, self.num_updates, epoch]
-            order = np.random.default_rng(key).permutation(num_sequences).tolist()
-        size = self.config.ppo_mini_batch_size
-        return [order[start : start + size] for start in range(0, num_sequences, size)]
 
     def _step(
         self,
@@ -386,11 +359,3 @@ class Actor:
 
     def _coefficients(self) -> dict[str, float]:
         return {"actor/kl_coef": self.config.kl_loss_coef} if self.config.use_kl_loss else {}
-
-
-def _mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the steps that were taken (over all of them if none was), and how many were skipped."""
-    taken = [step for step in steps if math.isfinite(step["grad_norm"])]
-    counted = taken or steps
-    means = {f"actor/{name}": sum(step[name] for step in counted) / len(counted) for name in counted[0]}
-    return means | {"actor/skipped_steps": float(len(steps) - len(taken))}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vexact import env
+from vexact.attention import ATTENTION
 from vexact.audit.doctor import model, model_probes, probes
 from vexact.audit.doctor.report import attempt, probe_checks
 from vexact.models import ModelConfig, load_model, random_model, save_hf
@@ -80,7 +80,7 @@ def test_a_sampler_that_rounds_logits_is_found(monkeypatch):
 def test_a_failing_attention_probe_takes_exactness_away():
     lines = {result.name: result for result in probes.check_attention_impls(exact=False)}
     assert lines["attention triton-invariant"].status == "warning"
-    assert len(lines) == len(env.ATTENTION)
+    assert len(lines) == len(ATTENTION)
 
 
 def test_what_a_probe_raises_is_an_error_line():

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from audit_support import SHAPE
 
 from vexact import cli
 from vexact.audit.verify import VerifyOptions, bits, run, verify
@@ -21,18 +22,6 @@ from vexact.rollout import Engine
 from vexact.rollout.sampling import sampler
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 1e-6,
-}
 FAMILIES = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True},
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False},

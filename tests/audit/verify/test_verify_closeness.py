@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from audit_support import SHAPE
 
 from vexact import cli
 from vexact.audit.verify import VerifyOptions, run, verify
@@ -16,21 +17,7 @@ from vexact.audit.verify.native import Native, NativeComparisons
 from vexact.audit.verify.native_table import agreement_line, native_lines, percent
 from vexact.models import ModelConfig, random_model, save_hf
 
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "tie_word_embeddings": False,
-    "vocab_size": 61,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "rms_norm_eps": 1e-6,
-}
+LLAMA = SHAPE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
 THETA, WRONG_THETA = 10_000.0, 100.0
 PAIRS = ("training side, HF bfloat16", "training side, HF float32", "HF bfloat16, HF float32")
 
@@ -42,7 +29,7 @@ def checkpoints(tmp_path_factory):
     """The same weights twice, under another rope theta the second time."""
     root = tmp_path_factory.mktemp("closeness")
     for name, theta in (("right", THETA), ("wrong", WRONG_THETA)):
-        config = ModelConfig.from_hf_dict(SHAPE | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}})
+        config = ModelConfig.from_hf_dict(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}})
         save_hf(random_model(config, seed=3).named_parameters(), config, root / name)
     return root
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from saved_runs import rewrite
+from small_run import small_run
 
 from vexact.config import load_config
 from vexact.report.sinks.jsonl import read_metrics
@@ -35,20 +36,7 @@ def four_steps(tiny, tmp_path_factory):
 
 
 def _overrides(tiny, run_dir, *more):
-    return [
-        f"actor_rollout_ref.model.path={tiny / 'model'}",
-        f"data.train_files={tiny / 'train.jsonl'}",
-        f"reward.custom_reward_function.path={tiny / 'reward.py'}",
-        "data.max_prompt_length=16",
-        "data.max_response_length=12",
-        "data.train_batch_size=4",
-        f"{ROLLOUT}.n=4",
-        "actor_rollout_ref.actor.optim.lr=1e-3",
-        "reward.num_workers=1",
-        "trainer.logger=[jsonl]",
-        f"trainer.default_local_dir={run_dir}",
-        *more,
-    ]
+    return [*small_run(tiny, run_dir), "trainer.logger=[jsonl]", *more]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vexact import env
+from vexact.attention import ATTENTION, check_attention
 from vexact.audit.doctor.result import CheckResult, error, ok, warning
 from vexact.ops import PackedMetadata, PagedMetadata, attention, linear, linear_cross_entropy, token_logprobs
 
@@ -153,10 +153,10 @@ def check_logprob(
 
 def check_attention_impls(exact: bool) -> Iterator[CheckResult]:
     """Which attention implementations can be chosen. ``exact``: what the attention probe found here."""
-    for impl, facts in env.ATTENTION.items():
+    for impl, facts in ATTENTION.items():
         name = f"attention {impl}"
         try:
-            env.check_attention(impl, "attn_impl")
+            check_attention(impl, "attn_impl")
         except ValueError as problem:
             yield ok(name, f"absent: {problem}")
             continue

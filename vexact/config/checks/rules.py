@@ -6,11 +6,12 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from vexact.attention import TRITON_INVARIANT, attention_warning, check_attention
 from vexact.config.checks.correction import correction_problems
 from vexact.config.fields import ConfigError
 from vexact.config.schema import Config
 from vexact.config.sections.rollout import MIN_TEMPERATURE
-from vexact.env import TRITON_INVARIANT, attention_warning, check_attention, wandb_mode
+from vexact.env import wandb_mode
 from vexact.plugins import load_rollout
 
 ACTOR = "actor_rollout_ref.actor"

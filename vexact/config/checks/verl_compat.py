@@ -188,6 +188,12 @@ MOVED = {
 }
 
 
+def named_keys() -> list[str]:
+    """The keys above, without those of whole subtrees."""
+    keys = [*(refused.key for refused in REFUSED), *(unused.key for unused in UNUSED)]
+    return [*(key for key in keys if "*" not in key), *MOVED]
+
+
 def translate(key: str, value: Any) -> str | None:
     """What to tell the user about a key that neither the schema has nor ``MOVED``; None when there is nothing to say.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from vexact.attention import ATTENTION, TRITON_INVARIANT
 from vexact.config.fields import LARGEST_64, opt
-from vexact.env import ATTENTION, TRITON_INVARIANT
 
 
 @dataclass(frozen=True)

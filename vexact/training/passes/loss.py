@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -77,3 +79,11 @@ class MiniBatchMetrics:
     def rows(self) -> Tensor:
         """(rounds, names) fp64; a filler has one, too."""
         return torch.stack(self._rows)
+
+
+def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps that were taken (over all of them if none was), and how many were skipped."""
+    taken = [step for step in steps if math.isfinite(step["grad_norm"])]
+    counted = taken or steps
+    means = {f"actor/{name}": sum(step[name] for step in counted) / len(counted) for name in counted[0]}
+    return means | {"actor/skipped_steps": float(len(steps) - len(taken))}
