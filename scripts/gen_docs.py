@@ -34,7 +34,8 @@ type has *or null*, `null` and nothing at all are null. Lists are written `'key=
 
 A number outside its range stops the run, and so does one that is not finite in float32; a whole number is at most
 2^31 - 1 unless its row says otherwise. `vexact train --dry_run …` checks everything that needs no training, reads every
-weight and the first 64 rows, grades 8 of them, prints the resolved configuration and the plan, and stops.
+weight and the first 64 rows of each dataset, grades 8 of each `data_source`, prints the resolved configuration and the
+plan, and stops.
 
 Names, nesting and defaults are verl's wherever the meaning is the same; where our default differs, verl's is named.
 An unknown key stops the run and names the nearest valid one.

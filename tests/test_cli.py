@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
 def test_full_disk_and_our_named_exceptions_are_user_errors() -> None:
     ours = type("MismatchError", (Exception,), {"__module__": "vexact.audit.compare"})
     assert cli.is_user_error(ours("token 3 differs"))
-    assert cli.is_user_error(OSError(errno.ENOSPC, "No space left on device"))
+    for number in (errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE):
+        assert cli.is_user_error(OSError(number, os.strerror(number)))
     assert not cli.is_user_error(OSError(errno.EIO, "Input/output error"))
     assert not cli.is_user_error(KeyError("x"))
 
@@ -106,6 +108,21 @@ def test_prepare_passes_its_options_and_prints_where(
     assert calls == [(("random", Path("/o")), {"arch": "qwen3-1.7b", "seed": 0, "dtype": "float32", "test_size": 9})]
     assert cli.main(["prepare", "random", "seed=3"]) == 2
     assert "'seed=3' is not an option" in capsys.readouterr().err
+
+
+def test_help_config_names_what_is_near_where_nothing_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help_config", "sead"]) == 2
+    assert "no key contains 'sead'; near names: " in capsys.readouterr().err
+
+
+def test_a_current_directory_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["train", "data.train_files=x.jsonl"]) == 2
+    assert "the current directory is gone" in capsys.readouterr().err
 
 
 def test_help_config_lists_matching_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from vexact import __version__, env, interrupt, streams
 
 READER_GONE = 141
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+# full and read-only disks, names that are too long, links in a circle, limits of a process
+_DISK, _NAME = (errno.ENOSPC, errno.EDQUOT, errno.EROFS), (errno.ENAMETOOLONG, errno.ELOOP)
+_ERRNOS = (*_DISK, *_NAME, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +77,13 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _told(error: BaseException) -> str:
     """The message, and what was noted about it on its way: the rank it comes from, for instance."""
-    return "\n".join([str(error), *getattr(error, "__notes__", [])])
+    text = str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            text = f"the current directory is gone ({text}); change to one that is there"
+    return "\n".join([text, *getattr(error, "__notes__", [])])
 
 
 def _interrupted(command: str, error: BaseException | None = None) -> int:
@@ -121,7 +131,7 @@ def is_user_error(error: Exception) -> bool:
     that does not stand for a bug in a worker process."""
     if isinstance(error, _USER_ERRORS) or (_is_ours(error) and not getattr(error, "is_bug", False)):
         return True
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, OSError) and error.errno in _ERRNOS
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -165,3 +165,51 @@ def test_plan_names_a_checkpoint_that_is_no_decoder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     with pytest.raises(ConfigError, match="has no 'num_hidden_layers'"):
         ModelShape.read(str(tmp_path))
+
+
+UNUSED = {
+    f"{ACTOR}.kl_loss_coef": ("0.5", [f"{ACTOR}.use_kl_loss=true"]),
+    "algorithm.kl_ctrl.kl_coef": ("0.5", ["algorithm.use_kl_in_reward=true"]),
+    "algorithm.filter_groups.metric": ("acc", ["algorithm.filter_groups.enable=true"]),
+    "algorithm.gamma": ("0.9", ["algorithm.adv_estimator=reinforce_plus_plus"]),
+    "algorithm.rollout_correction.rollout_is_threshold": ("3.0", ["algorithm.rollout_correction.rollout_is=token"]),
+    f"{ACTOR}.loss_scale_factor": ("5", [f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm"]),
+    f"{ACTOR}.optim.min_lr_ratio": ("0.5", [f"{ACTOR}.optim.lr_scheduler_type=cosine"]),
+    "reward.reward_kwargs.overlong_buffer_cfg.len": ("5", ["reward.reward_kwargs.overlong_buffer_cfg.enable=true"]),
+    "trainer.best_metric_mode": ("min", ["trainer.best_metric=critic/score/mean"]),
+    "trainer.profile_ranks": ("[]", ["trainer.profile_steps=[1]"]),
+    "trainer.audit_redraw_ratio": ("0.5", []),
+    "data.truncation": ("left", []),
+}
+
+
+@pytest.mark.parametrize("key", UNUSED)
+def test_a_key_without_effect_says_so_and_one_with_does_not(base, key):
+    value, needed = UNUSED[key]
+    off = {
+        "trainer.audit_redraw_ratio": ["trainer.exactness=off"],
+        "data.truncation": ["data.filter_overlong_prompts=true"],
+    }
+    (said,) = load_config([*base, f"{key}={value}", *off.get(key, [])]).notices
+    assert said.startswith(f"{key}={value} has no effect: ")
+    assert load_config([*base, f"{key}={value}", *needed]).notices == ()
+
+
+def test_the_kwargs_of_no_function_are_named(base):
+    (said,) = load_config([*base, "reward.custom_reward_function.reward_kwargs={a: 1}"]).notices
+    assert said.startswith("reward.custom_reward_function.reward_kwargs")
+    assert said.endswith(" has no effect: reward.custom_reward_function.path is null")
+
+
+@pytest.mark.parametrize("name", ["/abs", "../../etc", "a/../../b"])
+def test_a_name_stays_in_runs(base, name, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.experiment_name=.* leads out of runs/"):
+        load_config([*base, f"trainer.experiment_name={name}"])
+    assert load_config([*base, f"trainer.experiment_name={name}", f"trainer.default_local_dir={tmp_path}/r"])
+    assert load_config([*base, "trainer.experiment_name=qwen/a..b"])
+
+
+def test_a_run_directory_of_nobody_is_not_made(base):
+    with pytest.raises(ConfigError, match="default_local_dir=~nobody-of-that-name/x: nobody's home directory"):
+        load_config([*base, "trainer.default_local_dir=~nobody-of-that-name/x"])
+    assert load_config([*base, "trainer.default_local_dir=./~nobody-of-that-name/x"])

@@ -141,6 +141,23 @@ def test_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/u")
     config = load("actor_rollout_ref.model.path=~/m", "data.train_files=[~/a.parquet,b~/c]")
     assert (config.model.path, config.data.train_files) == ("/home/u/m", ("/home/u/a.parquet", "b~/c"))
+    text = load("actor_rollout_ref.rollout.stop=[~/bin]", "data.prompt_key=~/x", "trainer.experiment_name=~/y")
+    assert (text.rollout.stop, text.data.prompt_key) == (("~/bin",), "~/x")  # no paths
+    assert text.trainer.experiment_name == "~/y"
+
+
+def test_a_path_holds_no_nul() -> None:
+    assert "trainer.default_local_dir='a\\x00b': a path holds no NUL" in message("trainer.default_local_dir=a\0b")
+    assert "data.train_files=['a', 'b\\x00']: a path holds no NUL" in message("data.train_files=[a,b\0]")
+
+
+@pytest.mark.parametrize("key", ["actor_rollout_ref.model.path", "data.train_files", "trainer.resume_from_path"])
+def test_the_home_of_nobody_is_a_path_that_is_not_there(key, tmp_path):
+    given = {"actor_rollout_ref.model.path": tmp_path, "data.train_files": tmp_path, key: "~nobody-of-that-name/x"}
+    if key == "trainer.resume_from_path":
+        given["trainer.resume_mode"] = "resume_path"
+    with pytest.raises(ConfigError, match=f"{key}=~nobody-of-that-name/x"):
+        load_config([f"{name}={value}" for name, value in given.items()])
 
 
 def test_dtype_spellings() -> None:

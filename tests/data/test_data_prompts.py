@@ -23,6 +23,16 @@ def test_template_off_leaves_the_string_alone():
     assert tokenizer.decode(prompts[0].token_ids) == "1+2="
 
 
+def test_text_that_the_tokenizer_does_not_know_is_named(caplog):
+    PromptDataset([row("1+2="), row("3+4=")], character_tokenizer())
+    PromptDataset([row("é漢🎉")], byte_tokenizer())
+    assert not caplog.records
+    PromptDataset([row("1+2="), row("what is 1+2?"), row("é")], character_tokenizer())
+    (said,) = caplog.messages
+    assert "2 of 3 prompts hold characters that the tokenizer does not know and reads as '<pad>'" in said
+    assert "row 1: 'what is 1+2?'" in said
+
+
 def test_template_arguments_are_passed_on():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}{{ suffix }}"

@@ -51,3 +51,8 @@ def test_missing_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"pip install 'vexact\[tasks\]'"):
         load_rows("reasoning_gym:chain_sum")
+
+
+def test_a_setting_stands_once():
+    with pytest.raises(ValueError, match=r"'reasoning_gym:chain_sum\?size=4&size=5': a setting is given twice"):
+        parse_task("reasoning_gym:chain_sum?size=4&size=5")

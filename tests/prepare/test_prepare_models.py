@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vexact.cli import main
 from vexact.data import PromptDataset
 from vexact.models import load_model
 from vexact.ops import PackedMetadata
@@ -106,6 +107,21 @@ def test_a_damaged_marker_is_named(tmp_path, content):
     (tmp_path / "prepared.json").write_text(content)
     with pytest.raises(ValueError, match=r"prepared\.json is damaged .*; remove .* or choose another --out"):
         prepare("tiny", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny", "--seed", "-1"], "--seed=-1 must be >= 0 and <= 2^63 - 1"),
+        (["tiny", "--seed", str(2**63)], f"--seed={2**63} must be"),
+        (["tiny", "--out", "~nobody-of-that-name/x"], "nobody's home directory"),
+    ],
+)
+def test_options_that_cannot_be_are_named(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_tokenizers_round_trip():

@@ -129,7 +129,7 @@ def test_long_texts_are_cut_with_their_tokens(tmp_path):
     (sample,) = data_of(run)["samples"][0]["shown"][0]["samples"]
     assert len(sample["response"]) == 8000
     assert sum(length for length, _ in sample["tokens"]) <= 8000
-    assert sample["cut"] == 12_001
+    assert sample["cut"] == {"response": 12_001}
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

@@ -85,6 +85,15 @@ def test_broken_jsonl_in_the_middle_is_an_error(tmp_path):
         Reporter(["jsonl"], tmp_path, resume_step=1)
 
 
+@pytest.mark.parametrize("line", [b"{}", b"[1]", b'{"step": "3"}', b'{"step": true}', b"", b"\xff", b"\0\0\0"])
+def test_a_run_does_not_go_on_over_a_line_that_is_no_record(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is .*; remove the line, or move the file away"):
+        Reporter(["jsonl"], tmp_path, resume_step=2)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b'\n{"step": 2}\n'
+
+
 def test_plain_rows_align_and_show_the_mismatch(tmp_path):
     sink, text = plain_console(RunInfo(tmp_path, total_steps=120))
     sink.step(StepStats(1, ROW))

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vexact.commands.output import OutputError, check_output
+
 EPILOG = """\
 examples:
   vexact report runs/vexact/tiny_arithmetic
@@ -50,9 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     runs = list({run.path.resolve(): run for run in found}.values())
     default = runs[0].path / FILE_NAME if len(runs) == 1 else Path(FILE_NAME)
     out = Path(arguments.out) if arguments.out is not None else default
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a directory; give a file, such as {out / FILE_NAME}")
-    if not out.parent.is_dir():
-        raise NotADirectoryError(f"--out {out}: there is no directory {out.parent}")
-    sys.stdout.write(f"{write_report(runs, out)}\n")
+    check_output("--out", out, b"vexact</title>", "report")
+    try:
+        written = write_report(runs, out)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written ({error.strerror}); name another file with --out") from error
+    sys.stdout.write(f"{written}\n")
     return 0

@@ -10,6 +10,7 @@ from vexact import env
 from vexact.config import load_config
 from vexact.config.fields import leaves, type_name
 from vexact.config.schema import Keys
+from vexact.config.spelling import nearest
 
 EPILOG = """\
 examples:
@@ -51,7 +52,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.help_config is not None:
-        sys.stdout.writelines(_help_lines(arguments.help_config))
+        lines = list(_help_lines(arguments.help_config))
+        if not lines:
+            near = nearest(arguments.help_config, [leaf.key for leaf in leaves(Keys)])
+            raise ValueError(f"no key contains {arguments.help_config!r}; near names: {', '.join(near) or 'none'}")
+        sys.stdout.writelines(lines)
         return 0
     from vexact.distributed import dismissing_followers, serve_if_follower
 

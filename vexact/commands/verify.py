@@ -6,6 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from vexact.commands.output import check_output
 
 EPILOG = """\
 exit code: 0 every compared bit is equal; 1 one is not (or a log-probability or gradient is not finite); 2 wrong usage.
@@ -85,8 +88,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     device = resolve_device(arguments.device)
     dtype = ("float32" if device == "cpu" else "bfloat16") if arguments.dtype == "auto" else arguments.dtype
-    if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out={arguments.out}: the directory {arguments.out.parent} does not exist")
+    if arguments.out is not None:
+        check_output("--out", arguments.out, b'"passed": ', "result of vexact verify")
+    if arguments.explain is not None:
+        check_output("--explain", arguments.explain, b"PK\x03\x04", "replay file")
     disable_progress_bar()
     options = VerifyOptions(
         model_path=arguments.model_path,
@@ -103,13 +108,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     try:
         report = verify(options)
     except NonFiniteLogprobError as error:
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps({"passed": False, "error": str(error)}, indent=2) + "\n")
         sys.stdout.write(f"NOT EXACT: {error}\n")
+        _write(arguments.out, {"passed": False, "error": str(error)})
         return 1
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     sys.stdout.write(f"{report.table()}\n")
+    _write(arguments.out, report.to_dict())
     if arguments.explain is not None and not report.bits.exact:
         from vexact.audit.explain.checkpoint import explain_report
 
@@ -117,3 +120,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         if found is not None:
             sys.stdout.write(f"\n{found.describe()}\nrepeat it with: vexact verify --replay {arguments.explain}\n")
     return 0 if report.passed else 1
+
+
+def _write(out: Path | None, result: dict[str, Any]) -> None:
+    """After the result is printed, so that a disk that is full does not take it along."""
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from vexact.config.checks.rules import attention_notices, check, inexact
+from vexact.config.checks.unused import unused_notices
 from vexact.config.checks.verl_compat import MOVED, named_keys, translate
 from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, unknown_keys
 from vexact.config.recipe import read_recipe
@@ -22,6 +24,17 @@ from vexact.config.values import is_literal, parse, takes_text
 _PACKAGE = Path(__file__).resolve().parents[1]
 _BASELINE = "{} cannot be exact, so trainer.exactness is warn: differences are counted and the run goes on"
 _STRICT = "; set trainer.exactness=strict to stop at the first one"
+_PATHS = {
+    "actor_rollout_ref.model.path",
+    "actor_rollout_ref.model.tokenizer_path",
+    "actor_rollout_ref.model.custom_chat_template",
+    "data.train_files",
+    "data.val_files",
+    "reward.custom_reward_function.path",
+    "reward.sandbox.write",
+    "trainer.default_local_dir",
+    "trainer.resume_from_path",
+}
 _OVERRIDE = re.compile(r"^(\+\+|\+)?([A-Za-z_][\w.@/-]*)=(.*)$", re.DOTALL)
 
 
@@ -55,6 +68,7 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", *, ch
     config = _build(values)
     if checked:
         check(config)
+        notices += unused_notices(config)
         warnings = attention_notices(config)
     else:
         warnings = []
@@ -176,7 +190,7 @@ def _tree(config_name: str, recipe: str) -> str:
 
 
 def _recipe_file(name: str, hints: Mapping[str, Any]) -> dict[str, Any]:
-    if not Path(name).expanduser().is_file():
+    if not Path(os.path.expanduser(name)).is_file():
         raise ConfigError(f"recipe={name}: no such file; known recipes: {', '.join(recipes())}")
     return read_recipe(name, hints)
 
@@ -198,16 +212,23 @@ def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         if notice is not None:
             notices.append(notice)
+    problems += [
+        f"{key}={value!r}: a path holds no NUL" for key, value in flat.items() if key in _PATHS and _has_nul(value)
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
-    return _nest({key: _at_home(value) for key, value in flat.items()}), notices
+    return _nest({key: _at_home(value) if key in _PATHS else value for key, value in flat.items()}), notices
+
+
+def _has_nul(value: Any) -> bool:
+    return any(isinstance(item, str) and "\0" in item for item in (value if isinstance(value, list) else [value]))
 
 
 def _at_home(value: Any) -> Any:
-    """``~/`` means the home directory; a shell does not expand it inside ``section.key=~/path``."""
+    """``~/`` of a path means the home directory; a shell does not expand it inside ``section.key=~/path``."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    return str(Path(os.path.expanduser(value))) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _unknown(key: str, value: Any) -> str:

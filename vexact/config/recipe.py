@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def read_recipe(name: str, hints: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: not YAML, no mapping, or one key in two places.
     """
     try:
-        loaded = yaml.load(Path(name).expanduser().read_text(encoding="utf-8-sig"), Loader=_Loader)
+        loaded = yaml.load(Path(os.path.expanduser(name)).read_text(encoding="utf-8-sig"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"recipe={name}: not valid YAML: {error}") from error
     if loaded is None:

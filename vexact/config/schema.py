@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Config(Keys):
     @property
     def run_dir(self) -> Path:
         if self.trainer.default_local_dir is not None:
-            return Path(self.trainer.default_local_dir).expanduser()
+            return Path(os.path.expanduser(self.trainer.default_local_dir))
         return Path("runs") / self.trainer.project_name / self.trainer.experiment_name
 
     def dtype(self, device: str) -> str:

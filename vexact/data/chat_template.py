@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def read_template(value: str) -> str:
     """
     if "{{" in value or "{%" in value:
         return value
-    path = Path(value).expanduser()
+    path = Path(os.path.expanduser(value))
     try:
         if path.is_file():
             return path.read_text(encoding="utf-8-sig")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def load_rows(
 def _load_one(source: str | Path, columns: ColumnNames, custom_reward: bool) -> list[Row]:
     if isinstance(source, str) and tasks.is_task(source):
         return tasks.load_task(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise ValueError(
             f"data file {str(path)!r} does not exist (looked in {Path.cwd()}); "

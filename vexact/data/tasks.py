@@ -48,9 +48,12 @@ def parse_task(source: str) -> TaskSpec:
     """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     try:
-        pairs = {key: _value(text) for key, text in parse_qsl(query, strict_parsing=True)} if query else {}
+        given = parse_qsl(query, strict_parsing=True) if query else []
     except ValueError as error:
         raise ValueError(f"{source!r}: settings must read key=value&key=value after the '?' ({error})") from error
+    pairs = {key: _value(text) for key, text in given}
+    if len(pairs) < len(given):
+        raise ValueError(f"{source!r}: a setting is given twice; keep one of them")
     for key, lowest in (("size", 1), ("seed", 0)):
         if key in pairs and (type(pairs[key]) is not int or pairs[key] < lowest):
             raise ValueError(f"{source!r}: {key}={pairs[key]!r} must be an integer of at least {lowest}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from vexact.data.chat_template import KEY, ChatTemplate
 from vexact.data.messages import Message, check_text, plain_messages
 from vexact.data.rows import Row
 
+log = logging.getLogger(__name__)
 Truncation = Literal["error", "left", "right", "middle"]
 
 
@@ -52,7 +54,28 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[li
     for row, ids in zip(rows, all_ids):
         if not ids:
             raise ValueError(f"{row.where}: the prompt {row.text!r:.80} tokenises to nothing")
+    _warn_of_unknown_text(rows, all_ids, tokenizer)
     return all_ids
+
+
+def _warn_of_unknown_text(rows: Sequence[Row], all_ids: Sequence[Sequence[int]], tokenizer: Any) -> None:
+    """Says which prompts hold characters that the tokenizer has no tokens for, which a model then never sees."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    token = getattr(getattr(backend, "model", None), "unk_token", None)
+    if backend is None or token is None:
+        return
+    unknown = backend.token_to_id(token)
+    found = [row for row, ids in zip(rows, all_ids, strict=True) if ids.count(unknown) > row.text.count(token)]
+    if found:
+        log.warning(
+            "%d of %d prompts hold characters that the tokenizer does not know and reads as %r, the first of them "
+            "%s: %.80r",
+            len(found),
+            len(rows),
+            token,
+            found[0].where,
+            found[0].text,
+        )
 
 
 def _tokenize_as_is(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[list[int]]:

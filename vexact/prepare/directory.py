@@ -24,7 +24,9 @@ def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., 
     Raises:
         ValueError: ``out_dir`` holds files that this did not make, or was made with other options.
     """
-    out = Path(out_dir).expanduser() if out_dir is not None else Path(cache_dir()) / _folder(name, options)
+    out = Path(os.path.expanduser(out_dir)) if out_dir is not None else Path(cache_dir()) / _folder(name, options)
+    if out.parts[:1] and out.parts[0].startswith("~"):
+        raise ValueError(f"--out {out_dir}: nobody's home directory; write the full path of one of that name")
     recipe = {"name": name, "options": options, "vexact": __version__}
     if _is_made(out, recipe):
         return out

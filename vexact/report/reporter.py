@@ -64,6 +64,7 @@ class Reporter:
         run.run_dir.mkdir(parents=True, exist_ok=True)
         self._step = run.first_step
         self._sinks: dict[str, Sink] = {}
+        self._lost: set[str] = set()
         with ExitStack() as opened:
             for name in dict.fromkeys(loggers):
                 self._open(name, run)
@@ -90,6 +91,12 @@ class Reporter:
     def page(self, path: Path) -> None:
         """The run's HTML page is written."""
         self._tell(lambda sink: sink.page(path, max(0, self._step - 1)))
+
+    def say_lost(self, what: str, error: OSError) -> None:
+        """One line for the first file of its kind that cannot be written."""
+        if what not in self._lost:
+            self._lost.add(what)
+            log.error("%s of step %d cannot be written, training goes on: %s", what, self._step, error)
 
     def close(self) -> None:
         """Flush everything. Idempotent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
     """
     if spec.path is None:
         return compute_score
-    path = Path(spec.path).expanduser().resolve()
+    path = Path(os.path.expanduser(spec.path)).resolve()
     if not path.is_file():
         raise RewardError(f"custom_reward_function.path={spec.path!r} is not a file (looked for {path})")
     module_spec = importlib.util.spec_from_file_location("vexact_custom_reward", path)

@@ -24,6 +24,7 @@ class Limits:
 
     max_model_len: int
     num_cache_tokens: int
+    max_samples: int  # that run and wait
 
     def room(self, num_prompt_tokens: int) -> int:
         """Most tokens that can be sampled after a prompt; the last one is never fed back. At least 1, for the engine to
@@ -52,7 +53,7 @@ class Job:
 def prepare(body: Body, sampling: dict[str, Any], tokenizer: Any, limits: Limits) -> Job:
     """Raises ValueError or ApiError: what the client has to change."""
     chat = isinstance(body, ChatBody)
-    prompts = _chat_prompt(body, tokenizer) if isinstance(body, ChatBody) else _prompts(body, tokenizer)
+    prompts = _chat_prompt(body, tokenizer) if isinstance(body, ChatBody) else _prompts(body, tokenizer, limits)
     name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
     drawn = body.request_id or (name if sampling.get("seed") is None else SEEDED)
     asks = []
@@ -83,7 +84,7 @@ def _chat_prompt(body: ChatBody, tokenizer: Any) -> list[Sequence[int]]:
     return list(tokenize([Row(tuple(body.messages), "", "", where="messages")], tokenizer, form))
 
 
-def _prompts(body: Body, tokenizer: Any) -> list[Sequence[int]]:
+def _prompts(body: Body, tokenizer: Any, limits: Limits) -> list[Sequence[int]]:
     assert isinstance(body, CompletionBody)
     prompt = body.prompt
     if (prompt is None) == (body.prompt_token_ids is None):
@@ -93,6 +94,13 @@ def _prompts(body: Body, tokenizer: Any) -> list[Sequence[int]]:
     prompts = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
     if not prompts:
         raise ApiError(400, "prompt=[] holds no prompt", param="prompt")
+    if len(prompts) > limits.max_samples:  # before others wait for so many to be tokenised
+        raise ApiError(
+            400,
+            f"{len(prompts)} prompts at once are more than the {limits.max_samples} samples that the engine runs and "
+            "queues; send fewer",
+            param="prompt",
+        )
     if all(isinstance(item, str) for item in prompts):
         _require(tokenizer, "a prompt of text")
         rows = [Row(text, "", "", where=f"prompt {number}") for number, text in enumerate(prompts)]

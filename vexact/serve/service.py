@@ -30,7 +30,8 @@ class Service:
         self.metrics = Metrics(self.model)
         self.reader = TextReader(copy.deepcopy(engine.tokenizer)) if engine.tokenizer is not None else None
         self.max_model_len = engine.max_model_len
-        self._limits = Limits(engine.max_model_len, engine.num_cache_tokens)
+        most = engine.config.max_num_seqs + settings.max_queue
+        self._limits = Limits(engine.max_model_len, engine.num_cache_tokens, most)
         self._prompt_tokenizer: Any = copy.deepcopy(engine.tokenizer)
         self._prompt_thread = ThreadPoolExecutor(1, "prompts")
         self.engine = AsyncEngine(engine, max_queue=settings.max_queue)

@@ -22,7 +22,7 @@ from vexact.trainer.preflight.checks import check_before_training
 from vexact.trainer.preflight.machine import layout_of, machine_of
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
 from vexact.trainer.resume.changes import Identity, breaking_changes
-from vexact.trainer.run.directory import RunDirectoryError, open_run_directory, set_aside
+from vexact.trainer.run.directory import RunDirectoryError, open_run_directory, set_aside, set_divergence_aside
 from vexact.trainer.run.final_report import final_report
 from vexact.trainer.run.pending_step import PendingStep
 from vexact.trainer.run.record import write_run_record
@@ -93,7 +93,8 @@ def run(config: Config, layout: Layout | None = None) -> int:
         )
         stack.enter_context(reporter)
         reporter.plan([row for row in plan.rows if row not in plan.memory], plan.advice)
-        write_run_record(config, workers.environment())
+        if not (config.trainer.val_only and progress.step):  # which tells how the run was trained
+            write_run_record(config, workers.environment())
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)
@@ -153,10 +154,11 @@ def _begin_part(config: Config, store: CheckpointStore, source: Source | None, p
         store.go_on_from(progress.step)
     elif abandoned:
         store.go_on_from(None)
-    if progress.step == 0 or abandoned:
-        moved = set_aside(config.run_dir, store, after)
-        if moved:
-            log.info("set aside what this run does not go on from: %s in %s", moved, config.run_dir)
+    moved = [set_aside(config.run_dir, store, after)] if progress.step == 0 or abandoned else []
+    moved.append(set_divergence_aside(config.run_dir))
+    if any(moved):
+        names = ", ".join(filter(None, moved))
+        log.info("set aside what this run does not go on from: %s in %s", names, config.run_dir)
 
 
 def _last_kept(source: Source | None) -> int:

@@ -289,9 +289,14 @@ def test_nothing_compared_is_not_exact():
         (["--dtype", "float8"], "--dtype=float8: use one of float32, bfloat16, float16"),
         (["--num_prompts", "0"], "--num_prompts=0 must be at least 1"),
         (["--max_new_tokens", "256"], "--max_new_tokens=256 leaves no room for a prompt: the model has 256 positions"),
-        (["--out", "/nowhere/x.json"], "the directory /nowhere does not exist"),
+        (["--out", "/nowhere/x.json"], "there is no directory /nowhere"),
+        (["--out", "{model}/config.json"], "config.json is there and is no result of vexact verify"),
+        (["--out", "{model}"], "is a directory; give a file in it"),
+        (["--explain", "{model}/model.safetensors"], "model.safetensors is there and is no replay file"),
     ],
 )
 def test_what_cannot_be_done_is_refused(checkpoints, capsys, arguments, message):
-    assert cli.main(["verify", "--model_path", str(checkpoints / "llama"), "--device", "cpu", *arguments]) == 2
+    model = checkpoints / "llama"
+    given = [argument.format(model=model) for argument in arguments]
+    assert cli.main(["verify", "--model_path", str(model), "--device", "cpu", *given]) == 2
     assert message in capsys.readouterr().err

@@ -172,3 +172,27 @@ def test_sampling_is_what_the_configuration_says(overrides):
     training, validation = training_sampling(config), validation_sampling(config)
     assert (training.n, training.top_k, training.stop, training.stop_token_ids) == (4, 5, ("a",), (3,))
     assert (validation.temperature, validation.top_k, validation.stop) == (0.0, -1, ("a",))
+
+
+def test_rows_of_validation_are_looked_at_as_those_of_training(refusal, tiny, tmp_path):
+    from transformers import AutoTokenizer
+
+    def rows(name: str, *more: dict[str, object]) -> str:
+        row = {"prompt": "1+2=", "data_source": "exact_match", "reward_model": {"ground_truth": "3"}}
+        (tmp_path / name).write_text("".join(json.dumps(row | other) + "\n" for other in ({}, *more)))
+        return str(tmp_path / name)
+
+    built_in = (f"data.train_files={rows('train.jsonl')}", "reward.custom_reward_function.path=null")
+    other = rows("quiz.jsonl", {"data_source": "my_quiz"})
+    said = refusal(*built_in, f"data.val_files={other}")
+    assert "data.val_files, rows of data_source 'my_quiz': " in said
+    assert "no grader" in said
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path / "wide")
+    wide = f"actor_rollout_ref.model.tokenizer_path={tmp_path / 'wide'}"
+    tool = rows("tool.jsonl", {"prompt": "1+2=<tool>"})
+    for key in ("data.val_files", "data.train_files"):
+        said = refusal(*built_in, wide, f"{key}={tool}")
+        assert f"{key}, row 1 ('1+2=<tool>'): token id" in said
+        assert "is outside the model's vocabulary" in said

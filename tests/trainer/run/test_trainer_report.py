@@ -1,5 +1,6 @@
 """A run ends with its report, whatever became of the run, and whatever becomes of the report."""
 
+import errno
 import json
 import re
 
@@ -7,11 +8,12 @@ import pytest
 
 from vexact.audit import ExactnessError
 from vexact.config import load_config
-from vexact.report import Reporter
+from vexact.report import Reporter, write_samples
 from vexact.report.html import page as page_module
 from vexact.trainer import driver as driver_module
 from vexact.trainer.launch import run
 from vexact.trainer.run import final_report
+from vexact.trainer.step import samples
 
 REPORT = "trainer.report=true"
 
@@ -100,3 +102,17 @@ def test_an_interrupt_is_not_kept_waiting(overrides, lines, begun, tmp_path):
     ):
         raise KeyboardInterrupt
     assert lines() == []
+
+
+def test_samples_that_cannot_be_written_cost_a_line_and_not_the_run(overrides, metrics, lines, tmp_path, monkeypatch):
+    def on_a_full_disk(run_dir, step, *rest, **named):
+        if step > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_samples(run_dir, step, *rest, **named)
+
+    monkeypatch.setattr(samples, "write_samples", on_a_full_disk)
+    assert run(load_config(overrides("trainer.samples_per_step=2"))) == 0
+    assert [row["step"] for row in metrics()] == [1, 2, 3]
+    lost = [line for line in lines() if line.startswith("samples of step")]
+    assert lost == ["samples of step 2 cannot be written, training goes on: [Errno 28] No space left on device"]
+    assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step_1.jsonl"]

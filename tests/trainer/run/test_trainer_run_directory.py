@@ -67,9 +67,11 @@ def _equal(a, b):
 
 def test_starting_anew_sets_the_earlier_run_aside(used):
     directory, start = used
+    (directory / "report.html").write_text("of the earlier run")
     text = start("trainer.resume_mode=disable", "trainer.total_training_steps=2", "trainer.keep_last=2")
     aside = "set aside what this run does not go on from: checkpoints.1 (step_1 to step_4), samples.1, metrics.1.jsonl"
-    assert aside in text
+    assert f"{aside}, report.1.html in {directory}" in text
+    assert (directory / "report.1.html").read_text() == "of the earlier run"
     assert _steps(directory / "checkpoints") == ["step_1", "step_2"]
     assert _steps(directory / "checkpoints.1") == ["step_1", "step_2", "step_3", "step_4"]
     assert (directory / "latest").read_text() == "checkpoints/step_2\n"
@@ -94,6 +96,17 @@ def test_rewinding_sets_later_checkpoints_aside_and_auto_follows(used):
     assert "resuming after step 3" in text
     assert "set aside" not in text
     assert _equal(_weights(directory / "checkpoints" / "step_4"), _weights(directory / "checkpoints.1" / "step_4"))
+
+
+def test_what_stopped_an_earlier_start_is_not_told_of_the_next(used):
+    directory, start = used
+    (directory / "divergence.txt").write_text("first divergence")
+    (directory / "divergence.pt").write_text("replay")
+    assert "set aside what this run does not go on from: divergence.1.txt, divergence.1.pt" in start(
+        "trainer.total_training_steps=5"
+    )
+    assert (directory / "divergence.1.pt").read_text() == "replay"
+    assert not (directory / "divergence.txt").exists()
 
 
 def test_going_on_from_another_directory(used, four_steps):
@@ -290,7 +303,9 @@ def test_a_run_of_an_earlier_version_goes_on(used):
 def test_a_validation_moves_nothing(used, tiny):
     directory, start = used
     validate = ("trainer.val_only=true", f"data.val_files={tiny / 'test.jsonl'}")
+    settings = (directory / "config.yaml").read_text()
     start(*validate, "trainer.seed=7")
+    assert (directory / "config.yaml").read_text() == settings
     with pytest.raises(RunDirectoryError, match=r"val_only=true with trainer\.resume_mode=disable validates other"):
         start(*validate, "trainer.resume_mode=disable")
     assert len(_steps(directory / "checkpoints")) == 4

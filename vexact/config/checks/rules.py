@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _sources(config: Config) -> Iterator[str]:
             "actor_rollout_ref.model.path is not set: give a checkpoint directory (config.json and safetensors), or "
             "make a small one with `vexact prepare tiny`"
         )
-    elif not (Path(config.model.path).expanduser() / "config.json").is_file():
+    elif not (Path(os.path.expanduser(config.model.path)) / "config.json").is_file():
         yield (
             f"actor_rollout_ref.model.path={config.model.path}: no config.json there; give a Hugging Face checkpoint "
             "directory, or make a small one with `vexact prepare tiny`"
@@ -70,10 +71,10 @@ def _sources(config: Config) -> Iterator[str]:
         )
     for key, files in (("train_files", config.data.train_files), ("val_files", config.data.val_files)):
         for name in files:
-            if not name.startswith(TASK_PREFIX) and not Path(name).expanduser().exists():
+            if not name.startswith(TASK_PREFIX) and not Path(os.path.expanduser(name)).exists():
                 yield f"data.{key}={name}: no such file; paths are relative to {Path.cwd()}"
     path = config.reward.custom_reward_function.path
-    if path is not None and not Path(path).expanduser().is_file():
+    if path is not None and not Path(os.path.expanduser(path)).is_file():
         yield f"reward.custom_reward_function.path={path}: no such file"
 
 
@@ -205,6 +206,11 @@ def _texts(config: Config) -> Iterator[str]:
     for key, name in names.items():
         if not name.strip() or not name.isprintable():
             yield f"{key}={name!r}: give it a name, on one line"
+    for key in ("trainer.project_name", "trainer.experiment_name"):
+        if config.trainer.default_local_dir is None and (
+            Path(names[key]).is_absolute() or ".." in Path(names[key]).parts
+        ):
+            yield f"{key}={names[key]!r} leads out of runs/; set trainer.default_local_dir to name the run directory"
     if "" in config.rollout.stop:
         yield f"{ROLLOUT}.stop={list(config.rollout.stop)}: a stop string must not be empty"
 
@@ -263,8 +269,11 @@ def _run(config: Config) -> Iterator[str]:
             f"trainer.resume_mode={trainer.resume_mode} and trainer.resume_from_path={trainer.resume_from_path}: "
             "resume_path needs a path, and a path needs resume_mode=resume_path"
         )
-    if trainer.resume_from_path is not None and not Path(trainer.resume_from_path).expanduser().is_dir():
+    if trainer.resume_from_path is not None and not Path(os.path.expanduser(trainer.resume_from_path)).is_dir():
         yield f"trainer.resume_from_path={trainer.resume_from_path}: no such directory"
+    given = trainer.default_local_dir or ""
+    if given.startswith("~") and os.path.expanduser(given) == given:
+        yield f"trainer.default_local_dir={given}: nobody's home directory; write ./{given} for one of that name here"
     blocking = next((path for path in (config.run_dir, *config.run_dir.parents) if path.exists()), None)
     if blocking is not None and not blocking.is_dir():
         yield f"the run directory {config.run_dir} cannot be made: {blocking} is a file; set trainer.default_local_dir"

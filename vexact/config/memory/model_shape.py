@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class ModelShape:
         Raises:
             ConfigError: the file is not JSON, or lacks the sizes of a decoder.
         """
-        path = Path(directory).expanduser() / "config.json"
+        path = Path(os.path.expanduser(directory)) / "config.json"
         try:
             return cls.of(json.loads(path.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:

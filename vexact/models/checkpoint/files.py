@@ -22,7 +22,7 @@ def checkpoint_directory(path: str | Path) -> Path:
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such directory.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))
     if not directory.exists():
         raise FileNotFoundError(f"model directory {directory} does not exist; give a Hugging Face checkpoint directory")
     if not directory.is_dir():

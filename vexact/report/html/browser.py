@@ -28,15 +28,15 @@ def sample_pages(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 def _contents(files: Sequence[SampleFile], budget: int) -> list[dict[str, Any]]:
     """First and last, then what lies evenly between, coarse to fine, until the budget is spent."""
-    shown: dict[SampleFile, list[dict[str, Any]]] = {}
+    shown: dict[SampleFile, dict[str, Any]] = {}
     for place in _coarse_to_fine(len(files)):
         if len(shown) >= _MOST_FILES or budget <= 0:
             break
-        samples, size = _samples(files[place].path, budget)
+        samples, size, more = _samples(files[place].path, budget)
         budget -= size
         if samples:
-            shown[files[place]] = samples
-    return [{"step": file.step, "stem": file.stem, "samples": shown[file]} for file in sorted(shown)]
+            shown[files[place]] = {"samples": samples, "more": more}
+    return [{"step": file.step, "stem": file.stem, **shown[file]} for file in sorted(shown)]
 
 
 def _coarse_to_fine(count: int) -> list[int]:
@@ -53,8 +53,8 @@ def _coarse_to_fine(count: int) -> list[int]:
     return list(order)
 
 
-def _samples(file: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
-    """The samples of a file that fit, and their size; a line that is no sample is left out."""
+def _samples(file: Path, budget: int) -> tuple[list[dict[str, Any]], int, bool]:
+    """The samples of a file that fit, their size, and whether it has more; a line that is no sample is left out."""
     samples: list[dict[str, Any]] = []
     spent = 0
     try:
@@ -65,12 +65,12 @@ def _samples(file: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
                     continue
                 size = len(json.dumps(sample))
                 if len(samples) == _MOST_SAMPLES or spent + size > budget:
-                    break
+                    return samples, spent, True
                 samples.append(sample)
                 spent += size
     except OSError:
-        return [], 0
-    return samples, spent
+        return [], 0, False
+    return samples, spent, False
 
 
 def _sample(line: str) -> dict[str, Any] | None:
@@ -83,30 +83,33 @@ def _sample(line: str) -> dict[str, Any] | None:
     sample: dict[str, Any] = {key: _short(record[key]) for key in _PLAIN if key in record}
     for key, most in _MOST_CHARACTERS.items():
         if record.get(key) is not None:
-            sample[key] = _cut(record[key] if isinstance(record[key], str) else json.dumps(record[key]), most)
-    if len(record["response"]) > len(sample["response"]):
-        sample["cut"] = len(record["response"]) - len(sample["response"])
+            text = record[key] if isinstance(record[key], str) else json.dumps(record[key])
+            sample[key] = text[:most]
+            if len(text) > most:
+                sample.setdefault("cut", {})[key] = len(text) - most
     score = record.get("score")
     sample["score"] = score if _is_finite(score) else None
     extra = record.get("extra")
     if isinstance(extra, dict):
         sample["extra"] = {str(key)[:80]: value for key, value in extra.items() if _is_finite(value)}
-    tokens = _tokens(record, len(sample["response"]))
-    return sample | ({"tokens": tokens} if tokens else {})
+    different = _places(record.get("different"))
+    tokens = _tokens(record, len(sample["response"]), different)
+    return sample | ({"tokens": tokens} if tokens else {}) | ({"different": len(different)} if different else {})
 
 
-def _tokens(record: dict[str, Any], shown: int) -> list[list[float | None]]:
+def _places(different: Any) -> set[int]:
+    """Positions of tokens whose bits differ, shown or not."""
+    return {place for place in different if _is_count(place)} if isinstance(different, list) else set()
+
+
+def _tokens(record: dict[str, Any], shown: int, marked: set[int]) -> list[list[float | None]]:
     """[characters, log-probability] of the tokens of the response's first ``shown`` characters, and a 1 behind where
     the bits differ; [] if they are not there or do not add up to the response."""
     lengths, logprobs = record.get("token_lengths"), record.get("logprobs")
     if not isinstance(lengths, list) or not isinstance(logprobs, list) or len(lengths) != len(logprobs):
         return []
-    if not all(isinstance(length, int) and length >= 0 for length in lengths) or sum(lengths) != len(
-        record["response"]
-    ):
+    if not all(map(_is_count, lengths)) or sum(lengths) != len(record["response"]):
         return []
-    different = record.get("different")
-    marked = {place for place in different if isinstance(place, int)} if isinstance(different, list) else set()
     tokens: list[list[float | None]] = []
     end = 0
     for place, (length, logprob) in enumerate(zip(lengths, logprobs, strict=True)):
@@ -117,6 +120,10 @@ def _tokens(record: dict[str, Any], shown: int) -> list[list[float | None]]:
     return tokens
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_finite(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
@@ -125,7 +132,3 @@ def _is_finite(value: Any) -> bool:
 
 def _short(value: Any) -> Any:
     return value if value is None or _is_finite(value) else str(value)[:200]
-
-
-def _cut(text: str, most: int) -> str:
-    return text[:most]

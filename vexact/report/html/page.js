@@ -70,12 +70,18 @@ function response(sample) {
     start += length;
   }
   place.append(characters.slice(start).join(""));
-  if (sample.cut) place.append(element("span", "quiet", ` … and ${sample.cut} characters more`));
+  place.append(rest(sample, "response"));
   return place;
 }
 
+// What the page leaves out of a text.
+function rest(sample, key) {
+  const count = (sample.cut || {})[key];
+  return count ? element("span", "quiet", ` … and ${count} characters more`) : "";
+}
+
 function card(sample) {
-  const different = (sample.tokens || []).filter((token) => token[2]).length;
+  const different = sample.different || 0;
   const facts = [`score ${sample.score === null ? "none" : Number(sample.score.toPrecision(6))}`];
   for (const [key, value] of Object.entries(sample.extra || {})) facts.push(`${key} ${Number(value.toPrecision(6))}`);
   for (const key of ["status", "finish_reason", "num_tokens", "data_source", "row", "weights_version"]) {
@@ -84,10 +90,10 @@ function card(sample) {
   if (different) facts.push(different === 1 ? "1 token differs" : `${different} tokens differ`);
   const head = element("div", "sample-head", element("b", "", facts[0]), ...facts.slice(1).map((fact) => element("span", "", fact)));
   const made = element("article", "sample", head);
-  if (sample.prompt !== undefined) made.append(element("pre", "prompt", sample.prompt));
+  if (sample.prompt !== undefined) made.append(element("pre", "prompt", sample.prompt, rest(sample, "prompt")));
   made.append(response(sample));
-  if (sample.ground_truth !== undefined) made.append(element("div", "quiet", `ground truth: ${sample.ground_truth}`));
-  if (sample.message !== undefined) made.append(element("div", "bad", sample.message));
+  if (sample.ground_truth !== undefined) made.append(element("div", "quiet", `ground truth: ${sample.ground_truth}`, rest(sample, "ground_truth")));
+  if (sample.message !== undefined) made.append(element("div", "bad", sample.message, rest(sample, "message")));
   return made;
 }
 
@@ -113,12 +119,17 @@ if (withSamples.length === 0) {
       return option;
     }));
     steps.value = String(names.length - 1);
-    note.textContent = run.shown.length < run.files ? `${run.shown.length} of ${run.files} files of samples are in this page.` : "";
     showSamples();
   }
 
   function showSamples() {
-    const samples = [...withSamples[Number(runs.value)].shown[Number(steps.value)].samples];
+    const run = withSamples[Number(runs.value)];
+    const file = run.shown[Number(steps.value)];
+    const samples = [...file.samples];
+    note.textContent = [
+      run.shown.length < run.files ? `${run.shown.length} of ${run.files} files of samples are in this page.` : "",
+      file.more ? `These are the first ${samples.length}; samples/${file.stem}_${file.step}.jsonl has more.` : "",
+    ].filter(Boolean).join(" ");
     const keys = [null, (one) => one.score ?? 0, (one) => -(one.score ?? 0), (one) => -(one.num_tokens ?? 0)];
     const key = keys[Number(orders.value)];
     if (key) samples.sort((one, other) => key(one) - key(other));

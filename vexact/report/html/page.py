@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from vexact.report.html import tables
 from vexact.report.html.browser import sample_pages
 from vexact.report.html.groups import Group, grouped, metric_names
-from vexact.report.html.record import RunRecord
+from vexact.report.html.record import RunRecord, told_apart
 from vexact.report.names import describe
 from vexact.report.panels import PARTS, SECTIONS, Panel
 
@@ -40,7 +41,7 @@ class Picture:
     metrics: tuple[tuple[str, str], ...]  # name and meaning
     figure: int
     verdict: str = ""
-    good: bool = False
+    mark: str = ""  # of the verdict: good, bad, or nothing where some steps have no value
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,15 @@ def write_report(runs: Sequence[RunRecord], out: str | Path) -> Path:
         MissingPlotlyError: plotly is not installed.
         OSError: the file cannot be written.
     """
-    path = Path(out)
+    path = Path(out).resolve()  # of a link, what it names is replaced
     text = render(runs)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")  # two may write one page
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+    return Path(out)
 
 
 def render(runs: Sequence[RunRecord]) -> str:
@@ -74,7 +75,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         from vexact.report.html import figures
     except ImportError as error:
         raise MissingPlotlyError from error
-    groups = grouped(runs)
+    groups = grouped(told_apart(runs))
     ordered = [run for group in groups for run in group.runs]
     drawn: list[dict[str, Any]] = []
     sections = [_section(title, panels, groups, drawn) for title, panels in SECTIONS.items()]
@@ -130,23 +131,28 @@ def _pictures(
                 yield Picture(title, _meanings(["timing_s/step"]), len(drawn) - 1)
     elif any(np.isfinite(series.values).any() for group in groups for name in names for series in group.series(name)):
         drawn.append(figures.curves(panel, names, groups))
-        verdict, good = _verdict(panel, names, groups)
-        yield Picture(panel.title, _meanings(names), len(drawn) - 1, verdict, good)
+        yield Picture(panel.title, _meanings(names), len(drawn) - 1, *_verdict(panel, names, groups))
 
 
 def _meanings(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, describe(name) or "") for name in names)
 
 
-def _verdict(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> tuple[str, bool]:
-    """Whether the curves are what an exact run has; nothing for a panel that has no such value."""
+def _verdict(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> tuple[str, str]:
+    """What is said of the curves and its mark; nothing for a panel whose values no exact run determines."""
     if panel.expected is None:
-        return "", False
+        return "", ""
     values = np.concatenate([series.values for group in groups for name in names for series in group.series(name)])
     wrong = int((values != panel.expected).sum())  # NaN is
-    if not wrong:
-        return f"{panel.expected:g} in every step, as it has to be", True
-    return f"not {panel.expected:g} in {wrong} of {len(values)} values", False
+    if wrong:
+        return f"not {panel.expected:g} in {wrong} of {len(values)} values", "bad"
+    there = steps = 0
+    for run in (run for group in groups for run in group.runs):
+        measured = {step for name in names if name in run.series for step in run.series[name].steps.tolist()}
+        there, steps = there + len(measured), steps + len(measured | run.trained_steps)
+    if there < steps:
+        return f"{panel.expected:g} in the {there} of {steps} steps that have a value", ""
+    return f"{panel.expected:g} in every step, as it has to be", "good"
 
 
 def _asset(name: str) -> str:

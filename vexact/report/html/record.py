@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
 
 CONFIG_FILE, CERTIFICATE_FILE, ENVIRONMENT_FILE = "config.yaml", "certificate.json", "environment.json"
 DIVERGENCE_FILE = "divergence.txt"
+_SCORE = "critic/score/mean"  # of every step that trained
 _MOST_CHARACTERS = 20_000  # of it
 _SAMPLE_FILE = re.compile(r"(step|val)_(\d{1,15})\.jsonl")
 _LARGEST_STEP = 2**53  # a page's numbers are doubles
@@ -66,11 +67,19 @@ class RunRecord:
 
     @cached_property
     def seed(self) -> str:
-        """Everything that only makes the run another draw of the same configuration."""
-        return json.dumps([self.config.get(key) for key in SEED_KEYS], default=str)
+        """Everything that only makes the run another draw of the same configuration, as it is in force."""
+        general, *others = (self.config.get(key) for key in SEED_KEYS)
+        return json.dumps([general, *(general if seed is None else seed for seed in others)], default=str)
+
+    @cached_property
+    def trained_steps(self) -> frozenset[int]:
+        """Steps that trained, as far as they were reported; one that an error stopped is none of them."""
+        scores = self.series.get(_SCORE)
+        return frozenset(() if scores is None else scores.steps.tolist())
 
 
 SEED_KEYS = ("trainer.seed", "data.seed", "actor_rollout_ref.rollout.seed")
+"""The first stands in for others that are null."""
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -96,6 +105,8 @@ def read_run(path: str | Path) -> RunRecord:
     for name, (_, values) in series.items():
         if count := int(np.isnan(values).sum()):
             problems.append(f"{name} is not finite in {count} of {len(values)} steps")
+    if missing := _missing(series):
+        problems.append(f"{METRICS_FILE} lacks {missing} of the steps that were trained")
     times = [time for row in rows.values() if (time := row.get("time")) is not None]
     return RunRecord(
         path=place,
@@ -110,6 +121,19 @@ def read_run(path: str | Path) -> RunRecord:
         problems=tuple(problems),
         divergence=_text(place / DIVERGENCE_FILE),
     )
+
+
+def told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs, with names that are not the same: as much of the path as that takes."""
+    names = [run.name for run in runs]
+    for length in range(2, 1 + max((len(run.path.resolve().parts) for run in runs), default=0)):
+        if len(set(names)) == len(names):
+            break
+        names = [
+            name if names.count(name) == 1 else "/".join(run.path.resolve().parts[-length:])
+            for name, run in zip(names, runs, strict=True)
+        ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _rows(file: Path, problems: list[str]) -> dict[int, dict[str, float | None]]:
@@ -168,14 +192,26 @@ def _series(rows: Mapping[int, Mapping[str, float | None]]) -> dict[str, Series]
     return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
 
 
+def _missing(series: Mapping[str, Series]) -> int:
+    """How many steps between the first and the last that trained are not there: a full disk lost them, for instance."""
+    if _SCORE not in series:
+        return 0
+    steps = series[_SCORE].steps
+    return int(steps[-1] - steps[0]) + 1 - len(steps)
+
+
 def _loaded(file: Path, problems: list[str]) -> Any:
     """The file's content; {} with a problem noted where it is absent or broken."""
     try:
         text = file.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        tree = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        json.dumps(tree, default=str)  # YAML has more than can be shown
+        if isinstance(tree, dict):
+            return tree
+        problems.append(f"{file.name} cannot be read: it holds no keys")
     except FileNotFoundError:
         problems.append(f"there is no {file.name}")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}")
     return {}
 

@@ -118,6 +118,8 @@ def _progress(run: RunRecord) -> Cell:
         return Cell("none yet", "bad")
     if run.total_steps is None:
         return Cell(str(run.last_step))
+    if run.trained_steps and run.last_step not in run.trained_steps:
+        return Cell(f"stopped in step {run.last_step} of {run.total_steps}", "bad")
     if run.last_step >= run.total_steps:
         return Cell(f"{run.last_step} of {run.total_steps}", "good")
     return Cell(f"{run.last_step} of {run.total_steps}: stopped early, or still running", "bad")
@@ -146,7 +148,9 @@ def _mismatch(run: RunRecord) -> Cell:
     if not compared:
         return Cell("not compared", "bad")
     wrong = max(_values(run, f"bitwise/{what}_different").sum() for what in ("tokens", "routes"))
-    return Cell(f"{wrong:,.0f} / {compared:,.0f}", "bad" if wrong else "good")
+    there, steps = run.series["bitwise/tokens_compared"].steps, run.trained_steps
+    scope = f" in {len(there)} of {len(steps | set(there.tolist()))} steps" if steps - set(there.tolist()) else ""
+    return Cell(f"{wrong:,.0f} / {compared:,.0f}{scope}", "bad" if wrong else "" if scope else "good")
 
 
 def _draws(run: RunRecord) -> Cell:

@@ -40,12 +40,15 @@ def write_samples(
     path = Path(run_dir) / "samples" / f"{stem}_{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    # A lone surrogate, which UTF-8 has no bytes for, becomes \udc80, which JSON reads as the same character.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        records = _records(groups, TokenText(decode) if decode else None, different or {})
-        for record in islice(records, None if limit < 0 else limit):
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-    temporary.replace(path)
+    try:
+        # A lone surrogate, which UTF-8 has no bytes for, becomes \udc80, which JSON reads as the same character.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            records = _records(groups, TokenText(decode) if decode else None, different or {})
+            for record in islice(records, None if limit < 0 else limit):
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

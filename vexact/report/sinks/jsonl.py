@@ -42,17 +42,26 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line that a killed run left unfinished is left out.
 
     Raises:
-        ValueError: a line other than the last is not JSON.
+        ValueError: another line is no record of a step.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+                raise ValueError(_no_record(path, number, f"is not valid JSON: {error}")) from error
+            continue
+        step = record.get("step") if isinstance(record, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise ValueError(_no_record(path, number, "is no record of a step"))
+        records.append(record)
     return records
+
+
+def _no_record(path: str | Path, number: int, reason: str) -> str:
+    return f"{path}, line {number} {reason}; remove the line, or move the file away"
 
 
 def _keep_until(path: Path, step: int) -> None:

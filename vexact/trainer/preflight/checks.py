@@ -62,7 +62,21 @@ def check_sampling(section: str, build: Callable[[], SamplingParams]) -> None:
 
 def check_prompts(key: str, data: PromptDataset, engine: RolloutEngine, max_response_length: int) -> None:
     """Raises ValueError for a prompt with ids the model does not have, or longer than the key-value cache holds."""
-    vocab_size, cache = engine.vocab_size, engine.num_cache_tokens
+    check_token_ids(key, data, engine.vocab_size)
+    cache = engine.num_cache_tokens
+    for row in range(len(data)):
+        ids = data[row].token_ids
+        needed = len(ids) + max_response_length - 1  # the last sampled token is never fed back
+        if needed > cache:
+            raise ValueError(
+                f"{key}, row {row}: {len(ids)} prompt tokens and data.max_response_length={max_response_length} need "
+                f"{needed} tokens of key-value cache, and it holds {cache}; raise "
+                "actor_rollout_ref.rollout.kv_cache_bytes or num_pages"
+            )
+
+
+def check_token_ids(key: str, data: PromptDataset, vocab_size: int) -> None:
+    """Raises ValueError for a prompt with ids the model does not have."""
     for row in range(len(data)):
         ids = data[row].token_ids
         wrong = next((each for each in (min(ids), max(ids)) if not 0 <= each < vocab_size), None)
@@ -70,13 +84,6 @@ def check_prompts(key: str, data: PromptDataset, engine: RolloutEngine, max_resp
             raise ValueError(
                 f"{key}, row {row} ({data[row].text!r:.60}): token id {wrong} is outside the model's vocabulary of "
                 f"{vocab_size}; is the tokenizer this model's?"
-            )
-        needed = len(ids) + max_response_length - 1  # the last sampled token is never fed back
-        if needed > cache:
-            raise ValueError(
-                f"{key}, row {row}: {len(ids)} prompt tokens and data.max_response_length={max_response_length} need "
-                f"{needed} tokens of key-value cache, and it holds {cache}; raise "
-                "actor_rollout_ref.rollout.kv_cache_bytes or num_pages"
             )
 
 

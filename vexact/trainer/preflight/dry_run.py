@@ -34,7 +34,6 @@ from vexact.training.parallel.sequence_parallel import check_size
 from vexact.training.passes.experts import check_experts
 
 ROWS = 64  # of each dataset that a dry run reads
-GRADED_ROWS = 8
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
@@ -44,7 +43,7 @@ def check_settings(config: Config, layout: Layout) -> None:
     Raises:
         ValueError: a part of the trainer refuses its settings, or they do not suit the model or this machine.
     """
-    model = ModelConfig.from_hf_dir(Path(config.model.path).expanduser())
+    model = ModelConfig.from_hf_dir(Path(os.path.expanduser(config.model.path)))
     training_sampling(config)
     validation_sampling(config)
     check_profile(config, config.trainer.total_training_steps, layout.world_size)
@@ -62,22 +61,25 @@ def check_settings(config: Config, layout: Layout) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """Reads the tokenizer, the first rows of the data and every weight, and grades some rows in one grader process.
+    """Reads the tokenizer, the first rows of the data and every weight, and grades some rows of each kind in one grader
+    process.
 
     No weight is kept: the rollout's dtype, which holds the smallest range, must be able to hold each.
 
     Raises:
         ValueError, FileNotFoundError, RewardError: as a run would.
     """
-    tokenizer = load_tokenizer(config)
+    tokenizer, vocab_size = load_tokenizer(config), ModelConfig.from_hf_dir(config.model.path).vocab_size
     data = config.data
-    rows = load_dataset(config, tokenizer, data.train_files, _first(data.train_max_samples))
+    rows = {"data.train_files": load_dataset(config, tokenizer, data.train_files, _first(data.train_max_samples))}
     if data.val_files:
-        load_dataset(config, tokenizer, data.val_files, _first(data.val_max_samples))
+        rows["data.val_files"] = load_dataset(config, tokenizer, data.val_files, _first(data.val_max_samples))
+    for key, dataset in rows.items():
+        checks.check_token_ids(key, dataset, vocab_size)
     one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
     with closing(start_rewards(one_worker)) as rewards:
-        right, empty = checks.grade_rows([rows[row] for row in range(min(GRADED_ROWS, len(rows)))], rewards)
-    checks.require_metric(config, right + empty)
+        scores = [checks.check_graders(key, dataset, rewards) for key, dataset in rows.items()]
+    checks.require_metric(config, scores[0])
     dtype: torch.dtype = getattr(torch, config.dtype(resolve_device(config.trainer.device)))
     load_model(config.model.path, dtype=dtype, device="meta")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def run_identity(
         "settings": deciding_settings(config, device_type, total_steps),
         "data": _data(rows, config.data.train_files),
         "model": {"config": _model(config.model.path)},
-        "tokenizer": _tokenizer(tokenizer, Path(config.model.tokenizer_path or config.model.path).expanduser()),
+        "tokenizer": _tokenizer(tokenizer, Path(os.path.expanduser(config.model.tokenizer_path or config.model.path))),
         "reward": _reward(config),
     }
     return dict(json.loads(json.dumps(identity, default=str)))
@@ -70,7 +71,7 @@ def _data(rows: PromptDataset, files: Iterable[str]) -> dict[str, Any]:
         "rows": contents.hexdigest(),
         "rows_in_any_order": f"{unordered:064x}",
         "token_ids": tokens.hexdigest(),
-        "files": {name: digest for name in files if (digest := _files_digest(_below(Path(name).expanduser())))},
+        "files": {name: digest for name in files if (digest := _files_digest(_below(Path(os.path.expanduser(name)))))},
     }
 
 
@@ -82,7 +83,7 @@ def _text(value: Any) -> str:
 
 
 def _model(path: str) -> dict[str, Any]:
-    config = ModelConfig.from_hf_dir(Path(path).expanduser())
+    config = ModelConfig.from_hf_dir(Path(os.path.expanduser(path)))
     values = {key: value for key, value in flatten(config.raw).items() if key not in _BOOKKEEPING}
     return values | {"eos_token_id": list(config.eos_token_ids)}
 
@@ -104,7 +105,7 @@ def _reward(config: Config) -> dict[str, Any]:
         return {"function": "built-in graders"}
     return {
         "function": custom.name,
-        "file": _files_digest([Path(custom.path).expanduser()]),
+        "file": _files_digest([Path(os.path.expanduser(custom.path))]),
         "kwargs": json.loads(_text(custom.reward_kwargs)),
     }
 

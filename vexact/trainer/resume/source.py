@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +68,7 @@ def find_source(config: Config, store: CheckpointStore) -> Source | None:
         return None
     path: Path | None
     if trainer.resume_mode == "resume_path":
-        path = Path(str(trainer.resume_from_path)).expanduser()
+        path = Path(os.path.expanduser(str(trainer.resume_from_path)))
     else:
         path = store.latest()
     if path is None:

@@ -10,14 +10,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from vexact.audit.certificate import FILE as CERTIFICATE
+from vexact.report.html import FILE_NAME as REPORT
 from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
 from vexact.report.sinks.wandb import RUN_ID_FILE
 from vexact.trainer.checkpoint import CheckpointStore
 from vexact.trainer.run.lock import run_lock
 from vexact.trainer.run.pending_step import FILE as PENDING_FILE
+from vexact.trainer.step.diagnose import REPLAY_FILE, TEXT_FILE
 from vexact.trainer.step.profile import FOLDER as PROFILE
 
 SAMPLES, TENSORBOARD = "samples", "tensorboard"
+DIVERGENCE = (TEXT_FILE, REPLAY_FILE)
 _TRIAL = b"\0" * (1 << 16)
 _FILE_OF_STEP = re.compile(r"[a-z]+_(\d+)[._].*")
 
@@ -72,7 +76,7 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
     moved += [f"{name}.{number}" for name in (SAMPLES, PROFILE) if _move_files(run_dir / name, after, number)]
     metrics = run_dir / METRICS_FILE
     if metrics.exists():
-        kept = metrics.with_name(f"{metrics.stem}.{number}{metrics.suffix}")
+        kept = metrics.with_name(_numbered(METRICS_FILE, number))
         if anew:
             metrics.rename(kept)
         else:
@@ -80,14 +84,38 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
         moved.append(kept.name)
     if anew and (run_dir / TENSORBOARD).exists():
         (run_dir / TENSORBOARD).rename(run_dir / f"{TENSORBOARD}.{number}")
+    if anew and (run_dir / REPORT).exists():
+        (run_dir / REPORT).rename(run_dir / _numbered(REPORT, number))
+        moved.append(_numbered(REPORT, number))
+    if anew:
+        (run_dir / CERTIFICATE).unlink(missing_ok=True)  # the checkpoints of that run have it
     (run_dir / RUN_ID_FILE).unlink(missing_ok=True)  # a W&B run cannot go back: what begins is another one
     (run_dir / PENDING_FILE).unlink(missing_ok=True)
     return ", ".join(moved)
 
 
+def set_divergence_aside(run_dir: Path) -> str:
+    """Moves where an earlier start was stopped by the audit, which does not hold of the part that begins, out of its
+    way; returns what was moved."""
+    found = [run_dir / name for name in DIVERGENCE if (run_dir / name).exists()]
+    free = (n for n in count(1) if not any((run_dir / _numbered(name, n)).exists() for name in DIVERGENCE))
+    number = next(free)
+    for file in found:
+        file.rename(file.with_name(_numbered(file.name, number)))
+    return ", ".join(_numbered(file.name, number) for file in found)
+
+
+def _numbered(name: str, number: int) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{number}.{suffix}"
+
+
 def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
-    path = run_dir / METRICS_FILE
-    names = [f"{path.stem}.{number}{path.suffix}", *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD))]
+    names = [
+        _numbered(METRICS_FILE, number),
+        _numbered(REPORT, number),
+        *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD)),
+    ]
     return [store.place_aside(number), *(run_dir / name for name in names)]
 
 

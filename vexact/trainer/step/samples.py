@@ -21,13 +21,17 @@ def keep_samples(
     different: Mapping[str, Sequence[int]] | None = None,
     table: bool = True,
 ) -> None:
-    """Writes ``trainer.samples_per_step`` samples to a file, and with ``table`` shows a few in the dashboards.
+    """Writes ``trainer.samples_per_step`` samples to a file, and with ``table`` shows a few in the dashboards. A file
+    that cannot be written is said to be lost, once a run, and training goes on.
 
     Args:
         stem: "step", or "val" for a validation.
         different: positions whose bits differ, by request; None where nothing was compared.
     """
     decode, limit = workers.tokenizer.decode, config.trainer.samples_per_step
-    write_samples(config.run_dir, step, groups, decode, limit=limit, stem=stem, different=different)
+    try:
+        write_samples(config.run_dir, step, groups, decode, limit=limit, stem=stem, different=different)
+    except OSError as error:  # a full disk: the checkpoint finds out whether it is one for the run
+        reporter.say_lost("samples", error)
     if table and limit:
         reporter.samples(step, stem, sample_rows(groups, decode, different))
