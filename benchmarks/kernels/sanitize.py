@@ -23,6 +23,7 @@ from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
 from vexact.ops.kernels import chain
 from vexact.ops.kernels.attention import packed_backward, packed_forward, paged_forward
 from vexact.ops.kernels.launches import forget
+from vexact.ops.kernels.moe import few
 from vexact.ops.square_sums import num_stretches, square_sums
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -181,6 +182,16 @@ def experts(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> list[Te
     return [*results, fused]
 
 
+def few_experts(tokens: int, hidden: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """The same layer for a few tokens in two launches."""
+    x, logits = draw(tokens, hidden, dtype=dtype), draw(tokens, 5, dtype=FP32)
+    gate_up, down = draw(5, 2 * width, hidden, dtype=dtype), draw(5, hidden, width, dtype=dtype)
+    digest = torch.zeros(tokens, dtype=torch.int64, device=x.device)
+    padding = torch.arange(tokens, device=x.device) == 2
+    settings = 3, "sigmoid", 1, 1, True, 2.5, FP32, 1
+    return [few.forward(x, logits, logits[0].contiguous(), digest, padding, gate_up, down, x, *settings)]
+
+
 @torch.no_grad()
 def norm(dtype: torch.dtype) -> list[Tensor]:
     """Matrices whose rows end within a tile, a stretch and 16 bytes."""
@@ -212,6 +223,11 @@ def cases() -> Iterator[Case]:
             yield (
                 f"experts {tokens} {hidden} {width} {dtype}",
                 lambda n=tokens, h=hidden, w=width, d=dtype: experts(n, h, w, d),
+            )
+        for tokens, hidden, width in ((1, 72, 40), (4, 50, 31)) if dtype is BF16 else ():
+            yield (
+                f"experts of {tokens} tokens in two launches {hidden} {width} {dtype}",
+                lambda n=tokens, h=hidden, w=width, d=dtype: few_experts(n, h, w, d),
             )
         yield f"square_sums {dtype}", lambda d=dtype: norm(d)
         yield f"rowwise {dtype}", lambda d=dtype: rowwise(101, 200, d)

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from benchmarks.moe.cases import MoeShape, draw_groups, make_weights
+from benchmarks.moe.cases import DEVICE, MoeShape, draw_groups, make_weights
 from vexact.ops.kernels import linear, swiglu
 from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.moe import grouped_linear, tiles
@@ -41,7 +41,7 @@ def count_rows(shape: MoeShape, kind: str, tokens: int) -> tuple[int, int]:
 
 def _cases(shape: MoeShape, gate_up: Tensor, down: Tensor, kind: str, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     rows, _, offsets = draw_groups(shape, tokens, kind, seed=tokens)
-    x = torch.randn(tokens, shape.hidden, device="cuda", dtype=BF16)
+    x = torch.randn(tokens, shape.hidden, device=DEVICE, dtype=BF16)
     gathered, ends = x[rows.long() // shape.top_k], offsets.tolist()
     owned = [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(ends)) if b > a]
 
@@ -62,7 +62,7 @@ def _cases(shape: MoeShape, gate_up: Tensor, down: Tensor, kind: str, tokens: in
         yield grouped_linear.product(x, gate_up, rows, offsets, top_k, gated=True, tile=tile), act
         yield grouped_linear.product(expected, gate_up.transpose(1, 2), None, offsets, 1, tile=tile), dx
     if tokens <= 4096:
-        hit = torch.tensor([e for e, _ in owned], device="cuda")
+        hit = torch.tensor([e for e, _ in owned], device=DEVICE)
         dweight = torch.stack([linear.grad_weight(expected[places], gathered[places]) for _, places in owned])
         for tile in (tiles.GRAD_WEIGHT, tiles.POINTER_GRAD_WEIGHT, Tile("tma", 64, 128, 32, 4, 4)):
             found = grouped_linear.grad_weight(expected, x, rows, offsets, top_k, tile=tile)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vexact.ops.kernels.moe import groups
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a rehearsal; nothing is measured there
+
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
@@ -29,6 +31,7 @@ class MoeShape:
 
 QWEN3 = MoeShape("Qwen3-30B-A3B", 128, 2048, 768, 8, "softmax")
 MOONLIGHT = MoeShape("Moonlight-16B-A3B", 64, 2048, 1408, 6, "sigmoid", 2 * 1408)
+REHEARSAL = MoeShape("rehearsal", 8, 64, 32, 2, "softmax", 32)  # on a CPU
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ class Weights:
 
 def make_weights(shape: MoeShape) -> Weights:
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, device="cuda", dtype=torch.bfloat16) * size[-1] ** -0.5
+        return torch.randn(size, device=DEVICE, dtype=torch.bfloat16) * size[-1] ** -0.5
 
     return Weights(draw(shape.experts, 2 * shape.width, shape.hidden), draw(shape.experts, shape.hidden, shape.width))
 
@@ -49,15 +52,15 @@ def make_weights(shape: MoeShape) -> Weights:
 def draw_experts(shape: MoeShape, tokens: int, kind: str = "uniform", seed: int = 0) -> Tensor:
     """(T, k) int32, ascending and distinct: uniform, skewed (as 1 / rank), one (all tokens the same), or few (half of
     the experts never chosen)."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    odds = torch.ones(shape.experts, device="cuda")
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    odds = torch.ones(shape.experts, device=DEVICE)
     if kind == "skewed":
-        odds = 1.0 / torch.arange(1, shape.experts + 1, device="cuda")
+        odds = 1.0 / torch.arange(1, shape.experts + 1, device=DEVICE)
     if kind == "few":
         odds[::2] = 0.0
     if kind == "one":
         odds[shape.top_k :] = 0.0
-    noise = torch.rand(tokens, shape.experts, device="cuda", generator=generator).log() / odds
+    noise = torch.rand(tokens, shape.experts, device=DEVICE, generator=generator).log() / odds
     return noise.topk(shape.top_k, dim=1).indices.sort(1).values.int()
 
 

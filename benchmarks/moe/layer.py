@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.moe.cases import MoeShape, Weights, draw_groups
+from benchmarks.moe.cases import DEVICE, MoeShape, Weights, draw_groups
 from vexact import ops
-from vexact.ops.kernels.moe import combine, grouped_linear
+from vexact.ops.kernels.moe import combine, few, grouped_linear
 
 Call = Callable[[], object]
 BF16 = torch.bfloat16
@@ -26,7 +27,7 @@ def floor_us(layer: Layer, tokens: int, bandwidth: float) -> float:
 
 
 def draw(*size: int) -> Tensor:
-    return torch.randn(size, device="cuda", dtype=BF16)
+    return torch.randn(size, device=DEVICE, dtype=BF16)
 
 
 class Layer:
@@ -57,37 +58,60 @@ class Layer:
         return experts
 
     def _logits(self, tokens: int, seed: int) -> Tensor:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        return torch.randn(tokens, self.shape.experts, device="cuda", generator=generator)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        return torch.randn(tokens, self.shape.experts, device=DEVICE, generator=generator)
 
     def _groups(self, tokens: int, seed: int) -> ops.ExpertGroups:
         return ops.ExpertGroups(*draw_groups(self.shape, tokens, seed=seed))
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         routes, groups = ops.route_and_group(logits, **self.settings)
-        shared = None
-        if self.shared:
-            shared = ops.linear(ops.swiglu(ops.linear(x, self.shared[0])), self.shared[1])
+        shared = self._shared(x)
         act = ops.grouped_swiglu(x, self.weights.gate_up, groups, gather=True)
         return ops.combine(
             ops.grouped_linear(act, self.weights.down, groups, gather=False), routes.weights, groups, shared
         )
 
-    def stock_forward(self, x: Tensor, logits: Tensor) -> Tensor:
+    def few_forward(self, x: Tensor, logits: Tensor, **tuning: Any) -> Tensor:
+        """:meth:`forward` in two launches, for a few tokens."""
+        settings = self.shape.top_k, self.shape.scoring, 1, 1, True, 1.0, BF16, 0
+        given = x, logits, None, None, None, self.weights.gate_up, self.weights.down, self._shared(x)
+        return few.forward(*given, *settings, **tuning)
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        return ops.linear(ops.swiglu(ops.linear(x, self.shared[0])), self.shared[1]) if self.shared else None
+
+    def stock_routes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in bf16 and experts, by torch."""
         scores = logits.softmax(1) if self.shape.scoring == "softmax" else logits.sigmoid()
         weights, experts = scores.topk(self.shape.top_k, dim=1)
-        out = self.stock_experts(x, experts, (weights / weights.sum(1, keepdim=True)).to(BF16))
-        if self.shared:
-            gate, up = F.linear(x, self.shared[0]).chunk(2, dim=1)
-            out = out + F.linear(F.silu(gate) * up, self.shared[1])
-        return out
+        return (weights / weights.sum(1, keepdim=True)).to(BF16), experts
+
+    def add_shared(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out`` plus the shared experts, by torch."""
+        if not self.shared:
+            return out
+        gate, up = F.linear(x, self.shared[0]).chunk(2, dim=1)
+        return out + F.linear(F.silu(gate) * up, self.shared[1])
+
+    def stock_forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        weights, experts = self.stock_routes(logits)
+        return self.add_shared(self.stock_experts(x, experts, weights), x)
+
+    def inputs(self, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+        """x (T, H), and the logits of one routing."""
+        return draw(tokens, self.shape.hidden), self._logits(tokens, seed)
 
     def layer(self, tokens: int, seed: int) -> Call:
-        x, logits = draw(tokens, self.shape.hidden), self._logits(tokens, seed)
+        x, logits = self.inputs(tokens, seed)
         return torch.no_grad()(lambda: self.forward(x, logits))
 
+    def few(self, tokens: int, seed: int, **tuning: Any) -> Call:
+        x, logits = self.inputs(tokens, seed)
+        return torch.no_grad()(lambda: self.few_forward(x, logits, **tuning))
+
     def stock_layer(self, tokens: int, seed: int) -> Call:
-        x, logits = draw(tokens, self.shape.hidden), self._logits(tokens, seed)
+        x, logits = self.inputs(tokens, seed)
         return torch.no_grad()(lambda: self.stock_forward(x, logits))
 
     def route_and_group(self, tokens: int, seed: int) -> Call:
@@ -116,7 +140,7 @@ class Layer:
 
     def combine(self, tokens: int, seed: int) -> Call:
         groups = self._groups(tokens, seed)
-        y, weights = draw(groups.rows.numel(), self.shape.hidden), torch.rand(groups.slots.shape, device="cuda")
+        y, weights = draw(groups.rows.numel(), self.shape.hidden), torch.rand(groups.slots.shape, device=DEVICE)
         return lambda: combine.forward(y, weights, groups.slots, None)
 
     def stock_gate_up(self, tokens: int, seed: int) -> Call:
@@ -159,23 +183,26 @@ class Layer:
         return lambda: grouped_linear.grad_weight(dy, x, groups.rows, groups.offsets, self.shape.top_k)
 
     def train(self, tokens: int, seed: int) -> Call:
-        return self._step(self.forward, tokens, seed)
+        return self.step(self.forward, tokens, seed)
 
     def stock_train(self, tokens: int, seed: int) -> Call:
-        return self._step(self.stock_forward, tokens, seed)
+        return self.step(self.stock_forward, tokens, seed)
 
-    def _step(self, forward: Callable[[Tensor, Tensor], Tensor], tokens: int, seed: int) -> Call:
-        x, logits = draw(tokens, self.shape.hidden).requires_grad_(), self._logits(tokens, seed).requires_grad_()
+    def step(
+        self, forward: Callable[[Tensor, Tensor], Tensor], tokens: int, seed: int
+    ) -> Callable[[], tuple[Tensor, ...]]:
+        """One call is a forward and the gradients of tokens, logits, gate_up and down."""
+        x, logits = (tensor.requires_grad_() for tensor in self.inputs(tokens, seed))
         dout, learned = draw(tokens, self.shape.hidden), (self.weights.gate_up, self.weights.down)
 
-        def step() -> None:
+        def step() -> tuple[Tensor, ...]:
             for weight in learned:
                 weight.requires_grad_()
             inputs = (x, logits, *(self.stock_experts.parameters() if forward == self.stock_forward else learned))
             try:
                 out = forward(x, logits)
                 self.after_forward = torch.cuda.memory_allocated()
-                torch.autograd.grad(out, inputs, dout)
+                return torch.autograd.grad(out, inputs, dout)
             finally:
                 for weight in learned:
                     weight.requires_grad_(False)

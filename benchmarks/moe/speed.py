@@ -7,7 +7,8 @@
 Bits: every row of the grouped products, under several routings, sizes and tiles, against ``linear`` and ``swiglu`` of
 that row with its expert's matrix. What fails is named and kept with the others' figures; exit 1 if a row differs or
 something failed. Times: medians of graph replays; routings change from call to call, so that decoding finds its
-experts' weights cold. The floor is the bytes of the experts hit at 3.0 TB/s.
+experts' weights cold. The floor is the bytes of the experts hit at 3.0 TB/s. Peers follow in the same run, each in a
+process of its own (``peers.py``); what could not be run stands in their ``not_run``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from statistics import median
 from typing import Any
@@ -30,11 +32,13 @@ import torch
 from benchmarks.moe.bits import bit_cases, count_rows
 from benchmarks.moe.cases import MOONLIGHT, QWEN3, MoeShape, make_weights
 from benchmarks.moe.layer import Layer, floor_us
+from benchmarks.moe.peers import PEERS, in_its_own_process
 from benchmarks.shared.clock import environment, median_ms
 from benchmarks.shared.options import needs_gpu, out_file
 from benchmarks.shared.roofline import HBM_BYTES_PER_S
+from vexact.ops.kernels.moe import few
 
-DECODE = (1, 8, 16, 64, 128, 256)
+DECODE = (1, 2, 4, 8, 16, 64, 128, 256)
 MANY = (1024, 4096, 5120, 16384, 32768)
 QUICK = (1, 16, 128, 4096, 16384)
 SHAPES = (QWEN3, MOONLIGHT)
@@ -54,6 +58,8 @@ def many_times(layer: Layer, tokens: int, what: str) -> float:
 def time_forward(layer: Layer, tokens: int) -> dict[str, float]:
     """The whole layer, its parts, and the others'."""
     case = {part: many_times(layer, tokens, part) for part in (*PARTS, *STOCK)}
+    if tokens <= few.TOKENS:
+        case["few"] = many_times(layer, tokens, "few")
     case["floor"] = floor_us(layer, tokens, HBM_BYTES_PER_S)
     case["tflops"] = layer.shape.flops(tokens) / case["layer"] / 1e6
     case["stock_tflops"] = layer.shape.flops(tokens) / case["stock_layer"] / 1e6
@@ -84,7 +90,7 @@ def time_training(layer: Layer, tokens: int) -> dict[str, float]:
 def prepare(shape: MoeShape, tokens: int, training: bool) -> None:
     """Run everything once, so that it is compiled and in the cache on disk."""
     layer = Layer(shape, make_weights(shape))
-    for part in (*PARTS, *(layer.BACKWARD if training else ())):
+    for part in (*PARTS, *(("few",) if tokens <= few.TOKENS else ()), *(layer.BACKWARD if training else ())):
         getattr(layer, part)(tokens, 0)()
     if training:
         layer.train(tokens, 0)()
@@ -149,7 +155,8 @@ def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], error
         whole = f"{case['layer']:8.1f} {case['floor']:7.1f} {case['layer'] / case['floor']:5.2f} {case['tflops']:7.1f}"
         parts = " ".join(f"{case[part]:8.1f}" for part in PARTS[1:])
         stock = " ".join(f"{case[part]:8.1f}" for part in STOCK)
-        print(f"{tokens:6d}{whole} | {parts} | {stock} {case['stock_tflops']:7.1f}", flush=True)
+        two = f" | in two launches {case['few']:.1f}" if "few" in case else ""
+        print(f"{tokens:6d}{whole} | {parts} | {stock} {case['stock_tflops']:7.1f}{two}", flush=True)
     for tokens in train:
         case = attempt(errors, f"{shape.name}, training on {tokens} tokens", partial(time_training, layer, tokens))
         if case is None:
@@ -163,6 +170,10 @@ def run(shape: MoeShape, forward: tuple[int, ...], train: tuple[int, ...], error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="other libraries, where installed"
+    )
+    parser.add_argument("--peer_seconds", type=float, default=60, help="of each peer and shape")
     parser.add_argument("--out", type=out_file)
     args = parser.parse_args()
     needs_gpu(parser)
@@ -178,6 +189,12 @@ def main() -> None:
         figures = partial(run, shape, forward, train, errors)
         record["shapes"][shape.name] = attempt(errors, shape.name, figures)
         attempt(errors, f"after {shape.name}", torch.cuda.empty_cache)
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record["peers"] = {}
+    for shape, name in product(SHAPES, args.peers):
+        found = attempt(errors, f"{shape.name}, {name}", partial(in_its_own_process, name, shape, args.peer_seconds))
+        record["peers"].setdefault(shape.name, {})[name] = found
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
     for what, error in errors.items():

@@ -59,6 +59,9 @@ def many_tiles(halves: int) -> Iterator[Tile]:
             Tile("tma", 64, 64, 64, 4, 4),
         )
         yield from (Tile("tma", 64, 128, 64, 4, 4), Tile("tma", 128, 128, 128, 8, 2))
+        # two programs a multiprocessor, of which one multiplies while the other finds its rows
+        yield from (Tile("tma", 64, 128, 64, 4, 2, splits=2), Tile("tma", 128, 64, 64, 4, 3, splits=2))
+        yield from (Tile("tma", 64, 128, 64, 8, 4, splits=2), Tile("tma", 128, 128, 64, 8, 3, splits=2))
         return
     yield from (Tile("tma", 128, 256, 64, 8, stages, splits=4, waves=1) for stages in (3, 4))
     yield from (Tile("tma", 256, 128, 64, 8, 4, splits=4, waves=1), Tile("tma", 128, 256, 64, 8, 3, splits=4, waves=0))

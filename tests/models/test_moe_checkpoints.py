@@ -202,7 +202,30 @@ MISTAKES = [
     ),
     (
         {"model.layers.2.mlp.experts.gate_up_proj": torch.ones(8, 40, 32)},
-        r"no use for 1 tensors .*layers\.2\.mlp\.experts\.gate_up_proj",
+        r"no use for 1 tensors .*layers\.2\.mlp\.experts\.gate_up_proj; the experts of that layer are there twice",
+    ),
+    (
+        {
+            "model.layers.2.mlp.experts.gate_up_proj": torch.ones(8, 40, 32),
+            "model.layers.2.mlp.experts.3.up_proj.weight": None,
+        },
+        r"lacks 1 tensors .*experts\.3\.up_proj.*; it holds .*layers\.2\.mlp\.experts\.gate_up_proj and some experts",
+    ),
+    (
+        {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(20, 32)},
+        r"no use for 1 .*config\.json says that layer 0 has no experts, .*correct first_k_dense_replace",
+    ),
+    (
+        {"model.layers.1.mlp.up_proj.weight": torch.ones(40, 32)},
+        r"no use for 1 .*config\.json says that layer 1 has experts, .*correct first_k_dense_replace",
+    ),
+    (
+        {"model.layers.1.mlp.experts.2.up_proj.bias": torch.ones(20)},
+        r"no use for 1 .*the experts of DeepseekV3ForCausalLM have no biases",
+    ),
+    (
+        {"model.layers.1.mlp.experts.gate_up_proj_bias": torch.ones(8, 40)},
+        r"no use for 1 .*the experts of DeepseekV3ForCausalLM have no biases",
     ),
     (
         {"model.layers.2.mlp.experts.3.down_proj.weight": torch.ones(20, 32)},
@@ -219,6 +242,32 @@ MISTAKES = [
     ),
     ({"model.layers.1.self_attn.kv_a_layernorm.weight": None}, r"lacks 1 tensors .*kv_a_layernorm"),
 ]
+
+
+SHAPES = {"gate_up_proj": (8, 40, 32), "down_proj": (8, 32, 20)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("shape", ["an expert less", "one more", "transposed", "flat", "half"])
+def test_tensors_of_all_experts_in_another_shape(deepseek, tmp_path, name, shape):
+    """As other architectures and other numbers of experts would have them."""
+    for file in deepseek.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    experts, rows, columns = SHAPES[name]
+    wrong = {
+        "an expert less": (experts - 1, rows, columns),
+        "one more": (experts + 1, rows, columns),
+        "transposed": (experts, columns, rows),
+        "flat": (experts * rows, columns),
+        "half": (experts, rows // 2, columns),
+    }[shape]
+    single = [n for n in load_file(tmp_path / WEIGHTS) if re.search(r"layers\.1\.mlp\.experts\.\d+\.", n)]
+    whole = {f"model.layers.1.mlp.experts.{other}": torch.ones(size) for other, size in SHAPES.items()}
+    whole[f"model.layers.1.mlp.experts.{name}"] = torch.ones(wrong)
+    edit_weights(tmp_path / WEIGHTS, **dict.fromkeys(single), **whole)
+    expected = re.escape(f"model.layers.1.mlp.experts.{name} is {wrong}, but config.json implies {SHAPES[name]}")
+    with pytest.raises(ValueError, match=expected):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)

@@ -18,6 +18,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _LEFTOVER = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.inv_freq")
 _ROUNDED, _TINY = 2**-7, 1e-7  # rounding to bfloat16, and that of a small number in float16
 _FEED_FORWARD = re.compile(r"model\.layers\.(\d+)\.(mlp|block_sparse_moe)\.")
+_ALL_EXPERTS = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")  # as a transformers module holds them
 _LAYER_KEYS = {"first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers"}
 _QUANTISED_PARTS = ("scale", "scales", "zeros", "zero_point", "qweight", "qzeros", "g_idx", "absmax")
 
@@ -120,17 +121,22 @@ def _why_missing(missing: list[str], surplus: list[str], config: ModelConfig) ->
         found = [name for name in surplus if _FEED_FORWARD.match(name)]
         other = next((name for name in found if wanted.get(_layer(name)) not in (None, _is_of_experts(name))), None)
         if other is not None:
-            what = "no experts" if _is_of_experts(other) else "experts"
-            keys = ", ".join(sorted(_LAYER_KEYS & config.raw.keys())) or "its keys about layers"
-            return (
-                f"config.json says that layer {_layer(other)} has {what}, the checkpoint holds {other}; correct {keys}"
-            )
+            return _wrong_layer(other, config)
+        together = next((name for name in surplus if _ALL_EXPERTS.search(name)), None)
+        if together is not None:
+            return f"it holds {together} and some experts of that layer one by one; keep one form"
     if surplus:
         return f"it holds {len(surplus)} under names without use: {listed(surplus, 3)}; save it under the usual names"
     if config.moe is not None and all(".experts." in name for name in missing):
         count = config.moe.num_experts
         return f"config.json says {count} experts; that number is wrong, or the checkpoint was not copied whole"
     return "config.json is another model's, or the checkpoint was not copied whole"
+
+
+def _wrong_layer(name: str, config: ModelConfig) -> str:
+    what = "no experts" if _is_of_experts(name) else "experts"
+    keys = ", ".join(sorted(_LAYER_KEYS & config.raw.keys())) or "its keys about layers"
+    return f"config.json says that layer {_layer(name)} has {what}, the checkpoint holds {name}; correct {keys}"
 
 
 def _layer(name: str) -> str:
@@ -151,6 +157,13 @@ def _reason(surplus: list[str], config: ModelConfig) -> str:
         return "they are of a LoRA adapter; merge it into the model first"
     if layer is not None and int(layer[1]) >= config.num_layers:
         return f"num_hidden_layers={config.num_layers} is too small, or the files are another model's"
+    if config.moe is not None and _FEED_FORWARD.match(name):
+        if _is_of_experts(name) != (int(_layer(name)) in config.moe.layers):
+            return _wrong_layer(name, config)
+        if _ALL_EXPERTS.search(name):
+            return "the experts of that layer are there twice, in one tensor and one by one; keep one form"
+        if ".experts." in name and name.endswith("bias"):
+            return f"the experts of {config.architecture} have no biases; use the right architecture"
     expert = re.search(r"\.experts\.(\d+)\.", name)
     if expert is not None and config.moe is not None and int(expert[1]) >= config.moe.num_experts:
         return f"config.json says {config.moe.num_experts} experts; it is another model's, or that number is wrong"

@@ -59,6 +59,11 @@ class OpSet:
         return any(self.route is of.route and self.group_tokens is of.group_tokens for of in (invariant, stock))
 
     @property
+    def fuses_experts(self) -> bool:
+        """Whether ``few_tokens`` stands for the operators of a layer of experts: not where one of them was replaced."""
+        return all(getattr(self, name) is getattr(invariant, name) for name in _EXPERT_OPS)
+
+    @property
     def fuses_swiglu(self) -> bool:
         """Whether ``linear_swiglu`` stands for ``linear`` and ``swiglu``."""
         return self.linear is invariant.linear and self.swiglu is invariant.swiglu
@@ -79,6 +84,7 @@ class OpSet:
         return out
 
 
+_EXPERT_OPS = ("route", "group_tokens", "route_and_group", "grouped_swiglu", "grouped_linear", "combine")
 OP_NAMES = tuple(field.name for field in fields(OpSet))
 
 

@@ -134,6 +134,28 @@ def test_experts_with_and_without_tokens() -> None:
         assert name in compare_named(ours, theirs, loads).zero
 
 
+def test_what_decides_nothing_has_no_gradient_on_either_side() -> None:
+    ours = {"a": torch.zeros(2), "b": torch.ones(2), "c": torch.zeros(2)}
+    theirs = {"a": torch.full((2,), 1e-9), "b": torch.ones(2), "c": torch.full((2,), 1e-3)}
+    found = compare_named(ours, theirs)
+    assert (found.without_effect, found.zero, found.usable, found.min_cosine_parameter) == (["a"], ["c"], False, "c")
+    ours["c"] += 1e-3
+    found = compare_named(ours, theirs)
+    assert (found.usable, found.min_cosine_parameter) == (True, "b")
+    nothing = {name: torch.zeros(2) for name in ours}
+    assert compare_named(nothing, nothing).zero == list(ours)  # a backward that did not happen
+
+
+def test_the_router_of_a_single_expert_passes(tmp_path: Path) -> None:
+    """Its weight is one whatever it scores."""
+    one = checkpoint(tmp_path, "qwen3-moe", num_experts=1, num_experts_per_tok=1)
+    report = verify(VerifyOptions(one, **SMALL))
+    assert report.passed
+    routers = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)]
+    assert report.native.same.gradients.without_effect == routers
+    assert f"but for {', '.join(routers)}: zero on both sides" in report.table()
+
+
 def test_a_tap_counts_what_the_routers_chose() -> None:
     model = random_model(ModelConfig.from_hf_dict(FAMILIES["qwen3-moe"]), seed=3)
     tap, digest = RouteTap(model), torch.zeros(30, dtype=torch.int64)

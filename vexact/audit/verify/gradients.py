@@ -17,6 +17,8 @@ from vexact.types import Sample
 GRADIENT_SEQUENCES = 4
 """Few sequences suffice: every parameter gets a gradient from each."""
 
+_ROUNDING = 1e-6  # of the largest gradient: all that fp32 leaves of one that is zero
+
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
@@ -32,10 +34,12 @@ class Gradients:
     experts: int = 0  # of all layers
     idle_experts: int = 0  # which no token chose
     stray: list[str] = field(default_factory=list)  # idle experts that have a gradient all the same
+    without_effect: list[str] = field(default_factory=list)  # zero here, and there but for rounding
 
     @property
     def usable(self) -> bool:
-        """Finite, and non-zero for every parameter but experts that no token chose; theirs is zero."""
+        """Finite, and non-zero for every parameter but experts that no token chose, and what decides nothing, as the
+        router of a single expert does; theirs is zero."""
         return not (self.non_finite or self.zero or self.stray)
 
 
@@ -81,7 +85,8 @@ def compare_named(
     if ours.keys() != theirs.keys():
         odd = sorted(ours.keys() ^ theirs.keys())
         raise ValueError(f"training side and transformers have different parameters, among them {odd[0]}")
-    non_finite, zero, stray, cosines = [], [], [], {}
+    non_finite, zero, stray, without_effect, cosines = [], [], [], [], {}
+    rounding = _ROUNDING * max(float(gradient.detach().abs().max()) for gradient in theirs.values())
     dot = our_square = their_square = 0.0
     experts = idle = 0
     for name, gradient in ours.items():
@@ -89,6 +94,9 @@ def compare_named(
         if not bool(a.isfinite().all()):
             non_finite.append(name)
         elif not bool(a.any()):
+            if rounding and bool(b.abs().max() <= rounding):
+                without_effect.append(name)
+                continue
             zero.append(name)
         elif ".experts." in name and loads:
             chosen = loads[layer_of(name)] > 0
@@ -114,6 +122,7 @@ def compare_named(
         experts=experts,
         idle_experts=idle,
         stray=stray,
+        without_effect=without_effect,
     )
 
 

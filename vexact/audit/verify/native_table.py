@@ -53,8 +53,7 @@ def problems(gradients: Gradients) -> str:
         ("without a token, but not zero,", gradients.stray),
     ):
         if names:
-            more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-            parts.append(f"{what} in {', '.join(names[:_SHOWN_NAMES])}{more}")
+            parts.append(f"{what} in {_some(names)}")
     return "; ".join(parts)
 
 
@@ -62,7 +61,14 @@ def _all_well(gradients: Gradients) -> str:
     text = f"finite and non-zero in all {gradients.parameters} parameters"
     if gradients.idle_experts:
         text += f", zero in the {gradients.idle_experts} of {gradients.experts} experts that no token chose"
+    if gradients.without_effect:
+        text += f", but for {_some(gradients.without_effect)}: zero on both sides"
     return text
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 def percent(part: int, whole: int) -> str:

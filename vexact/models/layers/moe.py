@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from vexact.models.layers.context import Routing
 from vexact.models.layers.mlp import MLP
 from vexact.models.opset import OpSet
 from vexact.ops.moe import ExpertGroups, Routes
+from vexact.ops.moe.few_tokens import few_tokens, takes_few
 from vexact.ops.moe.route_and_group import route_then_group
 
 
@@ -32,6 +33,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, route_digest: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """(T, H) -> (T, H); ``route_digest`` (T,) int64 is added to in place."""
         routing = routing or Routing()
+        if self.ops.fuses_experts and routing.loads is None and routing.balance is None and self._takes_few(x):
+            shared = None if self.shared is None else self.shared(x)
+            logits, bias, settings = self.router.scored(x, route_digest, routing)
+            return few_tokens(x, logits, bias, self.experts.gate_up_proj, self.experts.down_proj, shared, **settings)
         routes, groups = self.router(x, route_digest, routing)
         if routing.loads is not None:
             routing.loads[self.router.layer] = groups.offsets[1:] - groups.offsets[:-1]
@@ -39,6 +44,10 @@ class MoE(nn.Module):
             self.experts(x, groups), routes.weights, groups, None if self.shared is None else self.shared(x)
         )
         return out
+
+    def _takes_few(self, x: Tensor) -> bool:
+        """Experts that live elsewhere have a forward of their own."""
+        return type(self.experts) is Experts and takes_few(x, self.moe.top_k, self.experts.down_proj)
 
 
 class Router(nn.Module):
@@ -54,26 +63,35 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, route_digest: Tensor | None, routing: Routing) -> tuple[Routes, ExpertGroups]:
         """Routes of x (T, H), k a token, and the groups of those that are no padding."""
-        moe, ops = self.moe, self.ops
-        logits = ops.linear(x, self.weight, out_dtype=torch.float32)
+        ops = self.ops
         choose = ops.route_and_group if ops.fuses_routing else partial(route_then_group, ops.route, ops.group_tokens)
-        routes, groups = choose(
-            logits,
-            self.bias.full_tensor() if isinstance(self.bias, DTensor) else self.bias,
-            top_k=moe.top_k,
-            scoring=moe.scoring,
-            num_groups=moe.num_groups,
-            top_groups=moe.top_groups,
-            normalize=moe.normalize,
-            scale=moe.scale,
-            round_to=x.dtype if moe.round_weights else torch.float32,
-            digest=route_digest,
-            salt=self.layer,
-            padding=routing.padding,
-        )
+        logits, bias, settings = self.scored(x, route_digest, routing)
+        routes, groups = choose(logits, bias, **settings)
         if routing.balance is not None:
-            routes = routing.balance.attach(routes, logits, self.layer, moe)
+            routes = routing.balance.attach(routes, logits, self.layer, self.moe)
         return routes, groups
+
+    def scored(
+        self, x: Tensor, route_digest: Tensor | None, routing: Routing
+    ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Logits (T, E) of x (T, H), the correction bias, and how ``route_and_group`` is to choose by them."""
+        moe = self.moe
+        return (
+            self.ops.linear(x, self.weight, out_dtype=torch.float32),
+            self.bias.full_tensor() if isinstance(self.bias, DTensor) else self.bias,
+            {
+                "top_k": moe.top_k,
+                "scoring": moe.scoring,
+                "num_groups": moe.num_groups,
+                "top_groups": moe.top_groups,
+                "normalize": moe.normalize,
+                "scale": moe.scale,
+                "round_to": x.dtype if moe.round_weights else torch.float32,
+                "digest": route_digest,
+                "salt": self.layer,
+                "padding": routing.padding,
+            },
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A cast of the whole model leaves the bias in fp32: rounded, it would choose other experts than the ones that

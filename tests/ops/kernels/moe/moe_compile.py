@@ -16,7 +16,7 @@ import torch
 from linear_compile import BF16, FP32, compile_launches, meta
 from torch import Tensor
 
-from vexact.ops.kernels.moe import combine, grouped_linear, groups, router, tiles
+from vexact.ops.kernels.moe import combine, few, grouped_linear, groups, router, tiles
 
 TOKENS = (1, 37, 512, 20000)  # one binary must serve them all
 TINY = (4, 2, "softmax", 1, 1, True, 1.0, BF16)
@@ -43,6 +43,18 @@ def routing_in_one_launch(model: tuple[Any, ...], tokens: int) -> None:
     padding = meta(tokens, dtype=torch.bool) if tokens > 2 else None
     digest = meta(tokens, dtype=torch.int64)
     router.grouped_forward(meta(tokens, model[0], dtype=FP32), bias, digest, padding, *model[1:], 3)
+
+
+def in_two_launches(model: tuple[Any, ...], tiles: tuple[Any, Any], tokens: int) -> None:
+    """Up to a few tokens, whatever the batch; with a shared expert where there is a bias."""
+    tokens, experts = min(tokens, few.TOKENS), model[0]
+    bias = meta(experts, dtype=FP32) if model[2] == "sigmoid" else None
+    x, digest = meta(tokens, 2048), meta(tokens, dtype=torch.int64)
+    logits, padding = meta(tokens, experts, dtype=FP32), meta(tokens, dtype=torch.bool)
+    matrices = meta(experts, 1536, 2048), meta(experts, 2048, 768)
+    shared = None if bias is None else x
+    sizes = {"gated_tile": tiles[0], "down_tile": tiles[1]}
+    few.forward(x, logits, bias, digest, padding, *matrices, shared, *model[1:], 3, **sizes)
 
 
 def combining(dtype: torch.dtype, tokens: int) -> None:
@@ -75,6 +87,9 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
         for rows in (1, 2, 8) if model is TINY else (1, 16):  # small tiles take other ways through the compiler
             one = model, rows
             yield f"routing in one launch {one}", lambda tokens, one=one: routing_in_one_launch(*one)
+    for model in (QWEN3, DEEPSEEK_V3)[: 2 if arch == 90 else 1]:
+        one = model, (few.GATED_TILES[0], few.DOWN_TILES[0])
+        yield f"in two launches {one}", lambda tokens, one=one: in_two_launches(*one, tokens)
     for dtype in (BF16, FP32)[: 2 if arch == 90 else 1]:
         yield f"combining {dtype}", lambda tokens, dtype=dtype: combining(dtype, tokens)
     first = -1 if arch > 90 else 0
@@ -97,6 +112,7 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
 def records(arch: int) -> Iterator[dict[str, Any]]:
     """Per case and kernel: the largest shared memory, the number of binaries, and what the code contains."""
     grouped_linear.capability = lambda device: (arch // 10, arch % 10)
+    few.overlaps = lambda device: arch >= 90
     for name, launch in cases(arch):
 
         def every_batch(launch: Callable[[int], None] = launch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,14 +23,14 @@ ROUND_TO = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 
 @triton.jit
-def routed(
-    logits_ptr, bias_ptr, digest_ptr, experts_ptr, weights_ptr, rows, num_tokens, scale, salt,
+def choose(
+    logits_ptr, bias_ptr, rows, num_tokens, scale, salt,
     E: tl.constexpr, NUM_GROUPS: tl.constexpr, LEVELS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     TOP_GROUPS: tl.constexpr, BEST: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DIGEST: tl.constexpr,
 ):  # fmt: skip
-    """Routes of ``rows``, stored. Returns (R, C): whether each column is chosen, as how manyth; and (C,) its expert,
-    whether there is one."""
+    """Routes of ``rows``. Returns (R, C): whether each column is chosen, as how manyth, with what weight; (C,) its
+    expert, whether there is one; and (R,) what the routes add to a digest."""
     columns = tl.arange(0, GROUPS * SIZE)
     member = columns % SIZE
     known = (columns < NUM_GROUPS * SIZE) & (member < E // NUM_GROUPS)
@@ -40,8 +42,7 @@ def routed(
     order = tl.where(known[None, :], (order_key(choice) << 32) - columns.to(tl.int64)[None, :], LEFT_OUT)
     if GROUPS > 1:
         order = tl.where(in_best_groups(order, ROWS, GROUPS, SIZE, TOP_GROUPS, BEST), order, LEFT_OUT)
-    in_batch = (rows < num_tokens)[:, None]
-    chosen = largest(order, TOP_K) & in_batch
+    chosen = largest(order, TOP_K) & (rows < num_tokens)[:, None]
     position = tl.cumsum(chosen.to(tl.int32), 1) - 1
     total = tl.zeros((ROWS,), tl.float32)
     state = (salt.to(tl.int64) + 1) * -7046029254386353131 + tl.zeros((ROWS,), tl.int64)
@@ -58,13 +59,14 @@ def routed(
             total += 1e-20
         weights = tl.div_rn(scores, tl.broadcast_to(total[:, None], scores.shape))
     weights = (weights * scale).to(ROUND_TO).to(tl.float32)
-    pairs = rows[:, None] * TOP_K + position
-    tl.store(experts_ptr + pairs, tl.broadcast_to(index[None, :], chosen.shape), mask=chosen)
-    tl.store(weights_ptr + pairs, weights, mask=chosen)
-    if HAS_DIGEST:
-        before = tl.load(digest_ptr + rows, mask=rows < num_tokens, other=0)
-        tl.store(digest_ptr + rows, before + state, mask=rows < num_tokens)
-    return chosen, position, index, known
+    return chosen, position, weights, index, known, state
+
+
+@triton.jit
+def add_to_digest(digest_ptr, rows, state, here):
+    """The digests of ``rows`` and what their routes add, where ``here``."""
+    before = tl.load(digest_ptr + rows, mask=here, other=0)
+    tl.store(digest_ptr + rows, before + state, mask=here)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "salt"])
@@ -108,10 +110,15 @@ def route_kernel(
     if OVERLAP:
         gdc_launch_dependents()  # the next kernel may start; it waits for this one to end before it reads
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chosen, position, index, known = routed(
-        logits_ptr, bias_ptr, digest_ptr, experts_ptr, weights_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS,
-        LEVELS, GROUPS, SIZE, TOP_GROUPS, BEST, TOP_K, ROWS, SIGMOID, NORMALIZE, ROUND_TO, HAS_BIAS, HAS_DIGEST,
+    chosen, position, weights, index, known, state = choose(
+        logits_ptr, bias_ptr, rows, num_tokens, scale, salt, E, NUM_GROUPS, LEVELS, GROUPS, SIZE, TOP_GROUPS, BEST,
+        TOP_K, ROWS, SIGMOID, NORMALIZE, ROUND_TO, HAS_BIAS, HAS_DIGEST,
     )  # fmt: skip
+    pairs = rows[:, None] * TOP_K + position
+    tl.store(experts_ptr + pairs, tl.broadcast_to(index[None, :], chosen.shape), mask=chosen)
+    tl.store(weights_ptr + pairs, weights, mask=chosen)
+    if HAS_DIGEST:
+        add_to_digest(digest_ptr, rows, state, rows < num_tokens)
     if GROUP:
         taken = chosen
         if HAS_PADDING:
@@ -122,7 +129,6 @@ def route_kernel(
         if ALONE:
             past = tl.cumsum(counts, 0)
             places += (past - counts)[None, :]
-        pairs = rows[:, None] * TOP_K + position
         tl.store(slots_ptr + pairs, tl.where(taken, places, -1), mask=chosen)
         if ALONE:
             tl.store(rows_ptr + places, pairs, mask=taken)
@@ -257,6 +263,35 @@ def backward(
     return dlogits
 
 
+def constants(
+    num_experts: int,
+    bias: Tensor | None,
+    digest: Tensor | None,
+    top_k: int,
+    scoring: str,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    round_to: torch.dtype,
+) -> dict[str, Any]:
+    """What a kernel that calls ``choose`` has to know when it is compiled, but its rows."""
+    return {
+        "E": num_experts,
+        "NUM_GROUPS": num_groups,
+        "LEVELS": next_power_of_2(num_experts).bit_length() - 1,
+        "GROUPS": next_power_of_2(num_groups),
+        "SIZE": max(next_power_of_2(num_experts // num_groups), WARP // next_power_of_2(num_groups)),
+        "TOP_GROUPS": top_groups,
+        "BEST": 2 if scoring == "sigmoid" else 1,
+        "TOP_K": top_k,
+        "SIGMOID": scoring == "sigmoid",
+        "NORMALIZE": normalize,
+        "ROUND_TO": ROUND_TO[round_to],
+        "HAS_BIAS": bias is not None,
+        "HAS_DIGEST": digest is not None,
+    }
+
+
 def _launch(
     logits: Tensor,
     bias: Tensor | None,
@@ -301,22 +336,10 @@ def _launch(
         num_tokens,
         scale,
         salt,
-        E=num_experts,
-        NUM_GROUPS=num_groups,
-        LEVELS=next_power_of_2(num_experts).bit_length() - 1,
-        GROUPS=next_power_of_2(num_groups),
-        SIZE=max(next_power_of_2(num_experts // num_groups), WARP // next_power_of_2(num_groups)),
-        TOP_GROUPS=top_groups,
-        BEST=2 if scoring == "sigmoid" else 1,
-        TOP_K=top_k,
+        **constants(num_experts, bias, digest, top_k, scoring, num_groups, top_groups, normalize, round_to),
         ROWS=block,
         PAIRS=next_power_of_2(block * top_k),
         BINS=bins,
-        SIGMOID=scoring == "sigmoid",
-        NORMALIZE=normalize,
-        ROUND_TO=ROUND_TO[round_to],
-        HAS_BIAS=bias is not None,
-        HAS_DIGEST=digest is not None,
         HAS_PADDING=padding is not None,
         GROUP=group,
         ALONE=alone,
