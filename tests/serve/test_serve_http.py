@@ -197,6 +197,13 @@ REFUSED: list[tuple[Callable[[openai.OpenAI], Any], type[openai.APIError], str, 
     (lambda c: c.models.retrieve("gpt"), openai.NotFoundError, "no model 'gpt' here", "model"),
     (lambda c: c.embeddings.create(model="tiny", input="x"), openai.NotFoundError, "/v1/embeddings: Not Found", None),
     (lambda c: c.completions.create(model="tiny", prompt="x", top_p=0), openai.BadRequestError, "top_p=0", "top_p"),
+    (lambda c: c.completions.create(model="tiny", prompt="x", seed=-1), openai.BadRequestError, "seed=-1", "seed"),
+    (
+        lambda c: c.chat.completions.create(model="tiny", messages=CHAT, seed=2**63),
+        openai.BadRequestError,
+        "seed=9223372036854775808 must be >= 0 and <= 2^63 - 1",
+        "seed",
+    ),
     (
         lambda c: c.completions.create(model="tiny", prompt="x", logprobs=2),
         openai.BadRequestError,

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
+from vexact.config.checks.seed import check_seed
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -43,6 +44,7 @@ def _value(text: str) -> Any:
 
 def run(arguments: argparse.Namespace) -> int:
     check_refused_sampling({name: getattr(arguments, name) for name in REFUSED_SAMPLING})
+    check_seed("--seed", arguments.seed)
     from vexact.data.rows import Row
     from vexact.data.template import PromptFormat, tokenize
     from vexact.device import resolve_device

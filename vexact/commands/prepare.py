@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vexact.config.checks.seed import check_seed
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -30,8 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     from vexact.prepare import prepare
 
-    if not 0 <= arguments.seed < 2**63:
-        raise ValueError(f"--seed={arguments.seed} must be >= 0 and <= 2^63 - 1")
+    check_seed("--seed", arguments.seed)
     options = dict(_option(text) for text in arguments.overrides)
     where = prepare(arguments.name, arguments.out, arch=arguments.arch, seed=arguments.seed, **options)
     sys.stdout.write(f"{where}\n")

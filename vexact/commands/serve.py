@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vexact import env, interrupt
+from vexact.config.checks.seed import check_seed
 
 if TYPE_CHECKING:
     from vexact.rollout import Engine
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"vexact serve needs {', '.join(missing)}; pip install 'vexact[serve]'")
+    check_seed("--seed", arguments.seed)
     from vexact.serve.server import CLOSING_S, Server
     from vexact.serve.service import Service
     from vexact.serve.settings import ServeSettings, listening_socket

@@ -55,8 +55,8 @@ def parse_task(source: str) -> TaskSpec:
     if len(pairs) < len(given):
         raise ValueError(f"{source!r}: a setting is given twice; keep one of them")
     for key, lowest in (("size", 1), ("seed", 0)):
-        if key in pairs and (type(pairs[key]) is not int or pairs[key] < lowest):
-            raise ValueError(f"{source!r}: {key}={pairs[key]!r} must be an integer of at least {lowest}")
+        if key in pairs and (type(pairs[key]) is not int or not lowest <= pairs[key] < 2**63):
+            raise ValueError(f"{source!r}: {key}={pairs[key]!r} must be an integer of at least {lowest} and below 2^63")
     system_prompt = pairs.pop("system_prompt", None)
     size, seed = pairs.pop("size", DEFAULT_SIZE), pairs.pop("seed", DEFAULT_SEED)
     return TaskSpec(unquote(name), size, seed, None if system_prompt is None else str(system_prompt), pairs)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from numbers import Real
 
+from vexact.config.checks.seed import check_seed
 from vexact.config.sections.engine import EngineSettings
 from vexact.rollout.mismatch import check_mismatch
 
@@ -48,6 +49,7 @@ class EngineConfig(EngineSettings):
         self._check_capture_sizes()
         if self.async_scheduling != "auto" and not isinstance(self.async_scheduling, bool):
             raise ValueError(f"async_scheduling={self.async_scheduling!r} must be 'auto', True or False")
+        check_seed("seed", self.seed)
         check_mismatch(self.mismatch_mode, self.mismatch_scale)
 
     def _check_capture_sizes(self) -> None:

@@ -63,7 +63,7 @@ def test_a_bad_value_is_refused_with_its_fix(field, value, words):
 
 
 def test_stop_conditions_become_tuples():
-    params = SamplingParams(stop="END", stop_token_ids=[4, 5], seed=2**70)
+    params = SamplingParams(stop="END", stop_token_ids=[4, 5], seed=2**63 - 1)
     assert params.stop == ("END",)
     assert params.stop_token_ids == (4, 5)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
@@ -73,8 +73,8 @@ def test_stop_conditions_become_tuples():
 
 
 def test_numbers_of_other_libraries_are_numbers():
-    params = SamplingParams(n=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(-3))
-    assert (params.n, params.temperature, params.top_p, params.seed) == (2, 0.5, 0.9, -3)
+    params = SamplingParams(n=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(3))
+    assert (params.n, params.temperature, params.top_p, params.seed) == (2, 0.5, 0.9, 3)
     assert SamplingParams(temperature=1).temperature == 1.0
     assert type(SamplingParams(prompt_logprobs=np.int64(0)).prompt_logprobs) is int
 

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from vexact.config.checks.refused_sampling import REFUSED_SAMPLING, check_refused_sampling
+from vexact.config.checks.seed import check_seed
 from vexact.rollout.requests.stop_strings import INCOMPLETE
 
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
@@ -61,7 +62,7 @@ class SamplingParams:
         top_k = _integer("top_k", self.top_k, low=-1, fix="use -1 or 0 to turn top-k off")
         self._set("top_k", min(top_k, MAX_TOP_K))
         if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, low=None, fix="use None for the engine's seed"))
+            self._set("seed", check_seed("sampling parameter seed", self.seed))
         self._set("temperature", _number("temperature", self.temperature))
         self._set("top_p", _number("top_p", self.top_p))
         self._set("min_p", _number("min_p", self.min_p))
@@ -97,14 +98,14 @@ class SamplingParams:
             raise ValueError(f"sampling parameter min_p={self.min_p!r} must be in [0, 1]; use 0.0 to turn min-p off")
 
 
-def _integer(name: str, value: Any, *, low: int | None, fix: str) -> int:
+def _integer(name: str, value: Any, *, low: int, fix: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"sampling parameter {name}={value!r:.80} must be an integer; {fix}") from None
     if isinstance(value, bool):
         raise ValueError(f"sampling parameter {name}={value!r:.80} must be an integer, not a truth value; {fix}")
-    if low is not None and number < low:
+    if number < low:
         raise ValueError(f"sampling parameter {name}={value!r:.80} must be at least {low}; {fix}")
     return number
 
