@@ -78,7 +78,8 @@ def test_checkpoint_without_a_tokenizer_is_named(
     ("arguments", "words"),
     [
         (("--prompt", "x", "--prompt", "", "--raw"), "--prompt '': the prompt '' tokenises to nothing"),
-        (("--prompt", "is <eos> text?"), "holds '<eos>', a special token"),
+        (("--prompt", "is <eos> text?"), "take it out. If the prompt is formatted already, give --raw"),
+        (("--prompt", "x", "--system", "y", "--raw"), "--raw (leave out --system, or --raw) cannot format"),
         (("--prompt", "x", "--temperature", "nan"), "temperature=nan"),
     ],
 )

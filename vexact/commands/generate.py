@@ -45,6 +45,7 @@ def _value(text: str) -> Any:
 def run(arguments: argparse.Namespace) -> int:
     check_refused_sampling({name: getattr(arguments, name) for name in REFUSED_SAMPLING})
     check_seed("--seed", arguments.seed)
+    from vexact.data.chat_template import Fixes
     from vexact.data.rows import Row
     from vexact.data.template import PromptFormat, tokenize
     from vexact.device import resolve_device
@@ -69,7 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
         Row(_messages(prompt, arguments.system), "", "", where=f"--prompt {prompt!r:.40}")
         for prompt in arguments.prompt
     ]
-    prompts = tokenize(rows, engine.tokenizer, PromptFormat(apply_chat_template=not arguments.raw))
+    fixes = Fixes(
+        refused="change --prompt or --system, or give --raw",
+        formatted="take it out. If the prompt is formatted already, give --raw",
+        no_template="leave out --system, or put a chat_template.jinja into the model's directory",
+        switched_off="--raw (leave out --system, or --raw)",
+    )
+    prompts = tokenize(rows, engine.tokenizer, PromptFormat(apply_chat_template=not arguments.raw, fixes=fixes))
     samples = engine.generate(prompts, parameters)
     sys.stdout.writelines(f"{sample.text}\n" for sample in samples)
     return 0

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,22 @@ log = logging.getLogger(__name__)
 
 KEY = "actor_rollout_ref.model.custom_chat_template"
 KWARGS_KEY = "data.apply_chat_template_kwargs"
-_FIX = f"change the rows, or set {KEY} to a template for them"
+_CONTENT = "{{ messages[0]['content'] }}"
 _THOUGHT_END = "</think>"  # templates leave out what an earlier answer thought
+
+
+@dataclass(frozen=True, slots=True)
+class Fixes:
+    """What whoever gave a prompt can change, in the words of messages: those of the trainer's configuration."""
+
+    kwargs: str = KWARGS_KEY  # what the template's variables are called
+    refused: str = f"change the rows, or set {KEY} to a template for them"
+    formatted: str = f'take it out of the row. If prompts are formatted already, set {KEY}="{_CONTENT}"'
+    no_template: str = f"set {KEY}, or give string prompts"
+    switched_off: str = "data.apply_chat_template=false"
+
+
+TRAINER = Fixes()
 
 
 def read_template(value: str) -> str:
@@ -40,8 +55,11 @@ def read_template(value: str) -> str:
     )
 
 
-def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any, name: str = KWARGS_KEY) -> dict[str, Any]:
     """The arguments of every rendering; ``add_generation_prompt`` is True unless they say otherwise.
+
+    Args:
+        name: what they are called where they were given.
 
     Raises:
         ValueError: an argument that is not the template's but decides what becomes of its text, or is the chat itself.
@@ -50,12 +68,12 @@ def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     for key in kwargs:
         if not isinstance(key, str) or key in own or key in ("self", "messages"):
             raise ValueError(
-                f"{KWARGS_KEY}: {key!r} cannot be set; prompts are rendered as text from the row's messages, and the "
+                f"{name}: {key!r:.80} cannot be set; prompts are rendered as text from the messages, and the "
                 "keys given here are variables of the chat template, such as enable_thinking, or add_generation_prompt"
             )
     prompted = kwargs.get("add_generation_prompt", True)
     if not isinstance(prompted, bool):
-        raise ValueError(f"{KWARGS_KEY}: add_generation_prompt={prompted!r} must be true or false")
+        raise ValueError(f"{name}: add_generation_prompt={prompted!r:.80} must be true or false")
     return {"add_generation_prompt": True, **kwargs}
 
 
@@ -71,12 +89,16 @@ class ChatTemplate:
     """Renders chats with a tokenizer's template and sees that every message is in the text."""
 
     def __init__(
-        self, tokenizer: Any, kwargs: Mapping[str, Any], origin: str = "the tokenizer's chat template"
+        self,
+        tokenizer: Any,
+        kwargs: Mapping[str, Any],
+        origin: str = "the tokenizer's chat template",
+        fixes: Fixes = TRAINER,
     ) -> None:
         """Raises ValueError as ``check_kwargs``. ``origin`` names the template in messages."""
         self._tokenizer = tokenizer
-        self._kwargs = check_kwargs(kwargs, tokenizer)
-        self._origin = origin
+        self._kwargs = check_kwargs(kwargs, tokenizer, fixes.kwargs)
+        self._origin, self._fixes = origin, fixes
         added = tokenizer.added_tokens_decoder.values()
         self._specials = {token.content for token in added if token.special}
         self._marks: dict[tuple[str, ...], set[str]] = {}  # roles of a chat -> special tokens that shape it
@@ -89,7 +111,7 @@ class ChatTemplate:
         """
         self._shape(("user",), self._origin)
         for key in unknown_variables(self._kwargs, self._tokenizer):
-            log.warning("%s: %s has no variable %r; it changes nothing", KWARGS_KEY, self._origin, key)
+            log.warning("%s: %s has no variable %r; it changes nothing", self._fixes.kwargs, self._origin, key)
 
     def render(self, messages: Sequence[Message], where: str) -> str:
         """The prompt's text.
@@ -113,8 +135,7 @@ class ChatTemplate:
             if imitated:
                 raise ValueError(
                     f"{where}: message {number} (role {message['role']!r}) holds {imitated[0]!r}, a special token with "
-                    f"which the chat template separates messages; take it out of the row. If prompts are formatted "
-                    f"already, set {KEY}=\"{{{{ messages[0]['content'] }}}}\""
+                    f"which the chat template separates messages; {self._fixes.formatted}"
                 )
         return text
 
@@ -149,13 +170,14 @@ class ChatTemplate:
             raise ValueError(f"{self._origin} is not a valid Jinja template: line {error.lineno}: {error}") from error
         except Exception as error:  # a template is foreign code and may raise anything
             roles = ", ".join(message["role"] for message in messages)
-            raise TemplateRefusal(f"{where}: the chat template refuses messages of {roles}: {error}; {_FIX}") from error
+            fix = self._fixes.refused
+            raise TemplateRefusal(f"{where}: the chat template refuses messages of {roles}: {error}; {fix}") from error
         return check_text(str(text), f"{where}, as the chat template shows it,")
 
     def _left_out(self, where: str, number: int, message: Message, text: str) -> ValueError:
         return ValueError(
             f"{where}: {self._origin} leaves out message {number} (role {message['role']!r}): "
-            f"{message['content']!r:.60} becomes {text!r:.80}; {_FIX}"
+            f"{message['content']!r:.60} becomes {text!r:.80}; {self._fixes.refused}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from vexact.data.chat_template import KEY, ChatTemplate
+from vexact.data.chat_template import TRAINER, ChatTemplate, Fixes
 from vexact.data.messages import Message, check_text, plain_messages
 from vexact.data.rows import Row
 
@@ -17,13 +17,14 @@ Truncation = Literal["error", "left", "right", "middle"]
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """How prompts become token ids; the fields are verl's ``data.*`` keys."""
+    """How prompts become token ids; the fields are verl's ``data.*`` keys, but for ``fixes``, the words of messages."""
 
     max_prompt_length: int = 512
     truncation: Truncation = "error"
     filter_overlong_prompts: bool = False
     apply_chat_template: bool = True
     apply_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    fixes: Fixes = TRAINER
 
     def __post_init__(self) -> None:
         if self.max_prompt_length < 1:
@@ -46,7 +47,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[li
     """
     rows = [plain_row(row, number) for number, row in enumerate(rows)]
     if form.apply_chat_template and tokenizer.chat_template:
-        chat = ChatTemplate(tokenizer, form.apply_chat_template_kwargs)
+        chat = ChatTemplate(tokenizer, form.apply_chat_template_kwargs, fixes=form.fixes)
         texts = [chat.render(_messages(row), row.where) for row in rows]
         all_ids = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     else:
@@ -81,7 +82,7 @@ def _warn_of_unknown_text(rows: Sequence[Row], all_ids: Sequence[Sequence[int]],
 def _tokenize_as_is(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[list[int]]:
     for row in rows:
         if not isinstance(row.prompt, str):
-            raise _no_template(row.where, form.apply_chat_template)
+            raise _no_template(row.where, form)
     all_ids = tokenizer([row.prompt for row in rows])["input_ids"]
     return [_open_ended(list(ids), row.text, tokenizer) for row, ids in zip(rows, all_ids)]
 
@@ -89,7 +90,7 @@ def _tokenize_as_is(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> 
 def render(row: Row, tokenizer: Any, form: PromptFormat) -> str:
     """The prompt with the chat template applied, ready for the model's answer. Raises ValueError as ``tokenize``."""
     row = plain_row(row, 0)
-    return ChatTemplate(tokenizer, form.apply_chat_template_kwargs).render(_messages(row), row.where)
+    return ChatTemplate(tokenizer, form.apply_chat_template_kwargs, fixes=form.fixes).render(_messages(row), row.where)
 
 
 def plain_row(row: Row, number: int) -> Row:
@@ -134,12 +135,9 @@ def truncate(ids: list[int], limit: int, side: Truncation) -> list[int]:
     return ids[:head] + ids[head - limit :]
 
 
-def _no_template(where: str, wanted: bool) -> ValueError:
-    if not wanted:
-        return ValueError(
-            f"{where}: the prompt is a list of messages, which data.apply_chat_template=false cannot format"
-        )
+def _no_template(where: str, form: PromptFormat) -> ValueError:
+    if not form.apply_chat_template:
+        return ValueError(f"{where}: the prompt is a list of messages, which {form.fixes.switched_off} cannot format")
     return ValueError(
-        f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; "
-        f"set {KEY}, or give string prompts"
+        f"{where}: the prompt is a list of messages, but the tokenizer has no chat template; {form.fixes.no_template}"
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vexact.data.chat_template import unknown_variables
+from vexact.data.chat_template import Fixes, unknown_variables
 from vexact.data.rows import Row
 from vexact.data.template import PromptFormat, tokenize
 from vexact.rollout import SamplingParams
@@ -16,6 +16,12 @@ from vexact.serve.errors import ApiError
 from vexact.serve.protocol import Body, ChatBody, CompletionBody
 
 SEEDED = "0"  # what draws depend on, besides the seed, where a request has a seed and no id of its own
+FIXES = Fixes(
+    kwargs="chat_template_kwargs",
+    refused="change the messages, or send the prompt as you mean it to /v1/completions",
+    formatted="take it out of the message. If the prompt is formatted already, send it to /v1/completions",
+    no_template="send the text to /v1/completions, or serve a model directory with a chat_template.jinja",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ def _chat_prompt(body: ChatBody, tokenizer: Any) -> list[Sequence[int]]:
             param="chat_template_kwargs",
             code="unknown_parameter",
         )
-    form = PromptFormat(apply_chat_template_kwargs=given)
+    form = PromptFormat(apply_chat_template_kwargs=given, fixes=FIXES)
     return list(tokenize([Row(tuple(body.messages), "", "", where="messages")], tokenizer, form))
 
 
