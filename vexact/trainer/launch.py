@@ -9,16 +9,14 @@ from typing import Any
 from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
-from vexact.config.memory import ModelShape
-from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER, build_plan
+from vexact.config.plan import build_plan
 from vexact.data import PromptDataset
 from vexact.distributed import Layout, WorkerError
-from vexact.models import ModelConfig
 from vexact.report import Reporter
 from vexact.trainer.ahead import read_collected
 from vexact.trainer.checkpoint import BestPointer, CheckpointStore, Progress
 from vexact.trainer.driver import Driver, how_to_go_on
-from vexact.trainer.preflight.checks import check_before_training
+from vexact.trainer.preflight.checks import check_before_training, checkpoint_bytes
 from vexact.trainer.preflight.machine import layout_of, machine_of
 from vexact.trainer.resume import Source, check_changes, find_source, note_environment, run_identity
 from vexact.trainer.resume.changes import Identity, breaking_changes
@@ -46,7 +44,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
     """
     layout = layout_of(config) if layout is None else layout
     with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
-        stack.enter_context(open_run_directory(config.run_dir, _checkpoint_bytes(config)))
+        stack.enter_context(open_run_directory(config.run_dir, checkpoint_bytes(config)))
         best = BestPointer(config.run_dir, config.trainer.best_metric, config.trainer.best_metric_mode)
         store = CheckpointStore(config.run_dir, config.trainer.keep_last, best)
         store.remove_leftovers()
@@ -183,11 +181,3 @@ def _last_reported(config: Config, progress: Progress) -> int | None:
 def _may_change(config: Config) -> bool:
     """A validation does not go on with the run, so it may look at it under other settings."""
     return config.trainer.resume_changed == "allow" or config.trainer.val_only
-
-
-def _checkpoint_bytes(config: Config) -> int:
-    """Weights and two moments in the state, weights once more as safetensors, all fp32."""
-    if config.trainer.val_only:
-        return 0
-    ModelConfig.from_hf_dir(config.model.path)  # names what is wrong with config.json
-    return ModelShape.read(config.model.path).num_parameters * TRAINING_BYTES_PER_PARAMETER

@@ -8,7 +8,10 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from vexact.config import Config
+from vexact.config.memory import ModelShape
+from vexact.config.plan import TRAINING_BYTES_PER_PARAMETER
 from vexact.data import PromptDataset
+from vexact.models import ModelConfig
 from vexact.reward.pool import RewardPool
 from vexact.reward.spec import GradeRequest, RewardError
 from vexact.rollout import SamplingParams
@@ -21,6 +24,14 @@ from vexact.types import Prompt, Score
 
 log = logging.getLogger(__name__)
 _DRY_RUN_ROWS = 8
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Weights and two moments in the state, weights once more as safetensors, all fp32."""
+    if config.trainer.val_only:
+        return 0
+    ModelConfig.from_hf_dir(config.model.path)  # names what is wrong with config.json
+    return ModelShape.read(config.model.path).num_parameters * TRAINING_BYTES_PER_PARAMETER
 
 
 def check_before_training(config: Config, workers: Workers) -> None:

@@ -19,6 +19,7 @@ from vexact.models import ModelConfig, load_model
 from vexact.rollout import EngineConfig
 from vexact.trainer.preflight import checks
 from vexact.trainer.preflight.machine import machine_of
+from vexact.trainer.run.directory import check_run_directory
 from vexact.trainer.step.profile import check_profile
 from vexact.trainer.step.sampling import training_sampling, validation_sampling
 from vexact.trainer.workers import (
@@ -61,14 +62,15 @@ def check_settings(config: Config, layout: Layout) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """Reads the tokenizer, the first rows of the data and every weight, and grades some rows of each kind in one grader
-    process.
+    """Looks at the run directory, reads the tokenizer, the first rows of the data and every weight, and grades some rows
+    of each kind in one grader process.
 
     No weight is kept: the rollout's dtype, which holds the smallest range, must be able to hold each.
 
     Raises:
         ValueError, FileNotFoundError, RewardError: as a run would.
     """
+    check_run_directory(config.run_dir, checks.checkpoint_bytes(config))
     tokenizer, vocab_size = load_tokenizer(config), ModelConfig.from_hf_dir(config.model.path).vocab_size
     data = config.data
     rows = {"data.train_files": load_dataset(config, tokenizer, data.train_files, _first(data.train_max_samples))}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -42,20 +44,55 @@ def open_run_directory(run_dir: Path, needed_bytes: int) -> Iterator[None]:
         RunLockedError: another run is in it.
     """
     with ExitStack() as stack:
-        try:
-            if os.path.lexists(run_dir) and not run_dir.is_dir():
-                raise NotADirectoryError(None, "it is not a directory", None)
+        with _refusing(run_dir):
+            _require_directory(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.callback(_remove_if_empty, run_dir)
             stack.enter_context(run_lock(run_dir))
-            _try_writing(run_dir, needed_bytes)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"the run directory {run_dir} cannot be used: {error.strerror or error}"
-                f"{f' ({error.filename})' if error.filename else ''}; set trainer.default_local_dir to a directory "
-                "that can be written"
-            ) from error
+            _try_writing(run_dir, needed_bytes, lambda folder: _write_once(folder / ".write-test"))
         yield
+
+
+def check_run_directory(run_dir: Path, needed_bytes: int) -> None:
+    """Refuses what ``open_run_directory`` would, the lock aside, and makes nothing.
+
+    Raises:
+        RunDirectoryError: as there.
+    """
+    with _refusing(run_dir):
+        _require_directory(run_dir)
+        if run_dir.is_dir():
+            _try_writing(run_dir, needed_bytes, _write_unnamed)
+            return
+        above = next(folder for folder in run_dir.absolute().parents if os.path.lexists(folder))
+        if not above.is_dir():
+            raise NotADirectoryError(None, "not a directory", str(above))
+        longest = os.pathconf(above, "PC_NAME_MAX")
+        for name in run_dir.absolute().relative_to(above).parts:
+            if len(os.fsencode(name)) > longest:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(run_dir))
+        _try_writing(above, needed_bytes, _write_unnamed)
+
+
+@contextmanager
+def _refusing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"the run directory {run_dir} cannot be used: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}; set trainer.default_local_dir to a directory "
+            "that can be written"
+        ) from error
+
+
+def _require_directory(run_dir: Path) -> None:
+    try:
+        os.lstat(run_dir)
+    except FileNotFoundError:
+        return
+    if not run_dir.is_dir():
+        raise NotADirectoryError(None, "it is not a directory", None)
 
 
 def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
@@ -131,10 +168,10 @@ def _move_files(folder: Path, after: int, number: int) -> bool:
     return bool(abandoned)
 
 
-def _try_writing(run_dir: Path, needed_bytes: int) -> None:
+def _try_writing(run_dir: Path, needed_bytes: int, write: Callable[[Path], None]) -> None:
     for folder in (run_dir, run_dir / "checkpoints", run_dir / SAMPLES):
         if folder.is_dir():
-            _write_once(folder / ".write-test")
+            write(folder)
         elif os.path.lexists(folder):
             raise NotADirectoryError(None, "not a directory", str(folder))
     free = shutil.disk_usage(run_dir / "checkpoints" if (run_dir / "checkpoints").is_dir() else run_dir).free
@@ -151,6 +188,23 @@ def _write_once(file: Path) -> None:
             os.fsync(opened.fileno())
     finally:
         file.unlink(missing_ok=True)
+
+
+def _write_unnamed(folder: Path) -> None:
+    """A file without a name, which ends when it is closed; where the disk has none, an empty folder for a moment."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    try:
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        os.rmdir(tempfile.mkdtemp(prefix=".write-test-", dir=folder))
+        return
+    try:
+        os.write(descriptor, _TRIAL)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_if_empty(run_dir: Path) -> None:
