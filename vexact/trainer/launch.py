@@ -92,7 +92,8 @@ def run(config: Config, layout: Layout | None = None) -> int:
         stack.enter_context(reporter)
         reporter.plan([row for row in plan.rows if row not in plan.memory], plan.advice)
         if not (config.trainer.val_only and progress.step):  # which tells how the run was trained
-            write_run_record(config, workers.environment())
+            earlier = source.identity.get("config") if source and source.in_this_run and source.identity else None
+            write_run_record(config, workers.environment(), progress.step + 1, earlier)
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
             log.info("resuming after step %d", progress.step)

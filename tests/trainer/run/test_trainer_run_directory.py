@@ -14,6 +14,7 @@ from saved_runs import rewrite
 from small_run import small_run
 
 from vexact.config import load_config
+from vexact.report.html import read_run
 from vexact.report.sinks.jsonl import read_metrics
 from vexact.trainer import driver as driver_module
 from vexact.trainer.checkpoint import CheckpointError, load_checkpoint
@@ -236,6 +237,7 @@ def test_what_changes_no_bit_is_free_and_the_rest_can_be_allowed(tiny, used, tmp
     assert "trainer.seed=43 (was 42)" in text
     assert "resuming after step 5" in text
     start("trainer.total_training_steps=7", "trainer.seed=43")  # the run now is the changed one
+    assert read_run(directory).changed["trainer.seed"] == "42 to step 5, 43 from step 6 on"
 
 
 def test_a_finished_run_says_so_and_loads_no_model(used, monkeypatch):

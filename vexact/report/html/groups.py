@@ -10,13 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vexact.report.html.record import SEED_KEYS, RunRecord, Series
+from vexact.report.html.record import ONLY_WRITES, SEED_KEYS, RunRecord, Series
 
-_TRAINER_ONLY_WRITES = (
-    "project_name experiment_name default_local_dir logger report samples_per_step save_freq keep_last best_metric "
-    "best_metric_mode resume_mode resume_from_path resume_changed"
-)
-SAME_TRAINING = {*SEED_KEYS, *(f"trainer.{name}" for name in _TRAINER_ONLY_WRITES.split())}
+SAME_TRAINING = {*SEED_KEYS, *ONLY_WRITES}
 """Keys that runs of one group may differ in."""
 
 # 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond them the normal distribution's is close enough
@@ -76,7 +72,7 @@ def grouped(runs: Sequence[RunRecord]) -> list[Group]:
     if len(by_training) == 1:
         return [Group(_names(runs), tuple(runs))]
     members = list(by_training.values())
-    keys = [key for key in differing([group[0].config for group in members]) if key not in SAME_TRAINING]
+    keys = [key for key in differing([group[0].settings for group in members]) if key not in SAME_TRAINING]
     labels = [_label(group, keys) for group in members]
     return [
         Group(label if labels.count(label) == 1 else f"{label} [{_names(group)}]", tuple(group))
@@ -96,9 +92,9 @@ def _text(table: Mapping[str, Any], key: str) -> str:
 
 def _training(run: RunRecord) -> str:
     """What two runs of one group have in common; a run without a configuration is alone."""
-    if not run.config:
+    if not run.settings:
         return str(run.path)
-    return json.dumps({key: value for key, value in run.config.items() if key not in SAME_TRAINING}, default=str)
+    return json.dumps({key: value for key, value in run.settings.items() if key not in SAME_TRAINING}, default=str)
 
 
 def _names(runs: Sequence[RunRecord]) -> str:
@@ -107,7 +103,7 @@ def _names(runs: Sequence[RunRecord]) -> str:
 
 
 def _label(group: Sequence[RunRecord], keys: Sequence[str]) -> str:
-    config = group[0].config
+    config = group[0].settings
     if not config or not keys:
         return _names(group)
     short = [f"{key.rpartition('.')[2]}={config.get(key, 'absent')}" for key in keys[:_LABEL_KEYS]]

@@ -15,6 +15,8 @@ import numpy as np
 import yaml
 
 from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
+from vexact.report.starts import FILE_NAME as STARTS_FILE
+from vexact.report.starts import changed_settings, history, read_starts
 
 CONFIG_FILE, CERTIFICATE_FILE, ENVIRONMENT_FILE = "config.yaml", "certificate.json", "environment.json"
 DIVERGENCE_FILE = "divergence.txt"
@@ -52,12 +54,13 @@ class RunRecord:
     series: Mapping[str, Series]
     last_step: int | None
     last_time: float | None  # seconds since 1970
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # of the last start
     certificate: Mapping[str, Any]
     environment: Mapping[str, Any]
     sample_files: tuple[SampleFile, ...]
     problems: tuple[str, ...] = field(default=())
     divergence: str = ""  # where rollout and trainer part, of a run that this stopped
+    changed: Mapping[str, str] = field(default_factory=dict)  # settings that not all steps were made under: which when
 
     @property
     def total_steps(self) -> int | None:
@@ -66,9 +69,14 @@ class RunRecord:
         return total if isinstance(total, int) else None
 
     @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """The configuration of all steps; a setting that changed is a text that says which value held when."""
+        return {**self.config, **self.changed}
+
+    @cached_property
     def seed(self) -> str:
         """Everything that only makes the run another draw of the same configuration, as it is in force."""
-        general, *others = (self.config.get(key) for key in SEED_KEYS)
+        general, *others = (self.settings.get(key) for key in SEED_KEYS)
         return json.dumps([general, *(general if seed is None else seed for seed in others)], default=str)
 
     @cached_property
@@ -80,6 +88,13 @@ class RunRecord:
 
 SEED_KEYS = ("trainer.seed", "data.seed", "actor_rollout_ref.rollout.seed")
 """The first stands in for others that are null."""
+
+_TRAINER_ONLY_WRITES = (
+    "project_name experiment_name default_local_dir logger report samples_per_step save_freq keep_last best_metric "
+    "best_metric_mode resume_mode resume_from_path resume_changed"
+)
+ONLY_WRITES = frozenset(f"trainer.{name}" for name in _TRAINER_ONLY_WRITES.split())
+"""Keys that say what is written where."""
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -107,6 +122,8 @@ def read_run(path: str | Path) -> RunRecord:
             problems.append(f"{name} is not finite in {count} of {len(values)} steps")
     if missing := _missing(series):
         problems.append(f"{METRICS_FILE} lacks {missing} of the steps that were trained")
+    config = _flat(_loaded(place / CONFIG_FILE, problems))
+    changed = _changed(place, config, problems)
     times = [time for row in rows.values() if (time := row.get("time")) is not None]
     return RunRecord(
         path=place,
@@ -114,12 +131,13 @@ def read_run(path: str | Path) -> RunRecord:
         series=series,
         last_step=max(rows, default=None),
         last_time=max(times, default=None),
-        config=_flat(_loaded(place / CONFIG_FILE, problems)),
+        config=config,
         certificate=_flat(_loaded(place / CERTIFICATE_FILE, problems)),
         environment=_flat(_loaded(place / ENVIRONMENT_FILE, problems)),
         sample_files=_sample_files(place / "samples"),
         problems=tuple(problems),
         divergence=_text(place / DIVERGENCE_FILE),
+        changed=changed,
     )
 
 
@@ -214,6 +232,27 @@ def _loaded(file: Path, problems: list[str]) -> Any:
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{file.name} cannot be read: {' '.join(str(error).split())[:200]}")
     return {}
+
+
+def _changed(place: Path, config: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
+    """Settings that earlier starts had otherwise, but for those of what is written where; told as a problem, too."""
+    try:
+        starts = read_starts(place)
+    except OSError as error:
+        problems.append(f"{STARTS_FILE} cannot be read: {error.strerror}")
+        return {}
+    found = changed_settings([(start.first_step, _flat(start.config)) for start in starts])
+    changed = {key: history(values) for key, values in found.items() if key not in ONLY_WRITES}
+    if not _ends_matter(config):
+        changed.pop("trainer.total_training_steps", None)
+    problems += [f"not the same in all steps: {key} was {text}" for key, text in changed.items()]
+    return changed
+
+
+def _ends_matter(config: Mapping[str, Any]) -> bool:
+    """Whether the number of steps shapes the learning rate."""
+    optim = "actor_rollout_ref.actor.optim"
+    return config.get(f"{optim}.lr_scheduler_type") != "constant" or bool(config.get(f"{optim}.lr_warmup_steps_ratio"))
 
 
 def _text(file: Path) -> str:

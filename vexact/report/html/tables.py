@@ -75,7 +75,7 @@ def environments(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def configurations(runs: Sequence[RunRecord]) -> list[Row]:
-    tables = [run.config for run in runs]
+    tables = [run.settings for run in runs]
     return _rows(dict.fromkeys(key for table in tables for key in table), tables)
 
 

@@ -62,8 +62,8 @@ def check_settings(config: Config, layout: Layout) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """Looks at the run directory, reads the tokenizer, the first rows of the data and every weight, and grades some rows
-    of each kind in one grader process.
+    """Looks at the run directory, reads the tokenizer, the first rows of the data and every weight, and grades some
+    rows of each kind in one grader process.
 
     No weight is kept: the rollout's dtype, which holds the smallest range, must be able to hold each.
 

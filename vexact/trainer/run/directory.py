@@ -16,6 +16,7 @@ from vexact.audit.certificate import FILE as CERTIFICATE
 from vexact.report.html import FILE_NAME as REPORT
 from vexact.report.sinks.jsonl import FILE_NAME as METRICS_FILE
 from vexact.report.sinks.wandb import RUN_ID_FILE
+from vexact.report.starts import FILE_NAME as STARTS_FILE
 from vexact.trainer.checkpoint import CheckpointStore
 from vexact.trainer.run.lock import run_lock
 from vexact.trainer.run.pending_step import FILE as PENDING_FILE
@@ -111,14 +112,14 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
         names = f"step_{steps[0]}" if len(steps) == 1 else f"step_{steps[0]} to step_{steps[-1]}"
         moved.append(f"{store.set_aside(steps, number).name} ({names})")
     moved += [f"{name}.{number}" for name in (SAMPLES, PROFILE) if _move_files(run_dir / name, after, number)]
-    metrics = run_dir / METRICS_FILE
-    if metrics.exists():
-        kept = metrics.with_name(_numbered(METRICS_FILE, number))
-        if anew:
-            metrics.rename(kept)
-        else:
-            shutil.copy(metrics, kept)  # the lines up to the step stay, too
-        moved.append(kept.name)
+    for file in (run_dir / METRICS_FILE, run_dir / STARTS_FILE):
+        if file.exists():
+            kept = file.with_name(_numbered(file.name, number))
+            if anew:
+                file.rename(kept)
+            else:
+                shutil.copy(file, kept)  # the lines up to the step stay, too
+            moved.append(kept.name)
     if anew and (run_dir / TENSORBOARD).exists():
         (run_dir / TENSORBOARD).rename(run_dir / f"{TENSORBOARD}.{number}")
     if anew and (run_dir / REPORT).exists():
@@ -150,6 +151,7 @@ def _numbered(name: str, number: int) -> str:
 def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
     names = [
         _numbered(METRICS_FILE, number),
+        _numbered(STARTS_FILE, number),
         _numbered(REPORT, number),
         *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD)),
     ]

@@ -8,12 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vexact.config import Config
+from vexact.report.starts import FILE_NAME as STARTS_FILE
+from vexact.report.starts import Start, read_starts, write_starts
 
 
-def write_run_record(config: Config, environment: Mapping[str, object]) -> None:
-    """Writes ``config.yaml`` and ``environment.json`` into the run directory."""
+def write_run_record(
+    config: Config, environment: Mapping[str, object], first_step: int = 1, earlier: Mapping[str, object] | None = None
+) -> None:
+    """Writes ``config.yaml``, ``environment.json`` and ``starts.jsonl`` into the run directory.
+
+    Args:
+        first_step: that this start trains; starts that made no step before it are forgotten.
+        earlier: the configuration of the step before, for a run directory that has no word of its start.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    starts = [start for start in read_starts(config.run_dir) if start.first_step < first_step]
+    if not starts and earlier:
+        starts = [Start(1, earlier)]
+    now = json.loads(json.dumps(config.to_dict(), default=str))
+    write_starts(config.run_dir, [*starts, Start(first_step, now)])
+    since = f"# since step {first_step}; the steps before it have theirs in {STARTS_FILE}\n" if starts else ""
+    (config.run_dir / "config.yaml").write_text(since + config.to_yaml(), encoding="utf-8")
     record = dict(environment) | {"commit": _commit()}
     (config.run_dir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
 
