@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vexact.commands.output import check_output
+from vexact.config.checks.seed import check_seed
 
 EPILOG = """\
 exit code: 0 every compared bit is equal; 1 one is not (or a log-probability or gradient is not finite); 2 wrong usage.
@@ -70,6 +71,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
         return _replay(arguments)
+    check_seed("--seed", arguments.seed)
     if arguments.model_path is None:
         raise ValueError("--model_path is missing: the directory of a Hugging Face checkpoint (or give --replay FILE)")
     if arguments.explain is not None:

@@ -21,7 +21,6 @@ from vexact.audit.verify.report import VerifyReport
 from vexact.audit.verify.routes import RouteTap
 from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
 from vexact.audit.verify.workload import Round, rounds
-from vexact.config.checks.seed import check_seed
 from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout import Engine
@@ -55,7 +54,6 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"--dtype={self.dtype}: use one of {', '.join(_DTYPES)}")
-        check_seed("--seed", self.seed)
         for name in ("num_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
