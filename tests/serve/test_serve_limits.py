@@ -14,6 +14,8 @@ import openai
 import pytest
 from serve_support import serving, tiny_engine
 
+from vexact.serve.prompts import LONG_TEXT, num_characters, prepare
+from vexact.serve.protocol import Body, ChatBody, CompletionBody
 from vexact.serve.server import Server
 from vexact.serve.settings import ServeSettings, is_loopback, listening_socket
 
@@ -91,6 +93,48 @@ def test_a_body_that_is_too_large_slow_or_no_json_is_refused(narrow: Server) -> 
             b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
         )
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_long_text_keeps_no_short_one_waiting(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, may_go_on = threading.Event(), threading.Event()
+
+    def slowly(body: Body, *more: Any) -> Any:
+        if num_characters(body) > LONG_TEXT:
+            read.set()
+            assert may_go_on.wait(30)
+        return prepare(body, *more)
+
+    monkeypatch.setattr("vexact.serve.service.prepare", slowly)
+    answers: list[tuple[int, dict[str, Any]]] = []
+    content = json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * (LONG_TEXT + 1)}]}]})
+    waiting = threading.Thread(
+        target=lambda: answers.append(ask(server, "/v1/chat/completions", content.encode())), daemon=True
+    )
+    waiting.start()
+    try:
+        assert read.wait(30)
+        with connect(server) as client:
+            assert client.completions.create(**SHORT).usage.completion_tokens == 3
+        assert not answers
+    finally:
+        may_go_on.set()
+    waiting.join(30)
+    assert "exceed max_model_len=512" in answers[0][1]["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (CompletionBody(prompt="abc"), 3),
+        (CompletionBody(prompt=["abc", "d"]), 4),
+        (CompletionBody(prompt=[1, 2]), 0),
+        (CompletionBody(prompt_token_ids=[1]), 0),
+        (ChatBody(messages=[{"role": "user", "content": "abc"}]), 4 + 4 + 7 + 3),
+        (ChatBody(messages=[], chat_template_kwargs={"date": "today"}), 4 + 5),
+    ],
+)
+def test_what_is_long_is_all_that_has_to_be_tokenised(body: Body, expected: int) -> None:
+    assert num_characters(body) == expected
 
 
 def test_without_a_key_only_this_machine_is_served_by_its_own_name(server: Server) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vexact.data.chat_template import Fixes, unknown_variables
+from vexact.data.messages import texts
 from vexact.data.rows import Row
 from vexact.data.template import PromptFormat, tokenize
 from vexact.rollout import SamplingParams
@@ -16,6 +17,7 @@ from vexact.serve.errors import ApiError
 from vexact.serve.protocol import Body, ChatBody, CompletionBody
 
 SEEDED = "0"  # what draws depend on, besides the seed, where a request has a seed and no id of its own
+LONG_TEXT = 1 << 16  # characters; a tokenizer reads so many in less than a tenth of a second
 FIXES = Fixes(
     kwargs="chat_template_kwargs",
     refused="change the messages, or send the prompt as you mean it to /v1/completions",
@@ -54,6 +56,15 @@ class Job:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(ask.prompt_token_ids) for ask in self.asks)
+
+
+def num_characters(body: Body) -> int:
+    """Of the text that has to be tokenised."""
+    if isinstance(body, ChatBody):
+        return sum(map(len, texts([body.messages, body.chat_template_kwargs])))
+    assert isinstance(body, CompletionBody)
+    prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
 
 
 def prepare(body: Body, sampling: dict[str, Any], tokenizer: Any, limits: Limits) -> Job:

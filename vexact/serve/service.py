@@ -12,7 +12,7 @@ from vexact.rollout import Engine
 from vexact.rollout.async_engine import AsyncEngine
 from vexact.rollout.stream import QueueFullError
 from vexact.serve.metrics import Metrics
-from vexact.serve.prompts import Job, Limits, prepare
+from vexact.serve.prompts import LONG_TEXT, Job, Limits, num_characters, prepare
 from vexact.serve.protocol import Body
 from vexact.serve.settings import ServeSettings
 from vexact.serve.text import TextReader
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 class Service:
     """Drives ``engine`` from now on. A tokenizer must not work on two threads at once, so that of the engine's thread,
-    the one that reads prompts and the one that shows text are three."""
+    those that read short and long prompts and the one that shows text are four."""
 
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.settings = settings
@@ -32,14 +32,15 @@ class Service:
         self.max_model_len = engine.max_model_len
         most = engine.config.max_num_seqs + settings.max_queue
         self._limits = Limits(engine.max_model_len, engine.num_cache_tokens, most)
-        self._prompt_tokenizer: Any = copy.deepcopy(engine.tokenizer)
-        self._prompt_thread = ThreadPoolExecutor(1, "prompts")
+        self._short, self._long = _PromptThread(engine.tokenizer), _PromptThread(engine.tokenizer)
         self.engine = AsyncEngine(engine, max_queue=settings.max_queue)
 
     async def prepare(self, body: Body, sampling: dict[str, Any]) -> Job:
-        """The job of a request, made on a thread that may take its time. Raises ValueError, ApiError."""
-        make = partial(prepare, body, sampling, self._prompt_tokenizer, self._limits)
-        return await asyncio.get_running_loop().run_in_executor(self._prompt_thread, make)
+        """The job of a request, made on a thread that may take its time; a long text keeps none but other long texts
+        waiting. Raises ValueError, ApiError."""
+        thread = self._long if num_characters(body) > LONG_TEXT else self._short
+        make = partial(prepare, body, sampling, thread.tokenizer, self._limits)
+        return await asyncio.get_running_loop().run_in_executor(thread.executor, make)
 
     def check_open(self) -> None:
         """Raises what a request would meet at the engine, before its body is read."""
@@ -61,4 +62,13 @@ class Service:
 
     def close(self) -> None:
         self.engine.close()
-        self._prompt_thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._short, self._long):
+            thread.executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _PromptThread:
+    """A thread and the tokenizer that works on it alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.executor = ThreadPoolExecutor(1, "prompts")
+        self.tokenizer = copy.deepcopy(tokenizer)

@@ -71,7 +71,7 @@ def test_starting_anew_sets_the_earlier_run_aside(used):
     (directory / "report.html").write_text("of the earlier run")
     text = start("trainer.resume_mode=disable", "trainer.total_training_steps=2", "trainer.keep_last=2")
     aside = "set aside what this run does not go on from: checkpoints.1 (step_1 to step_4), samples.1, metrics.1.jsonl"
-    assert f"{aside}, report.1.html in {directory}" in text
+    assert f"{aside}, starts.1.jsonl, report.1.html in {directory}" in text
     assert (directory / "report.1.html").read_text() == "of the earlier run"
     assert _steps(directory / "checkpoints") == ["step_1", "step_2"]
     assert _steps(directory / "checkpoints.1") == ["step_1", "step_2", "step_3", "step_4"]
