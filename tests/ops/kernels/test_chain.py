@@ -139,6 +139,10 @@ def test_what_is_read_next_is_asked_for_once(tile: Tile, log: list[Any], monkeyp
     log.clear()
     linear.matmul(x, weight, out, layout="forward", tile=tile)
     assert not requested(log)[0]
+    log.clear()
+    wide = ahead.float()  # as many numbers, twice the bytes
+    assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=wide), plain)
+    assert 0 < sum(size for _, size in requested(log)[0]) <= wide.nbytes
 
 
 @interpreted
