@@ -44,7 +44,7 @@ def _value(text: str) -> Any:
 def run(arguments: argparse.Namespace) -> int:
     check_refused_sampling({name: getattr(arguments, name) for name in REFUSED_SAMPLING})
     from vexact.data.rows import Row
-    from vexact.data.template import PromptFormat, tokenize
+    from vexact.data.template import PromptFormat, tokenize, warn_of_unknown_text
     from vexact.device import resolve_device
     from vexact.rollout import Engine, SamplingParams
 
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         for prompt in arguments.prompt
     ]
     prompts = tokenize(rows, engine.tokenizer, PromptFormat(apply_chat_template=not arguments.raw))
+    warn_of_unknown_text(rows, prompts, engine.tokenizer)
     samples = engine.generate(prompts, parameters)
     sys.stdout.writelines(f"{sample.text}\n" for sample in samples)
     return 0
