@@ -1,7 +1,7 @@
 import pytest
 
 from vexact.data import PromptDataset, PromptFormat, Row
-from vexact.data.template import truncate
+from vexact.data.template import tokenize, truncate
 from vexact.prepare.tokenizers import byte_tokenizer, character_tokenizer
 
 
@@ -31,6 +31,11 @@ def test_text_that_the_tokenizer_does_not_know_is_named(caplog):
     (said,) = caplog.messages
     assert "2 of 3 prompts hold characters that the tokenizer does not know and reads as '<pad>'" in said
     assert "row 1: 'what is 1+2?'" in said
+
+
+def test_what_clients_ask_stays_out_of_the_log(caplog):
+    tokenize([row("what is 1+2?")], character_tokenizer(), PromptFormat())
+    assert not caplog.records, "the server tokenises requests with it"
 
 
 def test_template_arguments_are_passed_on():

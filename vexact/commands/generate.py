@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_seed("--seed", arguments.seed)
     from vexact.data.chat_template import Fixes
     from vexact.data.rows import Row
-    from vexact.data.template import PromptFormat, tokenize
+    from vexact.data.template import PromptFormat, tokenize, warn_of_unknown_text
     from vexact.device import resolve_device
     from vexact.rollout import Engine, SamplingParams
 
@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         switched_off="--raw (leave out --system, or --raw)",
     )
     prompts = tokenize(rows, engine.tokenizer, PromptFormat(apply_chat_template=not arguments.raw, fixes=fixes))
+    warn_of_unknown_text(rows, prompts, engine.tokenizer)
     samples = engine.generate(prompts, parameters)
     sys.stdout.writelines(f"{sample.text}\n" for sample in samples)
     return 0

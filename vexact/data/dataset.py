@@ -9,7 +9,7 @@ from typing import Any
 
 from vexact.data.rows import ColumnNames, Row
 from vexact.data.sources import load_rows
-from vexact.data.template import PromptFormat, plain_row, tokenize, truncate
+from vexact.data.template import PromptFormat, plain_row, tokenize, truncate, warn_of_unknown_text
 from vexact.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class PromptDataset:
         form = form or PromptFormat()
         rows = [plain_row(row, number) for number, row in enumerate(rows)]
         all_ids = tokenize(rows, tokenizer, form)
+        warn_of_unknown_text(rows, all_ids, tokenizer)
         self._prompts: list[Prompt] = []
         for row, ids in zip(rows, all_ids):
             limited = _limit(row.where, ids, form)

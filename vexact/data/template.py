@@ -55,11 +55,10 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[li
     for row, ids in zip(rows, all_ids):
         if not ids:
             raise ValueError(f"{row.where}: the prompt {row.text!r:.80} tokenises to nothing")
-    _warn_of_unknown_text(rows, all_ids, tokenizer)
     return all_ids
 
 
-def _warn_of_unknown_text(rows: Sequence[Row], all_ids: Sequence[Sequence[int]], tokenizer: Any) -> None:
+def warn_of_unknown_text(rows: Sequence[Row], all_ids: Sequence[Sequence[int]], tokenizer: Any) -> None:
     """Says which prompts hold characters that the tokenizer has no tokens for, which a model then never sees."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     token = getattr(getattr(backend, "model", None), "unk_token", None)

@@ -71,7 +71,7 @@ def requested(events: list[Any]) -> tuple[list[tuple[int, int]], int]:
 
 def test_nothing_is_on_that_was_not_measured() -> None:
     assert ((chain.LARGE, Chain()),) == chain.STEPS
-    assert chain.options(1, possible=True) == {"CHAINED": 0, "launch_pdl": False}
+    assert chain.options(1, possible=True) == {"CHAINED": 0}
 
 
 def test_the_first_bound_that_holds_the_rows_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_the_first_bound_that_holds_the_rows_decides(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chain, "STEPS", steps)
     assert [chain.options(rows, True, may_be_early=True)["CHAINED"] for rows in (1, 16, 17, 64, 65)] == [0, 0, 2, 2, 1]
     assert chain.options(64, True) == {"CHAINED": 1, "launch_pdl": True}  # products wait first
-    assert chain.options(64, False, may_be_early=True) == {"CHAINED": 0, "launch_pdl": False}
+    assert chain.options(64, False, may_be_early=True) == {"CHAINED": 0}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,10 @@ def test_what_is_read_next_is_asked_for_once(tile: Tile, log: list[Any], monkeyp
     log.clear()
     linear.matmul(x, weight, out, layout="forward", tile=tile)
     assert not requested(log)[0]
+    log.clear()
+    wide = ahead.float()  # as many numbers, twice the bytes
+    assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=wide), plain)
+    assert 0 < sum(size for _, size in requested(log)[0]) <= wide.nbytes
 
 
 @interpreted

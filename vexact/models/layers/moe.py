@@ -33,7 +33,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, route_digest: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """(T, H) -> (T, H); ``route_digest`` (T,) int64 is added to in place."""
         routing = routing or Routing()
-        if self.ops.fuses_experts and routing.loads is None and routing.balance is None and self._takes_few(x):
+        if routing.loads is None and routing.balance is None and self._takes_few(x):
             shared = None if self.shared is None else self.shared(x)
             logits, bias, settings = self.router.scored(x, route_digest, routing)
             return few_tokens(x, logits, bias, self.experts.gate_up_proj, self.experts.down_proj, shared, **settings)
@@ -46,8 +46,9 @@ class MoE(nn.Module):
         return out
 
     def _takes_few(self, x: Tensor) -> bool:
-        """Experts that live elsewhere have a forward of their own."""
-        return type(self.experts) is Experts and takes_few(x, self.moe.top_k, self.experts.down_proj)
+        """Experts that live elsewhere have a forward of their own, and so have operators that were replaced."""
+        here = type(self.experts) is Experts and takes_few(x, self.moe.top_k, self.experts.down_proj)
+        return here and self.ops.fuses_experts
 
 
 class Router(nn.Module):

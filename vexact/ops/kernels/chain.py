@@ -53,10 +53,13 @@ def options(rows: int, possible: bool, *, may_be_early: bool = False) -> dict[st
     """Constants and launch options of a kernel of a step: how it is ``CHAINED``, 0 (not), 1 or 2 (``early``).
 
     possible: whether the device can overlap kernels. may_be_early: for kernels of rows.
+
+    A kernel that is not chained has no launch option either: compilers for other GPUs refuse one that they do not know.
     """
     chain = of(rows)
-    chained = possible and chain.overlap
-    return {"CHAINED": chained + (chained and chain.early and may_be_early), "launch_pdl": chained}
+    if not (possible and chain.overlap):
+        return {"CHAINED": 0}
+    return {"CHAINED": 2 if chain.early and may_be_early else 1, "launch_pdl": True}
 
 
 def pieces(asked: int, rows: int, row_bytes: int, warps: int) -> tuple[int, int]:

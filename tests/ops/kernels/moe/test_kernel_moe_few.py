@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from linear_support import tensor_core  # noqa: F401
@@ -18,13 +17,15 @@ from vexact.models.layers.context import Routing
 from vexact.models.layers.moe import MoE
 from vexact.models.opset import op_set
 from vexact.ops import dispatch
-from vexact.ops.cpu.fma import fma
 from vexact.ops.kernels.moe import combine, few, grouped_linear, router
 from vexact.ops.moe import few_tokens
 
 BF16 = torch.bfloat16
 # NaN and infinities are among the inputs.
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
+    pytest.mark.usefixtures("fused_multiply_add"),
+]
 # experts, hidden, width; then top_k, scoring, num_groups, top_groups, normalize, scale, round_to, salt; bias, shared
 MODELS = {
     "qwen3": (32, 72, 40, (8, "softmax", 1, 1, True, 1.0, BF16, 5), False, False),
@@ -35,20 +36,6 @@ MODELS = {
     "all of them": (5, 48, 33, (5, "sigmoid", 1, 1, False, 1.0, torch.float16, 9), True, False),
     "one": (1, 40, 16, (1, "softmax", 1, 1, True, 1.0, BF16, 0), False, False),
 }
-
-
-@pytest.fixture(autouse=True)
-def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Teach the interpreter to round once."""
-    if DEVICE != "cpu":
-        return
-    from triton.runtime import interpreter
-
-    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        rounded = fma(*(torch.from_numpy(np.array(operand.data, np.float32)) for operand in (x, y, z)))
-        return interpreter.TensorHandle(rounded.numpy(), z.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
 def layer(name: str, tokens: int, dtype: torch.dtype = BF16) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:

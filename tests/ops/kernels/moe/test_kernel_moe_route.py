@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rowwise import DEVICE, poisoned_outputs, randn, same_bits
 from torch import Tensor
 
-from vexact.ops.cpu.fma import fma
 from vexact.ops.cpu.moe import combine as combine_twin
 from vexact.ops.cpu.moe import groups as groups_twin
 from vexact.ops.cpu.moe import router as router_twin
@@ -18,7 +16,10 @@ from vexact.ops.kernels.moe import combine, groups, router
 
 BF16 = torch.bfloat16
 # NaN and infinities are among the inputs.
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning", "ignore:invalid value:RuntimeWarning"),
+    pytest.mark.usefixtures("fused_multiply_add"),
+]
 # experts, top_k, scoring, num_groups, top_groups, normalize, scale, round_to, has a bias
 MODELS = {
     "qwen3": (128, 8, "softmax", 1, 1, True, 1.0, BF16, False),
@@ -28,20 +29,6 @@ MODELS = {
     "deepseek-v3": (48, 4, "sigmoid", 8, 4, True, 2.5, torch.float32, True),
     "odd": (37, 3, "sigmoid", 1, 1, False, 1.0, torch.float16, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Teach the interpreter to round once."""
-    if DEVICE != "cpu":
-        return
-    from triton.runtime import interpreter
-
-    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        rounded = fma(*(torch.from_numpy(np.array(operand.data, np.float32)) for operand in (x, y, z)))
-        return interpreter.TensorHandle(rounded.numpy(), z.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
 
 
 def settings(name: str) -> tuple[int, Tensor | None, tuple[Any, ...]]:

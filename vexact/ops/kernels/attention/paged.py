@@ -215,7 +215,6 @@ class _Call:
         else:
             states = (_nothing(self.lse.device),)
         overlap = overlaps(self.q.device)
-        options = chain.options(self.q.shape[0], overlap)
 
         def chunks() -> Call:
             tile_heads = heads_per_tile(shape.group, MAX_DECODE_ROWS)
@@ -225,7 +224,7 @@ class _Call:
             )  # fmt: skip
             constants = {
                 "BLOCK_M": max(tile.block_m, padded(max_rows * tile_heads)), "CHUNK": chunk, "OVERLAP": overlap,
-                **self.constants(tile, tile_heads), **options,
+                **self.constants(tile, tile_heads), **chain.options(self.q.shape[0], overlap),
             }  # fmt: skip
             grid = num_chunks * self.num_sequences * (shape.num_heads // tile_heads)
             return Call(chunk_kernel, (grid,), args, constants)
@@ -234,7 +233,8 @@ class _Call:
             args = self.out, self.lse, *states, *self.lengths[:2], self.scale, num_chunks, max_rows
             constants = {
                 "NUM_HEADS": shape.num_heads, "CHUNK": chunk, "DV": shape.value_dim, "DV_PAD": shape.value_dim_pad,
-                "OVERLAP": overlap, "num_warps": 4, **options, "launch_pdl": overlap,
+                "OVERLAP": overlap, "num_warps": 4,
+                **chain.options(self.q.shape[0], overlap), "launch_pdl": overlap,
             }  # fmt: skip
             return Call(merge_kernel, (self.num_sequences * max_rows * shape.num_heads,), args, constants)
 

@@ -82,7 +82,7 @@ def matmul(
             None if bias is None else bias.dtype,
             accumulate,
             tile,
-            0 if ahead is None else ahead.numel(),
+            None if ahead is None else (ahead.dtype, ahead.numel()),
         ),
         tuple(tensor for tensor in (a, b, out, bias, ahead) if tensor is not None),
         lambda: _call(a, b, out, bias, accumulate, layout, tile, ahead),
