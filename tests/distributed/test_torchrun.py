@@ -96,9 +96,7 @@ def test_rank_0_takes_the_others_with_it_and_they_heed_no_signal_before(mark: st
     os.kill(runs[0].pid, signal.SIGKILL)
     assert runs[1].wait(timeout=10) == 1
     assert runs[1].stdout is not None
-    said = runs[1].stdout.read().splitlines()
-    assert said[-1].startswith("vexact: rank 1 ends with rank 0: its process is gone (killed, for instance")
-    assert not any("Traceback" in line for line in said)
+    assert "Traceback" not in runs[1].stdout.read()
     assert processes.marked(mark) == []
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from vexact import interrupt
 from vexact.distributed.host import WorkerHost, hello, prepare_process
 from vexact.distributed.layout import RankInfo
-from vexact.distributed.on_torchrun.driver import GONE
 from vexact.distributed.on_torchrun.logs import ToRank0
 from vexact.distributed.on_torchrun.meeting import find_driver, open_store
 from vexact.env import TorchrunRank
@@ -24,7 +23,7 @@ from vexact.env import TorchrunRank
 def serve(launched: TorchrunRank) -> int:
     """The life of the process; returns its exit code: 0 when rank 0 has ended it, 1 when rank 0 has gone.
 
-    Rank 0 tells of everything that goes wrong, here too; only that it is not to be found, or has gone, is said here.
+    Rank 0 tells of everything that goes wrong, here too; only that it is not to be found is said here.
 
     Raises:
         ClusterError: nobody answers where rank 0 should be.
@@ -38,7 +37,6 @@ def serve(launched: TorchrunRank) -> int:
     try:
         return _Follower(connection, store, launched).run()
     except (EOFError, OSError):  # before there is a worker
-        _say_that_rank_0_has_gone(launched.rank)
         return 1
 
 
@@ -83,7 +81,6 @@ class _Follower:
                 else:
                     os._exit(0)  # "end": a worker may be stuck, and rank 0 has said why
         except (EOFError, OSError):
-            _say_that_rank_0_has_gone(self._launched.rank)
             os._exit(1)
 
     def _send(self, head: bytes, body: bytes | None = None) -> None:
@@ -91,11 +88,6 @@ class _Follower:
             self._connection.send_bytes(head)
             if body is not None:
                 self._connection.send_bytes(body)
-
-
-def _say_that_rank_0_has_gone(rank: int) -> None:
-    with suppress(OSError):
-        os.write(2, f"vexact: rank {rank} ends with rank 0: {GONE}\n".encode())
 
 
 def _leave_signals_to_rank_0(action: signal.Handlers) -> None:
