@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from vexact.ops.checks import check_per_row
-from vexact.ops.moe.combine import combine
-from vexact.ops.moe.grouped_linear import grouped_linear
-from vexact.ops.moe.grouped_swiglu import grouped_swiglu
 from vexact.ops.moe.route import check_route
-from vexact.ops.moe.route_and_group import route_and_group
 
 _MOST_CHOSEN = 16  # experts of a token: their rows are one tile
 
@@ -69,43 +65,31 @@ def few_tokens(
         (T, H).
 
     Raises:
-        ValueError: as these operators do.
+        ValueError: as these operators do; or for what does not fit (``takes_few`` tells).
     """
     settings = top_k, scoring, num_groups, top_groups, normalize, float(scale), round_to, salt
-    if takes_few(x, top_k, down):
-        check_route("few_tokens", logits, bias, digest, *settings)
-        _check_layer(x, logits, gate_up, down, shared)
-        if padding is not None:
-            check_per_row("few_tokens", logits.shape[0], torch.bool, padding=padding)
-        from vexact.ops.kernels.moe import few
+    from vexact.ops.kernels.moe import few
 
-        return few.forward(
-            x.contiguous(),
-            logits.contiguous(),
-            None if bias is None else bias.contiguous(),
-            digest,
-            None if padding is None else padding.contiguous(),
-            gate_up.contiguous(),
-            down.contiguous(),
-            None if shared is None else shared.contiguous(),
-            *settings,
+    if not fits(x, top_k, down):
+        raise ValueError(
+            f"few_tokens takes 1 to {few.TOKENS} rows of 16-bit numbers and at most {_MOST_CHOSEN} experts a token, "
+            f"not x {tuple(x.shape)} of {x.dtype} and top_k={top_k}; ask takes_few first"
         )
-    routes, groups = route_and_group(
-        logits,
-        bias,
-        top_k=top_k,
-        scoring=scoring,
-        num_groups=num_groups,
-        top_groups=top_groups,
-        normalize=normalize,
-        scale=scale,
-        round_to=round_to,
-        digest=digest,
-        salt=salt,
-        padding=padding,
+    check_route("few_tokens", logits, bias, digest, *settings)
+    _check_layer(x, logits, gate_up, down, shared)
+    if padding is not None:
+        check_per_row("few_tokens", logits.shape[0], torch.bool, padding=padding)
+    return few.forward(
+        x.contiguous(),
+        logits.contiguous(),
+        None if bias is None else bias.contiguous(),
+        digest,
+        None if padding is None else padding.contiguous(),
+        gate_up.contiguous(),
+        down.contiguous(),
+        None if shared is None else shared.contiguous(),
+        *settings,
     )
-    activated = grouped_swiglu(x, gate_up, groups, gather=True)
-    return combine(grouped_linear(activated, down, groups, gather=False), routes.weights, groups, shared)
 
 
 def _check_layer(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None) -> None:

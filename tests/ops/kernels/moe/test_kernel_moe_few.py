@@ -158,8 +158,7 @@ def test_what_fits(rows, top_k, dtype, fits):
     assert not few_tokens.fits(x, top_k, down.double())
 
 
-def test_what_does_not_fit_together(monkeypatch):
-    monkeypatch.setattr(few_tokens, "takes_few", few_tokens.fits)
+def test_what_does_not_fit_together():
     x, logits = torch.zeros(2, 16, dtype=BF16), torch.zeros(2, 4)
     gate_up, down = torch.zeros(4, 16, 16, dtype=BF16), torch.zeros(4, 16, 8, dtype=BF16)
 
@@ -174,3 +173,4 @@ def test_what_does_not_fit_together(monkeypatch):
     refuses("x is torch.bfloat16 but shared is torch.float16", x, logits, None, gate_up, down, x.half())
     refuses("padding", x, logits, None, gate_up, down, None, padding=torch.zeros(3, dtype=torch.bool))
     refuses("top_k", x, logits, None, gate_up, down, None, top_k=5)
+    refuses("not x (2, 16) of torch.float32", x.float(), logits, None, gate_up, down, None)
