@@ -26,6 +26,7 @@ from vexact.ops.kernels.attention.launch import (
     HeadShape,
     chunk_to_merge,
     exponent_scale,
+    form,
     head_shape,
     warp_specialised,
 )
@@ -90,9 +91,8 @@ def emulated_forward(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     out = torch.full((batch.q.shape[0], shape.num_heads, shape.value_dim), float("nan"), dtype=batch.q.dtype)
     lse = torch.full(out.shape[:2], float("nan"))
     chunk = chunk_to_merge(KEY_BLOCKS[shape.key], max(batch.k_lens))
-    assert host.launch_forward(
-        batch.q, batch.k, batch.v, out, lse, batch.cu_q, batch.cu_k, exponent_scale(batch.scale), chunk, causal
-    )
+    rows, scale = (batch.q, batch.k, batch.v), exponent_scale(batch.scale)
+    assert host.launch_forward(form(*rows), *rows, out, lse, batch.cu_q, batch.cu_k, scale, chunk, causal)
     return out, lse
 
 
@@ -127,8 +127,8 @@ def emulated_pages(batch: Batch, page_size: int, causal: bool, skip_up_to: int =
     lse = torch.full(out.shape[:2], float("nan"))
     lengths = batch.cu_q, torch.tensor(batch.k_lens, dtype=torch.int32), pages.table
     chunk = chunk_to_merge(KEY_BLOCKS[shape.key], max(batch.k_lens))
-    scale = exponent_scale(batch.scale)
-    assert host.launch_paged(q, pages.k_cache, pages.v_cache, out, lse, lengths, scale, chunk, causal, skip_up_to)
+    rows, scale = (q, pages.k_cache, pages.v_cache), exponent_scale(batch.scale)
+    assert host.launch_paged(form(*rows), *rows, out, lse, lengths, scale, chunk, causal, skip_up_to)
     return out, lse
 
 
@@ -180,7 +180,8 @@ def test_boxes_of_less_than_8_rows_are_left_to_the_triton_kernels(page_size):
     pages = make_pages(batch, page_size)
     nothing = (torch.empty(0),) * 2
     lengths = (torch.empty(0, dtype=torch.int32),) * 3
-    assert not host.launch_paged(batch.q, pages.k_cache, pages.v_cache, *nothing, lengths, 1.0, 0, True, 0)
+    rows = batch.q, pages.k_cache, pages.v_cache
+    assert not host.launch_paged(form(*rows), *rows, *nothing, lengths, 1.0, 0, True, 0)
 
 
 @emulated
