@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from attention_inputs import Batch
 from torch import Tensor
@@ -19,6 +22,10 @@ LENGTHS = {
 
 def on_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def on_a_hopper(test: Callable) -> Callable:
+    return pytest.mark.gpu(pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")(test))
 
 
 def with_nan_behind(rows: Tensor, count: int = 200) -> Tensor:

@@ -23,7 +23,7 @@ from vexact.ops.attention.reference import attention_reference
 from vexact.ops.kernels.attention import packed_backward, packed_forward
 from vexact.ops.kernels.attention.hopper.backward import host
 from vexact.ops.kernels.attention.hopper.backward.host import KEYS, QUERIES, Walk
-from vexact.ops.kernels.attention.launch import LOG2E, WARP_SPECIALISED, exponent_scale
+from vexact.ops.kernels.attention.launch import LOG2E, WARP_SPECIALISED, exponent_scale, form
 
 _SCRIPT = Path(__file__).with_name("hopper_backward_compile.py")
 _SHARED_LIMIT = 227 * 1024  # bytes one block may use
@@ -84,9 +84,9 @@ def emulated(batch: Batch, causal: bool, walks: tuple[Walk, Walk] | None = None)
     inputs = [with_nan_behind(rows) for rows in (dout, batch.q, batch.k, batch.v)]
     gradients = [torch.full_like(rows, float("nan")) for rows in inputs[1:]]
     with configured(batch, walks):
-        assert host.launch_backward(
-            *inputs, *statistics, *gradients, batch.cu_q, batch.cu_k, exponent_scale(batch.scale), batch.scale, causal
-        )
+        lengths, scales = (batch.cu_q, batch.cu_k), (exponent_scale(batch.scale), batch.scale)
+        given = host.Inputs(form(*inputs[1:]), *inputs, *statistics, *lengths, *scales, causal)
+        assert host.launch_backward(given, *gradients)
     return gradients, list(expected)
 
 
