@@ -27,8 +27,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from statistics import median
 from textwrap import shorten
@@ -49,6 +48,7 @@ from benchmarks.trainer.forward_backward_sides import (
     specialised_passes,
 )
 from benchmarks.trainer.forward_backward_stock import ATTENTION, Stock, attention_run
+from benchmarks.trainer.forward_backward_turns import Side
 from benchmarks.trainer.grpo_run import TINY
 from vexact.device import resolve_device
 from vexact.models import CausalLM
@@ -61,39 +61,8 @@ CASES = {
     "qwen3-1.7b": (SHAPES["qwen3-1.7b"], {"2 x 8k": [8192] * 2, "8 x 2k": [2048] * 8}),
 }
 MODES = {"kept": False, "again": True}
-TIMED = 2  # calls of a turn, after one that finds the memory
 LARGEST_ERRORS = {"logprobs": 0.1, "gradients": 0.2}
 """Relative. Rounding to bf16 in 28 layers makes 0.012 and 0.016, attention without positions 0.22 and 0.39."""
-
-
-@dataclass(slots=True)
-class Side:
-    """``call`` computes log-probabilities and leaves gradients, which ``release`` frees."""
-
-    call: Callable[[], Tensor]
-    gradients: Callable[[], dict[str, Tensor]]
-    release: Callable[[], None]
-    form: Callable[[], AbstractContextManager[Any]] = nullcontext
-    times: list[float] = field(default_factory=list)
-
-    def first(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Results, and the seconds with compilation."""
-        started = time.monotonic()
-        with self.form():
-            logprobs = self.call()
-        _wait(device)
-        gradients = self.gradients()
-        self.release()
-        return logprobs, gradients, round(time.monotonic() - started, 1)
-
-    def turn(self, device: torch.device) -> float | None:
-        """Adds to ``times``; returns the most memory held, in GiB."""
-        if device.type == "cuda":  # what the other side left is of other sizes
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        with self.form():
-            self.times += [_milliseconds(self, device) for _ in range(TIMED + 1)][1:]
-        return round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None
 
 
 class NotThePeer(ValueError):
@@ -202,28 +171,6 @@ def _stock(model: CausalLM, backend: str) -> Stock | str:
         return Stock(model, backend)
     except Exception as error:
         return reason(error)
-
-
-def _milliseconds(side: Side, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        side.call()
-        stop.record()
-        torch.cuda.synchronize(device)
-        elapsed = start.elapsed_time(stop)
-    else:
-        started = time.perf_counter()
-        side.call()
-        elapsed = 1e3 * (time.perf_counter() - started)
-    side.release()
-    return elapsed
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def relative_error(given: Tensor, wanted: Tensor) -> float:

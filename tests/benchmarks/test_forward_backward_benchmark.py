@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.trainer import forward_backward as benchmark
 from benchmarks.trainer.forward_backward_sides import Ours, attention_forms, micro_batch, random_weights
 from benchmarks.trainer.forward_backward_stock import Stock
+from benchmarks.trainer.forward_backward_turns import TIMED
 from benchmarks.trainer.grpo_run import TINY
 from vexact.models import CausalLM
 from vexact.ops.kernels.attention import launch
@@ -33,7 +34,7 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     printed = capsys.readouterr().out
     for case in (kept, again):
         assert set(case["sides"]) == {"specialised", "triton", "flash"}
-        assert len(case["sides"]["flash"]["all_ms"]) == 2 * benchmark.TIMED
+        assert len(case["sides"]["flash"]["all_ms"]) == 2 * TIMED
         assert all(error < 1e-5 for error in case["sides"]["flash"]["errors"].values())
         assert case["sides"]["flash"]["attention"][0].startswith("_scaled_dot_product_flash_attention")
         assert case["ratios"]["triton"]["flash"] > 0
@@ -70,7 +71,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(model: CausalLM) -> No
     assert set(record["sides"]) == {"specialised", "triton"}
     late = benchmark.measure(Ours(model), stock, micro_batch(model, [8, 8]), False, 3, lambda: True)
     assert late["not_run"]["flash"] == "TimeoutError: the time was up"
-    assert len(late["sides"]["triton"]["all_ms"]) == benchmark.TIMED
+    assert len(late["sides"]["triton"]["all_ms"]) == TIMED
 
 
 def test_what_is_chosen_unasked_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
