@@ -72,8 +72,7 @@ class DecoderLayer(nn.Module):
             x, residual = self.input_norm(x), x
         else:
             x, residual = self.input_norm.add(x, residual)
-        ahead = self.mlp.gate_up_proj.weight if isinstance(self.mlp, MLP) and kv_cache is not None else None
-        x = self.attention(x, Tokens(positions, cos_sin, metadata), kv_cache, ahead)
+        x = self.attention(x, Tokens(positions, cos_sin, metadata), kv_cache)
         x, residual = self.post_norm.add(x, residual)
         x = self.mlp(x, route_digest, routing) if isinstance(self.mlp, MoE) else self.mlp(x)
         return x, residual

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 
 import vexact.ops as invariant
 from vexact.ops import stock
@@ -76,12 +76,6 @@ class OpSet:
             and self.qk_norm_rope is invariant.qk_norm_rope
             and self.attention is invariant.attention
         )
-
-    def linear_ahead(self, x: Tensor, weight: Tensor, bias: Tensor | None, ahead: Tensor | None) -> Tensor:
-        """``linear``, told what weight is read next if it takes that."""
-        told = {"ahead": ahead} if ahead is not None and self.linear is invariant.linear else {}
-        out: Tensor = self.linear(x, weight, bias, **told)
-        return out
 
 
 _EXPERT_OPS = ("route", "group_tokens", "route_and_group", "grouped_swiglu", "grouped_linear", "combine")

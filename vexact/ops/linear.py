@@ -13,14 +13,7 @@ from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype | None = None,
-    ahead: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """``x @ weight.T + bias`` with fp32 accumulation over K in one fixed order and one final rounding.
 
     Args:
@@ -28,7 +21,6 @@ def linear(
         weight: (N, K), same dtype as ``x``.
         bias: (N,) or None; added in fp32 before the rounding.
         out_dtype: dtype of the result, default that of ``x``; fp32 keeps logits unrounded.
-        ahead: a weight that is read soon after, of which the cache may be told. No result depends on it.
 
     Returns:
         (..., N). Differentiable in all three tensors.
@@ -46,9 +38,6 @@ def linear(
         check_floats("linear", x=x, weight=weight)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    if ahead is not None and x.dim() == 2 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        told: Tensor = backend("linear", x).forward(x, weight, bias, out_dtype or x.dtype, ahead)
-        return told
     if x.dim() == 2:
         return apply(_Linear, x, weight, bias, out_dtype or x.dtype)
     out = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, bias, out_dtype or x.dtype)

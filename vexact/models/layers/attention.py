@@ -23,12 +23,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
 
-    def forward(self, x: Tensor, tokens: Tokens, kv_cache: KVCache | None, ahead: Tensor | None = None) -> Tensor:
-        """(T, H) -> (T, H). ``ahead`` is the weight that is read next."""
+    def forward(self, x: Tensor, tokens: Tokens, kv_cache: KVCache | None) -> Tensor:
+        """(T, H) -> (T, H)."""
         ops, qkv_proj, o_proj = self.ops, self.qkv_proj, self.o_proj
         qkv = ops.linear(x, qkv_proj.weight, qkv_proj.bias)
         q, k, v = qkv.unflatten(1, (-1, self.config.head_dim)).split(self.head_counts, dim=1)  # (T, heads, D)
         q_norm, k_norm = self.q_norm, self.k_norm
         norms = None if q_norm is None or k_norm is None else HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
         out = tokens.rotate_and_attend(ops, q, k, v, norms, self.config.softmax_scale, kv_cache)
-        return ops.linear_ahead(out.flatten(1), o_proj.weight, o_proj.bias, ahead)
+        projected: Tensor = ops.linear(out.flatten(1), o_proj.weight, o_proj.bias)
+        return projected

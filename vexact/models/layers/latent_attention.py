@@ -34,8 +34,8 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(mla.kv_rank, config.num_heads * (mla.nope_dim + mla.value_dim), bias=False)
         self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, tokens: Tokens, kv_cache: KVCache | None, ahead: Tensor | None = None) -> Tensor:
-        """(T, H) -> (T, H). ``ahead`` is the weight that is read next."""
+    def forward(self, x: Tensor, tokens: Tokens, kv_cache: KVCache | None) -> Tensor:
+        """(T, H) -> (T, H)."""
         mla, heads = self.mla, self.config.num_heads
         q, latent, k_rotated = self.ops.linear(x, self.qkv_a_proj.weight).split(self.first_sizes, dim=1)
         if mla.q_rank is not None:
@@ -46,4 +46,5 @@ class LatentAttention(nn.Module):
             q.unflatten(1, (heads, mla.key_dim)), k_plain, k_rotated, tokens.positions, tokens.cos_sin, mla.interleaved
         )
         out = tokens.attend(self.ops, q, k, v, mla.softmax_scale, kv_cache)
-        return self.ops.linear_ahead(out.flatten(1), self.o_proj.weight, None, ahead)
+        projected: Tensor = self.ops.linear(out.flatten(1), self.o_proj.weight)
+        return projected

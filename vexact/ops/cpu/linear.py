@@ -8,13 +8,8 @@ from torch import Tensor
 from vexact.ops.cpu.product import product
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, ahead: Tensor | None = None
-) -> Tensor:
-    """(M, K) x (N, K) -> (M, N); low-precision inputs are widened, which is exact, so accumulation is fp32.
-
-    ``ahead`` is for accelerators.
-    """
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """(M, K) x (N, K) -> (M, N); low-precision inputs are widened, which is exact, so accumulation is fp32."""
     out = product(x.float(), weight.float().T)
     if bias is not None:
         out = out + bias.float()

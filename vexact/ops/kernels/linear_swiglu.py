@@ -12,9 +12,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vexact.ops.kernels import chain, linear, swiglu
-from vexact.ops.kernels.chain import ask_for_rows, follow
+from vexact.ops.kernels.chain import follow
 from vexact.ops.kernels.launches import Call, Launches
-from vexact.ops.kernels.linear.launch import chaining, overlaps, strip_descriptor, use_descriptors
+from vexact.ops.kernels.linear.launch import overlaps, strip_descriptor, use_descriptors
 from vexact.ops.kernels.linear.pointer import tile_coordinates
 from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.linear.tma import halves
@@ -41,17 +41,14 @@ def add_products(x, w, acc, SWAP: tl.constexpr):
         return tl.dot(x, tl.trans(w), acc)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "stride", "piece"])
+@triton.jit(do_not_specialize=["M", "N", "K"])
 def linear_swiglu_kernel(
     x_desc,  # (M, K)
     weight_desc,  # (2, N, K): gate, then up
     out_desc,  # (M, N)
-    weight_ptr,  # what weight_desc describes
     M,
     N,
     K,
-    stride,  # elements from row to row of the weight
-    piece,  # bytes; see ``ask_for_rows``
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,21 +56,15 @@ def linear_swiglu_kernel(
     SWAP: tl.constexpr,
     JOINT: tl.constexpr,
     CHAINED: tl.constexpr,
-    PIECES: tl.constexpr,
 ):
     """out = swiglu(x weightᵀ), one tile a program.
 
-    SWAP, CHAINED and PIECES are those of ``matmul_tma_kernel``. JOINT multiplies with gate and up as one tile of twice
-    the width.
+    SWAP is that of ``matmul_tma_kernel``, CHAINED: see ``chain``. JOINT multiplies with gate and up as one tile of
+    twice the width.
     """
     COLUMNS: tl.constexpr = 2 * BLOCK_N if JOINT else BLOCK_N
     tile_m, tile_n = tile_coordinates(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-    if CHAINED:
-        asked_rows = tl.where(tile_m == 0, N, 0)
-        ask_for_rows(weight_ptr, col, asked_rows, stride, piece, BLOCK_N, PIECES)
-        up_ptr = weight_ptr + tl.cast(N, tl.int64) * stride
-        ask_for_rows(up_ptr, col, asked_rows, stride, piece, BLOCK_N, PIECES)
     follow(CHAINED)
     if SWAP:
         acc = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
@@ -130,16 +121,15 @@ def _call(x: Tensor, weight: Tensor, out: Tensor, tile: Tile) -> Call:
     joint = tile.block_k * weight.element_size() == SWIZZLED_SPAN
     both = weight.unflatten(0, (2, width))
     block = [2 if joint else 1, tile.block_n, tile.block_k]
-    piece, chained = chaining(rows, weight, tile, overlaps(x.device))
     args = (
         strip_descriptor(x, tile.block_m, tile.block_k),
         TensorDescriptor(both, list(both.shape), list(both.stride()), block),
         strip_descriptor(out, tile.block_m, tile.block_n),
-        *(weight, rows, width, depth, weight.stride(0), piece),
+        *(rows, width, depth),
     )
     constants = {
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m},
-        **{"SWAP": tile.swap, "JOINT": joint, **chained},
+        **{"SWAP": tile.swap, "JOINT": joint, **chain.options(rows, overlaps(x.device))},
         **{"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},  # as the launches of linear
     }
     grid = cdiv(rows, tile.block_m) * cdiv(width, tile.block_n)

@@ -234,7 +234,7 @@ class _Call:
             constants = {
                 "NUM_HEADS": shape.num_heads, "CHUNK": chunk, "DV": shape.value_dim, "DV_PAD": shape.value_dim_pad,
                 "OVERLAP": overlap, "num_warps": 4,
-                **chain.options(self.q.shape[0], overlap), "launch_pdl": overlap,
+                **chain.options(self.q.shape[0], overlap), **chain.overlapping(overlap),
             }  # fmt: skip
             return Call(merge_kernel, (self.num_sequences * max_rows * shape.num_heads,), args, constants)
 

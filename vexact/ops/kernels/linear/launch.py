@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +19,10 @@ from vexact.ops.kernels.sizes import cdiv
 _launches = Launches()
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, ahead: Tensor | None = None
-) -> Tensor:
-    """x (M, K), weight (N, K) of any strides, bias (N,) or None -> (M, N): fp32 sums, rounded once to ``out_dtype``.
-
-    ``ahead`` is a weight that will be read soon; the cache may be asked for it.
-    """
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """x (M, K), weight (N, K) of any strides, bias (N,) or None -> (M, N): fp32 sums, rounded once to ``out_dtype``."""
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
-    return matmul(x, weight, out, layout="forward", bias=bias, ahead=ahead)
+    return matmul(x, weight, out, layout="forward", bias=bias)
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
@@ -58,47 +52,25 @@ def matmul(
     bias: Tensor | None = None,
     accumulate: bool = False,
     tile: Tile | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Write a (M, K) @ b (N, K)ᵀ (+ bias) into ``out`` (M, N), or with ``accumulate`` add it to an fp32 ``out``.
 
-    ``tile`` overrides the table (for tuning and for tests); the bits do not depend on it, nor on ``ahead``, see
-    ``forward``.
+    ``tile`` overrides the table (for tuning and for tests); the bits do not depend on it.
     """
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return out
-    if ahead is not None and not (chain.of(m).overlap and chain.of(m).ahead and ahead.is_contiguous()):
-        ahead = None
     strides, dtypes = (a.stride(), b.stride(), out.stride()), (a.dtype, b.dtype, out.dtype)
     _launches(
-        (
-            layout,
-            m,
-            n,
-            k,
-            strides,
-            dtypes,
-            None if bias is None else bias.dtype,
-            accumulate,
-            tile,
-            None if ahead is None else (ahead.dtype, ahead.numel()),
-        ),
-        tuple(tensor for tensor in (a, b, out, bias, ahead) if tensor is not None),
-        lambda: _call(a, b, out, bias, accumulate, layout, tile, ahead),
+        (layout, m, n, k, strides, dtypes, None if bias is None else bias.dtype, accumulate, tile),
+        (a, b, out) if bias is None else (a, b, out, bias),
+        lambda: _call(a, b, out, bias, accumulate, layout, tile),
     )
     return out
 
 
 def _call(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    accumulate: bool,
-    layout: Layout,
-    tile: Tile | None,
-    ahead: Tensor | None,
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, layout: Layout, tile: Tile | None
 ) -> Call:
     (m, k), n = a.shape, b.shape[0]
     if tile is None:
@@ -106,10 +78,10 @@ def _call(
         tile = select_tile(layout, m, n, k, a.dtype, descriptors)
     if out.dtype == torch.float32 and capability(out.device)[0] >= 10:
         tile = fit_float32_output(tile)
-    link = _link(m, b, tile, ahead, num_programs(m, n, tile, out.device), layout == "forward" and overlaps(a.device))
+    options = chain.options(m, layout == "forward" and overlaps(a.device)) | _options(tile)
     if tile.kernel == "tma":
-        return _tma_call(a, b, out, bias, accumulate, tile, link)
-    return _pointer_call(a, b, out, bias, accumulate, tile, link, tokens_are_depth=layout == "grad_weight")
+        return _tma_call(a, b, out, bias, accumulate, tile, options)
+    return _pointer_call(a, b, out, bias, accumulate, tile, options, tokens_are_depth=layout == "grad_weight")
 
 
 def use_descriptors(*tensors: Tensor) -> bool:
@@ -124,8 +96,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be launched while the one before it ends; the interpreter runs one after the other."""
-    return device.type != "cpu" and capability(device)[0] >= 9
+    """Whether a kernel can be launched while the one before it ends, as since sm_90. The interpreter runs one after the
+    other, and AMD's devices, whose capability is another number, have nothing of the kind."""
+    return device.type != "cpu" and torch.version.hip is None and capability(device)[0] >= 9
 
 
 @cache
@@ -165,7 +138,7 @@ def num_programs(m: int, n: int, tile: Tile, device: torch.device) -> int:
 
 
 def _tma_call(
-    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, link: _Link
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool, tile: Tile, options: dict[str, int | bool]
 ) -> Call:
     (m, k), n = a.shape, b.shape[0]
     a_desc, a_k_major = operand_descriptor(a, tile.block_m, tile.block_k)
@@ -175,10 +148,10 @@ def _tma_call(
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m},
         **{"SPLITS": splits, "SWAP": tile.swap, "FLATTEN": tile.waves > 0},
         **{"A_K_MAJOR": a_k_major, "B_K_MAJOR": b_k_major, "HAS_BIAS": bias is not None, "ACCUMULATE": accumulate},
-        **_options(tile),
+        **options,
     }
-    args = a_desc, b_desc, c_desc, out if bias is None else bias, b, m, n, k, b.stride(0), *link.args
-    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants | link.constants)
+    args = a_desc, b_desc, c_desc, out if bias is None else bias, m, n, k
+    return Call(matmul_tma_kernel, (num_programs(m, n, tile, out.device),), args, constants)
 
 
 def _pointer_call(
@@ -188,7 +161,7 @@ def _pointer_call(
     bias: Tensor | None,
     accumulate: bool,
     tile: Tile,
-    link: _Link,
+    options: dict[str, int | bool],
     tokens_are_depth: bool,
 ) -> Call:
     (m, k), n = a.shape, b.shape[0]
@@ -198,39 +171,10 @@ def _pointer_call(
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m},
         **{"SWAP": tile.swap, "EVEN_K": not tokens_are_depth and k % tile.block_k == 0},
         **{"HAS_BIAS": bias is not None, "ACCUMULATE": accumulate, "PRECISION": "ieee"},
-        **_options(tile),
+        **options,
     }
-    strides = *a.stride(), *b.stride(), *out.stride()
-    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *strides, *link.args
-    grid = cdiv(m, tile.block_m) * cdiv(n, tile.block_n)
-    return Call(matmul_pointer_kernel, (grid,), args, constants | link.constants)
-
-
-def chaining(rows: int, weight: Tensor, tile: Tile, possible: bool) -> tuple[int, dict[str, int | bool]]:
-    """Bytes of ``weight`` (N, K) that a thread asks for at a time, and the constants and options of a product with it
-    in the chain of a step of ``rows`` tokens."""
-    options = chain.options(rows, possible)
-    asked = 1024 * chain.of(rows).ask if options["CHAINED"] and weight.stride(1) == 1 and _addressable(weight) else 0
-    count, piece = chain.pieces(asked, tile.block_n, weight.shape[1] * weight.element_size(), tile.warps)
-    return piece, {**options, "PIECES": count}
-
-
-class _Link(NamedTuple):
-    """What makes a product part of a chain."""
-
-    args: tuple[int, Tensor, int]  # bytes of its weight for a thread, what is read after it, bytes of that for a thread
-    constants: dict[str, int | bool]
-
-
-def _link(rows: int, weight: Tensor, tile: Tile, ahead: Tensor | None, programs: int, possible: bool) -> _Link:
-    piece, constants = chaining(rows, weight, tile, possible)
-    threads = 0 if ahead is None or not constants["CHAINED"] else 32 * tile.warps
-    share = (
-        chain.shares(chain.of(rows).ahead << 20, ahead.nbytes, programs, threads)
-        if threads and ahead is not None
-        else 0
-    )
-    return _Link((piece, weight if ahead is None else ahead, share), {**constants, "AHEAD": threads})
+    args = a, b, out, out if bias is None else bias, m, n, k // k_unit, *a.stride(), *b.stride(), *out.stride()
+    return Call(matmul_pointer_kernel, (cdiv(m, tile.block_m) * cdiv(n, tile.block_n),), args, constants)
 
 
 def _options(tile: Tile) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.chain import ask_for_rows, ask_for_share, follow
+from vexact.ops.kernels.chain import follow
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def tile_coordinates(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + local % rows, local // rows
 
 
-@triton.jit(do_not_specialize=["M", "N", "K_UNITS", "piece", "share"])
+@triton.jit(do_not_specialize=["M", "N", "K_UNITS"])
 def matmul_pointer_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (N, K)
@@ -37,9 +37,6 @@ def matmul_pointer_kernel(
     stride_bk,
     stride_cm,
     stride_cn,
-    piece,  # bytes; see ``ask_for_rows``
-    ahead_ptr,  # what is read after this product, or any pointer unless AHEAD
-    share,  # bytes; see ``ask_for_share``
     K_UNIT: tl.constexpr,
     N_UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -52,22 +49,16 @@ def matmul_pointer_kernel(
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     CHAINED: tl.constexpr,
-    PIECES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """C = A Bᵀ (+ bias), or with ACCUMULATE C += A Bᵀ for an fp32 C.
 
     K_UNIT and N_UNIT tell the compiler what divides K and N (16, or 1 when nothing does), so that one binary with
     vector accesses serves every batch size. SWAP computes the transposed tile, which lets a 64-wide BLOCK_N use the
-    warp-group tensor core instructions when there are few rows. CHAINED, PIECES and AHEAD as in ``matmul_tma_kernel``.
+    warp-group tensor core instructions when there are few rows. CHAINED: see ``chain``.
     """
     K = K_UNITS * K_UNIT
     columns = (N // N_UNIT) * N_UNIT
     tile_m, tile_n = tile_coordinates(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    if CHAINED:
-        ask_for_rows(b_ptr, tile_n * BLOCK_N, tl.where(tile_m == 0, N, 0), stride_bn, piece, BLOCK_N, PIECES)
-    if AHEAD > 0:
-        ask_for_share(ahead_ptr, share, AHEAD)
     follow(CHAINED)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vexact.ops.kernels.chain import ask_for_rows, ask_for_share, follow
+from vexact.ops.kernels.chain import follow
 from vexact.ops.kernels.linear.pointer import tile_coordinates
 
 
@@ -77,20 +77,15 @@ def joined(left, right):
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], 2 * left.shape[1]))
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "stride_b", "piece", "share"])
+@triton.jit(do_not_specialize=["M", "N", "K"])
 def matmul_tma_kernel(
     a_desc,  # (M, K) when A_K_MAJOR, else (K, M)
     b_desc,  # (N, K) when B_K_MAJOR, else (K, N)
     c_desc,  # (M, N), blocks of BLOCK_M x BLOCK_N / SPLITS
     bias_ptr,  # (N,)
-    b_ptr,  # what b_desc describes
     M,
     N,
     K,
-    stride_b,
-    piece,  # bytes; see ``ask_for_rows``
-    ahead_ptr,  # what is read after this product, or any pointer unless AHEAD
-    share,  # bytes; see ``ask_for_share``
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -103,25 +98,15 @@ def matmul_tma_kernel(
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     CHAINED: tl.constexpr,
-    PIECES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """C = A Bᵀ (+ bias), or with ACCUMULATE C += A Bᵀ for an fp32 C.
 
     SPLITS stores the tile in 1, 2 or 4 column strips, whose smaller staging buffer leaves room for another stage.
-    FLATTEN lets the loads of the next tile start under the epilogue of this one. CHAINED: see ``chain``; the first
-    PIECES * ``piece`` bytes of the rows of B are asked for before the kernel before this one has ended, then AHEAD (the
-    number of threads) shares of what comes after.
+    FLATTEN lets the loads of the next tile start under the epilogue of this one. CHAINED: see ``chain``.
     """
     WIDTH: tl.constexpr = BLOCK_N // SPLITS
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    if CHAINED:
-        tile_m, tile_n = tile_coordinates(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-        # the programs of a column of tiles share these rows
-        ask_for_rows(b_ptr, tile_n * BLOCK_N, tl.where(tile_m == 0, N, 0), stride_b, piece, BLOCK_N, PIECES)
-    if AHEAD > 0:
-        ask_for_share(ahead_ptr, share, AHEAD)
     follow(CHAINED)
     stored = tl.program_id(0)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from vexact.ops.kernels.chain import overlapping
 from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.sizes import cdiv, column_blocks, next_power_of_2
 
@@ -119,6 +120,6 @@ def _launch(y: Tensor, weights: Tensor | None, slots: Tensor, shared: Tensor | N
         **config,
         OVERLAP=overlap,
         enable_fp_fusion=False,
-        launch_pdl=overlap,
+        **overlapping(overlap),
     )
     return out

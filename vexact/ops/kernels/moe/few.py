@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from vexact.ops.kernels.chain import overlapping
 from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.linear.tma import halves
 from vexact.ops.kernels.moe.epilogue import gated
@@ -241,7 +242,7 @@ def forward(
     route = constants(logits.shape[1], bias, digest, top_k, scoring, num_groups, top_groups, normalize, round_to)
     overlap = overlaps(x.device)
     act, out = x.new_empty(num_tokens * top_k, width), torch.empty_like(x)
-    options = {"OVERLAP": overlap, "launch_pdl": overlap, "num_warps": WARPS, "enable_fp_fusion": False}
+    options = {"OVERLAP": overlap, "num_warps": WARPS, "enable_fp_fusion": False, **overlapping(overlap)}
     columns, depth, stages = gated_tile
     few_gated_kernel[(num_tokens * top_k, cdiv(width, columns))](
         logits,

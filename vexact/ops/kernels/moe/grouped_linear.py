@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vexact.ops.kernels.chain import overlapping
 from vexact.ops.kernels.linear.launch import capability, multiprocessors, overlaps, strip_descriptor
 from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.moe.grad_weight import grouped_grad_weight_kernel
@@ -194,7 +195,7 @@ def _launch_tma(
         num_warps=tile.warps,
         num_stages=stages,
         enable_fp_fusion=True,  # as the launches of linear
-        launch_pdl=overlap,
+        **overlapping(overlap),
     )
     return stored[height:]
 
