@@ -4,11 +4,11 @@
     python -m benchmarks.decode.kernels --rows 64 --tune --out tiles.json
 
 A step (Qwen3-1.7B shapes, random weights, no sampling) is captured in a CUDA graph once for every variant of
-``vexact/ops/kernels/chain.py``: as it is; kernels that start while the one before them ends, without and with requests
-for weights, early or not; SwiGLU in the product of gate and up; the best of these together. Variants take turns. Each
-must give the bits of the first for a number of batches of other tokens, so that what is read too early, and is of the
-batch before, is seen. Per kind of kernel a trace gives the time from the end of the kernel before it to its own end,
-which adds up to the step. The last lines are the table ``STEPS`` that these timings ask for.
+``vexact/ops/kernels/chain.py``: kernels one by one; each started while the one before it ends, early or not; SwiGLU in
+the product of gate and up; the best of these together. Variants take turns. Each must give the bits of the first for a
+number of batches of other tokens, so that what is read too early, and is of the batch before, is seen. Per kind of
+kernel a trace gives the time from the end of the kernel before it to its own end, which adds up to the step. The last
+lines are the table ``STEPS`` that these timings ask for.
 
 ``--tune`` searches the tiles of the four products of a layer inside of the step, one product after another, in the best
 variant: weights come from memory and neighbours are those of a model, where ``tune_linear.py`` repeats one product.
@@ -45,18 +45,15 @@ from vexact.prepare.shapes import SHAPES
 
 MODELS = {"tiny": TINY, "qwen3-1.7b": SHAPES["qwen3-1.7b"], "qwen3-8b": SHAPES["qwen3-8b"]}
 VARIANTS = {
-    "as it is": Chain(),
+    "one by one": Chain(),
     "overlap": Chain(overlap=True),
     "overlap early": Chain(overlap=True, early=True),
-    **{f"overlap ask {kib}": Chain(overlap=True, ask=kib) for kib in (64, 128)},
-    "overlap early ask 64": Chain(overlap=True, early=True, ask=64),
-    **{f"overlap early ask 64 ahead {mib}": Chain(overlap=True, early=True, ask=64, ahead=mib) for mib in (8, 24)},
     "fuse": Chain(fuse=True),
 }
 BASELINE = next(iter(VARIANTS))
 ROUNDS, REPLAYS = 9, 12
 TRACED = 6  # replays
-WORTH = 0.99  # of the time as it is: a variant that gains less stays off
+WORTH = 0.99  # of the time one by one: a variant that gains less stays off
 
 
 def use(variant: Chain) -> None:
@@ -104,7 +101,7 @@ def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def expected_logits(step: Step, batches: list[Tensor]) -> list[Tensor]:
-    """Of each batch, by the step as it is, outside of a graph."""
+    """Of each batch, by the step one by one, outside of a graph."""
     use(VARIANTS[BASELINE])
     found = []
     for ids in batches:

@@ -135,15 +135,15 @@ def rowwise(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 
 @torch.no_grad()
 def chained(rows: int, page_size: int) -> list[Tensor]:
-    """A layer's kernels, each while the one before it ends; weights asked for to their last 16 bytes."""
+    """A layer's kernels, each while the one before it ends."""
     before = chain.STEPS
-    chain.STEPS = ((chain.LARGE, chain.Chain(overlap=True, early=True, ask=1024, ahead=1, fuse=True)),)
+    chain.STEPS = ((chain.LARGE, chain.Chain(overlap=True, early=True, fuse=True)),)
     forget()
     try:
         x, weight = draw(rows, 136).detach(), draw(136)
         gate_up, down = draw(2 * 72, 136), draw(136, 72)
         normed, residual = ops.add_rms_norm(x, x, weight, 1e-6)
-        act = ops.linear(ops.linear_swiglu(normed, gate_up), down, ahead=gate_up)
+        act = ops.linear(ops.linear_swiglu(normed, gate_up), down)
         apart = ops.swiglu(ops.linear(normed, gate_up))
         return [residual, act, apart, *paged(page_size, [1] * 3, [0, 64, 2200], 64)]
     finally:

@@ -58,12 +58,12 @@ def test_times_by_hand() -> None:
 
 def test_the_table_that_is_printed() -> None:
     results = [
-        {"rows": 8, "chain": {"overlap": True, "early": False, "ask": 64, "fuse": True}},
+        {"rows": 8, "chain": {"overlap": True, "early": False, "fuse": True}},
         {"rows": 64, "chain": {}},
     ]
     space: dict[str, Any] = {"Chain": Chain, "LARGE": chain.LARGE}
     exec(decode_kernels.table(results).replace(": tuple[tuple[int, Chain], ...]", ""), space)
-    assert space["STEPS"] == ((8, Chain(overlap=True, ask=64, fuse=True)), (64, Chain()), (chain.LARGE, Chain()))
+    assert space["STEPS"] == ((8, Chain(overlap=True, fuse=True)), (64, Chain()), (chain.LARGE, Chain()))
 
 
 def launched(step: decode_step.Step, monkeypatch: pytest.MonkeyPatch) -> tuple[list[launches.Call], torch.Tensor]:
@@ -74,7 +74,7 @@ def launched(step: decode_step.Step, monkeypatch: pytest.MonkeyPatch) -> tuple[l
     def note(self: Any, key: Any, tensors: Any, call: launches.Call) -> None:
         calls.append(call)
         if DEVICE == "cpu":  # the interpreter runs one kernel after another
-            alone = dict.fromkeys(call.constants.keys() & {"CHAINED", "OVERLAP", "AHEAD"}, 0)
+            alone = dict.fromkeys(call.constants.keys() & {"CHAINED", "OVERLAP"}, 0)
             call = call._replace(constants=call.constants | alone)
         bind(self, key, tensors, call)
 
@@ -101,9 +101,10 @@ def test_every_kernel_of_a_step_but_the_first_is_chained(rows: int, monkeypatch:
     model = decode_step.random_decoder(TINY, 2, torch.device(DEVICE)).to(torch.bfloat16)
     model.init_rope(DEVICE)
     step = decode_step.decode_step(model, rows, 70)
+    monkeypatch.setattr(chain, "STEPS", ((chain.LARGE, Chain()),))
     plain, expected = launched(step, monkeypatch)
     for fuse in (False, True):
-        monkeypatch.setattr(chain, "STEPS", ((chain.LARGE, Chain(overlap=True, early=True, ahead=1, fuse=fuse)),))
+        monkeypatch.setattr(chain, "STEPS", ((chain.LARGE, Chain(overlap=True, early=True, fuse=fuse)),))
         calls, logits = launched(step, monkeypatch)
         assert same_bits(logits, expected)
         names = [call.kernel.__name__ for call in calls]
@@ -116,8 +117,6 @@ def test_every_kernel_of_a_step_but_the_first_is_chained(rows: int, monkeypatch:
         kinds = {2: {"norm", "rotation", "swiglu"}, 1: {"qkv", "attention", "o", "gate_up", "down", "lm_head"}}
         assert all(kernel.kind in kinds[how] for how, kernel in zip(chained[1:], kernels[1:], strict=True))
         assert all(call.constants["launch_pdl"] for call in calls[1:])
-        told = [kernel.kind for call, kernel in zip(calls, kernels, strict=True) if call.constants.get("AHEAD")]
-        assert told == ["o"] * 2, "they run while attention does, which leaves the memory idle"
     assert {call.constants.get("CHAINED") for call in plain} == {None, 0}
 
 

@@ -25,12 +25,12 @@ from vexact.ops.kernels.linear.tiles import Tile
 
 ARCH = 90
 ROWS = 64
-ON = ((chain.LARGE, Chain(overlap=True, ask=128, ahead=8, fuse=True)),)
+ON = ((chain.LARGE, Chain(overlap=True)),)
 EARLY = ((chain.LARGE, Chain(overlap=True, early=True)),)
 OFF = ((chain.LARGE, Chain()),)
-WAIT, START_NEXT, REQUEST = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "cp.async.bulk.prefetch.L2"
+WAIT, START_NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 # what reads or writes memory that another kernel may know, or leaves the straight line
-TOUCHES = re.compile(r"\b(ld\.global|st\.global|ld\.relaxed|cp\.async(?!\.bulk\.prefetch)|red\.|atom\.|bra|ret)")
+TOUCHES = re.compile(r"\b(ld\.global|st\.global|ld\.relaxed|cp\.async|red\.|atom\.|bra|ret)")
 ARITHMETIC = re.compile(
     r"\b((fma|mul|add|sub|div|max|min|ex2|rsqrt|neg|cvt|mma|wgmma|shfl|set|lg2)\.[\w.]*(f32|f16|b32)[\w.]*)"
 )
@@ -70,9 +70,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         out = meta(ROWS, 2048)
         yield (
             f"product {tile}",
-            lambda tile=tile, out=out: linear.matmul(
-                x, meta(2048, 2048), out, layout="forward", tile=tile, ahead=meta(12288, 2048)
-            ),
+            lambda tile=tile, out=out: linear.matmul(x, meta(2048, 2048), out, layout="forward", tile=tile),
         )
     apart = Tile("tma", 64, 32, 128, 4, 3)  # too deep for one piece of gate and up
     for tile in (linear_swiglu.TILES[0][1], linear_swiglu.TILES[-1][1], apart):
@@ -98,7 +96,6 @@ def describe(name: str, kernel: str, early: bool, chained: Any, plain: Any) -> d
     lines, other = body(chained.asm["ptx"]), body(plain.asm["ptx"])
     waits = [at for at, line in enumerate(lines) if WAIT in line]
     starts = [at for at, line in enumerate(lines) if START_NEXT in line]
-    requests = [at for at, line in enumerate(lines) if REQUEST in line]
     touches = [at for at, line in enumerate(lines) if not line.startswith("//") and TOUCHES.search(line)]
     return {
         "name": name,
@@ -107,8 +104,6 @@ def describe(name: str, kernel: str, early: bool, chained: Any, plain: Any) -> d
         "waits": len(waits),
         "touches_before_wait": [lines[at] for at in touches if not waits or at < waits[0]],
         "starts_next_after_wait": bool(starts and waits and starts[0] > waits[0]),
-        "requests": len(requests),
-        "requests_before_wait": all(at < waits[0] for at in requests) if waits else not requests,
         "waits_when_plain": sum(WAIT in line for line in other),
         "same_arithmetic": arithmetic(lines) == arithmetic(other),
         "arithmetic": len(arithmetic(lines)),

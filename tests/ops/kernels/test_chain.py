@@ -1,9 +1,10 @@
-"""Kernels that start while the one before them ends: they wait first, ask for their own weights only, and compute the
-same. What their machine code does is looked at in ``chain_compile``."""
+"""Kernels that start while the one before them ends: they wait first and compute the same. What their machine code does
+is looked at in ``chain_compile``."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,17 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from linear_support import DEVICE, randn, tensor_core  # noqa: F401
 from rowwise import same_bits
+from triton.runtime.interpreter import GridExecutor
 
 from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, rope_to_cache, swiglu
 from vexact.ops.kernels.attention import paged
 from vexact.ops.kernels.chain import Chain
+from vexact.ops.kernels.launches import forget
 from vexact.ops.kernels.linear import launch as linear_launch
 from vexact.ops.kernels.linear.tiles import Tile
+from vexact.ops.kernels.moe import combine, few, grouped_linear, router
+from vexact.ops.kernels.moe import tma as moe_tma
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 _SCRIPT = Path(__file__).with_name("chain_compile.py")
@@ -35,15 +39,10 @@ TILES = [
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What programs do about other kernels, in order: (address, size) arrays, "wait", "start next"."""
-    events: list[Any] = []
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What programs do about other kernels, in order: "wait" and "start next"."""
+    events: list[str] = []
 
-    def request(address: Any, size: Any) -> None:
-        sizes = np.broadcast_to(size.handle.data, address.handle.data.shape)
-        events.append(np.stack([address.handle.data.ravel(), sizes.ravel().astype(np.int64)], 1))
-
-    monkeypatch.setattr(chain, "request", request)
     monkeypatch.setattr(chain, "gdc_wait", lambda: events.append("wait"))
     monkeypatch.setattr(chain, "gdc_launch_dependents", lambda: events.append("start next"))
     for module in (linear_launch, linear_swiglu, rms_norm, swiglu, rope_to_cache):
@@ -53,25 +52,36 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def turn_on(monkeypatch: pytest.MonkeyPatch, **what: Any) -> None:
     monkeypatch.setattr(chain, "STEPS", ((chain.LARGE, Chain(**what)),))
+    forget()
 
 
-def requested(events: list[Any]) -> tuple[list[tuple[int, int]], int]:
-    """Every (address, size) that was asked for, and the number of programs. Each has to ask, wait, start the next."""
-    spans, programs, asked = [], 0, True
-    for event in events:
-        if isinstance(event, np.ndarray):
-            assert asked, "a program asked for something after its wait"
-            spans += [(int(address), int(size)) for address, size in event if size]
-        elif event == "wait":
-            asked, programs = False, programs + 1
-        else:
-            asked = True
-    return spans, programs
+def test_small_steps_are_chained_on_devices_that_can_overlap() -> None:
+    chained = {"CHAINED": 1, "launch_pdl": True}
+    for rows, product, norm in ((1, 1, 2), (2, 1, 1), (64, 1, 1), (128, 1, 1), (129, 0, 0), (8192, 0, 0)):
+        assert chain.options(rows, True) == (chained if product else {"CHAINED": 0})
+        assert chain.options(rows, True, may_be_early=True)["CHAINED"] == norm
+        assert chain.options(rows, False, may_be_early=True) == {"CHAINED": 0}
+        assert not chain.of(rows).fuse
+    assert chain.overlapping(True) == {"launch_pdl": True}
+    assert chain.overlapping(False) == {}
 
 
-def test_nothing_is_on_that_was_not_measured() -> None:
-    assert ((chain.LARGE, Chain()),) == chain.STEPS
-    assert chain.options(1, possible=True) == {"CHAINED": 0}
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "expected"),
+    [
+        ("cpu", (9, 0), None, False),
+        ("cuda", (8, 0), None, False),
+        ("cuda", (9, 0), None, True),
+        ("cuda", (12, 0), None, True),
+        ("cuda", (9, 4), "7.0", False),
+    ],
+)
+def test_which_devices_can_overlap(
+    device: str, capability: tuple[int, int], hip: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_launch, "capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert linear_launch.overlaps(torch.device(device)) is expected
 
 
 def test_the_first_bound_that_holds_the_rows_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,102 +92,104 @@ def test_the_first_bound_that_holds_the_rows_decides(monkeypatch: pytest.MonkeyP
     assert chain.options(64, False, may_be_early=True) == {"CHAINED": 0}
 
 
-@pytest.mark.parametrize(
-    ("asked", "rows", "row_bytes", "warps"), [(65536, 32, 4096, 4), (999, 16, 80, 8), (0, 8, 64, 1)]
-)
-def test_pieces_are_whole_units_of_what_there_is(asked: int, rows: int, row_bytes: int, warps: int) -> None:
-    count, size = chain.pieces(asked, rows, row_bytes, warps)
-    assert size % 16 == 0
-    assert count * size <= min(row_bytes, asked // rows)
-    assert count * rows >= 32 * warps
-    assert count & (count - 1) == 0
-
-
 @interpreted
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("rows", [3, 40])
-def test_products_ask_for_each_row_of_their_weight_once(
-    tile: Tile, rows: int, log: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_every_program_of_a_product_waits(
+    tile: Tile, rows: int, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight = randn(rows, 192, seed=1, dtype=torch.bfloat16), randn(152, 192, seed=2, dtype=torch.bfloat16)
     out = x.new_empty(rows, 152)
+    turn_on(monkeypatch)
     plain = linear.matmul(x, weight, out, layout="forward", tile=tile).clone()
     assert not log
-    turn_on(monkeypatch, overlap=True, ask=8)
-    linear_launch._launches.forget()
+    turn_on(monkeypatch, overlap=True)
     assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile), plain)
-    spans, programs = requested(log)
-    assert [event for event in log if isinstance(event, str)] == ["wait", "start next"] * programs
-    covered = np.zeros(weight.numel() * 2, int)
-    for address, size in spans:
-        first = address - weight.data_ptr()
-        assert 0 <= first <= covered.size - size
-        assert address % 16 == size % 16 == 0
-        covered[first : first + size] += 1
-    covered = covered.reshape(152, -1)
-    persistent = tile.waves * linear_launch.multiprocessors(x.device) * tile.block_n if tile.waves else 152
-    depth = covered[0].sum()
-    assert 0 < depth <= 8192 // tile.block_n
-    assert (covered[:persistent, :depth] == 1).all()
-    assert covered.sum() == depth * min(persistent, 152)
+    programs = linear_launch.num_programs(rows, 152, tile, x.device)
+    assert log == ["wait", "start next"] * programs
 
 
 @interpreted
-@pytest.mark.parametrize("tile", TILES)
-def test_what_is_read_next_is_asked_for_once(tile: Tile, log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = randn(3, 64, seed=1, dtype=torch.bfloat16), randn(152, 64, seed=2, dtype=torch.bfloat16)
-    ahead, out = randn(400, 640, seed=3, dtype=torch.bfloat16), x.new_empty(3, 152)
-    plain = linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=ahead).clone()
-    turn_on(monkeypatch, overlap=True, ahead=1)  # more than there is
-    linear_launch._launches.forget()
-    assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=ahead), plain)
-    spans, programs = requested(log)
-    size = spans[0][1]
-    assert size == chain.shares(1 << 20, ahead.nbytes, programs, 32 * tile.warps) > 0
-    assert spans == [(ahead.data_ptr() + size * index, size) for index in range(programs * 32 * tile.warps)]
-    assert size * len(spans) <= ahead.nbytes
-    log.clear()
-    linear.matmul(x, weight, out, layout="forward", tile=tile)
-    assert not requested(log)[0]
-    log.clear()
-    wide = ahead.float()  # as many numbers, twice the bytes
-    assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=wide), plain)
-    assert 0 < sum(size for _, size in requested(log)[0]) <= wide.nbytes
-
-
-@interpreted
-def test_gradients_and_weights_of_other_strides_ask_for_nothing(
-    log: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    turn_on(monkeypatch, overlap=True, ask=64)
+def test_gradients_are_not_chained(log: list[str]) -> None:
+    assert chain.of(4).overlap
     x, weight = randn(4, 64, seed=1, dtype=torch.bfloat16), randn(64, 48, seed=2, dtype=torch.bfloat16)
     linear.grad_input(x, weight)
     linear.grad_weight(x, x)
+    linear.grad_bias(x)
+    swiglu.backward(x[:, :32].contiguous(), x)
     assert not log
-    linear.forward(x, weight.t(), None, x.dtype)
-    spans, programs = requested(log)
-    assert not spans
-    assert programs > 0
 
 
 @interpreted
 @pytest.mark.parametrize("early", [False, True])
-def test_every_program_of_a_row_kernel_waits(early: bool, log: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_program_of_a_row_kernel_waits(early: bool, log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = randn(5, 2048, seed=1, dtype=torch.bfloat16), randn(2048, seed=2, dtype=torch.bfloat16)
     calls: list[Callable[[], Any]] = [
         lambda: rms_norm.forward(x, weight, 1e-6)[0],
         lambda: rms_norm.add_forward(x, x, weight, 1e-6)[0],
         lambda: swiglu.forward(x),
     ]
+    turn_on(monkeypatch)
     plain = [call() for call in calls]
     assert not log
     turn_on(monkeypatch, overlap=True, early=early)
-    for module in (rms_norm, swiglu):
-        module._forward.forget()
     for call, expected in zip(calls, plain, strict=True):
         log.clear()
         assert same_bits(call(), expected)
         assert log == (["start next", "wait"] if early else ["wait", "start next"]) * 5
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("padded", [False, True])
+def test_experts_wait_among_kernels_that_are_chained(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of experts overlap on their own: each that is launched while the one before it ends waits in every
+    program, so that a chained norm or product that comes next may start on its word."""
+    events, grids = [], []
+    run = GridExecutor.__call__
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> None:
+        events.append([])
+        grids.append((self.fn.__name__, math.prod(self.grid), kwargs.get("launch_pdl", False)))
+        run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", count)
+    for module in (chain, few, moe_tma, combine, router):
+        for name, event in (("gdc_wait", "wait"), ("gdc_launch_dependents", "start next")):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, lambda event=event: events[-1].append(event))
+    for module in (linear_launch, rms_norm, few, grouped_linear, combine, router):
+        monkeypatch.setattr(module, "overlaps", lambda device: True)
+    tokens, num_experts, hidden, width, top_k = 3, 5, 48, 24, 2
+    settings = top_k, "softmax", 1, 1, True, 1.0, torch.float32, 0
+    x, gate = (randn(rows, hidden, seed=1, dtype=torch.bfloat16) for rows in (tokens, num_experts))
+    gate_up = randn(num_experts, 2 * width, hidden, seed=2, dtype=torch.bfloat16)
+    down = randn(num_experts, hidden, width, seed=3, dtype=torch.bfloat16)
+    padding = torch.ones(tokens, dtype=torch.bool) if padded else None  # no program has work then
+
+    def layer(in_two: bool) -> None:
+        normed = rms_norm.forward(x, gate[0], 1e-6)[0]
+        logits = linear.forward(normed, gate, None, torch.float32)
+        if in_two:
+            out = few.forward(normed, logits, None, None, padding, gate_up, down, None, *settings, prefetch=False)
+        else:
+            _, weights, rows, slots, offsets = router.grouped_forward(logits, None, None, padding, *settings)
+            act = grouped_linear.swiglu_forward(normed, gate_up, rows, offsets, top_k)
+            y = grouped_linear.forward(act, down, None, offsets, top_k)
+            out = combine.forward(y, weights, slots, None)
+        rms_norm.add_forward(out, x, gate[0], 1e-6)
+
+    layer(in_two=True)
+    layer(in_two=False)
+    names = [name for name, _, _ in grids]
+    experts = ["few_gated_kernel", "few_down_kernel", "route_kernel", *["grouped_tma_kernel"] * 2, "combine_kernel"]
+    assert [name for name in names if name in experts] == experts
+    assert sum(overlapped for _, _, overlapped in grids) == len(grids) - 1
+    for (name, programs, overlapped), seen in zip(grids, events, strict=True):
+        assert seen.count("wait") == programs * overlapped, name
+        assert overlapped or name == "route_kernel", name
+        if overlapped and "start next" in seen:
+            assert seen == ["wait", "start next"] * programs, name
 
 
 def test_code_waits_before_it_touches_memory_and_computes_the_same(tmp_path: Path) -> None:
@@ -198,8 +210,6 @@ def test_code_waits_before_it_touches_memory_and_computes_the_same(tmp_path: Pat
         allowed = "ld.global.b32" if kernel == "merge_kernel" else ()
         assert all(allowed and allowed in line for line in record["touches_before_wait"]), record
         assert record["starts_next_after_wait"] != record["early"], name
-        assert record["requests"] == 2 * (kernel in products), name
-        assert record["requests_before_wait"], name
         assert record["waits_when_plain"] == int(kernel == "merge_kernel"), name  # it overlaps the chunks anyway
         assert record["same_arithmetic"], name
         assert record["arithmetic"] > 5, name
