@@ -13,17 +13,18 @@ FULL = 0.92  # of a GPU: the plan may be off by the rest
 
 
 def least_offload(overrides: Sequence[str], machine: Machine) -> list[str]:
-    """Overrides: nothing offloaded if that fits, else moments, else master weights, too."""
+    """Overrides: nothing offloaded if that fits, else moments, else master weights, too; where nothing fits, what needs
+    least."""
     choices = [
         [f"{FSDP}.optimizer_offload={moments}", f"{FSDP}.param_offload={weights}"]
         for moments, weights in (("false", "false"), ("true", "false"), ("true", "true"))
     ]
     if machine.device_bytes is None:
         return []
+    totals = []
     for choice in choices:
         config = load_config([*overrides, *choice], checked=False)
-        placement = Placement.of(config, machine.gpus)
-        shape = ModelShape.read(config.model.path)
-        if memory_plan(config, shape, placement, machine.device).worst().total <= FULL * machine.device_bytes:
-            return choice
-    return choices[-1]
+        placement, shape = Placement.of(config, machine.gpus), ModelShape.read(config.model.path)
+        totals.append(memory_plan(config, shape, placement, machine.device).worst().total)
+    fitting = [number for number, total in enumerate(totals) if total <= FULL * machine.device_bytes]
+    return choices[fitting[0] if fitting else totals.index(min(totals))]

@@ -195,8 +195,8 @@ def check_file(one: Measured, path: Path, tolerance: float) -> int:
     """All colocated runs of a report on several GPUs; an exit code."""
     report = json.loads(path.read_text())
     runs = {name: run for name, run in report["runs"].items() if run["layout"] == "colocated" and run["gpus"] > 1}
-    if not runs:
-        raise SystemExit(f"{path} has no colocated run on several GPUs")
+    if not runs or report["shape"] not in MODELS:
+        raise SystemExit(f"{path} has no colocated run on several GPUs of a shape that is known: {', '.join(MODELS)}")
     wrong = []
     for name, run in sorted(runs.items(), key=lambda item: item[1]["gpus"]):
         wrong += check(one, read_measured(path, name, MODELS[report["shape"]]), run["gpus"], tolerance)

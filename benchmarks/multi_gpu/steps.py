@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from vexact.config import load_config
 from vexact.config.memory import Machine
 
 STAGES = {"generation": "gen", "update": "update_actor", "step": "step"}
+LEAST_S = 20.0  # in which no run can do anything
 CONTEXT_BYTES = 1 << 30  # that is never free on a GPU
 
 
@@ -80,7 +83,14 @@ def this_machine(gpus: int) -> Machine:
     return Machine("cuda", gpus, torch.cuda.get_device_properties(0).total_memory - CONTEXT_BYTES)
 
 
-def measured(layout: Layout, groups: int, overrides: list[str], directory: Path, arguments: argparse.Namespace) -> dict:
+def measured(
+    layout: Layout,
+    groups: int,
+    overrides: list[str],
+    directory: Path,
+    timeout_s: float,
+    arguments: argparse.Namespace,
+) -> dict:
     """Figures of one run. Raises RuntimeError when it fails."""
     more = [*layout.overrides, f"{ACTOR}.fsdp_config.expert_parallel_size={groups}"]
     offload = least_offload([*overrides, *more], this_machine(layout.gpus))
@@ -89,7 +99,7 @@ def measured(layout: Layout, groups: int, overrides: list[str], directory: Path,
         arguments.launcher,
         [*overrides, *more, *offload, *arguments.more],
         directory,
-        arguments.timeout_s,
+        timeout_s,
         stop_after=arguments.steps if arguments.digest == "none" else None,
         program="benchmarks.trainer.unsaved" if arguments.digest == "memory" else "vexact",
     )
@@ -113,6 +123,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--digest", choices=("checkpoint", "memory", "none"), default="checkpoint")
     parser.add_argument("--no_digest", dest="digest", action="store_const", const="none", help="as --digest none")
     parser.add_argument("--timeout_s", type=float, default=900, help="of each run")
+    parser.add_argument(
+        "--total_s", type=float, default=math.inf, help="of all; a run that finds none left is left out"
+    )
     parser.add_argument("--work", type=Path, help="directory for models and runs (default: a temporary one)")
     parser.add_argument("--keep", action="store_true", help="keep the model in --work, and take one that is there")
     parser.add_argument("--only_model", action="store_true", help="write the model to --work and end")
@@ -127,7 +140,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    arguments = parsed()
+    started, arguments = time.monotonic(), parsed()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="vexact-multi-gpu-"))
     shape = SHAPES[arguments.shape]
     if arguments.layers is not None:
@@ -152,8 +165,14 @@ def main() -> int:
         name = layout.name + (f", {groups} groups of experts" if groups > 1 else "")
         directory = work / name.replace(",", "").replace(" ", "-")
         shutil.rmtree(directory, ignore_errors=True)  # a run that is there would be gone on with
+        left = started + arguments.total_s - time.monotonic()
+        if left < LEAST_S:
+            report["problems"].append(f"{name}: not run: no time was left")
+            continue
         try:
-            report["runs"][name] = measured(layout, groups, common, directory, arguments)
+            report["runs"][name] = measured(
+                layout, groups, common, directory, min(left, arguments.timeout_s), arguments
+            )
         except RuntimeError as error:
             print(error)
             said = [line for line in str(error).splitlines() if line and not line.startswith("(--debug")]
