@@ -173,7 +173,7 @@ def all_passes(dims: tuple[int, int], lengths: list[int], seed: int) -> Callable
     """A call that gives out and lse of packed rows and of pages, and the gradients, by the kernels of `hopper`."""
     batch = make_batch(lengths, lengths, heads=(4, 2), dims=dims, seed=seed)
     pages, cu, longest = make_pages(batch, 16), cumulative(lengths), (max(lengths),) * 2
-    used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    used = torch.tensor(lengths, dtype=torch.int32, device=cu.device)
     rest = cu, cu, *longest, batch.scale, True
     dout = make_batch(lengths, lengths, heads=(4, 2), dims=dims[::-1], seed=seed + 1).q
 
