@@ -41,6 +41,16 @@ class Shared(NamedTuple):
     tail: tl.tensor  # the producer's own: values that it has to look at
 
 
+class Tile(NamedTuple):
+    """A tile of 2 * ROWS rows of a sequence as the producer describes it."""
+
+    start: tl.tensor  # of the sequence; negative where there are no more tiles
+    length: tl.tensor
+    other_length: tl.tensor  # of the rows on the other side of the scores
+    first: tl.tensor  # row of the tile in the sequence
+    head: tl.tensor
+
+
 @gluon.jit
 def barriers(count: gl.constexpr, arrivals: gl.constexpr):
     """Barriers (count, 1) that complete after so many arrivals."""
@@ -85,7 +95,26 @@ def read_description(work, full, empty, slot, phase):
     first = read_field(description, 3)
     head = read_field(description, 4)
     mbarrier.arrive(empty.index(slot), count=1)
-    return start, length, other_length, first, head
+    return Tile(start, length, other_length, first, head)
+
+
+@gluon.jit
+def consume_tiles(shared, consume_tile: gl.constexpr, arguments):
+    """Take all tiles that the producer describes, each by `consume_tile(shared, tile, stage, phase, own_phase, ...)`.
+
+    It is given the place in the ring of the tiles that are walked and the phase of the one that is owned, then the
+    arguments, and returns the next place and phase.
+    """
+    stage, phase = 0, 0
+    slot, work_phase = 0, 0
+    own_phase = 0
+    more = True
+    while more:
+        tile = read_description(shared.work, shared.work_full, shared.work_empty, slot, work_phase)
+        slot, work_phase = advance(slot, work_phase, 2)
+        more = tile.start >= 0
+        if more:
+            stage, phase, own_phase = consume_tile(shared, tile, stage, phase, own_phase, *arguments)
 
 
 @gluon.jit
