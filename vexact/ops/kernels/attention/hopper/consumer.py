@@ -6,7 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from vexact.ops.kernels.attention.columns import Columns
 from vexact.ops.kernels.attention.hopper.merged import clear_run, close_chunk, finish_rows, part_width
-from vexact.ops.kernels.attention.hopper.shared import ONES, ROWS, STAGES, advance, consume_tiles, visible_keys
+from vexact.ops.kernels.attention.hopper.shared import ONES, ROWS, STAGES, advance, visible_keys
+from vexact.ops.kernels.attention.hopper.tiles import consume_tiles
 from vexact.ops.kernels.attention.hopper.weights import (
     Weights,
     accumulator,

@@ -22,7 +22,8 @@ from vexact.ops.kernels.attention.hopper.backward.gradients import (
     zero_sums,
 )
 from vexact.ops.kernels.attention.hopper.loading import stage_of
-from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, consume_tiles
+from vexact.ops.kernels.attention.hopper.shared import ROWS, advance
+from vexact.ops.kernels.attention.hopper.tiles import consume_tiles
 from vexact.ops.kernels.attention.hopper.weights import accumulator
 
 
