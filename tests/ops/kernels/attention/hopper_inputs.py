@@ -1,8 +1,10 @@
-"""Batches that the tests of the warp-specialised kernels share."""
+"""What the tests of the warp-specialised kernels share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ def on_hopper() -> bool:
 
 
 def on_a_hopper(test: Callable) -> Callable:
-    return pytest.mark.gpu(pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")(test))
+    """Marks a test of real kernels. It takes no fixtures: see `compiled_in_parallel`."""
+    there = pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
+    return pytest.mark.gpu(there(pytest.mark.usefixtures("compiled_in_parallel")(test)))
 
 
 def with_nan_behind(rows: Tensor, count: int = 200) -> Tensor:
@@ -36,3 +40,8 @@ def shorter(batch: Batch) -> Batch:
     """The batch with rows of no sequence behind it, all of them NaN."""
     q, k, v = (with_nan_behind(rows) for rows in (batch.q, batch.k, batch.v))
     return Batch(q, k, v, batch.q_lens, batch.k_lens)
+
+
+def run_test(module: str, name: str, parameters: dict[str, Any]) -> None:
+    """In another process."""
+    getattr(import_module(module), name)(**parameters)
