@@ -19,7 +19,6 @@ from torch import Tensor
 from vexact.ops.attention.reference import attention_reference
 from vexact.ops.kernels.attention import launch, paged, paged_forward
 from vexact.ops.kernels.attention.batch import Batch as Sizes
-from vexact.ops.kernels.attention.batch import Least
 from vexact.ops.kernels.attention.hopper import host
 from vexact.ops.kernels.attention.launch import (
     KEY_BLOCKS,
@@ -27,6 +26,7 @@ from vexact.ops.kernels.attention.launch import (
     HeadShape,
     chunk_to_merge,
     exponent_scale,
+    form,
     head_shape,
     warp_specialised,
 )
@@ -76,13 +76,13 @@ def test_proven_kernels_take_batches_whose_tiles_are_filled_and_long(monkeypatch
     monkeypatch.setattr(launch, "PROVEN", frozenset())
     assert not any(warp_specialised(kind, heads, device, None, large) for kind in ("forward", "backward", "paged"))
     monkeypatch.setattr(launch, "PROVEN", frozenset({"forward"}))
-    monkeypatch.setitem(launch.LEAST, ("forward", 128), Least(64, 4))
+    monkeypatch.setitem(launch.LEAST_WORK, ("forward", 128), 100.0)
     assert warp_specialised("forward", heads, device, None, large)
     assert not warp_specialised("forward", heads, device, None, small)
     assert not warp_specialised("forward", heads, device, False, large)
     assert warp_specialised("forward", heads, device, True, small)  # as benchmarks ask for it
     assert not warp_specialised("paged", heads, device, None, large)
-    monkeypatch.delitem(launch.LEAST, ("forward", 128))
+    monkeypatch.delitem(launch.LEAST_WORK, ("forward", 128))
     assert not warp_specialised("forward", heads, device, None, large)
 
 
@@ -91,9 +91,8 @@ def emulated_forward(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:
     out = torch.full((batch.q.shape[0], shape.num_heads, shape.value_dim), float("nan"), dtype=batch.q.dtype)
     lse = torch.full(out.shape[:2], float("nan"))
     chunk = chunk_to_merge(KEY_BLOCKS[shape.key], max(batch.k_lens))
-    assert host.launch_forward(
-        batch.q, batch.k, batch.v, out, lse, batch.cu_q, batch.cu_k, exponent_scale(batch.scale), chunk, causal
-    )
+    rows, scale = (batch.q, batch.k, batch.v), exponent_scale(batch.scale)
+    assert host.launch_forward(form(*rows), *rows, out, lse, batch.cu_q, batch.cu_k, scale, chunk, causal)
     return out, lse
 
 
@@ -128,8 +127,8 @@ def emulated_pages(batch: Batch, page_size: int, causal: bool, skip_up_to: int =
     lse = torch.full(out.shape[:2], float("nan"))
     lengths = batch.cu_q, torch.tensor(batch.k_lens, dtype=torch.int32), pages.table
     chunk = chunk_to_merge(KEY_BLOCKS[shape.key], max(batch.k_lens))
-    scale = exponent_scale(batch.scale)
-    assert host.launch_paged(q, pages.k_cache, pages.v_cache, out, lse, lengths, scale, chunk, causal, skip_up_to)
+    rows, scale = (q, pages.k_cache, pages.v_cache), exponent_scale(batch.scale)
+    assert host.launch_paged(form(*rows), *rows, out, lse, lengths, scale, chunk, causal, skip_up_to)
     return out, lse
 
 
@@ -181,7 +180,8 @@ def test_boxes_of_less_than_8_rows_are_left_to_the_triton_kernels(page_size):
     pages = make_pages(batch, page_size)
     nothing = (torch.empty(0),) * 2
     lengths = (torch.empty(0, dtype=torch.int32),) * 3
-    assert not host.launch_paged(batch.q, pages.k_cache, pages.v_cache, *nothing, lengths, 1.0, 0, True, 0)
+    rows = batch.q, pages.k_cache, pages.v_cache
+    assert not host.launch_paged(form(*rows), *rows, *nothing, lengths, 1.0, 0, True, 0)
 
 
 @emulated
