@@ -19,7 +19,6 @@ from torch import Tensor
 from vexact.ops.attention.reference import attention_reference
 from vexact.ops.kernels.attention import launch, paged, paged_forward
 from vexact.ops.kernels.attention.batch import Batch as Sizes
-from vexact.ops.kernels.attention.batch import Least
 from vexact.ops.kernels.attention.hopper import host
 from vexact.ops.kernels.attention.launch import (
     KEY_BLOCKS,
@@ -77,13 +76,13 @@ def test_proven_kernels_take_batches_whose_tiles_are_filled_and_long(monkeypatch
     monkeypatch.setattr(launch, "PROVEN", frozenset())
     assert not any(warp_specialised(kind, heads, device, None, large) for kind in ("forward", "backward", "paged"))
     monkeypatch.setattr(launch, "PROVEN", frozenset({"forward"}))
-    monkeypatch.setitem(launch.LEAST, ("forward", 128), Least(64, 4))
+    monkeypatch.setitem(launch.LEAST_WORK, ("forward", 128), 100.0)
     assert warp_specialised("forward", heads, device, None, large)
     assert not warp_specialised("forward", heads, device, None, small)
     assert not warp_specialised("forward", heads, device, False, large)
     assert warp_specialised("forward", heads, device, True, small)  # as benchmarks ask for it
     assert not warp_specialised("paged", heads, device, None, large)
-    monkeypatch.delitem(launch.LEAST, ("forward", 128))
+    monkeypatch.delitem(launch.LEAST_WORK, ("forward", 128))
     assert not warp_specialised("forward", heads, device, None, large)
 
 

@@ -45,13 +45,13 @@ class Walk:
 # Keys of a step of the kernel that owns queries.
 QUERIES: dict[Heads, Walk] = {
     (64, 64): Walk(128, 4),
-    (128, 128): Walk(128, 2),
+    (128, 128): Walk(64, 3),
     (192, 128): Walk(64, 3),
 }
 # Query rows of a step of the kernel that owns keys, which has two sums to hold.
 KEYS: dict[Heads, Walk] = {
     (64, 64): Walk(64, 6),
-    (128, 128): Walk(64, 4, True, 240, 24),
+    (128, 128): Walk(64, 3, True, 240, 24),
     (192, 128): Walk(32, 6, True, 240, 24),
 }
 
