@@ -11,6 +11,8 @@ import torch
 from attention_inputs import Batch
 from torch import Tensor
 
+from vexact.ops.kernels.attention.launch import GLUON_RELEASES, triton_release
+
 LATENT, WIDE = (192, 128), (256, 256)  # head dimensions
 
 EDGES = [300, 64, 1, 0, 65, 127]
@@ -23,12 +25,18 @@ LENGTHS = {
 
 
 def on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    there = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return there and triton_release() in GLUON_RELEASES
+
+
+def compiles(test: Callable) -> Callable:
+    """Marks a test that compiles the kernels for sm_90, with or without a GPU."""
+    return pytest.mark.skipif(triton_release() not in GLUON_RELEASES, reason="another Gluon than theirs")(test)
 
 
 def on_a_hopper(test: Callable) -> Callable:
     """Marks a test of real kernels. It takes no fixtures: see `compiled_in_parallel`."""
-    there = pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
+    there = pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90 and for the Gluon of some releases")
     return pytest.mark.gpu(there(pytest.mark.usefixtures("compiled_in_parallel")(test)))
 
 

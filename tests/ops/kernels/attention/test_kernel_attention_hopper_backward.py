@@ -17,7 +17,7 @@ import pytest
 import torch
 from attention_inputs import Batch, make_batch, relative_error, same_bits
 from gluon_emulator import Barrier, EmulatedKernel, Machine, Memory, registers
-from hopper_inputs import on_a_hopper, with_nan_behind
+from hopper_inputs import compiles, on_a_hopper, with_nan_behind
 from torch import Tensor
 
 from vexact.ops.attention.reference import attention_reference
@@ -50,6 +50,7 @@ def test_every_head_has_a_launch_configuration():
     assert heads == set(QUERIES) == set(KEYS)
 
 
+@compiles
 def test_compile_for_sm_90_without_serialised_products(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[4])}
