@@ -29,7 +29,7 @@ from vexact.ops.kernels.linear_cross_entropy import launch as cross_entropy_laun
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SAMPLE_EVERY = 11
-BATCHES = (1, 37, 512)  # one binary must serve them all
+BATCHES = (1, 37, 512)  # one binary must serve them all, but that those of small steps are chained
 
 
 class CompileOnlyDriver:
@@ -96,7 +96,7 @@ def products(arch: int, everything: bool) -> list[dict[str, Any]]:
         for out_dtype in (BF16, FP32) if everything else (FP32,):
 
             def launch(layout: Layout = layout, tile: Tile = tile, out_dtype: torch.dtype = out_dtype) -> None:
-                for rows in BATCHES:
+                for rows in (*BATCHES, 8192):
                     product(layout, rows, tile, out_dtype)
 
             binaries = compile_launches(arch, launch)

@@ -1,4 +1,5 @@
-"""The matrix product kernels compile for three generations of GPU, and one binary serves every batch size."""
+"""The matrix product kernels compile for three generations of GPU, and one binary serves every batch size, but that those of
+small steps are chained."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def test_tiles_compile_within_shared_memory_and_serve_every_batch(arch: int, tmp
     for name, record in records.items():
         assert 0 <= record["shared"] <= _SHARED_LIMIT[arch], name
     for name, record in tiles.items():
-        assert record["binaries"] == 1, name
+        chained = arch >= 90 and name.startswith("forward")  # in small steps
+        assert record["binaries"] == 1 + chained, name
     assert records.keys() >= _EVERYWHERE
     assert (records.keys() >= _FUSED) == (arch == 90)
     assert ("dlogits_kernel" in records) == (arch != 90)  # reads stored logits
