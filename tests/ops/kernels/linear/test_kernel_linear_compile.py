@@ -1,5 +1,5 @@
-"""The matrix product kernels compile for three generations of GPU, and one binary serves every batch size, but that those of
-small steps are chained."""
+"""The matrix product kernels compile for three generations of GPU, and one binary serves every batch size; a second
+one is chained, for small steps."""
 
 from __future__ import annotations
 
