@@ -36,7 +36,9 @@ class Stock:
         weight = model.lm_head_weight
         config = AutoConfig.for_model(**copy.deepcopy(dict(model.config.raw)))
         with torch.device(weight.device):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
+            self.model: Any = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, dtype=weight.dtype, attn_implementation="sdpa"
+            )
         missing, unexpected = self.model.load_state_dict(dict(to_hf(model.config, model.state_dict().items())), False)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise ValueError(f"the weights are not those of {type(self.model).__name__}: {missing}, {unexpected}")

@@ -35,7 +35,8 @@ def test_every_call_says_what_it_may_do():
     for place, call in found.items():
         said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert said.get("trust_remote_code") == "False", place
-        assert said.get("local_files_only") == "True", place
+        if call.func.attr != "from_config":  # reads no file, unless it runs code
+            assert said.get("local_files_only") == "True", place
 
 
 @pytest.fixture
