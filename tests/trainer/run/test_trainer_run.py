@@ -245,6 +245,21 @@ def test_dynamic_sampling_refills_and_gives_up_by_name(overrides, metrics, tiny,
         run(load_config(overrides(*flat)))
 
 
+def test_dynamic_sampling_looks_at_the_penalised_reward_under_verls_names(overrides, metrics, tmp_path):
+    (tmp_path / "flat.py").write_text("def compute_score(*args, **kwargs):\n    return 0.5\n")
+    flat = (
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.max_num_gen_batches=1",
+        f"reward.custom_reward_function.path={tmp_path / 'flat.py'}",
+        "reward_model.reward_kwargs.overlong_buffer_cfg={enable: true, len: 6}",
+        "trainer.total_training_steps=1",
+    )
+    with pytest.raises(RuntimeError, match=r"only 0 of 4 prompts have samples that differ in score"):
+        run(load_config(overrides(*flat)))
+    run(load_config(overrides(*flat, "algorithm.filter_groups.metric=seq_reward", "data.train_batch_size=1")))
+    assert metrics()[0]["critic/rewards/min"] < metrics()[0]["critic/rewards/max"]
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(0, 1), (30, 0)])
 def test_dynamic_sampling_without_a_limit_warns_once_when_it_searches(overrides, caplog, tmp_path, limit, expected):
     (tmp_path / "rare.py").write_text(

@@ -10,6 +10,7 @@ from vexact.config.fields import flatten
 from vexact.config.sections.rollout_correction import KEY as CORRECTION
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+OVERLONG = "reward.reward_kwargs.max_resp_len"
 
 COVERED = {
     "rows": (
@@ -72,6 +73,7 @@ _IN_FORCE = (
     f"{ACTOR}.ppo_mini_batch_size",
     f"{ROLLOUT}.seed",
     "data.seed",
+    OVERLONG,
 )
 """Keys whose value in force takes another key into account; `deciding_settings` states that one."""
 
@@ -97,6 +99,8 @@ def deciding_settings(config: Config, device: str, total_steps: int) -> dict[str
         f"{ACTOR}.clip_ratio_low": config.actor.clip_low,
         f"{ACTOR}.clip_ratio_high": config.actor.clip_high,
     }
+    if config.reward.reward_kwargs.overlong_buffer_cfg.enable:
+        decided[OVERLONG] = config.overlong_length
     optim = config.actor.optim
     if optim.lr_scheduler_type != "constant" or (optim.lr_warmup_steps < 0 and optim.lr_warmup_steps_ratio > 0):
         decided["trainer.total_training_steps"] = total_steps
