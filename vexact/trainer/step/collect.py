@@ -76,9 +76,9 @@ class Collector:
         while len(kept) < wanted:
             if settings.enable and num_batches and num_batches == settings.max_num_gen_batches:
                 raise DynamicSamplingError(
-                    f"after {num_batches} generation batches only {len(kept)} of {wanted} prompts have samples that "
-                    f"differ in {settings.metric or 'score'}; the data is too easy or too hard for this model, or "
-                    f"raise algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches} (0 never gives up)"
+                    f"after {num_batches} generation batches only {len(kept)} of {wanted} prompts have samples "
+                    f"that differ in {settings.metric or 'score'}; the data is too easy or too hard for this model, or "
+                    f"raise algorithm.filter_groups.max_num_gen_batches={num_batches} (0 never gives up)"
                 )
             if num_batches == MANY_BATCHES and settings.max_num_gen_batches == 0:
                 self._warn_of_search(step, len(kept), wanted)
