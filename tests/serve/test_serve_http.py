@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from serve_support import MAX_LEN, tiny_engine
+from serve_support import MAX_LEN, serving, tiny_engine
 
 from vexact.rollout import Engine, SamplingParams
 from vexact.serve.server import Server
@@ -277,6 +277,26 @@ REFUSED: list[tuple[Callable[[openai.OpenAI], Any], type[openai.APIError], str, 
         "stream_options.include_usag",
     ),
     (
+        lambda c: c.completions.create(
+            model="tiny", prompt="x", stream=True, stream_options={"include_obfuscation": True}
+        ),
+        openai.BadRequestError,
+        "stream_options.include_obfuscation=True: input should be False",
+        "stream_options.include_obfuscation",
+    ),
+    (
+        lambda c: c.completions.create(model="tiny", prompt="x", extra_body={"add_special_tokens": False}),
+        openai.BadRequestError,
+        "add_special_tokens=False is not supported",
+        "add_special_tokens",
+    ),
+    (
+        lambda c: c.chat.completions.create(model="tiny", messages=CHAT, extra_body={"chat_template": "{{ 1 }}"}),
+        openai.BadRequestError,
+        "the template of the model's directory is used",
+        "chat_template",
+    ),
+    (
         lambda c: c.completions.create(model="tiny", prompt="x", extra_body={"return_token_ids": "yes"}),
         openai.BadRequestError,
         "return_token_ids='yes'",
@@ -355,7 +375,7 @@ def test_parameters_that_do_nothing_are_taken(client: openai.OpenAI) -> None:
         max_tokens=2,
         presence_penalty=0,
         frequency_penalty=0.0,
-        logit_bias={},
+        logit_bias={"5": 0},
         tools=[],
         tool_choice="none",
         response_format={"type": "text"},
@@ -363,9 +383,29 @@ def test_parameters_that_do_nothing_are_taken(client: openai.OpenAI) -> None:
         user="me",
         store=False,
         stop=None,
-        extra_body={"ignore_eos": True},
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+        extra_body={
+            **{"ignore_eos": True, "spaces_between_special_tokens": True, "include_reasoning": True},
+            **{"return_tokens_as_token_ids": False, "add_special_tokens": False, "documents": [], "vllm_xargs": {}},
+        },
     )
-    assert answer.usage.completion_tokens == 2
+    assert [chunk.usage.completion_tokens for chunk in answer if chunk.usage] == [2]
+    also = {"add_special_tokens": True, "logits_processors": [], "kv_transfer_params": {}, "ignore_eos": True}
+    assert client.completions.create(model="tiny", prompt="x", extra_body=also).usage.completion_tokens == 16
+
+
+def test_a_stop_reason_is_what_the_request_asked_for(client: openai.OpenAI) -> None:
+    """As vLLM has it: an end-of-sequence token is nobody's wish."""
+    free = client.completions.create(model="tiny", prompt="x", max_tokens=1, extra_body=IDS | {"ignore_eos": True})
+    (token,) = free.choices[0].token_ids
+    asked = {"request_id": free.id, "stop_token_ids": [token]}
+    stopped = client.completions.create(model="tiny", prompt="x", max_tokens=5, extra_body=asked).choices[0]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", token)
+    many = client.completions.create(model="tiny", prompt="x", max_tokens=400, n=20, temperature=5, seed=1).choices
+    ended = [choice for choice in many if choice.finish_reason == "stop"]
+    assert ended
+    assert all(choice.stop_reason is None for choice in ended)
 
 
 def test_models_health_and_metrics(client: openai.OpenAI, server: Server) -> None:
@@ -391,3 +431,13 @@ def test_models_health_and_metrics(client: openai.OpenAI, server: Server) -> Non
     for name in ("time_to_first_token_seconds", "time_per_output_token_seconds", "e2e_request_latency_seconds"):
         assert grown[f"vexact:{name}_count{label}"] == 2
     assert metrics()[f"vexact:num_requests_running{label}"] == 0
+
+
+def test_a_small_cache_limits_what_a_request_may_be() -> None:
+    with serving(tiny_engine(num_pages=2, page_size=8)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        assert client.models.list().data[0].max_model_len == 17
+        answer = client.chat.completions.create(
+            model="tiny", messages=openai.omit, extra_body={"prompt_token_ids": [7], "ignore_eos": True}
+        )
+    assert answer.usage.total_tokens == 17
