@@ -60,7 +60,7 @@ class Job:
 
     def stop_reason(self, sample: Sample) -> str | int | None:
         """What of the request's ``stop`` and ``stop_token_ids`` ended a sample; None for an end-of-sequence token."""
-        asked = self.asks[0].sampling_params.stop_token_ids or ()
+        asked = tuple(self.asks[0].sampling_params.stop_token_ids or ())
         return sample.stop_reason if isinstance(sample.stop_reason, str) or sample.stop_reason in asked else None
 
     @property

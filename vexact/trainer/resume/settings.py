@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vexact.config import Config
@@ -66,6 +66,13 @@ _FREE = (
 )
 """Keys and sections that never change a result; a key that nobody put here is taken to matter."""
 
+_OF_VALIDATION = ("data.val_files", "data.val_max_samples", f"{ROLLOUT}.val_kwargs")
+_OF_TRAINING = (
+    *("data.train_files", "data.train_max_samples", "data.train_batch_size", "data.shuffle", "data.seed"),
+    *(f"{MODEL}.path", ACTOR, "algorithm", "reward.reward_kwargs"),
+    *(f"{ROLLOUT}.{name}" for name in ("n", "temperature", "top_p", "top_k", "min_p")),
+)
+
 _IN_FORCE = (
     f"{ACTOR}.clip_ratio",
     f"{ACTOR}.clip_ratio_low",
@@ -105,6 +112,13 @@ def deciding_settings(config: Config, device: str, total_steps: int) -> dict[str
     if optim.lr_scheduler_type != "constant" or (optim.lr_warmup_steps < 0 and optim.lr_warmup_steps_ratio > 0):
         decided["trainer.total_training_steps"] = total_steps
     return decided
+
+
+def validation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a nested configuration to their values, those that the values of a validation depend on."""
+    unused = [*(key for key in _FREE if key not in _OF_VALIDATION), *_OF_TRAINING]
+    seed = "trainer.seed"
+    return {key: value for key, value in flatten(config).items() if key == seed or not is_one_of(key, unused)}
 
 
 def is_one_of(key: str, names: Iterable[str]) -> bool:
