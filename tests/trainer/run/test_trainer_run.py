@@ -224,6 +224,16 @@ def test_every_algorithm_trains_exactly(overrides, metrics, more):
         assert rows[0]["critic/rewards/mean"] < rows[0]["critic/score/mean"]
 
 
+def test_more_prompts_a_step_than_rows_are_said_to_repeat(overrides, metrics, caplog):
+    few = ("data.train_max_samples=3", "trainer.total_training_steps=null", "trainer.total_epochs=3")
+    assert run(load_config(overrides(*few, "data.train_batch_size=3"))) == 0
+    assert "several times" not in caplog.text
+    assert len(metrics()) == 3
+    assert run(load_config(overrides(*few, "data.train_batch_size=4", "trainer.resume_mode=disable"))) == 0
+    assert "data.train_batch_size=4 is more than the 3 training rows, so a step holds the same prompt" in caplog.text
+    assert len(metrics()) == 2
+
+
 def test_dynamic_sampling_refills_and_gives_up_by_name(overrides, metrics, tiny, tmp_path):
     (tmp_path / "rare.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
