@@ -39,8 +39,8 @@ def load_inputs(config: Config) -> Inputs:
     train_data = _load_named("data.train_files", config, tokenizer, data.train_files, data.train_max_samples)
     if len(train_data) < data.train_batch_size and not config.trainer.val_only:
         log.warning(
-            "data.train_batch_size=%d is more than the %d training rows, so a step holds the same prompt several times; "
-            "lower it, or give more rows",
+            "data.train_batch_size=%d is more than the %d training rows, so a step holds the same prompt several "
+            "times; lower it, or give more rows",
             data.train_batch_size,
             len(train_data),
         )
