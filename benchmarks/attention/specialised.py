@@ -7,8 +7,8 @@ and not, every kind of heads), and the forward over pages of several sizes, unti
 lse, dq, dk and dv is compared. Speed: both families and cuDNN take turns, so that a clock that falls hits all alike, in
 CUDA graphs, but for cuDNN's backward, which autograd calls: packed batches of 64 ... 32k tokens and many short ones,
 prompts and chunks of prompts over pages, alone and beside decoding sequences; --quick: six of them. At the end the
-lines of "launch.LEAST" that the figures make. Exit code 1 if one bit differs. "launch.PROVEN" names the passes that
-take these kernels unasked.
+lines of "launch.LEAST_WORK" that the figures make. Exit code 1 if one bit differs. "launch.PROVEN" names the passes
+that take these kernels unasked.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def paged_pass(
 
 
 def least_lines(rows: list[dict]) -> list[str]:
-    """Lines of `launch.LEAST`: for each pass and head dimension the thresholds that gain most and lose nowhere.
+    """Lines of `launch.LEAST_WORK`: for each pass and head dimension the least work of an average tile from which on
+    nothing was slower.
 
     Args:
         rows: figures with "pass", "head_dim", "tile_rows" and "steps" (of `Batch.average_tile`), "triton_tflops" and
@@ -141,24 +142,23 @@ def least_lines(rows: list[dict]) -> list[str]:
     >>> short = {**figures, "tile_rows": 64.0, "steps": 1.0, "specialised_tflops": 80.0}
     >>> long = {**figures, "tile_rows": 128.0, "steps": 32.0, "specialised_tflops": 130.0}
     >>> least_lines([short, long])
-    ['("paged", 128): Least(0, 32),  # 1 of 2 rows, 1.30 to 1.30']
+    ['("paged", 128): 4096,  # 1 of 2 rows, 1.30 to 1.30']
     >>> least_lines([short])
     ['# ("paged", 128): none, slower in 1 rows']
     """
     lines = []
     for kind, dim in dict.fromkeys((row["pass"], row["head_dim"]) for row in rows):
-        own = [row for row in rows if (row["pass"], row["head_dim"]) == (kind, dim)]
-        ratios = [(row["tile_rows"], row["steps"], row["specialised_tflops"] / row["triton_tflops"]) for row in own]
-        best, gained = None, 0.0
-        for least_rows in sorted({0.0, *(rows for rows, _, _ in ratios)}):
-            for least_steps in sorted({0.0, *(steps for _, steps, _ in ratios)}):
-                taken = [ratio for rows, steps, ratio in ratios if rows >= least_rows and steps >= least_steps]
-                if taken and min(taken) >= MEASURABLE and sum(taken) - len(taken) > gained:
-                    best, gained = (least_rows, least_steps, taken), sum(taken) - len(taken)
-        if best is None:
-            lines.append(f'# ("{kind}", {dim}): none, slower in {sum(r < 1 for *_, r in ratios)} rows')
-        else:
-            least_rows, least_steps, taken = best
-            found = f"{len(taken)} of {len(own)} rows, {min(taken):.2f} to {max(taken):.2f}"
-            lines.append(f'("{kind}", {dim}): Least({least_rows:.4g}, {least_steps:.4g}),  # {found}')
+        own = sorted(
+            (row["tile_rows"] * row["steps"], row["specialised_tflops"] / row["triton_tflops"])
+            for row in rows
+            if (row["pass"], row["head_dim"]) == (kind, dim)
+        )
+        slow = max((work for work, ratio in own if ratio < MEASURABLE), default=0.0)
+        taken = [(work, ratio) for work, ratio in own if work > slow]
+        if not taken:
+            lines.append(f'# ("{kind}", {dim}): none, slower in {sum(ratio < 1 for _, ratio in own)} rows')
+            continue
+        ratios = [ratio for _, ratio in taken]
+        found = f"{len(taken)} of {len(own)} rows, {min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f'("{kind}", {dim}): {taken[0][0]:.4g},  # {found}')
     return lines

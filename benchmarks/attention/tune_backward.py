@@ -46,7 +46,7 @@ from vexact.ops.kernels.attention import packed_backward, packed_forward
 from vexact.ops.kernels.attention.backward import prepare_kernel
 from vexact.ops.kernels.attention.hopper.backward import host
 from vexact.ops.kernels.attention.hopper.backward.host import KEYS, QUERIES, Inputs, Walk, launch_keys, launch_queries
-from vexact.ops.kernels.attention.launch import exponent_scale, padded
+from vexact.ops.kernels.attention.launch import exponent_scale, form, padded
 from vexact.ops.kernels.attention.packed import PREPARE_ROWS
 from vexact.ops.kernels.sizes import cdiv
 
@@ -114,7 +114,7 @@ def make_case(dim: int, q_lens: list[int], k_lens: list[int], causal: bool) -> C
         dout, out, lse, delta, lse2, q.shape[0], NUM_HEADS=heads.queries, DV=heads.value_dim,
         DV_PAD=padded(heads.value_dim), ROWS=PREPARE_ROWS, num_warps=4,
     )  # fmt: skip
-    inputs = Inputs(dout, q, k, v, delta, lse2, cu_q, cu_k, exponent_scale(scale), scale, causal)
+    inputs = Inputs(form(q, k, v), dout, q, k, v, delta, lse2, cu_q, cu_k, exponent_scale(scale), scale, causal)
     case = Case(inputs, dout, out, lse, longest, (q, k, v))
     case.expected = case.packed(False)
     return case

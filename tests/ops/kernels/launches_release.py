@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,18 +94,23 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
 
 
+def compare(name: str, call: Callable[[], object]) -> None:
+    """Print what a call and its repetition hand over."""
+    got = []
+    for _ in range(2):
+        handed.clear()
+        ordinary.clear()
+        call()
+        got.append({"triton": len(ordinary), "handed": [plain(args) for args in handed]})
+    sys.stdout.write(json.dumps({"name": name, "first": got[0], "second": got[1]}) + "\n")
+
+
 def main() -> None:
     install()
     sizes = {"described": (64, 512, 256), "pointers": (4, 8, 6)}
     for name, (m, n, k) in sizes.items():
         a, b, out, bias = (torch.zeros(*size, dtype=torch.bfloat16) for size in ((m, k), (n, k), (m, n), (n,)))
-        got = []
-        for _ in range(2):
-            handed.clear()
-            ordinary.clear()
-            linear.matmul(a, b, out, layout="forward", bias=bias)
-            got.append({"triton": len(ordinary), "handed": [plain(args) for args in handed]})
-        sys.stdout.write(json.dumps({"name": name, "first": got[0], "second": got[1]}) + "\n")
+        compare(name, partial(linear.matmul, a, b, out, layout="forward", bias=bias))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from rowwise import DEVICE, randn, same_bits
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -59,7 +62,7 @@ class Launcher:
             kept, own = (args[:-1], args[-1]) if nested else (args[:8], args[8:])
             final, rest = [], iter(metadata)
             for arg in own:
-                described = isinstance(arg, TensorDescriptor)
+                described = isinstance(arg, (TensorDescriptor, GluonDescriptor))
                 final += make_tensordesc_arg(arg, next(rest)) if described else [arg]
             launcher(*kept, final) if nested else launcher(*kept, *final)
 
@@ -124,8 +127,15 @@ def test_the_second_launch_hands_over_other_addresses(nested: bool) -> None:
     assert own_arguments(last, nested) == [x.data_ptr(), y.data_ptr(), x.data_ptr(), 3, 16]
 
 
+def in_gluon(rows: Tensor, box: list[int]) -> GluonDescriptor:
+    return GluonDescriptor.from_tensor(rows, box, NVMMASharedLayout(32, 32, rank=2))
+
+
+@pytest.mark.parametrize("describe", [TensorDescriptor.from_tensor, in_gluon])
 @pytest.mark.parametrize("nested", [False, True])
-def test_descriptors_are_made_once_for_an_address_and_a_form(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors_are_made_once_for_an_address_and_a_form(
+    nested: bool, describe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
     make = make_tensordesc_arg
 
@@ -139,7 +149,7 @@ def test_descriptors_are_made_once_for_an_address_and_a_form(nested: bool, monke
 
     def run(key: str, weight: Tensor, rows: int) -> tuple[Tensor, list[Any]]:
         x = torch.zeros(rows, 8)
-        described = TensorDescriptor(weight.t().t(), [16, 8], [8, 1], [4, 8])
+        described = describe(weight.t().t(), [4, 8])
         call(key, (weight, x), lambda: Call(kernel, (1,), (described, x, rows), {"BLOCK": 4}))
         return x, own_arguments(kernel.handed[-1], nested) if kernel.handed else []
 
@@ -149,7 +159,7 @@ def test_descriptors_are_made_once_for_an_address_and_a_form(nested: bool, monke
         x, (described, *others) = run("4 rows", weight, 4)
         assert described.said == (weight.data_ptr(), (4, 8), 3)
         assert others == [16, 8, 8, 1, x.data_ptr(), 4, 4]
-    assert made[before:] == [weight.data_ptr() for weight in weights]
+    assert made[before:] == [weights[1].data_ptr()]
     run("5 rows", weights[0], 5)
     before = len(made)
     assert run("5 rows", weights[1], 5)[1][0].said[0] == weights[1].data_ptr()
@@ -202,6 +212,39 @@ def test_one_key_for_two_kinds_of_launches_is_noticed() -> None:
         call("key", (x,), lambda: Call(kernel, (1,), (x, 3), {}))
     with pytest.raises(AssertionError, match="key stands for"):
         call("key", (x,), lambda: Call(kernel, (1,), (x, 4), {}))
+
+
+@pytest.mark.parametrize("describe", [TensorDescriptor.from_tensor, in_gluon])
+def test_a_descriptor_of_other_boxes_or_rows_is_another_kind_of_launch(describe: Callable[..., Any]) -> None:
+    class Interpreted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **constants: None
+
+    call, kernel = Launches(), Interpreted()
+
+    def run(rows: int, box: list[int]) -> None:
+        x = torch.zeros(rows, 8)
+        call("key", (x,), lambda: Call(kernel, (1,), (describe(x, box), None), {}))
+
+    run(16, [4, 8])
+    run(16, [4, 8])
+    for rows, box in ((16, [8, 8]), (24, [4, 8])):
+        with pytest.raises(AssertionError, match="key stands for"):
+            run(rows, box)
+
+
+def test_a_call_that_cannot_be_described_is_not_launched() -> None:
+    kernel, call, x = Kernel(["x", "y", "again", "scale", "BLOCK"], [], True), Launches(), torch.zeros(9)
+    y = torch.zeros(8)
+
+    def run(rows: Tensor) -> bool:
+        return call("key", (rows, y), lambda: None if rows.data_ptr() % 16 else plain(kernel, rows, y))
+
+    assert not run(x[1:])
+    assert run(x)
+    assert run(x)
+    assert not run(x[1:])
+    assert (kernel.ordinary, len(kernel.handed)) == (1, 1)
 
 
 def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from types import CellType, FunctionType, SimpleNamespace
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16  # bytes; Triton compiles another kernel for an address that is no multiple
 _MOST = 4096  # entries of a table before it starts again
@@ -54,13 +53,14 @@ class Launches:
         self._recorded.clear()
         self._kinds.clear()
 
-    def __call__(self, key: Hashable, tensors: Sequence[Tensor], describe: Callable[[], Call]) -> None:
-        """Launches ``describe()``.
+    def __call__(self, key: Hashable, tensors: Sequence[Tensor], describe: Callable[[], Call | None]) -> bool:
+        """Launches ``describe()``; False, and nothing, where that is None: the kernel does not take these tensors.
 
         Args:
             key: determines everything about the call except where ``tensors`` lie. In the interpreter every call is
                 held against the first one of its key.
             tensors: what the arguments of the call point to, each once.
+            describe: None for a key always, or because an address is no multiple of ALIGNMENT.
         """
         if self._recorded:
             active = driver.active
@@ -70,8 +70,12 @@ class Launches:
                 addresses = [tensor.data_ptr() for tensor in tensors if tensor.get_device() == device]
                 here = len(addresses) == len(tensors)
                 if here and recorded.launch(active.get_current_stream(device), addresses):
-                    return
-        self._bind(key, tensors, describe())
+                    return True
+        call = describe()
+        if call is None:
+            return False
+        self._bind(key, tensors, call)
+        return True
 
     def _bind(self, key: Hashable, tensors: Sequence[Tensor], call: Call) -> None:
         compiled = call.kernel[call.grid](*call.args, **call.constants)
@@ -165,10 +169,21 @@ def _observed() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def _is_descriptor(arg: Any) -> bool:
+    """Whether it is a tensor descriptor: Triton and Gluon have a class each."""
+    return isinstance(getattr(arg, "base", None), Tensor) and hasattr(arg, "block_shape")
+
+
+def _form(descriptor: Any) -> tuple[Hashable, ...]:
+    """All that a descriptor says but for the tensor."""
+    fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+    return tuple(tuple(value) if isinstance(value, (list, tuple)) else value for value in fields.values())
+
+
 def _kind(arg: Any) -> Hashable:
-    if isinstance(arg, TensorDescriptor):
-        return str(arg.base.dtype), *arg.shape, *arg.strides, *arg.block_shape
-    return str(arg.dtype) if isinstance(arg, Tensor) else arg
+    if isinstance(arg, Tensor):
+        return str(arg.dtype)
+    return (str(arg.base.dtype), _form(arg)) if _is_descriptor(arg) else arg
 
 
 def _record(compiled: Any, call: Call, tensors: Sequence[Tensor]) -> _Recorded | None:
@@ -221,7 +236,7 @@ def _slots(
     launcher: Any, compiled: Any, call: Call, final: tuple[Any, ...], tensors: Sequence[Tensor]
 ) -> list[_Slot] | None:
     """Where addresses and descriptors stand in ``final``; None if they are not those of ``call.args``."""
-    sources = [arg for arg in call.args if isinstance(arg, (Tensor, TensorDescriptor))]
+    sources = [arg for arg in call.args if isinstance(arg, Tensor) or _is_descriptor(arg)]
     args = final[-1] if isinstance(final[-1], (tuple, list)) else final[_BASE_ARGS:]
     module = sys.modules[type(launcher).__module__]
     kinds = tuple(filter(None, (Tensor, getattr(module, "PyCUtensorMap", None))))
@@ -232,7 +247,7 @@ def _slots(
     owners = {tensor.data_ptr(): index for index, tensor in enumerate(tensors)}
     slots = []
     for place, source in zip(places, sources, strict=True):
-        descriptor = source if isinstance(source, TensorDescriptor) else None
+        descriptor = None if isinstance(source, Tensor) else source
         owner = owners.get((source if descriptor is None else descriptor.base).data_ptr())
         meta = None if descriptor is None else next(metadata, None)
         if owner is None or isinstance(args[place], Tensor) != (meta is None):
@@ -242,11 +257,12 @@ def _slots(
         if descriptor is None or meta is None:
             slots.append(_Slot(place, owner, None, {}))
         else:
-            encode, form = _encoder(descriptor, meta, module.make_tensordesc_arg)
-            key = compiled.hash, len(slots), form
+            encode = _encoder(descriptor, meta, module.make_tensordesc_arg)
+            key = compiled.hash, len(slots), _form(descriptor)
             if len(_encoded) >= _MOST:
                 _encoded.clear()
             slots.append(_Slot(place, owner, encode, _encoded.setdefault(key, {})))
+            slots[-1].descriptor(descriptor.base.data_ptr())  # what cannot be encoded is noticed here
     return slots
 
 
@@ -260,14 +276,15 @@ class _Address:
         return self._address
 
 
-def _encoder(
-    descriptor: TensorDescriptor, meta: Any, make: Callable[..., list[Any]]
-) -> tuple[Callable[[int], Any], Hashable]:
-    """What encodes such a descriptor for any address, and all that its result depends on beside the kernel."""
-    fields = {name: value for name, value in vars(descriptor).items() if name != "base"}  # no memory is kept alive
+def _encoder(descriptor: Any, meta: Any, make: Callable[..., list[Any]]) -> Callable[[int], Any]:
+    """What encodes such a descriptor for any address."""
+    form = copy.copy(descriptor)
+    form.base = None  # no memory is kept alive
     more = (None,) * (make.__code__.co_argcount - 2)
 
     def encode(address: int) -> Any:
-        return make(SimpleNamespace(base=_Address(address), **fields), meta, *more)[0]
+        moved = copy.copy(form)
+        moved.base = _Address(address)
+        return make(moved, meta, *more)[0]
 
-    return encode, tuple(tuple(value) if isinstance(value, list) else value for value in fields.values())
+    return encode

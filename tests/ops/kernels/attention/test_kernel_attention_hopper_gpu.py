@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_inputs import Batch, Pages, cumulative, make_batch, make_pages, same_bits
-from hopper_inputs import EDGES, LATENT, LENGTHS, WIDE, on_hopper, shorter
+from hopper_inputs import EDGES, LATENT, LENGTHS, WIDE, on_a_hopper, shorter
 from torch import Tensor
 
 from vexact.ops.kernels.attention import packed_forward, paged_forward
@@ -21,10 +21,6 @@ GPU_LENGTHS = LENGTHS | {
     "chunk edges": ([5000, 777, 2047, 2048, 2049, 2176, 4097],) * 2,
     "many short": ([length % 61 for length in range(600)],) * 2,
 }
-
-
-def on_a_hopper(test: Callable) -> Callable:
-    return pytest.mark.gpu(pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")(test))
 
 
 GPU_HEADS = [

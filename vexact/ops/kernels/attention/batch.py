@@ -40,17 +40,15 @@ class Batch(NamedTuple):
             tiles, steps, rows = tiles + more_tiles, steps + more_steps, rows + rest
         return rows / tiles, steps / tiles
 
+    def tile_work(self) -> float:
+        """Query rows times steps of an average tile: what warp-specialised kernels need enough of, since short
+        sequences leave tiles empty, and a tile of few steps is over before its pipeline is full.
 
-class Least(NamedTuple):
-    """The least query rows and steps of an average tile with which warp-specialised kernels are worth it: short
-    sequences leave tiles empty, and a tile of few steps is over before its pipeline is full."""
-
-    rows: float
-    steps: float
-
-    def is_met_by(self, batch: Batch) -> bool:
-        rows, steps = batch.average_tile()
-        return rows >= self.rows and steps >= self.steps
+        >>> Batch(16384, 2, 8192, 8192, True).tile_work()
+        4096.0
+        """
+        rows, steps = self.average_tile()
+        return rows * steps
 
 
 def _sequences(count: int, q_len: float, k_len: float, causal: bool) -> tuple[float, float]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
+import triton
 from torch import Tensor
 
 from vexact.ops.attention.checks import check_heads, check_scale
-from vexact.ops.kernels.attention.batch import Batch, Least
+from vexact.ops.kernels.attention.batch import Batch
 from vexact.ops.kernels.linear.launch import capability
 from vexact.ops.kernels.sizes import next_power_of_2
 
@@ -78,13 +78,18 @@ WARP_SPECIALISED = {
 }
 # The passes that take them unasked, of "forward" and "backward" over packed sequences and "paged" (the chunks of
 # prompts): those whose bits and speed have been compared on a GPU.
-PROVEN: frozenset[str] = frozenset()
-# By pass and head dimension. Not measured yet: `benchmarks/attention/specialised.py` prints these lines.
-LEAST: dict[tuple[str, int], Least] = {
-    **{("forward", dim): Least(64, 4) for dim in (64, 128, 192, 256)},
-    **{("backward", dim): Least(64, 4) for dim in (64, 128, 192)},
-    **{("paged", dim): Least(96, 4) for dim in (64, 128, 192, 256)},
-}
+PROVEN = frozenset({"forward", "backward", "paged"})
+# Releases of Triton that compile them, whose Gluon is experimental and changes, and those of them that the comparison
+# ran with, without which they are not taken unasked.
+GLUON_RELEASES = frozenset({(3, 6), (3, 7)})
+PROVEN_RELEASES = frozenset({(3, 6)})
+# By pass and head dimension, the work of an average tile (see `Batch.tile_work`) from which on nothing measured was
+# slower than the Triton kernels; `benchmarks/attention/specialised.py` prints these lines.
+LEAST_WORK: dict[tuple[str, int], float] = {
+    ("forward", 64): 128, ("forward", 128): 64, ("forward", 192): 30, ("forward", 256): 30,
+    ("backward", 64): 128, ("backward", 128): 64, ("backward", 192): 30,
+    ("paged", 64): 336, ("paged", 128): 128, ("paged", 192): 336, ("paged", 256): 336,
+}  # fmt: skip
 
 # Rows of the decode tile follow the work; these are the warps and stages.
 DECODE: dict[tuple[int, int], Tile] = {
@@ -232,16 +237,20 @@ def warp_specialised(
 ) -> bool:
     """Whether the kernels of `attention/hopper` take these heads on this device in the pass `kind`, see PROVEN.
 
-    asked: whether they are wanted; if omitted, where they are PROVEN and the `batch` is as large as LEAST says.
+    asked: whether they are wanted; if omitted, where they are PROVEN and the tiles of the `batch` have LEAST_WORK.
     """
+    releases = GLUON_RELEASES
     if asked is None:
-        least = LEAST.get((kind, shape.dim))
-        asked = kind in PROVEN and least is not None and (batch is None or least.is_met_by(batch))
+        least = LEAST_WORK.get((kind, shape.dim))
+        asked = kind in PROVEN and least is not None and (batch is None or batch.tile_work() >= least)
+        releases = PROVEN_RELEASES
     known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED[kind]
-    return asked and known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
+    here = device.type == "cuda" and capability(device) == (9, 0)
+    return asked and known and here and triton_release() in releases
 
 
 @cache
-def has_gluon() -> bool:
-    """Whether this Triton has the language of those kernels, which it calls experimental."""
-    return find_spec("triton.experimental.gluon") is not None
+def triton_release() -> tuple[int, int]:
+    """Major and minor number of the installed Triton."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -77,7 +77,7 @@ def packed_forward(
     if tile is None and key_blocks is None and warp_specialised("forward", shape, q.device, specialised, batch):
         from vexact.ops.kernels.attention.hopper.host import launch_forward
 
-        if launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, chunk, causal):
+        if launch_forward(inputs_form, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, chunk, causal):
             return out, lse
 
     def call() -> Call:
@@ -156,7 +156,7 @@ def packed_backward(
     dout, out = dout.contiguous(), out.contiguous()
     own_keys = () if cu_seqlens_k is cu_seqlens_q else (cu_seqlens_k,)
     lengths = cu_seqlens_q, *own_keys
-    key = inputs_form, num_sequences, scale, causal, keys_tile, queries_tile, len(own_keys)
+    key = inputs_form, num_sequences, softmax_scale, causal, keys_tile, queries_tile, len(own_keys)
     inputs, ends = (dout, q, k, v, delta, lse2), (cu_seqlens_q, cu_seqlens_k, scale, softmax_scale)
     strides = tuple(tensor.stride(axis) for tensor in (q, k, v) for axis in range(2))
 
@@ -188,9 +188,9 @@ def packed_backward(
         _prepare(key, (dout, out, lse, delta, lse2), prepare)
     batch = Batch(num_rows, num_sequences, max_seqlen_q, max_seqlen_k, causal)
     if num_rows and untouched and warp_specialised("backward", shape, q.device, specialised, batch):
-        from vexact.ops.kernels.attention.hopper.backward.host import launch_backward
+        from vexact.ops.kernels.attention.hopper.backward.host import Inputs, launch_backward
 
-        if launch_backward(*inputs, dq, dk, dv, *ends, causal):
+        if launch_backward(Inputs(inputs_form, *inputs, *ends, causal), dq, dk, dv):
             return dq, dk, dv
     if num_rows:
         _queries(key, (*inputs, dq, *lengths), queries)

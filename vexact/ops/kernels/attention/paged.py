@@ -184,7 +184,7 @@ class _Call:
         from vexact.ops.kernels.attention.hopper.host import launch_paged
 
         rows, chunk = (self.q, *self.caches, self.out, self.lse), chunk_to_merge(self.blocks, self.max_seqlen_k)
-        return launch_paged(*rows, self.lengths, self.scale, chunk, self.causal, skip_up_to)
+        return launch_paged(self.form, *rows, self.lengths, self.scale, chunk, self.causal, skip_up_to)
 
     def run_tiles(self, skip_up_to: int, tile: Tile | None) -> None:
         """Sequences of more than `skip_up_to` query rows, chunks in order."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vexact.ops.kernels.attention.descriptors import head_step, row_width
-from vexact.ops.kernels.attention.launch import form
+from vexact.ops.kernels.attention.launch import HeadShape
 from vexact.ops.kernels.linear.launch import multiprocessors
 
 ROWS = 64  # query rows, or keys, of a consumer: two make a tile
@@ -23,15 +22,13 @@ def described(rows: Tensor, height: int, columns: int | None = None) -> TensorDe
     return TensorDescriptor(rows, shape, strides, box, NVMMASharedLayout(128, 16, rank=2))
 
 
-def draw_tiles(rows: Tensor, cu_seqlens: Tensor, heads: int) -> tuple[int, tuple[int], Tensor]:
-    """Tiles of 128 rows at most, a grid that draws them for all heads, and the counter it draws from."""
+def tiles_and_programs(rows: Tensor, cu_seqlens: Tensor, heads: int) -> tuple[int, int]:
+    """Tiles of 128 rows at most, and the programs that draw them for all heads."""
     tiles = rows.shape[0] // (2 * ROWS) + cu_seqlens.shape[0]
-    counter = torch.zeros(1, dtype=torch.int32, device=rows.device)
-    return tiles, (min(multiprocessors(rows.device), tiles * heads),), counter
+    return tiles, min(multiprocessors(rows.device), tiles * heads)
 
 
-def head_constants(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
-    shape = form(q, k, v).shape
+def head_constants(shape: HeadShape, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
     return {
         "GROUP": shape.group, "D": shape.dim, "DV": shape.value_dim, "CAUSAL": causal,
         "STEP_Q": head_step(q), "STEP_K": head_step(k), "STEP_V": head_step(v), "num_warps": 4,
