@@ -315,36 +315,6 @@ def test_a_validation_moves_nothing(used, tiny):
     assert len(_steps(directory / "checkpoints")) == 4
 
 
-def test_a_validation_under_other_settings_leaves_the_runs_own_values(used, tiny, capsys):
-    directory, start = used
-    own = (f"data.val_files={tiny / 'test.jsonl'}", "trainer.total_training_steps=5", "trainer.logger=[console,jsonl]")
-    start(*own)
-    metrics, samples = directory / "metrics.jsonl", directory / "samples" / "val_5.jsonl"
-    before, value = samples.read_text(), read_metrics(metrics)[-1]["val-core/sum/reward/mean@1"]
-    capsys.readouterr()
-    start(*own, "trainer.val_only=true", f"{ROLLOUT}.page_size=8", "trainer.save_freq=-1")  # the same values
-    assert samples.read_text() == before
-    assert read_metrics(metrics)[-1]["val-core/sum/reward/mean@1"] == value
-    told = capsys.readouterr().out
-    for part in ("step 5: testing ...", "nothing is compared", "trainer.val_only=true validates and stops"):
-        assert part in told
-    assert "optimizer step" not in told
-    assert "only the last step is saved" not in told
-    content = metrics.read_bytes()
-    for name in ("step_5", "step_5.1"):
-        text = start(*own, "trainer.val_only=true", "data.val_max_samples=2")
-        place = directory / "validations" / name
-        assert f"is kept in {place}: data.val_max_samples=2 (was -1)" in text
-        assert len((place / "samples" / "val_5.jsonl").read_text().splitlines()) == 2
-        assert [row["step"] for row in read_metrics(place / "metrics.jsonl")] == [5]
-        assert (place / "config.yaml").exists()
-    assert (samples.read_text(), metrics.read_bytes()) == (before, content)
-    start(*own, "trainer.total_training_steps=6")
-    start("trainer.resume_mode=disable", "trainer.total_training_steps=1")
-    assert _steps(directory / "validations.1") == ["step_5", "step_5.1"]
-    assert not (directory / "validations").exists()
-
-
 def test_a_second_run_is_kept_out(used):
     directory, start = used
     with run_lock(directory), pytest.raises(RunLockedError, match="in use by another run"):
