@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from vexact.config.checks.verl_compat import MOVED, REFUSED, UNUSED
+from vexact.config.checks.verl import MOVED, REFUSED, UNUSED
 from vexact.config.fields import UNSET, Leaf, describe_range, leaves, type_name
 from vexact.config.schema import ActorRolloutRef, Keys
 
@@ -38,7 +38,9 @@ weight and the first 64 rows of each dataset, grades 8 of each `data_source`, pr
 plan, and stops.
 
 Names, nesting and defaults are verl's wherever the meaning is the same; where our default differs, verl's is named.
-An unknown key stops the run and names the nearest valid one.
+An unknown key stops the run and names the nearest valid one. Scripts of verl's are taken as they are, and so is a whole
+configuration file of verl's as a recipe: what has no effect here is dropped with a notice, what cannot be honoured is
+refused by name ([both](#verl-keys-that-work-differently)).
 
 ## Environment variables
 

@@ -57,7 +57,7 @@ def test_mathematics_off_the_main_thread():
 
 
 def test_unknown_data_source_lists_the_known_and_the_key():
-    message = r"no grader for data_source='mine'; known: exact_match, .*custom_reward_function\.path"
+    message = r"no grader for data_source='mine'; known: exact_match, .* in reward\.custom_reward_function\.path"
     with pytest.raises(ValueError, match=message):
         compute_score("mine", "", "")
     with pytest.raises(ValueError, match=message):

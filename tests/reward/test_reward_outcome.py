@@ -88,7 +88,7 @@ def test_async_user_function(tmp_path):
     [
         (
             "def other(): pass",
-            r"has no function 'compute_score'; functions there: other\. Set custom_reward_function\.name",
+            r"has no function 'compute_score'; functions there: other\. Set reward\.custom_reward_function\.name",
         ),
         ("x = 1", "functions there: none"),
         ("import nonexistent_module", r"importing .*mine\.py failed: ModuleNotFoundError: No module named"),
@@ -107,5 +107,5 @@ def test_bad_user_file(tmp_path, text, message):
 
 
 def test_missing_user_file():
-    with pytest.raises(RewardError, match=r"custom_reward_function\.path='no/where\.py' is not a file"):
+    with pytest.raises(RewardError, match=r"reward\.custom_reward_function\.path='no/where\.py' is not a file"):
         load_function(RewardSpec("no/where.py"))

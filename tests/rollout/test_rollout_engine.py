@@ -154,6 +154,7 @@ def test_lengths_and_ids_are_checked(model):
         ({"kv_cache_bytes": 10}, "10 bytes cannot hold one page"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 must be in"),
         ({"max_model_len": 1000}, "max_model_len=1000 exceeds the model's max_position_embeddings=512"),
+        ({"max_model_len": 1}, "max_model_len=1 must be at least 2"),
         ({"async_scheduling": "on"}, "async_scheduling='on' must be 'auto', True or False"),
         ({"async_scheduling": 1}, "async_scheduling=1 must be 'auto', True or False"),
         ({"batch_invariant": "false"}, "batch_invariant='false' must be True or False"),

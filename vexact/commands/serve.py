@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             server.start()
             sys.stdout.write(
-                f"{settings.model_names[0]} at {server.url}/v1 ({engine.max_model_len} tokens a request, "
+                f"{settings.model_names[0]} at {server.url}/v1 ({service.max_model_len} tokens a request, "
                 f"{engine.config.max_num_seqs} at once, {engine.num_cache_tokens} tokens of cache)\n"
             )
             sys.stdout.flush()

@@ -14,11 +14,12 @@ import yaml
 
 from vexact.config.checks.rules import attention_notices, check, inexact
 from vexact.config.checks.unused import unused_notices
-from vexact.config.checks.verl_compat import MOVED, named_keys, translate
-from vexact.config.fields import UNSET, ConfigError, build, flatten, leaves, unknown_keys
+from vexact.config.checks.verl import here, moved_keys
+from vexact.config.fields import UNSET, ConfigError, build, convert, flatten, leaves, unknown_keys
 from vexact.config.recipe import read_recipe
 from vexact.config.schema import Config, Keys
-from vexact.config.spelling import misspelt, nearest, typographic
+from vexact.config.spelling import typographic
+from vexact.config.unknown import settle
 from vexact.config.values import is_literal, parse, takes_text
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -119,17 +120,18 @@ def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, 
     from_file = recipe.endswith((".yaml", ".yml"))
     tree = yaml.safe_load(_tree(config_name, "" if from_file else recipe))
     hints = _hints()
-    settings = _renamed(_recipe_file(recipe, hints)) if from_file else []
+    settings = _once(_recipe_file(recipe, hints)) if from_file else []
     for key, text in pairs:
         if key != "recipe":
             settings += _under(key, parse(key, text, hints.get(key, UNSET)), hints)
+    settings = [(key, value) for key, value in settings if value is not None or not _is_unset(key)]
     literal: dict[str, Any] = {}
     for key, value in settings:
-        literal.pop(MOVED.get(key, key), None)
+        literal.pop(here(key), None)
         if takes_text(hints.get(key, UNSET)) and is_literal(value):
-            literal[MOVED.get(key, key)] = value
+            literal[here(key)] = value
         else:
-            _put(tree, MOVED.get(key, key), value)
+            _put(tree, here(key), value)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
@@ -138,15 +140,21 @@ def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, 
     composed = {str(key): value for key, value in plain.items()}
     for key, value in literal.items():
         _put(composed, key, value)
-    moved = dict.fromkeys(key for key, _ in settings if key in MOVED)
-    return composed, [f"{key} is called {MOVED[key]} here" for key in moved]
+    moved = dict.fromkeys(key for key, _ in settings if here(key) != key)
+    return composed, [f"{key} is called {here(key)} here" for key in moved]
 
 
 @lru_cache(maxsize=1)
 def _hints() -> dict[str, Any]:
-    """The type of every key, under its verl spelling too."""
+    """The type of every key, under its verl spelling too, where null may stand for a key that is not given."""
     ours = {leaf.key: leaf.hint for leaf in leaves(Keys)}
-    return ours | {theirs: ours[key] for theirs, key in MOVED.items()}
+    return ours | {theirs: ours[key] | None for theirs, key in moved_keys(ours).items()}
+
+
+def _is_unset(key: str) -> bool:
+    """Whether null under verl's spelling means that the key is not given."""
+    hints = _hints()
+    return here(key) != key and here(key) in hints and convert(None, hints[here(key)]) is UNSET
 
 
 def _under(key: str, value: Any, hints: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -155,11 +163,17 @@ def _under(key: str, value: Any, hints: Mapping[str, Any]) -> list[tuple[str, An
     return [(key, value)] if whole else list(flatten({key: value}).items())
 
 
-def _renamed(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
-    for key in recipe:
-        if MOVED.get(key) in recipe:
-            raise ConfigError(f"{key} and {MOVED[key]} are the same key, and the recipe gives both; keep one of them")
-    return list(recipe.items())
+def _once(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The keys of a recipe; of one under both spellings, ours."""
+    twice = [key for key in recipe if here(key) != key and here(key) in recipe]
+    for key in twice:
+        value = recipe[key]
+        is_reference = isinstance(value, str) and "${" in value
+        if value is not None and not is_reference and value != recipe[here(key)]:
+            raise ConfigError(
+                f"{key} and {here(key)} are the same key, and the recipe gives two values; keep one of them"
+            )
+    return [(key, value) for key, value in recipe.items() if key not in twice]
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -196,22 +210,11 @@ def _recipe_file(name: str, hints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Resolve the keys the schema does not have; name the nearest ones of those nobody knows."""
-    notices, problems = [], []
+    """The keys that the schema has, nested, and notices of those that are dropped."""
     keys = {leaf.key for leaf in leaves(Keys)}
     flat = flatten(values, whole=keys)
-    for key in unknown_keys(Keys, values):
-        value = flat.pop(key)
-        try:
-            notice = translate(key, value)
-        except KeyError:
-            problems.append(_unknown(key, value))
-            continue
-        except ConfigError as error:
-            problems.append(str(error))
-            continue
-        if notice is not None:
-            notices.append(notice)
+    unknown = {key: flat.pop(key) for key in unknown_keys(Keys, values)}
+    notices, problems = settle(unknown)
     problems += [
         f"{key}={value!r}: a path holds no NUL" for key, value in flat.items() if key in _PATHS and _has_nul(value)
     ]
@@ -229,22 +232,6 @@ def _at_home(value: Any) -> Any:
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     return str(Path(os.path.expanduser(value))) if isinstance(value, str) and value.startswith("~/") else value
-
-
-def _unknown(key: str, value: Any) -> str:
-    ours = [leaf.key for leaf in leaves(Keys)]
-    theirs = misspelt(key, ours, named_keys())
-    near = nearest(key, ours) if theirs is None else [MOVED.get(theirs, theirs)]
-    if not near:
-        return f"unknown key {key}; docs/configuration.md lists every key"
-    message = f"unknown key {key}; did you mean {' or '.join(near)}?"
-    if theirs is None or theirs in MOVED:
-        return message
-    try:
-        notice = translate(theirs, value)
-    except ConfigError as error:
-        notice = str(error)
-    return message if notice is None else f"{message} {notice}"
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,9 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("run directory", str(config.run_dir)),
         ("model", f"{config.model.path} ({_parameters(shape)}, {config.dtype(device)}, {device})"),
         *(() if shape.experts is None else [("experts", _experts_row(config, shape.experts, shape.num_layers))]),
-        ("data", ", ".join(config.data.train_files) or "none"),
-        ("step", _step_row(config)),
-        ("updates", _updates_row(config)),
+        ("data", ", ".join(config.data.val_files if config.trainer.val_only else config.data.train_files) or "none"),
+        *_step_rows(config),
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
-        ("algorithm", f"{config.algorithm.adv_estimator}, {config.loss_mode} loss, lr {config.actor.optim.lr:g}"),
         ("attention", _attention_row(config, device, shape)),
         ("exactness", _exactness_row(config)),
         ("placement", placement.text(device)),
@@ -93,10 +91,15 @@ def _experts_row(config: Config, experts: ExpertShape, num_layers: int) -> str:
     )
 
 
-def _step_row(config: Config) -> str:
-    return (
-        f"{config.data.train_batch_size} prompts x {config.rollout.n} samples = {config.sequences_per_step} sequences"
-    )
+def _step_rows(config: Config) -> list[tuple[str, str]]:
+    if config.trainer.val_only:
+        return [("step", "none: trainer.val_only=true validates and stops")]
+    prompts, algorithm = config.data.train_batch_size, config.algorithm.adv_estimator
+    return [
+        ("step", f"{prompts} prompts x {config.rollout.n} samples = {config.sequences_per_step} sequences"),
+        ("updates", _updates_row(config)),
+        ("algorithm", f"{algorithm}, {config.loss_mode} loss, lr {config.actor.optim.lr:g}"),
+    ]
 
 
 def _updates_row(config: Config) -> str:
@@ -126,6 +129,8 @@ def _cache_row(config: Config, device: str, shape: ModelShape) -> str:
 
 
 def _exactness_row(config: Config) -> str:
+    if config.trainer.val_only:
+        return "nothing is trained, so nothing is compared"
     if config.trainer.exactness == "off":
         return "off: nothing is compared"
     action = "stop at the first unequal bit" if config.trainer.exactness == "strict" else "log unequal bits and go on"
@@ -147,6 +152,19 @@ def _changed_row(config: Config) -> str:
 
 def _advice(config: Config, machine: Machine, shape: ModelShape) -> list[str]:
     advice = memory_notes(config, shape, machine)
+    if not config.trainer.val_only:
+        advice += _training_advice(config, shape)
+    tokens = kv_cache_tokens(config, machine.device, shape)
+    if tokens is not None and tokens < config.max_model_len:
+        advice.append(
+            f"the key-value cache holds {tokens} tokens, less than one sequence of {config.max_model_len}; raise "
+            "actor_rollout_ref.rollout.kv_cache_bytes or num_pages"
+        )
+    return advice
+
+
+def _training_advice(config: Config, shape: ModelShape) -> list[str]:
+    advice: list[str] = []
     total = config.optimizer_steps_per_rollout
     if config.trainer.async_steps:
         advice.append(
@@ -172,12 +190,6 @@ def _advice(config: Config, machine: Machine, shape: ModelShape) -> list[str]:
         advice.append(
             f"{groups} groups of training GPUs share the {shape.experts.num_experts} experts of a layer: tokens travel "
             "to them, and no bit depends on it"
-        )
-    tokens = kv_cache_tokens(config, machine.device, shape)
-    if tokens is not None and tokens < config.max_model_len:
-        advice.append(
-            f"the key-value cache holds {tokens} tokens, less than one sequence of {config.max_model_len}; raise "
-            "actor_rollout_ref.rollout.kv_cache_bytes or num_pages"
         )
     if config.trainer.save_freq == -1:
         advice.append("only the last step is saved; set trainer.save_freq to be able to resume earlier")

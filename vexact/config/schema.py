@@ -94,6 +94,11 @@ class Config(Keys):
         return self.trainer.seed if self.rollout.seed is None else self.rollout.seed
 
     @property
+    def overlong_length(self) -> int:
+        """Tokens of a response at which DAPO's penalty is whole."""
+        return self.reward.reward_kwargs.max_resp_len or self.data.max_response_length
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a KL term towards the initial policy is on."""
         return self.actor.use_kl_loss or self.algorithm.use_kl_in_reward

@@ -75,6 +75,10 @@ class Reporter:
         """The start-up plan: (name, value) rows, and sentences worth reading."""
         self._tell(lambda sink: sink.plan(rows, advice))
 
+    def begin(self, step: int) -> None:
+        """What comes belongs to this step, until its metrics are logged."""
+        self._step = step
+
     def stage(self, name: str) -> None:
         """A stage of the current step begins; give this to ``Timers(on_enter=…)``."""
         self._tell(lambda sink: sink.stage(self._step, name))

@@ -52,7 +52,7 @@ class RewardPool:
         if not 0 < timeout_s < float("inf"):
             raise ValueError(f"reward.timeout_s={timeout_s} must be a positive number of seconds")
         if recycle_after < 1:
-            raise ValueError(f"reward.recycle_after={recycle_after} must be at least 1")
+            raise ValueError(f"recycle_after={recycle_after} must be at least 1")
         self.num_workers, self.timeout_s, self.recycle_after = num_workers, timeout_s, recycle_after
         self.spec = spec or RewardSpec()
         for path in self.spec.sandbox.write:

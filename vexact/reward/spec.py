@@ -26,9 +26,9 @@ class RewardError(RuntimeError):
 class RewardSpec:
     """The function to call: the built-in graders, or ``name`` in the Python file ``path``."""
 
-    path: str | None = None  # custom_reward_function.path
-    name: str = "compute_score"  # custom_reward_function.name
-    kwargs: dict[str, Any] = field(default_factory=dict)  # custom_reward_function.reward_kwargs
+    path: str | None = None  # reward.custom_reward_function.path
+    name: str = "compute_score"  # reward.custom_reward_function.name
+    kwargs: dict[str, Any] = field(default_factory=dict)  # reward.custom_reward_function.reward_kwargs
     sandbox: SandboxPolicy = field(default_factory=SandboxPolicy)  # reward.sandbox
 
     @property
@@ -56,10 +56,12 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
         return compute_score
     path = Path(os.path.expanduser(spec.path)).resolve()
     if not path.is_file():
-        raise RewardError(f"custom_reward_function.path={spec.path!r} is not a file (looked for {path})")
+        raise RewardError(f"reward.custom_reward_function.path={spec.path!r} is not a file (looked for {path})")
     module_spec = importlib.util.spec_from_file_location("vexact_custom_reward", path)
     if module_spec is None or module_spec.loader is None:
-        raise RewardError(f"custom_reward_function.path={spec.path!r} is not a Python file; its name must end in .py")
+        raise RewardError(
+            f"reward.custom_reward_function.path={spec.path!r} is not a Python file; its name must end in .py"
+        )
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     try:
@@ -72,7 +74,7 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
         defined = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         raise RewardError(
             f"{path} has no function {spec.name!r}; functions there: {', '.join(defined) or 'none'}. "
-            "Set custom_reward_function.name"
+            "Set reward.custom_reward_function.name"
         )
     return function
 

@@ -33,6 +33,8 @@ class EngineConfig(EngineSettings):
         for name in ("num_pages", "kv_cache_bytes", "max_model_len"):
             if getattr(self, name) is not None:
                 self._check_positive(name)
+        if self.max_model_len == 1:
+            raise ValueError("max_model_len=1 must be at least 2: a token of a prompt and one of its response")
         for item in fields(self):
             if isinstance(item.default, bool) and not isinstance(value := getattr(self, item.name), bool):
                 raise ValueError(f"{item.name}={value!r} must be True or False")

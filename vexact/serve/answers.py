@@ -11,6 +11,7 @@ from vexact.rollout.stream import Delta
 from vexact.serve.prompts import Job
 from vexact.serve.protocol import Body, ChatBody
 from vexact.serve.text import LiveText, TextReader
+from vexact.types import Sample
 
 
 @dataclass(slots=True)
@@ -58,7 +59,7 @@ class Answer:
         if self.body.return_token_ids:
             said["token_ids"] = delta.token_ids
         if delta.sample is not None:
-            said |= {"finish_reason": delta.sample.finish_reason, "stop_reason": delta.sample.stop_reason}
+            said |= self._ending(delta.sample)
         if text or delta.sample is not None or "logprobs" in said or "token_ids" in said:
             yield self._chunk(index, said, first and not self._is_chat)
 
@@ -84,8 +85,7 @@ class Answer:
         choice: dict[str, Any] = {
             "index": delta.index,
             "logprobs": self._logprobs(delta) if self.body.wants_logprobs else None,
-            "finish_reason": sample.finish_reason,
-            "stop_reason": sample.stop_reason,
+            **self._ending(sample),
         }
         text = sample.text or ""
         choice |= {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
@@ -96,6 +96,9 @@ class Answer:
         if not self._is_chat:
             choice |= self._prompt_logprobs(delta)
         return choice
+
+    def _ending(self, sample: Sample) -> dict[str, Any]:
+        return {"finish_reason": sample.finish_reason, "stop_reason": self.job.stop_reason(sample)}
 
     def _chunk(self, index: int, said: dict[str, Any], with_prompt: bool) -> dict[str, Any]:
         choice = {"index": index, "logprobs": None, "finish_reason": None} | said

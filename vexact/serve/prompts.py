@@ -15,6 +15,7 @@ from vexact.rollout import SamplingParams
 from vexact.rollout.stream import Ask
 from vexact.serve.errors import ApiError
 from vexact.serve.protocol import Body, ChatBody, CompletionBody
+from vexact.types import Sample
 
 SEEDED = "0"  # what draws depend on, besides the seed, where a request has a seed and no id of its own
 LONG_TEXT = 1 << 16  # characters; a tokenizer reads so many in less than a tenth of a second
@@ -34,10 +35,14 @@ class Limits:
     num_cache_tokens: int
     max_samples: int  # that run and wait
 
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its response; the last one is never fed back."""
+        return min(self.max_model_len, self.num_cache_tokens + 1)
+
     def room(self, num_prompt_tokens: int) -> int:
-        """Most tokens that can be sampled after a prompt; the last one is never fed back. At least 1, for the engine to
-        refuse by name."""
-        return max(1, min(self.max_model_len, self.num_cache_tokens + 1) - num_prompt_tokens)
+        """Most tokens that can be sampled after a prompt. At least 1, for the engine to refuse by name."""
+        return max(1, self.longest - num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,11 @@ class Job:
     def num_samples(self) -> int:
         """Of each prompt."""
         return self.asks[0].num_samples
+
+    def stop_reason(self, sample: Sample) -> str | int | None:
+        """What of the request's ``stop`` and ``stop_token_ids`` ended a sample; None for an end-of-sequence token."""
+        asked = tuple(self.asks[0].sampling_params.stop_token_ids or ())
+        return sample.stop_reason if isinstance(sample.stop_reason, str) or sample.stop_reason in asked else None
 
     @property
     def num_prompt_tokens(self) -> int:

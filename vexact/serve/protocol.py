@@ -9,7 +9,7 @@ import difflib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,8 @@ _TOOLS = "tool calls are not parsed; put what the model needs to know into the m
 _SHAPED = "only free text is sampled: a constraint would change the distribution that the log-probabilities are of"
 _TEXT = "the model reads and writes text"
 _DRAWN = "every sample that is drawn is returned"
+_SPECIAL = "text is shown without special tokens; return_token_ids gives them"
+_ELSEWHERE = "nothing is taken from or given to another server"
 REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), _DRAWN),
     "use_beam_search": (_NOTHING, _DRAWN),
@@ -58,7 +60,20 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "store": ((False,), "nothing is stored"),
     "service_tier": (("auto", "default"), "there is one tier"),
     "priority": ((0,), "requests are served in their order"),
-    "skip_special_tokens": ((True,), "text is shown without special tokens; return_token_ids gives them"),
+    "skip_special_tokens": ((True,), _SPECIAL),
+    "spaces_between_special_tokens": ((True, False), _SPECIAL),
+    "return_tokens_as_token_ids": ((False,), "return_token_ids gives the tokens' ids"),
+    "include_reasoning": ((True,), "reasoning is not told from the answer"),
+    "thinking_token_budget": ((), "reasoning is not told from the answer"),
+    "logits_processors": (_NOTHING, _SHAPED),
+    "structural_tag": (_NOTHING, _SHAPED),
+    "cache_salt": (_NOTHING, "equal prefixes are shared by all requests, or with --no_prefix_caching by none"),
+    "kv_transfer_params": (_NOTHING, _ELSEWHERE),
+    "vllm_xargs": (_NOTHING, _ELSEWHERE),
+    "prompt_embeds": (_NOTHING, _TEXT),
+    "mm_processor_kwargs": (_NOTHING, _TEXT),
+    "documents": (_NOTHING, "put what the model needs to know into the messages"),
+    "chat_template": ((), "the template of the model's directory is used"),
     "include_stop_str_in_output": ((False,), "text ends before a stop string; return_token_ids gives its tokens"),
     "truncate_prompt_tokens": (_NOTHING, "a prompt is taken whole or refused"),
     "add_generation_prompt": ((True,), "set it in chat_template_kwargs"),
@@ -71,11 +86,15 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Body(_Strict, ABC):
     """What both endpoints take besides ``SAMPLING``."""
+
+    adds_special_tokens: ClassVar[bool]  # those that the tokenizer itself puts before a prompt
 
     model: str | None = None
     stream: bool = False
@@ -87,6 +106,7 @@ class Body(_Strict, ABC):
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @property
     @abstractmethod
@@ -96,10 +116,11 @@ class Body(_Strict, ABC):
     @property
     def wants_usage(self) -> bool:
         """In a stream, as its last chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class CompletionBody(Body):
+    adds_special_tokens = True
     prompt: Any = None  # text, token ids, or a list of either
     logprobs: int | None = None
 
@@ -109,6 +130,7 @@ class CompletionBody(Body):
 
 
 class ChatBody(Body):
+    adds_special_tokens = False
     messages: list[Any] | None = None
     logprobs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -137,6 +159,10 @@ def parse(kind: type[B], content: bytes) -> tuple[B, dict[str, Any]]:
     if longest is not None and given.setdefault("max_tokens", longest) != longest:
         raise ApiError(400, "max_tokens and max_completion_tokens are one setting with two values", param="max_tokens")
     sampling = {name: given.pop(name) for name in SAMPLING.intersection(given)}
+    special = given.pop("add_special_tokens", kind.adds_special_tokens)
+    if special is not kind.adds_special_tokens:
+        reason = "as the trainer's, a chat's come from its template and a text's from the tokenizer"
+        raise _unsupported("add_special_tokens", f"add_special_tokens={special!r:.80} is not supported: {reason}")
     for name in REFUSED.keys() & given.keys():
         harmless, reason = REFUSED[name]
         value = given.pop(name)

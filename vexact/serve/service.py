@@ -29,9 +29,9 @@ class Service:
         self.model = settings.model_names[0]
         self.metrics = Metrics(self.model)
         self.reader = TextReader(copy.deepcopy(engine.tokenizer)) if engine.tokenizer is not None else None
-        self.max_model_len = engine.max_model_len
         most = engine.config.max_num_seqs + settings.max_queue
         self._limits = Limits(engine.max_model_len, engine.num_cache_tokens, most)
+        self.max_model_len = self._limits.longest
         self._short, self._long = _PromptThread(engine.tokenizer), _PromptThread(engine.tokenizer)
         self.engine = AsyncEngine(engine, max_queue=settings.max_queue)
 

@@ -113,10 +113,10 @@ class Driver:
     def _summary(self, first: int, rewards: list[float]) -> str:
         compared, done = self.audit.num_checks, self.total_steps - first + 1
         scope = f" in {compared} of {done} steps" if 0 < compared < done else ""
-        return (
-            f"done: steps {first} to {self.total_steps}, reward {rewards[0]:.3f} to {rewards[-1]:.3f}, "
-            f"{self.audit.totals()}{scope}; everything is in {self.config.run_dir}"
-        )
+        steps, reward = f"step {first}", f"{rewards[0]:.3f}"
+        if done > 1:
+            steps, reward = f"steps {first} to {self.total_steps}", f"{reward} to {rewards[-1]:.3f}"
+        return f"done: {steps}, reward {reward}, {self.audit.totals()}{scope}; everything is in {self.config.run_dir}"
 
     def _step(self, step: int) -> float:
         """One step; returns its mean score."""
@@ -243,6 +243,7 @@ class Driver:
         return metrics
 
     def _report_validation(self, step: int) -> None:
+        self.reporter.begin(step)
         metrics = self._timed_validation(step)
         if metrics:
             self.reporter.log(StepStats(step, metrics | self.timers.take()))

@@ -24,6 +24,7 @@ from vexact.trainer.run.directory import RunDirectoryError, open_run_directory, 
 from vexact.trainer.run.final_report import final_report
 from vexact.trainer.run.pending_step import PendingStep
 from vexact.trainer.run.record import write_run_record
+from vexact.trainer.run.validation import place_validation
 from vexact.trainer.step.collect import Collected
 from vexact.trainer.step.profile import check_profile
 from vexact.trainer.workers import build_workers, load_inputs, num_steps
@@ -53,7 +54,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         total_steps = num_steps(config, len(inputs.train_data))
         check_profile(config, total_steps, layout.world_size)
         identity = run_identity(config, layout.device, total_steps, inputs.tokenizer, inputs.train_data)
-        _check_source(config, store, source, identity)
+        told = _check_source(config, store, source, identity)
         if source is not None and _is_finished(config, source, total_steps):
             log.info(
                 "nothing is left to do: step %d of %d is saved in %s; raise trainer.total_training_steps to go on, or "
@@ -74,33 +75,37 @@ def run(config: Config, layout: Layout | None = None) -> int:
         check_before_training(config, workers)
         progress, ready = Progress(0, 0), None
         if source is not None:
-            check_changes(source, identity, _may_change(config))
+            check_changes(source, identity, _may_change(config), told)
             note_environment(source, identity)
             progress = source.restore(workers)
             ready = _ready(config, source, identity, progress.step + 1, inputs.train_data)
+        shown = config
         if not config.trainer.val_only:
             _begin_part(config, store, source, progress)
+        elif source is not None and source.in_this_run:
+            shown = place_validation(config, _trained(source) or {}, progress.step)
         reporter = Reporter(
-            config.trainer.logger,
-            config.run_dir,
-            project=config.trainer.project_name,
-            experiment=config.trainer.experiment_name,
-            config=config.to_dict(),
+            shown.trainer.logger,
+            shown.run_dir,
+            project=shown.trainer.project_name,
+            experiment=shown.trainer.experiment_name,
+            config=shown.to_dict(),
             total_steps=total_steps,
-            resume_step=_last_reported(config, progress),
+            resume_step=_last_reported(config, progress) if shown is config else None,
         )
         stack.enter_context(reporter)
         reporter.plan([row for row in plan.rows if row not in plan.memory], plan.advice)
-        if not (config.trainer.val_only and progress.step):  # which tells how the run was trained
-            earlier = source.identity.get("config") if source and source.in_this_run and source.identity else None
-            write_run_record(config, workers.environment(), progress.step + 1, earlier)
+        if shown is not config:
+            write_run_record(shown, workers.environment())
+        elif not (config.trainer.val_only and progress.step):  # the record tells how the run was trained
+            write_run_record(config, workers.environment(), progress.step + 1, _trained(source))
         interrupt.note(how_to_go_on(config, progress.step))
         if progress.step:
-            log.info("resuming after step %d", progress.step)
+            log.info("%s step %d", "validating" if config.trainer.val_only else "resuming after", progress.step)
         redraw_ratio = config.trainer.audit_redraw_ratio if config.rollout.is_own else 0.0  # it knows our draws only
         audit = Audit(config.trainer.exactness, redraw_ratio)
-        driver = Driver(config, workers, reporter, store, audit, total_steps, progress, identity, ready)
-        with final_report(config, reporter), advising(config, lambda: driver.stage):
+        driver = Driver(shown, workers, reporter, store, audit, total_steps, progress, identity, ready)
+        with final_report(shown, reporter), advising(config, lambda: driver.stage):
             _drive(driver)
         interrupt.check()
     return 0
@@ -116,15 +121,20 @@ def _drive(driver: Driver) -> None:
         raise
 
 
-def _check_source(config: Config, store: CheckpointStore, source: Source | None, identity: dict[str, Any]) -> None:
-    """Whether the run may go on from ``source``, before the model is loaded."""
-    if source is not None:
-        check_changes(source, identity, _may_change(config))
+def _check_source(config: Config, store: CheckpointStore, source: Source | None, identity: dict[str, Any]) -> list[str]:
+    """Whether the run may go on from ``source``, before the model is loaded; the changes that were told."""
+    told = [] if source is None else check_changes(source, identity, _may_change(config))
     if config.trainer.val_only and config.trainer.resume_mode != "auto" and store.steps(_last_kept(source)):
         raise RunDirectoryError(
             f"trainer.val_only=true with trainer.resume_mode={config.trainer.resume_mode} validates other weights than "
             f"those that {config.run_dir} stands at; set trainer.default_local_dir to another directory"
         )
+    return told
+
+
+def _trained(source: Source | None) -> dict[str, Any] | None:
+    """The configuration of the step that this run directory stands at, where it is known."""
+    return source.identity.get("config") if source and source.in_this_run and source.identity else None
 
 
 def _ready(config: Config, source: Source, identity: Identity, step: int, rows: PromptDataset) -> Collected | None:

@@ -108,6 +108,7 @@ def test_the_same_at_values_that_do_nothing_is_accepted():
     assert set(neutral) == set(REFUSED_SAMPLING)
     params = SamplingParams(n=2, **neutral)
     assert params == SamplingParams(n=2)
+    assert SamplingParams(logit_bias={5: 0.0, 7: 0}) == SamplingParams()
     assert SamplingParams(min_tokens=np.array(0), repetition_penalty=torch.tensor(1.0)) == SamplingParams()
     assert dataclasses.replace(params, n=1) == pickle.loads(pickle.dumps(SamplingParams()))
     with pytest.raises(ValueError, match="min_tokens=1"):

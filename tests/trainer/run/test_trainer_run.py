@@ -224,6 +224,16 @@ def test_every_algorithm_trains_exactly(overrides, metrics, more):
         assert rows[0]["critic/rewards/mean"] < rows[0]["critic/score/mean"]
 
 
+def test_more_prompts_a_step_than_rows_are_said_to_repeat(overrides, metrics, caplog):
+    few = ("data.train_max_samples=3", "trainer.total_training_steps=null", "trainer.total_epochs=3")
+    assert run(load_config(overrides(*few, "data.train_batch_size=3"))) == 0
+    assert "several times" not in caplog.text
+    assert len(metrics()) == 3
+    assert run(load_config(overrides(*few, "data.train_batch_size=4", "trainer.resume_mode=disable"))) == 0
+    assert "data.train_batch_size=4 is more than the 3 training rows, so a step holds the same prompt" in caplog.text
+    assert len(metrics()) == 2
+
+
 def test_dynamic_sampling_refills_and_gives_up_by_name(overrides, metrics, tiny, tmp_path):
     (tmp_path / "rare.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
@@ -243,6 +253,21 @@ def test_dynamic_sampling_refills_and_gives_up_by_name(overrides, metrics, tiny,
     )
     with pytest.raises(RuntimeError, match=r"after 2 generation batches only 0 of 4 .*max_num_gen_batches=2"):
         run(load_config(overrides(*flat)))
+
+
+def test_dynamic_sampling_looks_at_the_penalised_reward_under_verls_names(overrides, metrics, tmp_path):
+    (tmp_path / "flat.py").write_text("def compute_score(*args, **kwargs):\n    return 0.5\n")
+    flat = (
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.max_num_gen_batches=1",
+        f"reward.custom_reward_function.path={tmp_path / 'flat.py'}",
+        "reward_model.reward_kwargs.overlong_buffer_cfg={enable: true, len: 6}",
+        "trainer.total_training_steps=1",
+    )
+    with pytest.raises(RuntimeError, match=r"only 0 of 4 prompts have samples that differ in score"):
+        run(load_config(overrides(*flat)))
+    run(load_config(overrides(*flat, "algorithm.filter_groups.metric=seq_reward", "data.train_batch_size=1")))
+    assert metrics()[0]["critic/rewards/min"] < metrics()[0]["critic/rewards/max"]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0, 1), (30, 0)])

@@ -306,7 +306,9 @@ def test_a_validation_moves_nothing(used, tiny):
     directory, start = used
     validate = ("trainer.val_only=true", f"data.val_files={tiny / 'test.jsonl'}")
     settings = (directory / "config.yaml").read_text()
-    start(*validate, "trainer.seed=7")
+    text = start(*validate, "trainer.seed=7")
+    assert text.count("although this run differs") == 1
+    assert "resuming" not in text
     assert (directory / "config.yaml").read_text() == settings
     with pytest.raises(RunDirectoryError, match=r"val_only=true with trainer\.resume_mode=disable validates other"):
         start(*validate, "trainer.resume_mode=disable")

@@ -37,6 +37,8 @@ def check_refused_sampling(given: Mapping[str, Any]) -> None:
 
 
 def _does_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    if isinstance(value, Mapping) and {} in harmless:  # what is added to logits
+        return all(_does_nothing(item, (0,)) for item in value.values())
     if isinstance(value, Sized) and getattr(value, "shape", None) != ():  # a number in an array has no length
         return len(value) == 0 and any(isinstance(item, Sized) for item in harmless)
     return not isinstance(value, bool) and any(value == item for item in harmless)

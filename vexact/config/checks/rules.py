@@ -17,6 +17,7 @@ from vexact.plugins import load_rollout
 
 ACTOR = "actor_rollout_ref.actor"
 ROLLOUT = "actor_rollout_ref.rollout"
+KWARGS = "reward.reward_kwargs"
 TASK_PREFIX = "reasoning_gym:"
 
 
@@ -147,11 +148,11 @@ def _lengths(config: Config) -> Iterator[str]:
             f"{config.max_model_len} tokens and enable_chunked_prefill=false; raise it or turn chunking on"
         )
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg
-    if overlong.enable and not 0 < overlong.len <= data.max_response_length:
-        yield (
-            f"reward.reward_kwargs.overlong_buffer_cfg.len={overlong.len} must lie between 1 and "
-            f"data.max_response_length={data.max_response_length}"
+    if overlong.enable and not 0 < overlong.len <= config.overlong_length:
+        limit = (
+            "data.max_response_length" if config.reward.reward_kwargs.max_resp_len is None else f"{KWARGS}.max_resp_len"
         )
+        yield f"{KWARGS}.overlong_buffer_cfg.len={overlong.len} must lie between 1 and {limit}={config.overlong_length}"
 
 
 def _policy(config: Config) -> Iterator[str]:

@@ -69,7 +69,7 @@ def _switches(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     )
     buffer = "reward.reward_kwargs.overlong_buffer_cfg"
     yield (
-        (f"{buffer}.len", f"{buffer}.penalty_factor"),
+        (f"{buffer}.len", f"{buffer}.penalty_factor", "reward.reward_kwargs.max_resp_len"),
         not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
         f"{buffer}.enable is false",
     )

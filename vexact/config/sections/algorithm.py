@@ -29,7 +29,12 @@ class KLControl:
 class FilterGroups:
     enable: bool = opt(False, "DAPO's dynamic sampling: drop prompts whose samples all score the same, and refill.")
     metric: str | None = opt(
-        None, "What must differ within a group: score, or a key the reward returns; null is score."
+        None,
+        "What must differ within a group: score, reward (the score after the overlong penalty), or a key that the "
+        "reward function returns; null is score.",
+        verl="reward",
+        refused={"seq_final_reward": "the KL term of rewards is computed after groups are chosen; use reward"},
+        aliases={"seq_reward": "reward"},
     )
     max_num_gen_batches: int = opt(0, "Give up after so many generation batches per step; 0 never gives up.", ge=0)
 

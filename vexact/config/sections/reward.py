@@ -37,13 +37,16 @@ class RewardSandbox:
 @dataclass(frozen=True)
 class OverlongBuffer:
     enable: bool = opt(False, "DAPO's soft penalty for responses near the limit.")
-    len: int = opt(0, "Tokens before max_response_length over which the penalty grows.", ge=0)
-    penalty_factor: float = opt(1.0, "Penalty at max_response_length.", ge=0)
+    len: int = opt(0, "Tokens before max_resp_len over which the penalty grows.", ge=0)
+    penalty_factor: float = opt(1.0, "Penalty at max_resp_len.", ge=0)
 
 
 @dataclass(frozen=True)
 class RewardKwargs:
     overlong_buffer_cfg: OverlongBuffer = section(OverlongBuffer, "Penalty for overlong responses.")
+    max_resp_len: int | None = opt(
+        None, "Tokens of a response at which that penalty is penalty_factor; null takes data.max_response_length.", ge=1
+    )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ class TrainerSection:
         "under exactness=strict. 0 stops at the first.",
         ge=0,
     )
-    total_epochs: int = opt(30, "Passes over the training rows.", ge=1)
+    total_epochs: int = opt(
+        30,
+        "Passes over the training rows, one after another: a batch may hold the last rows of one and the first of the "
+        "next, where verl leaves them out.",
+        ge=1,
+    )
     total_training_steps: int | None = opt(None, "Stop after so many steps, whatever total_epochs says.", ge=1)
     logger: tuple[Sink, ...] = opt(
         ("console", "jsonl"), "Where metrics go.", verl="[console,wandb]", aliases={"file": "jsonl"}

@@ -53,5 +53,5 @@ def require_known(data_sources: Iterable[str]) -> None:
 def _unknown(data_source: str) -> ValueError:
     return ValueError(
         f"no grader for data_source={data_source!r}; known: {', '.join(GRADERS)}. Use one of them in the data, "
-        "or give your own function in custom_reward_function.path"
+        "or give your own function in reward.custom_reward_function.path"
     )

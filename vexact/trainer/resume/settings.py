@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vexact.config import Config
@@ -10,6 +10,7 @@ from vexact.config.fields import flatten
 from vexact.config.sections.rollout_correction import KEY as CORRECTION
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+OVERLONG = "reward.reward_kwargs.max_resp_len"
 
 COVERED = {
     "rows": (
@@ -65,6 +66,13 @@ _FREE = (
 )
 """Keys and sections that never change a result; a key that nobody put here is taken to matter."""
 
+_OF_VALIDATION = ("data.val_files", "data.val_max_samples", f"{ROLLOUT}.val_kwargs")
+_OF_TRAINING = (
+    *("data.train_files", "data.train_max_samples", "data.train_batch_size", "data.shuffle", "data.seed"),
+    *(f"{MODEL}.path", ACTOR, "algorithm", "reward.reward_kwargs"),
+    *(f"{ROLLOUT}.{name}" for name in ("n", "temperature", "top_p", "top_k", "min_p")),
+)
+
 _IN_FORCE = (
     f"{ACTOR}.clip_ratio",
     f"{ACTOR}.clip_ratio_low",
@@ -72,6 +80,7 @@ _IN_FORCE = (
     f"{ACTOR}.ppo_mini_batch_size",
     f"{ROLLOUT}.seed",
     "data.seed",
+    OVERLONG,
 )
 """Keys whose value in force takes another key into account; `deciding_settings` states that one."""
 
@@ -97,10 +106,19 @@ def deciding_settings(config: Config, device: str, total_steps: int) -> dict[str
         f"{ACTOR}.clip_ratio_low": config.actor.clip_low,
         f"{ACTOR}.clip_ratio_high": config.actor.clip_high,
     }
+    if config.reward.reward_kwargs.overlong_buffer_cfg.enable:
+        decided[OVERLONG] = config.overlong_length
     optim = config.actor.optim
     if optim.lr_scheduler_type != "constant" or (optim.lr_warmup_steps < 0 and optim.lr_warmup_steps_ratio > 0):
         decided["trainer.total_training_steps"] = total_steps
     return decided
+
+
+def validation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a nested configuration to their values, those that the values of a validation depend on."""
+    unused = [*(key for key in _FREE if key not in _OF_VALIDATION), *_OF_TRAINING]
+    seed = "trainer.seed"
+    return {key: value for key, value in flatten(config).items() if key == seed or not is_one_of(key, unused)}
 
 
 def is_one_of(key: str, names: Iterable[str]) -> bool:

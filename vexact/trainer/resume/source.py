@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,17 +83,15 @@ def find_source(config: Config, store: CheckpointStore) -> Source | None:
     return Source(path, in_this_run, step, read_identity(path))
 
 
-def check_changes(source: Source, identity: Identity, allow: bool) -> None:
-    """Compares what the run was with what it is now.
+def check_changes(source: Source, identity: Identity, allow: bool, told: Sequence[str] = ()) -> list[str]:
+    """Compares what the run was with what it is now; returns what changed, and says so unless it was ``told``.
 
     Raises:
         ResumeError: something that decides the bits changed, and ``allow`` is false.
     """
-    if source.identity is None:
-        return
-    changes = breaking_changes(source.identity, identity)
-    if not changes:
-        return
+    changes = [] if source.identity is None else breaking_changes(source.identity, identity)
+    if not changes or changes == list(told):
+        return changes
     lines = "\n".join(f"  {line}" for line in changes)
     if not allow:
         raise ResumeError(
@@ -102,6 +101,7 @@ def check_changes(source: Source, identity: Identity, allow: bool) -> None:
             "trainer.resume_changed=allow"
         )
     log.warning("going on from %s although this run differs from the one that saved it:\n%s", source.path, lines)
+    return changes
 
 
 def note_environment(source: Source, identity: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from vexact.report.starts import FILE_NAME as STARTS_FILE
 from vexact.trainer.checkpoint import CheckpointStore
 from vexact.trainer.run.lock import run_lock
 from vexact.trainer.run.pending_step import FILE as PENDING_FILE
+from vexact.trainer.run.validation import FOLDER as VALIDATIONS
 from vexact.trainer.step.diagnose import REPLAY_FILE, TEXT_FILE
 from vexact.trainer.step.profile import FOLDER as PROFILE
 
@@ -120,8 +121,9 @@ def set_aside(run_dir: Path, store: CheckpointStore, after: int) -> str:
             else:
                 shutil.copy(file, kept)  # the lines up to the step stay, too
             moved.append(kept.name)
-    if anew and (run_dir / TENSORBOARD).exists():
-        (run_dir / TENSORBOARD).rename(run_dir / f"{TENSORBOARD}.{number}")
+    for name in (TENSORBOARD, VALIDATIONS) if anew else ():
+        if (run_dir / name).exists():
+            (run_dir / name).rename(run_dir / f"{name}.{number}")
     if anew and (run_dir / REPORT).exists():
         (run_dir / REPORT).rename(run_dir / _numbered(REPORT, number))
         moved.append(_numbered(REPORT, number))
@@ -153,7 +155,7 @@ def _places(run_dir: Path, store: CheckpointStore, number: int) -> list[Path]:
         _numbered(METRICS_FILE, number),
         _numbered(STARTS_FILE, number),
         _numbered(REPORT, number),
-        *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD)),
+        *(f"{n}.{number}" for n in (SAMPLES, PROFILE, TENSORBOARD, VALIDATIONS)),
     ]
     return [store.place_aside(number), *(run_dir / name for name in names)]
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estimator, kl_penalty, overlong_penalty
+from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estimator, kl_penalty
 from vexact.config import Config
 from vexact.report.metrics import summary
 from vexact.reward.seal import require_seals
+from vexact.trainer.step.penalty import overlong_penalties
 from vexact.training import Ledger
 from vexact.training.protocol import Scorer
 from vexact.types import Sample, SampleGroup, TrainSequence
@@ -94,11 +95,7 @@ def _rewards(config: Config, groups: Sequence[SampleGroup], lengths: Tensor) -> 
         row = int((~rewards.isfinite()).nonzero()[0])
         sample, score = [pair for group in groups for pair in zip(group.samples, group.scores)][row]
         raise ValueError(f"request {sample.request_id}: its score {score.value!r} is no finite float32 number")
-    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
-    if overlong.enable:
-        limit = config.data.max_response_length
-        rewards += overlong_penalty(lengths, limit, overlong.len, overlong.penalty_factor)
-    return rewards
+    return rewards + overlong_penalties(config, lengths)
 
 
 def _kl_in_reward(

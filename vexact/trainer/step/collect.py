@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import torch
+
 from vexact.algorithms import informative_groups
 from vexact.config import Config
 from vexact.reward.seal import require_seals, sample_key
 from vexact.reward.spec import GradeRequest
 from vexact.rollout import SamplingParams
 from vexact.rollout.requests.request import draw_settings
+from vexact.trainer.step.penalty import overlong_penalties
 from vexact.trainer.step.sampling import training_sampling
 from vexact.trainer.workers import EngineGroup, PendingSamples, Workers
 from vexact.types import DrawSettings, Prompt, Sample, SampleGroup, Score
@@ -73,9 +76,9 @@ class Collector:
         while len(kept) < wanted:
             if settings.enable and num_batches and num_batches == settings.max_num_gen_batches:
                 raise DynamicSamplingError(
-                    f"after {num_batches} generation batches only {len(kept)} of {wanted} prompts have samples that "
-                    "differ in score; the data is too easy or too hard for this model, or raise "
-                    f"algorithm.filter_groups.max_num_gen_batches={settings.max_num_gen_batches} (0 never gives up)"
+                    f"after {num_batches} generation batches only {len(kept)} of {wanted} prompts have samples "
+                    f"that differ in {settings.metric or 'score'}; the data is too easy or too hard for this model, or "
+                    f"raise algorithm.filter_groups.max_num_gen_batches={num_batches} (0 never gives up)"
                 )
             if num_batches == MANY_BATCHES and settings.max_num_gen_batches == 0:
                 self._warn_of_search(step, len(kept), wanted)
@@ -93,10 +96,10 @@ class Collector:
     def _warn_of_search(self, step: int, kept: int, wanted: int) -> None:
         if not self._has_warned:
             log.warning(
-                "step %d: after %d generation batches only %d of %d prompts have samples that differ in score, and "
+                "step %d: after %d generation batches only %d of %d prompts have samples that differ in %s, and "
                 "there is no limit; the data may be too easy or too hard for this model "
                 "(algorithm.filter_groups.max_num_gen_batches sets one)",
-                *(step, MANY_BATCHES, kept, wanted),
+                *(step, MANY_BATCHES, kept, wanted, self.config.algorithm.filter_groups.metric or "score"),
             )
         self._has_warned = True
 
@@ -117,7 +120,7 @@ class Collector:
         return _Batch(prompts, [f"step{step}-{number * len(rows) + i}-row{row}" for i, row in enumerate(rows)])
 
     def _informative(self, groups: list[SampleGroup]) -> list[SampleGroup]:
-        values = [[filter_metric(self.config, score) for score in group.scores] for group in groups]
+        values = [[filter_metric(self.config, *pair) for pair in zip(group.scores, group.samples)] for group in groups]
         return [groups[i] for i in informative_groups(values)]
 
 
@@ -147,12 +150,18 @@ def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[Sample
     return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
 
 
-def filter_metric(config: Config, score: Score) -> float:
-    """What dynamic sampling looks at in a score. Raises ValueError when the reward returned no such key."""
+def filter_metric(config: Config, score: Score, sample: Sample | None = None) -> float:
+    """What dynamic sampling looks at in a score, of a response without tokens if there is no sample.
+
+    Raises ValueError when the reward returned no such key.
+    """
     name = config.algorithm.filter_groups.metric or "score"
     if name == "score":
         return score.value
+    if name == "reward":
+        length = 0 if sample is None else len(sample.token_ids)
+        return score.value + float(overlong_penalties(config, torch.tensor([length])))
     if name not in score.extra and score.status == "ok":
-        known = ", ".join(["score", *score.extra])
+        known = ", ".join(["score", "reward", *score.extra])
         raise ValueError(f"algorithm.filter_groups.metric={name}: the reward returned no such key, only {known}")
     return score.extra.get(name, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from vexact.models.tokenizer import read_tokenizer
 from vexact.reward.pool import RewardPool
 from vexact.reward.sandbox.policy import SandboxPolicy
 from vexact.reward.spec import RewardSpec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,13 @@ def load_inputs(config: Config) -> Inputs:
     ModelConfig.from_hf_dir(config.model.path)  # the tokenizer reads it too, but cannot say what is wrong in it
     tokenizer, data = load_tokenizer(config), config.data
     train_data = _load_named("data.train_files", config, tokenizer, data.train_files, data.train_max_samples)
+    if len(train_data) < data.train_batch_size and not config.trainer.val_only:
+        log.warning(
+            "data.train_batch_size=%d is more than the %d training rows, so a step holds the same prompt several "
+            "times; lower it, or give more rows",
+            data.train_batch_size,
+            len(train_data),
+        )
     val_data = None
     if data.val_files:
         val_data = _load_named("data.val_files", config, tokenizer, data.val_files, data.val_max_samples)
