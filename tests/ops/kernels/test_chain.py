@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from linear_support import DEVICE, randn, tensor_core  # noqa: F401
-from rowwise import same_bits
+from rowwise import misaligned, same_bits
 
 from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, rope_to_cache, swiglu
 from vexact.ops.kernels.attention import paged
@@ -137,6 +137,8 @@ def test_what_is_read_next_is_asked_for_once(tile: Tile, log: list[Any], monkeyp
     assert spans == [(ahead.data_ptr() + size * index, size) for index in range(programs * 32 * tile.warps)]
     assert size * len(spans) <= ahead.nbytes
     log.clear()
+    for unaligned in (misaligned(ahead), ahead.t()):  # an unaligned request is an error of the GPU
+        assert same_bits(linear.matmul(x, weight, out, layout="forward", tile=tile, ahead=unaligned), plain)
     linear.matmul(x, weight, out, layout="forward", tile=tile)
     assert not requested(log)[0]
     log.clear()

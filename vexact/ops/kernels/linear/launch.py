@@ -28,6 +28,7 @@ def forward(
     ``ahead`` is a weight that will be read soon; the cache may be asked for it.
     """
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    bias = None if bias is None else bias.contiguous()
     return matmul(x, weight, out, layout="forward", bias=bias, ahead=ahead)
 
 
@@ -68,7 +69,7 @@ def matmul(
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return out
-    if ahead is not None and not (chain.of(m).overlap and chain.of(m).ahead and ahead.is_contiguous()):
+    if ahead is not None and not (chain.of(m).overlap and chain.of(m).ahead and _can_be_asked_for(ahead)):
         ahead = None
     strides, dtypes = (a.stride(), b.stride(), out.stride()), (a.dtype, b.dtype, out.dtype)
     _launches(
@@ -138,6 +139,11 @@ def _addressable(tensor: Tensor) -> bool:
     outer = tensor.stride(0) if tensor.stride(1) == 1 else tensor.stride(1)
     contiguous = 1 in tensor.stride()
     return contiguous and outer * tensor.element_size() % 16 == 0 and outer > 0 and tensor.data_ptr() % 16 == 0
+
+
+def _can_be_asked_for(weight: Tensor) -> bool:
+    """Whether requests to the cache may go through it from its first byte to its last: they have to be aligned."""
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 def operand_descriptor(operand: Tensor, block: int, block_k: int) -> tuple[TensorDescriptor, bool]:
