@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults.kills import STEPS, Outcome, Runs, adopt_orphans, survivors
+from benchmarks.shared.family import descendants
 from vexact.report.sinks.jsonl import read_metrics
 from vexact.trainer.checkpoint import load_checkpoint
 
@@ -121,8 +122,8 @@ class RankRuns(Runs):
         if victim is not None:
             outcome.slowest_s = max(outcome.slowest_s, time.monotonic() - started)
         outcome.failures += [f"{self.launcher}, {victim}: left behind: {name}" for name in survivors()]
-        ours = output.split("torch/distributed/elastic")[0]  # its agent reports in its own way
-        named = NAMED.search(ours)
+        ours = output.split("torch/distributed/elastic")[0]  # its agent reports in its own way, also in between
+        named = NAMED.search(output)
         if victim is None and process.returncode != 0:
             outcome.failures.append(f"{self.launcher}: exit {process.returncode}: {output}")
             self.number += 1
@@ -134,16 +135,6 @@ class RankRuns(Runs):
             outcome.counts["named"] += 1
             if victim is not None and victim[0].startswith("rank") and int(named[1]) != victim[1]:
                 outcome.failures.append(f"{self.launcher}, {victim}: another was named: {output}")
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and theirs."""
-    found = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *descendants(child)]
-    return found
 
 
 def _is_worker(pid: int) -> bool:

@@ -1,7 +1,8 @@
 """Step time and memory on 8 … 512 GPUs, from what is measured on 1 and 2 and from the bandwidths of links.
 
     python -m benchmarks.multi_gpu.scale_model          # tables, from the kept figures
-    python -m benchmarks.multi_gpu.scale_model --check  # exit 1 if the measured 2-GPU step is not the predicted one
+    python -m benchmarks.multi_gpu.scale_model --check  # exit 1 if measured steps of several GPUs are not as predicted
+    python -m benchmarks.multi_gpu.scale_model --check multi_gpu_8b_h100.json  # a larger model, from the smaller one
 
 Weak scaling: every GPU keeps the sequences that the measured GPU had. Compute times are the measured ones, scaled by
 floating-point operations (update) and by bytes read (generation). Added to them is what travels between GPUs, as far as
@@ -24,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.multi_gpu.scale_shapes import MODELS, ScaleModel
@@ -157,25 +158,50 @@ def read_measured(path: Path, run: str, model: ScaleModel) -> Measured:
     )
 
 
-def check(one: Measured, two: Measured, tolerance: float) -> list[str]:
-    """How the 2-GPU run differs from what its 1-GPU run predicts: lines that exceed ``tolerance``.
-
-    The measured runs share one global batch, so a GPU of the two has half the sequences.
-    """
-    half = Measured(
-        **{name: getattr(one, name) for name in one.__slots__}
-        | {"sequences": two.sequences, "generation": one.generation / 2, "update": one.update / 2}
+def at(base: Measured, work: Measured) -> Measured:
+    """The measured GPU with the sequences of ``work``: generation by the bytes it reads, update by its operations."""
+    same = {
+        name: getattr(work, name) for name in ("sequences", "prompt_tokens", "new_tokens", "token_budget", "concurrent")
+    }
+    moved, lengths = replace(base, **same), [w.prompt_tokens + w.new_tokens for w in (work, base)]
+    flops = [base.model.flops(w.tokens, length) for w, length in zip((work, base), lengths, strict=True)]
+    return replace(
+        moved,
+        generation=base.generation * base.model.decode_bytes(moved) / base.model.decode_bytes(base),
+        update=base.update * flops[0] / flops[1],
     )
-    predicted = predict(half, one.model, 2)
+
+
+def check(one: Measured, several: Measured, gpus: int, tolerance: float) -> list[str]:
+    """How a run on ``gpus`` GPUs differs from what one GPU's run predicts: lines that exceed ``tolerance``.
+
+    The measured runs share one global batch, so a GPU of several has fewer sequences than a lone one.
+    """
+    predicted = predict(at(one, several), several.model, gpus)
     lines = []
     for stage in ("generation", "update", "step"):
-        measured = two.generation + two.update + two.sync + two.rest if stage == "step" else getattr(two, stage)
+        step = several.generation + several.update + several.sync + several.rest
+        measured = step if stage == "step" else getattr(several, stage)
         ratio = getattr(predicted, stage) / measured
-        line = f"{stage}: predicted {getattr(predicted, stage):.3f} s, measured {measured:.3f} s, ratio {ratio:.3f}"
+        times = f"predicted {getattr(predicted, stage):.3f} s, measured {measured:.3f} s, ratio {ratio:.3f}"
+        line = f"{gpus} GPUs, {stage}: {times}"
         print(line)
         if abs(ratio - 1) > tolerance:
             lines.append(f"{line}: more than {tolerance:.0%} apart")
     return lines
+
+
+def check_file(one: Measured, path: Path, tolerance: float) -> int:
+    """All colocated runs of a report on several GPUs; an exit code."""
+    report = json.loads(path.read_text())
+    runs = {name: run for name, run in report["runs"].items() if run["layout"] == "colocated" and run["gpus"] > 1}
+    if not runs or report["shape"] not in MODELS:
+        raise SystemExit(f"{path} has no colocated run on several GPUs of a shape that is known: {', '.join(MODELS)}")
+    wrong = []
+    for name, run in sorted(runs.items(), key=lambda item: item[1]["gpus"]):
+        wrong += check(one, read_measured(path, name, MODELS[report["shape"]]), run["gpus"], tolerance)
+    print("\n".join(wrong) or f"the measured steps are within {tolerance:.0%} of the predicted ones")
+    return 1 if wrong else 0
 
 
 def memory(model: ScaleModel, gpus: int) -> str:
@@ -221,15 +247,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, default=RESULTS / "multi_gpu_h100.json")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", type=Path, nargs="?", const=RESULTS / "multi_gpu_h100.json", metavar="REPORT")
     parser.add_argument("--tolerance", type=float, default=0.15)
     arguments = parser.parse_args()
     model = MODELS["qwen3-1.7b"]
     one = read_measured(arguments.measured, "1 colocated", model)
-    if arguments.check:
-        wrong = check(one, read_measured(arguments.measured, "2 colocated", model), arguments.tolerance)
-        print("\n".join(wrong) or f"the measured 2-GPU step is within {arguments.tolerance:.0%} of the predicted one")
-        return 1 if wrong else 0
+    if arguments.check is not None:
+        return check_file(one, arguments.check, arguments.tolerance)
     print(f"seconds; {one.sequences} sequences of {one.prompt_tokens} + {one.new_tokens} tokens on every GPU")
     print(tables(one, arguments.gpus))
     print(costs(one, arguments.gpus))

@@ -5,7 +5,6 @@ Shapes have random weights. Prompts and responses have fixed lengths, so that al
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -17,20 +16,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.shared.family import end_family
 from benchmarks.trainer.end_to_end import random_checkpoint, reward_file
 from vexact.prepare.shapes import SHAPES as CHECKPOINTS
-from vexact.trainer.checkpoint import load_checkpoint
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 CHAT_TOKENS = 18  # of the byte tokenizer's chat template around a prompt
-TIMES = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "audit", "step")
+TIMES = ("gen", "gen_ahead", "old_log_prob", "adv", "update_actor", "update_weights", "audit", "step")
 TINY = CHECKPOINTS["qwen3-0.6b"] | {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -73,10 +71,15 @@ SHAPES = {
 
 
 def inputs(shape: Shape, work: Path, steps: int, seed: int = 0) -> list[str]:
-    """Writes checkpoint, prompts and reward below ``work``; returns the overrides of every run of the shape."""
+    """Writes checkpoint, prompts and reward below ``work``, or takes the checkpoint of this shape that is there
+    already; returns the overrides of every run of the shape."""
     work.mkdir(parents=True, exist_ok=True)
     raw = shape.raw | {"eos_token_id": 1, "rope_theta": 1e6}
-    model = random_checkpoint(raw, work / "model")
+    model = work / "model"
+    if not _is_of_shape(model / "config.json", raw):
+        random_checkpoint(raw, model)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the runs, which have this GPU next
     draw = random.Random(seed)
     rows = [
         {
@@ -105,19 +108,27 @@ def inputs(shape: Shape, work: Path, steps: int, seed: int = 0) -> list[str]:
     ]
 
 
-def trainers(gpus: int, layout: str) -> int:
-    return gpus - gpus // 2 if layout == "disaggregated" else gpus
+def _is_of_shape(config: Path, raw: dict) -> bool:
+    """Whether a whole checkpoint of this shape is there: its config.json is written last."""
+    return config.is_file() and raw.items() <= json.loads(config.read_text()).items()
 
 
-def layout_overrides(gpus: int, layout: str) -> list[str]:
-    """What puts a run on ``gpus`` GPUs (processes on a CPU): all do both, or half of them sample."""
-    apart = [f"trainer.rollout_gpus={gpus // 2}"] if layout == "disaggregated" else []
-    return [f"trainer.n_gpus_per_node={gpus}", *apart]
+def visible_gpus(count: int) -> list[str]:
+    """The first GPUs of those that CUDA_VISIBLE_DEVICES names; of all, where it is not set.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    found = named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    if len(found) < count:
+        raise ValueError(f"{count} GPUs are wanted and {len(found)} are visible; lower --runs")
+    return found[:count]
 
 
-def command(gpus: int, launcher: str, overrides: Sequence[str]) -> list[str]:
+def command(gpus: int, launcher: str, overrides: Sequence[str], program: str = "vexact") -> list[str]:
     """The command line of a run; ``launcher`` starts the processes of several GPUs: torchrun, or ray by the program."""
-    train = ["-m", "vexact", "train", *overrides]
+    train = ["-m", program, "train", *overrides]
     if gpus == 1 or launcher == "ray":
         return [sys.executable, *train]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", *train]
@@ -141,23 +152,26 @@ def train(
     directory: Path,
     timeout_s: float,
     stop_after: int | None = None,
+    program: str = "vexact",
 ) -> Finished:
     """
     Args:
         stop_after: interrupt the run after so many steps, before it saves a checkpoint that no disk has room for.
+        program: the module that trains, with the command line of ``vexact``.
 
     Raises:
-        RuntimeError: the run failed or ran out of time; the message ends with its last lines.
+        RuntimeError: the run failed or ran out of time; the message ends with its last lines. None of its processes
+            is left.
     """
-    environment = dict(os.environ)
+    environment, devices = dict(os.environ), None
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+        devices = environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(gpus))
     directory.mkdir(parents=True, exist_ok=True)
     log, started = directory.parent / f"{directory.name}.log", time.monotonic()
     endless = [] if stop_after is None else ["trainer.total_training_steps=1000000"]
-    line = command(gpus, launcher, [*overrides, *endless, f"trainer.default_local_dir={directory}"])
+    line = command(gpus, launcher, [*overrides, *endless, f"trainer.default_local_dir={directory}"], program)
     with (
-        _peak_memory(gpus) as peak,
+        _peak_memory(devices) as peak,
         log.open("w") as output,
         subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
     ):
@@ -186,7 +200,7 @@ def wait(process: subprocess.Popen, rows: Path, deadline: float, stop_after: int
     has_stopped = False
     while process.poll() is None:
         if time.monotonic() > deadline:
-            process.kill()
+            end_family(process)
             return "none before the time was up"
         if stop_after is not None and not has_stopped and rows.is_file():
             has_stopped = rows.read_text().count('"actor/loss"') >= stop_after
@@ -212,43 +226,35 @@ def figures(run: Finished) -> dict:
         "graph_ratio": run.rows[-1].get("rollout/graph_ratio"),
         "attention": run.attention,
         "grad_norm": [row["actor/grad_norm"] for row in run.rows],
+        **_ahead(run.rows),
+        "step_s": [round(row["timing_s/step"], 2) for row in run.rows],
+        "beside_steps_s": round(run.wall_s - sum(row["timing_s/step"] for row in run.rows), 1),
         "seconds": {name: round(statistics.median(values), 4) for name, values in seconds.items() if values},
         "peak_gib": None if run.peak_bytes is None else round(run.peak_bytes / 2**30, 2),
         "wall_s": round(run.wall_s, 1),
     }
 
 
-def state_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of all weights and of all moments in the last checkpoint of a run, by name: no layout shows in them."""
-    _, state = load_checkpoint(directory / (directory / "latest").read_text().strip())
-    parameters = sorted(state["parameters"].items())
-
-    def digest(keys: tuple[str, ...]) -> str:
-        def one(item: tuple[str, dict]) -> str:
-            name, saved = item
-            parts = [hashlib.sha256(saved[key].contiguous().view(torch.uint8).numpy()).hexdigest() for key in keys]
-            return f"{name} {' '.join(parts)}\n"
-
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            return hashlib.sha256("".join(pool.map(one, parameters)).encode()).hexdigest()
-
-    return {"weights_sha256": digest(("weight",)), "moments_sha256": digest(("exp_avg", "exp_avg_sq"))}
+def _ahead(rows: list[dict]) -> dict:
+    """How old the samples of each step were, where they are generated ahead."""
+    ages = [row["rollout/staleness/max"] for row in rows if "rollout/staleness/max" in row]
+    return {"staleness": ages} if ages else {}
 
 
 @contextmanager
-def _peak_memory(gpus: int) -> Iterator[list[int]]:
-    """Appends the memory in use on the fullest of the first GPUs, in bytes, twice a second."""
+def _peak_memory(devices: str | None) -> Iterator[list[int]]:
+    """Appends the memory in use on the fullest of these GPUs, in bytes, twice a second."""
     seen: list[int] = []
-    if not torch.cuda.is_available():
+    if devices is None:
         yield seen
         return
     ended = threading.Event()
 
     def watch() -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        query = ["nvidia-smi", "-i", devices, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not ended.wait(0.5):
             result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-            used = [int(line) * 2**20 for line in result.stdout.split()[:gpus] if line.isdigit()]
+            used = [int(line) * 2**20 for line in result.stdout.split() if line.isdigit()]
             seen.append(max(used, default=0))
 
     watcher = threading.Thread(target=watch, daemon=True)

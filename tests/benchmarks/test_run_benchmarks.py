@@ -61,9 +61,17 @@ def test_a_step_is_compared_with_what_others_pay(tmp_path: Path) -> None:
     assert report["exact_over"]["recompute"]["old_log_prob_s"] < 0
 
 
-def test_a_layout_is_measured_and_its_state_hashed(tmp_path: Path) -> None:
-    report = ran("multi_gpu.steps", tmp_path / "report.json", "--gpus", "1")
+def test_layouts_are_measured_and_their_state_hashed(tmp_path: Path) -> None:
+    """Of a checkpoint, and in memory: by one rank, and by two of which each has a part."""
+    place = ["--work", str(tmp_path / "work"), "--keep"]
+    report = ran("multi_gpu.steps", tmp_path / "report.json", "--runs", "1", *place)
     (run,) = report["runs"].values()
     assert (run["tokens_compared"], run["tokens_different"], report["problems"]) == (512, 0, [])
     assert len(run["weights_sha256"]) == len(run["moments_sha256"]) == 64
+    written = (tmp_path / "work" / "model" / "config.json").stat().st_mtime_ns
+    unsaved = ran("multi_gpu.steps", tmp_path / "unsaved.json", "--runs", "1", "2+1", "--digest", "memory", *place)
+    assert (tmp_path / "work" / "model" / "config.json").stat().st_mtime_ns == written, "the model was kept"
+    for name in ("1 colocated", "2+1 disaggregated"):
+        assert all(unsaved["runs"][name][key] == run[key] for key in ("weights_sha256", "moments_sha256", "grad_norm"))
+        assert not list((tmp_path / "work").glob(f"{name.replace(' ', '-')}/checkpoints/step_*"))
     assert scale_model.read_measured(tmp_path / "report.json", "1 colocated", MODELS["qwen3-1.7b"]).sequences == 16

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,9 @@ from benchmarks.multi_gpu.scale_model import (
     SUM,
     Measured,
     all_to_all,
+    at,
     check,
+    check_file,
     predict,
     ring,
     sent_to_one_node,
@@ -97,10 +101,29 @@ def test_check_fails_beyond_its_tolerance(capsys: pytest.CaptureFixture[str]) ->
     half = replace(ONE, sequences=256, generation=13.0, update=12.0)
     expected = predict(half, ONE.model, 2)
     two = replace(half, generation=expected.generation, update=expected.update, sync=expected.sync, rest=expected.rest)
-    assert check(ONE, two, 0.01) == []
-    wrong = check(ONE, replace(two, update=1.3 * two.update), 0.15)
-    assert [line.split(":")[0] for line in wrong] == ["update"]
+    assert check(ONE, two, 2, 0.01) == []
+    wrong = check(ONE, replace(two, update=1.3 * two.update), 2, 0.15)
+    assert [line.split(":")[0] for line in wrong] == ["2 GPUs, update"]
     assert "ratio 1.000" in capsys.readouterr().out
+
+
+def test_a_larger_model_and_more_gpus_are_held_against_one_gpu(tmp_path: Path) -> None:
+    """The 8 B model's GPU reads and computes more; its share of the batch on 4 GPUs is a quarter of that on 1."""
+    work = replace(ONE, model=MODELS["qwen3-8b"], sequences=32, token_budget=8192)
+    expected = predict(at(ONE, work), work.model, 4)
+    assert at(ONE, ONE) == ONE
+    assert expected.generation > at(ONE, work).generation
+    parts = {"gen": expected.generation, "update_actor": expected.update, "update_weights": expected.sync}
+    run = {
+        **{"gpus": 4, "layout": "colocated", "steps": 3, "tokens_sampled": 3 * 4 * 32 * 1024},
+        **{"prompt_tokens": 512.0, "response_tokens": 1024.0, "seconds": parts | {"step": expected.step}},
+    }
+    report = {"shape": "qwen3-8b", "token_budget": 8192, "max_num_seqs": 256, "runs": {"4 colocated": run}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert check_file(ONE, tmp_path / "report.json", 0.001) == 0
+    run["seconds"]["update_actor"] *= 2
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert check_file(ONE, tmp_path / "report.json", 0.15) == 1
 
 
 def test_the_tables_name_every_model_and_count() -> None:

@@ -13,6 +13,7 @@ from vexact.training import OptimConfig
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.optim import offload as offload_module
 from vexact.training.optim.adamw import adamw_step
+from vexact.training.optim.host_memory import host_rows, pieces
 from vexact.training.optim.norm import total_norm
 from vexact.training.optim.offload import Parked
 from vexact.training.optim.optimizer import Optimizer
@@ -106,6 +107,62 @@ def test_moments_on_the_host_change_no_bit(device, piece, monkeypatch):
         results.append([*(w.detach().cpu() for w in weights), *(m.cpu() for m in itertools.chain(*state))])
     for resident, offloaded in zip(*results, strict=True):
         assert torch.equal(resident, offloaded)
+
+
+def test_a_restored_optimizer_begins_its_offloaded_moments_anew():
+    weight, frozen = Parameter(random(3, 4)), Parameter(random(5), requires_grad=False)
+    optimizer = Optimizer([weight, frozen], CONFIG, offload=True)
+    weight.grad = random(3, 4, seed=1)
+    optimizer.step(1.0)
+    first = optimizer.state_of(weight).exp_avg.clone()
+    optimizer.restore(frozen, random(5, seed=2), random(5, seed=3).abs(), 7)
+    assert torch.equal(optimizer.state_of(weight).exp_avg, first), "another's moments are not touched"
+    assert torch.equal(optimizer.state_of(frozen).exp_avg, random(5, seed=2))
+    optimizer.forget()
+    weight.grad = random(3, 4, seed=1)
+    optimizer.step(1.0)
+    assert torch.equal(optimizer.state_of(weight).exp_avg, first), "as after the first step"
+    assert optimizer.state_of(weight).num_steps == 1
+
+
+MIB = 1 << 20
+QUARTER_OF_30B = [
+    *[299 * MIB, 299 * MIB],  # embedding and head
+    *[size for _ in range(48) for size in (384 * MIB, 192 * MIB, 8 * MIB, MIB, MIB, 8 * MIB, 256 * 1024, 2048, 2048)],
+]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [1], [5, 0, 600, 512], [2050 * MIB], [9 << 30, 3], [700 * MIB] * 3, QUARTER_OF_30B]
+)
+def test_pieces_hold_every_tensor_once_and_waste_little(sizes):
+    found = pieces(sizes)
+    assert sorted(itertools.chain(*found)) == list(range(len(sizes)))
+    room = [-(-size // 512) * 512 for size in sizes]
+    filled = [sum(room[i] for i in piece) for piece in found]
+    assert all(
+        sum_ <= max(1 << 32, 1 << (max(room[i] for i in piece) - 1).bit_length())
+        for sum_, piece in zip(filled, found)
+        if sum_
+    )
+    taken = sum(
+        1 << max(0, sum_ - 1).bit_length() for sum_ in filled if sum_
+    )  # page-locked memory comes in powers of two
+    alone = sum(1 << max(0, size - 1).bit_length() for size in sizes if size)
+    assert taken <= max(alone, 512 * len(sizes))
+    if sizes is QUARTER_OF_30B:
+        assert taken < 1.03 * sum(sizes) < 0.8 * alone
+
+
+def test_tensors_share_host_memory_without_overlap():
+    like = [random(7, 3), torch.zeros(5, dtype=torch.bfloat16), random(0, 4), random(2, 300)]
+    rows = host_rows(like)
+    for number, each in enumerate(rows):
+        each.fill_(number)
+    for number, (each, source) in enumerate(zip(rows, like, strict=True)):
+        assert (each.shape, each.dtype, each.is_contiguous()) == (source.shape, source.dtype, True)
+        assert (each == number).all()
+    assert len({each.untyped_storage().data_ptr() for each in rows if each.numel()}) < 3
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vexact.training.optim.host_memory import host_memory
 from vexact.training.parallel.ranks import local
 
 _PIECE, _SLOTS = 1 << 23, 4
@@ -28,6 +29,7 @@ class Parked:
         """Parks the tensors at once, when enabled; otherwise does nothing, ever."""
         self._tensors, self._enabled, self._depth = list(tensors), enabled, 0
         self._waiting: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._hosts: list[Tensor] = []  # kept for the next time
         self._host_rows: list[Tensor] = []
         self._park()
 
@@ -57,16 +59,12 @@ class Parked:
             return
         rows = [local(tensor) for tensor in self._tensors]
         storages = {s.data_ptr(): s for s in (part.untyped_storage() for part in rows) if s.size()}
-        kept = [host for _, host in self._waiting]
-        self._waiting = []
-        for storage in storages.values():
-            host = next((buffer for buffer in kept if buffer.numel() == storage.size()), None)
-            if host is None:
-                host = torch.empty(storage.size(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-            else:
-                kept = [buffer for buffer in kept if buffer is not host]
+        if [storage.size() for storage in storages.values()] != [len(host) for host in self._hosts]:
+            pinned = any(storage.device.type == "cuda" for storage in storages.values())
+            self._hosts = host_memory([storage.size() for storage in storages.values()], pinned)
+        self._waiting = list(zip(storages.values(), self._hosts, strict=True))
+        for storage, host in self._waiting:
             host.copy_(_bytes(storage), non_blocking=True)
-            self._waiting.append((storage, host))
         by_address = {address: host for address, (_, host) in zip(storages, self._waiting, strict=True)}
         self._host_rows = [_view(part, by_address.get(part.untyped_storage().data_ptr())) for part in rows]
         on_gpu = any(part.is_cuda for part in rows)
@@ -109,12 +107,8 @@ def _view(rows: Tensor, host: Tensor | None) -> Tensor:
     """The bytes in ``host`` of a tensor's storage, seen as that tensor."""
     if host is None:
         return torch.empty_like(rows, device="cpu")
-    return host.view(rows.dtype).as_strided(rows.size(), rows.stride(), rows.storage_offset())
-
-
-def host_zeros(rows: Tensor) -> Tensor:
-    """Zeros like ``rows`` in host memory, pinned where a GPU will read them."""
-    return torch.zeros(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+    numbers = host.view(rows.dtype)
+    return numbers.as_strided(rows.size(), rows.stride(), numbers.storage_offset() + rows.storage_offset())
 
 
 def stream(group: Sequence[Flat], step: Callable[..., None]) -> list[Tensor]:

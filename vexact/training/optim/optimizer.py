@@ -14,8 +14,9 @@ from torch.nn import Parameter
 
 from vexact.training.config import OptimConfig
 from vexact.training.optim.adamw import adamw_step
+from vexact.training.optim.host_memory import host_rows
 from vexact.training.optim.norm import total_norm
-from vexact.training.optim.offload import host_zeros, stream
+from vexact.training.optim.offload import stream
 from vexact.training.parallel.ranks import Ranks, local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,6 +49,7 @@ class Optimizer:
         self.parameters: Sequence[Parameter] = [p for p in parameters if p.requires_grad]
         self._ranks = Ranks(None, self.parameters[0].device) if ranks is None else ranks
         self._moments: dict[Parameter, Moments] = {}
+        self._host: dict[Parameter, tuple[Tensor, Tensor]] = {}  # memory of offloaded moments
         self._seen: list[Tensor] = []  # extremes of the second moments that the last step has streamed
 
     def zero_grad(self) -> None:
@@ -104,7 +106,7 @@ class Optimizer:
 
     def restore(self, parameter: Parameter, exp_avg: Tensor, exp_avg_sq: Tensor, num_steps: int) -> None:
         """Takes copies of this rank's rows of the moments (any device), and the step count."""
-        moments = self._moments.setdefault(parameter, self._blank(parameter))
+        moments = self._begin(parameter)
         moments.exp_avg.copy_(exp_avg)
         moments.exp_avg_sq.copy_(exp_avg_sq)
         moments.num_steps = num_steps
@@ -120,9 +122,14 @@ class Optimizer:
         return self._moments[parameter]
 
     def _blank(self, parameter: Parameter) -> Moments:
-        rows = local(parameter)
-        make = host_zeros if self.offload else torch.zeros_like
-        return Moments(make(rows), make(rows))
+        if not self.offload:
+            return Moments(torch.zeros_like(local(parameter)), torch.zeros_like(local(parameter)))
+        if parameter not in self._host:  # for all at once, and for as long as there is an optimizer
+            new = [each for each in dict.fromkeys((*self.parameters, parameter)) if each not in self._host]
+            rows = host_rows([local(each) for each in new for _ in MOMENTS])
+            self._host |= dict(zip(new, zip(rows[::2], rows[1::2], strict=True), strict=True))
+        first, second = self._host[parameter]
+        return Moments(first.zero_(), second.zero_())
 
 
 def like(full: Tensor, parameter: Tensor) -> Tensor:

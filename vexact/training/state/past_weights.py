@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vexact.models import parameter_dtype
+from vexact.training.optim.host_memory import host_rows
 from vexact.training.parallel.ranks import local
 
 DEPTH = 2
@@ -53,10 +54,9 @@ class PastWeights:
 def _on_host(parts: list[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
     """Copies in host memory, cast where the parts are; a GPU's in pinned memory, which torch keeps for the next copies:
     a copy to new pageable memory takes seconds, most of them in page faults."""
-    held = []
-    for part, dtype in zip(parts, dtypes or [part.dtype for part in parts], strict=True):
-        host = torch.empty(part.shape, dtype=dtype, pin_memory=part.is_cuda)
-        held.append(host.copy_(part.to(dtype), non_blocking=True))
+    held = host_rows(parts, dtypes)
+    for host, part in zip(held, parts, strict=True):
+        host.copy_(part.to(host.dtype), non_blocking=True)
     for device in {part.device for part in parts if part.is_cuda}:
         torch.cuda.synchronize(device)
     return held

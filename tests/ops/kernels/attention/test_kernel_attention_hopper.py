@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gluon_emulator
 import pytest
 import torch
 from attention_inputs import Batch, make_batch, make_pages, relative_error
 from gluon_emulator import EmulatedKernel
-from hopper_inputs import LATENT, LENGTHS, WIDE, on_hopper, shorter, with_nan_behind
+from hopper_inputs import LATENT, LENGTHS, WIDE, compiles, on_hopper, shorter, with_nan_behind
 from torch import Tensor
 
 from vexact.ops.attention.reference import attention_reference
@@ -42,6 +43,7 @@ emulated = pytest.mark.skipif(
 )
 
 
+@compiles
 def test_compile_for_sm_90_without_serialised_products(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[4])}
@@ -64,7 +66,8 @@ def test_other_devices_and_heads_have_the_triton_kernels() -> None:
         device = torch.device("cuda")
         assert warp_specialised("forward", heads, device, True) == on_hopper()
         assert not warp_specialised("forward", heads, device, False)
-        assert warp_specialised("backward", heads, device) == (on_hopper() and "backward" in PROVEN)
+        proven = "backward" in PROVEN and launch.triton_release() in launch.PROVEN_RELEASES
+        assert warp_specialised("backward", heads, device) == (on_hopper() and proven)
         for dim, value_dim, element_bytes in ((128, 128, 4), (80, 80, 2), (256, 128, 2)):
             assert not warp_specialised("forward", HeadShape(16, 8, dim, value_dim, element_bytes), device, True)
 
@@ -72,6 +75,7 @@ def test_other_devices_and_heads_have_the_triton_kernels() -> None:
 def test_proven_kernels_take_batches_whose_tiles_are_filled_and_long(monkeypatch):
     heads, device = HeadShape(16, 8, 128, 128, 2), torch.device("cuda")
     monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch, "triton_release", lambda: (3, 6))
     large, small = Sizes(16384, 8, 2048, 2048, True), Sizes(16384, 256, 64, 64, True)
     monkeypatch.setattr(launch, "PROVEN", frozenset())
     assert not any(warp_specialised(kind, heads, device, None, large) for kind in ("forward", "backward", "paged"))
@@ -84,6 +88,22 @@ def test_proven_kernels_take_batches_whose_tiles_are_filled_and_long(monkeypatch
     assert not warp_specialised("paged", heads, device, None, large)
     monkeypatch.delitem(launch.LEAST_WORK, ("forward", 128))
     assert not warp_specialised("forward", heads, device, None, large)
+
+
+@pytest.mark.parametrize(
+    ("version", "unasked", "asked"),
+    [("3.6.0", True, True), ("3.7.1+git1", False, True), ("3.8.0", False, False), ("3.10.0", False, False)],
+)
+def test_a_release_with_another_gluon_has_the_triton_kernels(version, unasked, asked, monkeypatch):
+    """With 3.8 the forward does not compile, with 3.9 none does; with 3.7 no GPU has compared bits."""
+    monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch, "triton", SimpleNamespace(__version__=version))
+    monkeypatch.setattr(launch, "triton_release", launch.triton_release.__wrapped__)
+    heads, device = HeadShape(16, 8, 128, 128, 2), torch.device("cuda")
+    large = Sizes(16384, 8, 2048, 2048, True)
+    for kind in ("forward", "paged", "backward"):
+        assert warp_specialised(kind, heads, device, None, large) == unasked
+        assert warp_specialised(kind, heads, device, True, large) == asked
 
 
 def emulated_forward(batch: Batch, causal: bool) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from attention_inputs import Batch, make_batch, relative_error, same_bits
 from gluon_emulator import Barrier, EmulatedKernel, Machine, Memory, registers
+from hopper_inputs import compiles, on_a_hopper, with_nan_behind
 from torch import Tensor
 
 from vexact.ops.attention.reference import attention_reference
@@ -44,15 +45,12 @@ GPU_LENGTHS = LENGTHS | {
 }
 
 
-def on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
 def test_every_head_has_a_launch_configuration():
     heads = {(dim, value_dim) for _, dim, value_dim in WARP_SPECIALISED["backward"]}
     assert heads == set(QUERIES) == set(KEYS)
 
 
+@compiles
 def test_compile_for_sm_90_without_serialised_products(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[4])}
@@ -66,10 +64,6 @@ def test_compile_for_sm_90_without_serialised_products(tmp_path: Path) -> None:
         assert binary["spilled"] <= _SPILLS.get(binary["name"], 0), binary
         assert not binary["serialised"], binary
         assert not binary["specialised"], binary
-
-
-def with_nan_behind(rows: Tensor, count: int = 200) -> Tensor:
-    return torch.cat([rows, torch.full_like(rows[:1], float("nan")).expand(count, *rows.shape[1:])])
 
 
 def emulated(batch: Batch, causal: bool, walks: tuple[Walk, Walk] | None = None) -> tuple[list[Tensor], list[Tensor]]:
@@ -171,8 +165,7 @@ GPU_HEADS = [
 ]  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
+@on_a_hopper
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", GPU_LENGTHS)
 @pytest.mark.parametrize(("dims", "heads", "dtype"), GPU_HEADS)
@@ -183,8 +176,7 @@ def test_bits_are_those_of_the_triton_kernels(dims, heads, dtype, name, causal):
         assert same_bits(gradients_of(batch, causal, True), expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
+@on_a_hopper
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)])
 def test_rows_of_no_sequence_have_no_gradient_and_do_not_reach_others(dims):
     batch = make_batch([333, 95], [333, 95], heads=(4, 4), dims=dims)
@@ -195,8 +187,7 @@ def test_rows_of_no_sequence_have_no_gradient_and_do_not_reach_others(dims):
         assert not gradient[428:].any()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not on_hopper(), reason="these kernels are for sm_90")
+@on_a_hopper
 def test_heads_with_gaps_are_read_in_place():
     batch = make_batch([900, 77, 300], [900, 77, 300], heads=(4, 2), dims=(128, 128))
     expected = gradients_of(batch, True, False)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
+import triton
 from torch import Tensor
 
 from vexact.ops.attention.checks import check_heads, check_scale
@@ -79,6 +79,10 @@ WARP_SPECIALISED = {
 # The passes that take them unasked, of "forward" and "backward" over packed sequences and "paged" (the chunks of
 # prompts): those whose bits and speed have been compared on a GPU.
 PROVEN = frozenset({"forward", "backward", "paged"})
+# Releases of Triton that compile them, whose Gluon is experimental and changes, and those of them that the comparison
+# ran with, without which they are not taken unasked.
+GLUON_RELEASES = frozenset({(3, 6), (3, 7)})
+PROVEN_RELEASES = frozenset({(3, 6)})
 # By pass and head dimension, the work of an average tile (see `Batch.tile_work`) from which on nothing measured was
 # slower than the Triton kernels; `benchmarks/attention/specialised.py` prints these lines.
 LEAST_WORK: dict[tuple[str, int], float] = {
@@ -235,14 +239,18 @@ def warp_specialised(
 
     asked: whether they are wanted; if omitted, where they are PROVEN and the tiles of the `batch` have LEAST_WORK.
     """
+    releases = GLUON_RELEASES
     if asked is None:
         least = LEAST_WORK.get((kind, shape.dim))
         asked = kind in PROVEN and least is not None and (batch is None or batch.tile_work() >= least)
+        releases = PROVEN_RELEASES
     known = (shape.element_bytes, shape.dim, shape.value_dim) in WARP_SPECIALISED[kind]
-    return asked and known and device.type == "cuda" and capability(device) == (9, 0) and has_gluon()
+    here = device.type == "cuda" and capability(device) == (9, 0)
+    return asked and known and here and triton_release() in releases
 
 
 @cache
-def has_gluon() -> bool:
-    """Whether this Triton has the language of those kernels, which it calls experimental."""
-    return find_spec("triton.experimental.gluon") is not None
+def triton_release() -> tuple[int, int]:
+    """Major and minor number of the installed Triton."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -6,7 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from vexact.ops.kernels.attention.columns import Columns
 from vexact.ops.kernels.attention.hopper.merged import clear_run, close_chunk, finish_rows, part_width
-from vexact.ops.kernels.attention.hopper.shared import ONES, ROWS, STAGES, advance, read_description, visible_keys
+from vexact.ops.kernels.attention.hopper.shared import ONES, ROWS, STAGES, advance, visible_keys
+from vexact.ops.kernels.attention.hopper.tiles import consume_tiles
 from vexact.ops.kernels.attention.hopper.weights import (
     Weights,
     accumulator,
@@ -93,86 +94,90 @@ def skip_tiles(shared, stage, phase, count):
 
 
 @gluon.jit
+def consume_tile(
+    shared, tile, stage, phase, own_phase, q, ones, out, lse, run, c, PART: gl.constexpr,
+    NUM_HEADS: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, CHUNK: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, D_PAD: gl.constexpr, CAUSAL: gl.constexpr, RUN_SHARED: gl.constexpr,
+):  # fmt: skip
+    """Attention of part PART of one tile; see `consume_tiles`."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
+    out_layout: gl.constexpr = gl.SliceLayout(1, accumulator(part_width(DV)))
+    dtype: gl.constexpr = out.dtype.element_ty
+    q_len, kv_len = tile.length, tile.other_length
+    first = tile.first + PART * ROWS
+    row = first + gl.arange(0, ROWS, row_layout)
+    end = visible_keys(first, ROWS, q_len, kv_len, CAUSAL)
+    limit = gl.where(row < q_len, kv_len, 0)
+    full_end = kv_len // TILE_N * TILE_N
+    if CAUSAL:
+        shift = kv_len - q_len + 1
+        limit = gl.where(row < q_len, gl.maximum(row + shift, 0), 0)
+        full_end = gl.maximum(first + shift, 0) // TILE_N * TILE_N
+    m = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    total = gl.zeros([ROWS, ONES], gl.float32, accumulator(ONES))
+    acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
+    m_run = m
+    total_run = gl.zeros([ROWS], gl.float32, out_layout)
+    if CHUNK > 0:  # noqa: SIM102 - a compile-time branch
+        if end > CHUNK:
+            clear_run(shared, run, PART, DV, RUN_SHARED)
+    mbarrier.wait(shared.q_full.index(PART), own_phase)
+    if end > 0:
+        mbarrier.wait(shared.k_full.index(stage), phase)
+        s = start_scores(q, shared, stage, TILE_N, D, D_PAD)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(shared.k_empty.index(stage), count=1)
+        weights, m, alpha = weigh_tile(s, 0, limit, m, c, dtype, DV, BLOCK_N, TILE_N, True)
+        mbarrier.wait(shared.v_full.index(stage), phase)
+        middle = gl.maximum(gl.minimum(full_end, end), TILE_N)
+        for masked in gl.static_range(2):
+            low = TILE_N if masked == 0 else middle
+            high = middle if masked == 0 else end
+            for start in range(low, high, TILE_N):
+                v_stage = stage
+                stage, phase = advance(stage, phase, STAGES)
+                m_before = m
+                if CHUNK > 0:
+                    fresh = start % CHUNK == 0
+                    m_before = gl.where(fresh, float("-inf"), m)
+                weights, m_next, alpha, total, acc = fold_tile(
+                    q, shared, ones, stage, phase, v_stage, weights, start, limit, m_before, total, acc, c,
+                    D, DV, D_PAD, BLOCK_N, TILE_N, masked == 1,
+                )  # fmt: skip
+                if CHUNK > 0:  # noqa: SIM102
+                    if fresh:
+                        m_both, total_run = close_chunk(
+                            shared, run, m_run, total_run, m, total, acc, c, PART, DV, RUN_SHARED
+                        )
+                        m_run = gl.convert_layout(m_both, row_layout, assert_trivial=True)
+                        acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
+                        total = gl.zeros([ROWS, ONES], gl.float32, accumulator(ONES))
+                m = m_next
+                acc, total = rescale(acc, total, alpha, DV)
+        total, acc = add_tile(weights, shared.v.index(stage), ones, total, acc, BLOCK_N, TILE_N, DV)
+        mbarrier.arrive(shared.v_empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+    mbarrier.arrive(shared.q_empty.index(PART), count=1)
+    own_phase ^= 1
+    tile_end = visible_keys(tile.first, 2 * ROWS, q_len, kv_len, CAUSAL)
+    stage, phase = skip_tiles(shared, stage, phase, gl.cdiv(tile_end, TILE_N) - gl.cdiv(end, TILE_N))
+    finish_rows(
+        out, lse, shared, run, end > CHUNK, m_run, total_run, m, total, acc, c, tile.start, first, tile.head, q_len,
+        PART, NUM_HEADS, CHUNK, DV, RUN_SHARED,
+    )  # fmt: skip
+    return stage, phase, own_phase
+
+
+@gluon.jit
 def consume(
     shared, out, lse, run, c, PART: gl.constexpr,
     NUM_HEADS: gl.constexpr, BLOCK_N: gl.constexpr, TILE_N: gl.constexpr, CHUNK: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, D_PAD: gl.constexpr, CAUSAL: gl.constexpr, RUN_SHARED: gl.constexpr,
 ):  # fmt: skip
     """Attention of part PART (0 or 1) of every tile that the producer draws; arguments as in `forward.py`."""
-    row_layout: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_N))
-    out_layout: gl.constexpr = gl.SliceLayout(1, accumulator(part_width(DV)))
-    dtype: gl.constexpr = out.dtype.element_ty
     q = Columns(shared.q.index(PART), shared.q_rest.index(PART))
     ones = shared.ones.permute((1, 0))
-    stage, phase = 0, 0
-    slot, work_phase = 0, 0
-    q_phase = 0
-    more = True
-    while more:
-        q_start, q_len, kv_len, tile_first, head = read_description(
-            shared.work, shared.work_full, shared.work_empty, slot, work_phase
-        )
-        slot, work_phase = advance(slot, work_phase, 2)
-        more = q_start >= 0
-        if more:
-            first = tile_first + PART * ROWS
-            row = first + gl.arange(0, ROWS, row_layout)
-            end = visible_keys(first, ROWS, q_len, kv_len, CAUSAL)
-            limit = gl.where(row < q_len, kv_len, 0)
-            full_end = kv_len // TILE_N * TILE_N
-            if CAUSAL:
-                shift = kv_len - q_len + 1
-                limit = gl.where(row < q_len, gl.maximum(row + shift, 0), 0)
-                full_end = gl.maximum(first + shift, 0) // TILE_N * TILE_N
-            m = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-            total = gl.zeros([ROWS, ONES], gl.float32, accumulator(ONES))
-            acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
-            m_run = m
-            total_run = gl.zeros([ROWS], gl.float32, out_layout)
-            if CHUNK > 0:  # noqa: SIM102 - a compile-time branch
-                if end > CHUNK:
-                    clear_run(shared, run, PART, DV, RUN_SHARED)
-            mbarrier.wait(shared.q_full.index(PART), q_phase)
-            if end > 0:
-                mbarrier.wait(shared.k_full.index(stage), phase)
-                s = start_scores(q, shared, stage, TILE_N, D, D_PAD)
-                s = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(shared.k_empty.index(stage), count=1)
-                weights, m, alpha = weigh_tile(s, 0, limit, m, c, dtype, DV, BLOCK_N, TILE_N, True)
-                mbarrier.wait(shared.v_full.index(stage), phase)
-                middle = gl.maximum(gl.minimum(full_end, end), TILE_N)
-                for masked in gl.static_range(2):
-                    low = TILE_N if masked == 0 else middle
-                    high = middle if masked == 0 else end
-                    for start in range(low, high, TILE_N):
-                        v_stage = stage
-                        stage, phase = advance(stage, phase, STAGES)
-                        m_before = m
-                        if CHUNK > 0:
-                            fresh = start % CHUNK == 0
-                            m_before = gl.where(fresh, float("-inf"), m)
-                        weights, m_next, alpha, total, acc = fold_tile(
-                            q, shared, ones, stage, phase, v_stage, weights, start, limit, m_before, total, acc, c,
-                            D, DV, D_PAD, BLOCK_N, TILE_N, masked == 1,
-                        )  # fmt: skip
-                        if CHUNK > 0:  # noqa: SIM102
-                            if fresh:
-                                m_both, total_run = close_chunk(
-                                    shared, run, m_run, total_run, m, total, acc, c, PART, DV, RUN_SHARED
-                                )
-                                m_run = gl.convert_layout(m_both, row_layout, assert_trivial=True)
-                                acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
-                                total = gl.zeros([ROWS, ONES], gl.float32, accumulator(ONES))
-                        m = m_next
-                        acc, total = rescale(acc, total, alpha, DV)
-                total, acc = add_tile(weights, shared.v.index(stage), ones, total, acc, BLOCK_N, TILE_N, DV)
-                mbarrier.arrive(shared.v_empty.index(stage), count=1)
-                stage, phase = advance(stage, phase, STAGES)
-            mbarrier.arrive(shared.q_empty.index(PART), count=1)
-            q_phase ^= 1
-            tile_end = visible_keys(tile_first, 2 * ROWS, q_len, kv_len, CAUSAL)
-            stage, phase = skip_tiles(shared, stage, phase, gl.cdiv(tile_end, TILE_N) - gl.cdiv(end, TILE_N))
-            finish_rows(
-                out, lse, shared, run, end > CHUNK, m_run, total_run, m, total, acc, c, q_start, first, head, q_len,
-                PART, NUM_HEADS, CHUNK, DV, RUN_SHARED,
-            )  # fmt: skip
+    consume_tiles(
+        shared, consume_tile,
+        (q, ones, out, lse, run, c, PART, NUM_HEADS, BLOCK_N, TILE_N, CHUNK, D, DV, D_PAD, CAUSAL, RUN_SHARED),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ _zeros: dict[tuple[int, int], list[Tensor]] = {}
 
 
 def new_counter(device: torch.device) -> Tensor:
-    """An int32 zero on `device`, for one launch on its current stream.
+    """An int32 zero (1,) on `device`, for one launch on its current stream.
 
     A kernel that zeroes one costs the host as much as a launch, so zeros are made in blocks, and no zero is used twice:
     launches that overlap, on one stream or several, and one that is never finished leave the others alone. A block
@@ -30,4 +30,4 @@ def new_counter(device: torch.device) -> Tensor:
             return _zeros[place].pop()
         except (KeyError, IndexError):  # another thread may take all of a block before this one takes any
             block = torch.zeros((_AT_ONCE, _WORDS), dtype=torch.int32, device=device)
-            _zeros[place] = list(block.unbind())
+            _zeros[place] = list(block[:, :1].unbind())

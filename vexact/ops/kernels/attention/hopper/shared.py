@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from vexact.ops.kernels.attention import rows
 
 find_sequence = gluon.jit(rows.find_sequence.fn)
-unowned_rows = gluon.jit(rows.unowned_rows.fn)
 
 ROWS = gl.constexpr(64)  # query rows of a warp group: the height of a wgmma instruction
 STAGES = gl.constexpr(2)  # tiles of keys, and of values, that are held at a time
@@ -55,37 +54,6 @@ def work_ring():
     """Place for the descriptions of two tiles (2, FIELDS)."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     return gl.allocate_shared_memory(gl.int32, [2, FIELDS], layout)
-
-
-@gluon.jit
-def describe(work, full, empty, slot, phase, start, length, other_length, first, head):
-    """Hand the description of a tile to the consumers; a negative start says that there are no more."""
-    lane = gl.arange(0, FIELDS, gl.BlockedLayout([FIELDS], [32], [1], [0]))
-    value = gl.where(lane == 0, start, gl.where(lane == 1, length, gl.where(lane == 2, other_length, first)))
-    mbarrier.wait(empty.index(slot), phase)
-    work.index(slot).store(gl.where(lane == 4, head, value))
-    mbarrier.arrive(full.index(slot), count=1)
-    return advance(slot, phase, 2)
-
-
-@gluon.jit
-def read_field(description, index: gl.constexpr):
-    lane = gl.arange(0, FIELDS, gl.BlockedLayout([FIELDS], [32], [4], [0]))
-    return gl.sum(gl.where(lane == index, description, 0), 0)
-
-
-@gluon.jit
-def read_description(work, full, empty, slot, phase):
-    """The arguments of `describe`, in the consumers."""
-    mbarrier.wait(full.index(slot), phase)
-    description = work.index(slot).load(gl.BlockedLayout([FIELDS], [32], [4], [0]))
-    start = read_field(description, 0)
-    length = read_field(description, 1)
-    other_length = read_field(description, 2)
-    first = read_field(description, 3)
-    head = read_field(description, 4)
-    mbarrier.arrive(empty.index(slot), count=1)
-    return start, length, other_length, first, head
 
 
 @gluon.jit

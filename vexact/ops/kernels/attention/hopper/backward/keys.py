@@ -24,7 +24,8 @@ from vexact.ops.kernels.attention.hopper.loading import (
     load_pair,
     rest_width,
 )
-from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, barriers, describe, unowned_rows, work_ring
+from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, barriers, work_ring
+from vexact.ops.kernels.attention.hopper.tiles import Places, describe, produce_tiles
 
 
 class KeysShared(NamedTuple):
@@ -46,6 +47,50 @@ class KeysShared(NamedTuple):
 
 
 @gluon.jit
+def clear_tile(first, kv_head, dk, dv, num_keys, KV_HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr):
+    clear_rows(dk, first, num_keys, kv_head, KV_HEADS, D)
+    clear_rows(dv, first, num_keys, kv_head, KV_HEADS, DV)
+
+
+@gluon.jit
+def produce_tile(
+    shared, tile, kv_head, places, lane, own, other, lse, delta, cu_seqlens_q, cu_seqlens_k, num_rows, num_sequences,
+    GROUP: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Describe one tile and load its keys and values, and the rows that see them; see `produce_tiles`."""
+    stage, phase, slot, work_phase, own_phase, tail_phase = places
+    k_start, kv_len, q_start, q_len, first = find_tile(cu_seqlens_k, cu_seqlens_q, num_sequences, tile)
+    if first < kv_len:
+        slot, work_phase = describe(
+            shared.work, shared.work_full, shared.work_empty, slot, work_phase, k_start, kv_len, q_len, first, kv_head
+        )
+        load_own(
+            own, k_start + first, kv_head * STEP_K, kv_head * STEP_V, shared.own, shared.own_full,
+            shared.own_empty, own_phase, D, DV,
+        )  # fmt: skip
+        own_phase ^= 1
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            statistics = head.to(gl.int64) * num_rows + q_start
+            for start in range(first_row(first, q_len, kv_len, BLOCK, CAUSAL), q_len, BLOCK):
+                inside = start + lane < q_len
+                row_lse = gl.load(lse + statistics + start + lane, mask=inside, other=float("inf"))
+                row_delta = gl.load(delta + statistics + start + lane, mask=inside, other=0.0)
+                full = shared.full.index(stage)
+                mbarrier.wait(shared.empty.index(stage), phase)
+                tail_phase = load_pair(
+                    other, q_start + start, head * STEP_Q, head * DV, shared.other, stage, full, shared.tail,
+                    tail_phase, q_len - start, BLOCK, D, DV,
+                )  # fmt: skip
+                shared.minus_lse.index(stage).store(-row_lse)
+                shared.delta.index(stage).store(row_delta)
+                mbarrier.arrive(full, count=1)
+                stage, phase = advance(stage, phase, STAGES)
+    return Places(stage, phase, slot, work_phase, own_phase, tail_phase)
+
+
+@gluon.jit
 def produce(
     shared, own, other, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, counter,
     num_rows, num_keys, num_sequences, num_tiles,
@@ -54,51 +99,15 @@ def produce(
 ):  # fmt: skip
     """Draw tiles, the first keys of a sequence first: most rows see them. own, other: descriptors, as the tiles of
     `shared`."""
-    stage, phase = 0, 1
-    slot, work_phase = 0, 1
-    own_phase = 1
-    tail_phase = 0
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK // 32], [32], [1], [0])
-    lane = gl.arange(0, BLOCK, layout)
-    item = gl.program_id(0)
-    while item < num_tiles * KV_HEADS:
-        kv_head = item % KV_HEADS
-        tile = item // KV_HEADS
-        unowned = unowned_rows(cu_seqlens_k, num_sequences, tile, 2 * ROWS)
-        if unowned >= 0:
-            clear_rows(dk, unowned, num_keys, kv_head, KV_HEADS, D)
-            clear_rows(dv, unowned, num_keys, kv_head, KV_HEADS, DV)
-        else:
-            k_start, kv_len, q_start, q_len, first = find_tile(cu_seqlens_k, cu_seqlens_q, num_sequences, tile)
-            if first < kv_len:
-                slot, work_phase = describe(
-                    shared.work, shared.work_full, shared.work_empty, slot, work_phase,
-                    k_start, kv_len, q_len, first, kv_head,
-                )  # fmt: skip
-                load_own(
-                    own, k_start + first, kv_head * STEP_K, kv_head * STEP_V, shared.own, shared.own_full,
-                    shared.own_empty, own_phase, D, DV,
-                )  # fmt: skip
-                own_phase ^= 1
-                for member in range(GROUP):
-                    head = kv_head * GROUP + member
-                    statistics = head.to(gl.int64) * num_rows + q_start
-                    for start in range(first_row(first, q_len, kv_len, BLOCK, CAUSAL), q_len, BLOCK):
-                        inside = start + lane < q_len
-                        row_lse = gl.load(lse + statistics + start + lane, mask=inside, other=float("inf"))
-                        row_delta = gl.load(delta + statistics + start + lane, mask=inside, other=0.0)
-                        full = shared.full.index(stage)
-                        mbarrier.wait(shared.empty.index(stage), phase)
-                        tail_phase = load_pair(
-                            other, q_start + start, head * STEP_Q, head * DV, shared.other, stage, full, shared.tail,
-                            tail_phase, q_len - start, BLOCK, D, DV,
-                        )  # fmt: skip
-                        shared.minus_lse.index(stage).store(-row_lse)
-                        shared.delta.index(stage).store(row_delta)
-                        mbarrier.arrive(full, count=1)
-                        stage, phase = advance(stage, phase, STAGES)
-        item = gl.atomic_add(counter, 1) + gl.num_programs(0)
-    describe(shared.work, shared.work_full, shared.work_empty, slot, work_phase, -1, 0, 0, 0, 0)
+    lane = gl.arange(0, BLOCK, gl.BlockedLayout([BLOCK // 32], [32], [1], [0]))
+    produce_tiles(
+        shared, clear_tile, (dk, dv, num_keys, KV_HEADS, D, DV), produce_tile,
+        (
+            lane, own, other, lse, delta, cu_seqlens_q, cu_seqlens_k, num_rows, num_sequences,
+            GROUP, BLOCK, D, DV, CAUSAL, STEP_Q, STEP_K, STEP_V, STAGES,
+        ),
+        cu_seqlens_k, counter, num_sequences, num_tiles, KV_HEADS, False,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_keys", "num_sequences", "num_tiles"])

@@ -22,7 +22,8 @@ from vexact.ops.kernels.attention.hopper.backward.gradients import (
     zero_sums,
 )
 from vexact.ops.kernels.attention.hopper.loading import stage_of
-from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, read_description
+from vexact.ops.kernels.attention.hopper.shared import ROWS, advance
+from vexact.ops.kernels.attention.hopper.tiles import consume_tiles
 from vexact.ops.kernels.attention.hopper.weights import accumulator
 
 
@@ -111,6 +112,47 @@ def add_rows(
 
 
 @gluon.jit
+def consume_tile(
+    shared, tile, stage, phase, own_phase, k, v, dk, dv, c, scale, PART: gl.constexpr,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    CAUSAL: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Gradients of part PART of one tile; see `consume_tiles`."""
+    kv_len, q_len = tile.length, tile.other_length
+    first = tile.first + PART * ROWS
+    begin = first_row(first, q_len, kv_len, BLOCK, CAUSAL)
+    blocks = gl.where(first < kv_len, gl.cdiv(gl.maximum(q_len - begin, 0), BLOCK), 0)
+    tile_begin = first_row(tile.first, q_len, kv_len, BLOCK, CAUSAL)
+    skipped = gl.cdiv(gl.maximum(q_len - tile_begin, 0), BLOCK) - blocks
+    seen = Seen(begin, q_len, skipped, first, kv_len - q_len)
+    dk_acc = zero_sums(D)
+    dv_acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
+    mbarrier.wait(shared.own_full.index(PART), own_phase)
+    own_phase ^= 1
+    stage, phase = skip(shared, stage, phase, gl.where(blocks > 0, skipped, skipped * GROUP), STAGES)
+    if blocks > 0:
+        mbarrier.wait(shared.full.index(stage), phase)
+        s, minus_lse = start_rows(shared, k, stage, BLOCK, D)
+        dp = start_product(v, shared.other.narrow.index(stage), BLOCK)
+        x = exponents(warpgroup_mma_wait(1, deps=[s]), minus_lse[None, :], c)
+        start = begin
+        for _ in range(blocks * GROUP - 1):
+            x, dp, dk_acc, dv_acc, start, stage, phase = add_rows(
+                shared, k, v, x, dp, dk_acc, dv_acc, seen, start, stage, phase, c,
+                BLOCK, D, DV, CAUSAL, STAGES, AHEAD, True,
+            )  # fmt: skip
+        _, _, dk_acc, dv_acc, _, stage, phase = add_rows(
+            shared, k, v, x, dp, dk_acc, dv_acc, seen, start, stage, phase, c,
+            BLOCK, D, DV, CAUSAL, STAGES, AHEAD, False,
+        )  # fmt: skip
+    store_gradient(dk, k, dk_acc, scale, tile.start, first, tile.head, kv_len, KV_HEADS, D)
+    both = Columns(v, v), Columns(dv_acc, dv_acc)
+    store_gradient(dv, *both, 1.0, tile.start, first, tile.head, kv_len, KV_HEADS, DV)
+    mbarrier.arrive(shared.own_empty.index(PART), count=1)
+    return stage, phase, own_phase
+
+
+@gluon.jit
 def consume(
     shared, dk, dv, c, scale, PART: gl.constexpr,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
@@ -119,45 +161,7 @@ def consume(
     """Gradients of part PART (0 or 1) of every tile."""
     k = stage_of(shared.own.wide, PART, D)
     v = shared.own.narrow.index(PART)
-    stage, phase = 0, 0
-    slot, work_phase = 0, 0
-    own_phase = 0
-    more = True
-    while more:
-        k_start, kv_len, q_len, tile_first, kv_head = read_description(
-            shared.work, shared.work_full, shared.work_empty, slot, work_phase
-        )
-        slot, work_phase = advance(slot, work_phase, 2)
-        more = k_start >= 0
-        if more:
-            first = tile_first + PART * ROWS
-            begin = first_row(first, q_len, kv_len, BLOCK, CAUSAL)
-            blocks = gl.where(first < kv_len, gl.cdiv(gl.maximum(q_len - begin, 0), BLOCK), 0)
-            tile_begin = first_row(tile_first, q_len, kv_len, BLOCK, CAUSAL)
-            skipped = gl.cdiv(gl.maximum(q_len - tile_begin, 0), BLOCK) - blocks
-            seen = Seen(begin, q_len, skipped, first, kv_len - q_len)
-            dk_acc = zero_sums(D)
-            dv_acc = gl.zeros([ROWS, DV], gl.float32, accumulator(DV))
-            mbarrier.wait(shared.own_full.index(PART), own_phase)
-            own_phase ^= 1
-            stage, phase = skip(shared, stage, phase, gl.where(blocks > 0, skipped, skipped * GROUP), STAGES)
-            if blocks > 0:
-                mbarrier.wait(shared.full.index(stage), phase)
-                s, minus_lse = start_rows(shared, k, stage, BLOCK, D)
-                dp = start_product(v, shared.other.narrow.index(stage), BLOCK)
-                x = exponents(warpgroup_mma_wait(1, deps=[s]), minus_lse[None, :], c)
-                start = begin
-                for _ in range(blocks * GROUP - 1):
-                    x, dp, dk_acc, dv_acc, start, stage, phase = add_rows(
-                        shared, k, v, x, dp, dk_acc, dv_acc, seen, start, stage, phase, c,
-                        BLOCK, D, DV, CAUSAL, STAGES, AHEAD, True,
-                    )  # fmt: skip
-                _, _, dk_acc, dv_acc, _, stage, phase = add_rows(
-                    shared, k, v, x, dp, dk_acc, dv_acc, seen, start, stage, phase, c,
-                    BLOCK, D, DV, CAUSAL, STAGES, AHEAD, False,
-                )  # fmt: skip
-            store_gradient(dk, k, dk_acc, scale, k_start, first, kv_head, kv_len, KV_HEADS, D)
-            store_gradient(
-                dv, Columns(v, v), Columns(dv_acc, dv_acc), 1.0, k_start, first, kv_head, kv_len, KV_HEADS, DV
-            )
-            mbarrier.arrive(shared.own_empty.index(PART), count=1)
+    consume_tiles(
+        shared, consume_tile,
+        (k, v, dk, dv, c, scale, PART, KV_HEADS, GROUP, BLOCK, D, DV, CAUSAL, STAGES, AHEAD),
+    )  # fmt: skip

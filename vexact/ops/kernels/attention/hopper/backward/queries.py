@@ -20,15 +20,8 @@ from vexact.ops.kernels.attention.hopper.loading import (
     load_pair,
     rest_width,
 )
-from vexact.ops.kernels.attention.hopper.shared import (
-    ROWS,
-    advance,
-    barriers,
-    describe,
-    unowned_rows,
-    visible_keys,
-    work_ring,
-)
+from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, barriers, visible_keys, work_ring
+from vexact.ops.kernels.attention.hopper.tiles import Places, describe, produce_tiles
 
 
 class QueriesShared(NamedTuple):
@@ -47,44 +40,53 @@ class QueriesShared(NamedTuple):
 
 
 @gluon.jit
+def clear_tile(first, head, dq, num_rows, HEADS: gl.constexpr, D: gl.constexpr):
+    clear_rows(dq, first, num_rows, head, HEADS, D)
+
+
+@gluon.jit
+def produce_tile(
+    shared, tile, head, places, own, other, cu_seqlens_q, cu_seqlens_k, num_sequences,
+    GROUP: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Describe one tile and load its rows, and the keys and values that they see; see `produce_tiles`."""
+    stage, phase, slot, work_phase, own_phase, tail_phase = places
+    q_start, q_len, k_start, kv_len, first = find_tile(cu_seqlens_q, cu_seqlens_k, num_sequences, tile)
+    if first < q_len:
+        slot, work_phase = describe(
+            shared.work, shared.work_full, shared.work_empty, slot, work_phase, q_start, q_len, kv_len, first, head
+        )
+        load_own(
+            own, q_start + first, head * STEP_Q, head * DV, shared.own, shared.own_full, shared.own_empty,
+            own_phase, D, DV,
+        )  # fmt: skip
+        own_phase ^= 1
+        for start in range(0, visible_keys(first, 2 * ROWS, q_len, kv_len, CAUSAL), BLOCK):
+            mbarrier.wait(shared.empty.index(stage), phase)
+            tail_phase = load_pair(
+                other, k_start + start, head // GROUP * STEP_K, head // GROUP * STEP_V, shared.other, stage,
+                shared.full.index(stage), shared.tail, tail_phase, kv_len - start, BLOCK, D, DV,
+            )  # fmt: skip
+            stage, phase = advance(stage, phase, STAGES)
+    return Places(stage, phase, slot, work_phase, own_phase, tail_phase)
+
+
+@gluon.jit
 def produce(
     shared, own, other, dq, cu_seqlens_q, cu_seqlens_k, counter, num_rows, num_sequences, num_tiles,
     NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     CAUSAL: gl.constexpr, STEP_Q: gl.constexpr, STEP_K: gl.constexpr, STEP_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Draw tiles, the heaviest of a causal sequence first. own, other: descriptors, as the tiles of `shared`."""
-    stage, phase = 0, 1
-    slot, work_phase = 0, 1
-    own_phase = 1
-    tail_phase = 0
-    item = gl.program_id(0)
-    while item < num_tiles * NUM_HEADS:
-        head = item % NUM_HEADS
-        tile = num_tiles - 1 - item // NUM_HEADS
-        unowned = unowned_rows(cu_seqlens_q, num_sequences, tile, 2 * ROWS)
-        if unowned >= 0:
-            clear_rows(dq, unowned, num_rows, head, NUM_HEADS, D)
-        else:
-            q_start, q_len, k_start, kv_len, first = find_tile(cu_seqlens_q, cu_seqlens_k, num_sequences, tile)
-            if first < q_len:
-                slot, work_phase = describe(
-                    shared.work, shared.work_full, shared.work_empty, slot, work_phase,
-                    q_start, q_len, kv_len, first, head,
-                )  # fmt: skip
-                load_own(
-                    own, q_start + first, head * STEP_Q, head * DV, shared.own, shared.own_full, shared.own_empty,
-                    own_phase, D, DV,
-                )  # fmt: skip
-                own_phase ^= 1
-                for start in range(0, visible_keys(first, 2 * ROWS, q_len, kv_len, CAUSAL), BLOCK):
-                    mbarrier.wait(shared.empty.index(stage), phase)
-                    tail_phase = load_pair(
-                        other, k_start + start, head // GROUP * STEP_K, head // GROUP * STEP_V, shared.other, stage,
-                        shared.full.index(stage), shared.tail, tail_phase, kv_len - start, BLOCK, D, DV,
-                    )  # fmt: skip
-                    stage, phase = advance(stage, phase, STAGES)
-        item = gl.atomic_add(counter, 1) + gl.num_programs(0)
-    describe(shared.work, shared.work_full, shared.work_empty, slot, work_phase, -1, 0, 0, 0, 0)
+    produce_tiles(
+        shared, clear_tile, (dq, num_rows, NUM_HEADS, D), produce_tile,
+        (
+            own, other, cu_seqlens_q, cu_seqlens_k, num_sequences,
+            GROUP, BLOCK, D, DV, CAUSAL, STEP_Q, STEP_K, STEP_V, STAGES,
+        ),
+        cu_seqlens_q, counter, num_sequences, num_tiles, NUM_HEADS, True,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_sequences", "num_tiles"])

@@ -21,7 +21,8 @@ from vexact.ops.kernels.attention.hopper.backward.gradients import (
     zero_sums,
 )
 from vexact.ops.kernels.attention.hopper.loading import stage_of
-from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, read_description, visible_keys
+from vexact.ops.kernels.attention.hopper.shared import ROWS, advance, visible_keys
+from vexact.ops.kernels.attention.hopper.tiles import consume_tiles
 from vexact.ops.kernels.attention.hopper.weights import accumulator
 
 
@@ -72,60 +73,62 @@ def add_keys(
 
 
 @gluon.jit
+def consume_tile(
+    shared, tile, stage, phase, own_phase, q, do, dq, lse, delta, c, scale, num_rows, PART: gl.constexpr,
+    NUM_HEADS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Gradients of part PART of one tile; see `consume_tiles`."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK))
+    q_len, kv_len = tile.length, tile.other_length
+    first = tile.first + PART * ROWS
+    row = first + gl.arange(0, ROWS, row_layout)
+    limit = gl.where(row < q_len, kv_len, 0)
+    full_end = kv_len
+    if CAUSAL:
+        shift = kv_len - q_len + 1
+        limit = gl.where(row < q_len, gl.maximum(row + shift, 0), 0)
+        full_end = first + shift
+    statistics = tile.head.to(gl.int64) * num_rows + tile.start + row
+    row_lse = gl.load(lse + statistics, mask=row < q_len, other=float("inf"))
+    row_delta = gl.load(delta + statistics, mask=row < q_len, other=0.0)
+    rows = Rows(-row_lse, row_delta, limit, full_end)
+    acc = zero_sums(D)
+    steps = gl.cdiv(visible_keys(first, ROWS, q_len, kv_len, CAUSAL), BLOCK)
+    tile_steps = gl.cdiv(visible_keys(tile.first, 2 * ROWS, q_len, kv_len, CAUSAL), BLOCK)
+    mbarrier.wait(shared.own_full.index(PART), own_phase)
+    own_phase ^= 1
+    if steps > 0:
+        mbarrier.wait(shared.full.index(stage), phase)
+        s = start_scores(q, stage_of(shared.other.wide, stage, D), BLOCK, D)
+        dp = start_product(do, shared.other.narrow.index(stage), BLOCK)
+        x = exponents(warpgroup_mma_wait(1, deps=[s]), rows.minus_lse[:, None], c)
+        for step in range(0, steps - 1):
+            x, dp, acc, stage, phase = add_keys(
+                shared, q, do, rows, x, dp, acc, step * BLOCK, stage, phase, c, BLOCK, D, STAGES, AHEAD, True
+            )
+        _, _, acc, stage, phase = add_keys(
+            shared, q, do, rows, x, dp, acc, (steps - 1) * BLOCK, stage, phase, c, BLOCK, D, STAGES, AHEAD, False
+        )
+    for _skipped in range(tile_steps - steps):
+        mbarrier.wait(shared.full.index(stage), phase)
+        mbarrier.arrive(shared.empty.index(stage), count=1)
+        stage, phase = advance(stage, phase, STAGES)
+    store_gradient(dq, q, acc, scale, tile.start, first, tile.head, q_len, NUM_HEADS, D)
+    mbarrier.arrive(shared.own_empty.index(PART), count=1)
+    return stage, phase, own_phase
+
+
+@gluon.jit
 def consume(
     shared, dq, lse, delta, c, scale, num_rows, PART: gl.constexpr,
     NUM_HEADS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
     STAGES: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Gradients of part PART (0 or 1) of every tile."""
-    row_layout: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK))
     q = stage_of(shared.own.wide, PART, D)
     do = shared.own.narrow.index(PART)
-    stage, phase = 0, 0
-    slot, work_phase = 0, 0
-    own_phase = 0
-    more = True
-    while more:
-        q_start, q_len, kv_len, tile_first, head = read_description(
-            shared.work, shared.work_full, shared.work_empty, slot, work_phase
-        )
-        slot, work_phase = advance(slot, work_phase, 2)
-        more = q_start >= 0
-        if more:
-            first = tile_first + PART * ROWS
-            row = first + gl.arange(0, ROWS, row_layout)
-            limit = gl.where(row < q_len, kv_len, 0)
-            full_end = kv_len
-            if CAUSAL:
-                shift = kv_len - q_len + 1
-                limit = gl.where(row < q_len, gl.maximum(row + shift, 0), 0)
-                full_end = first + shift
-            statistics = head.to(gl.int64) * num_rows + q_start + row
-            row_lse = gl.load(lse + statistics, mask=row < q_len, other=float("inf"))
-            row_delta = gl.load(delta + statistics, mask=row < q_len, other=0.0)
-            rows = Rows(-row_lse, row_delta, limit, full_end)
-            acc = zero_sums(D)
-            steps = gl.cdiv(visible_keys(first, ROWS, q_len, kv_len, CAUSAL), BLOCK)
-            tile_steps = gl.cdiv(visible_keys(tile_first, 2 * ROWS, q_len, kv_len, CAUSAL), BLOCK)
-            mbarrier.wait(shared.own_full.index(PART), own_phase)
-            own_phase ^= 1
-            if steps > 0:
-                mbarrier.wait(shared.full.index(stage), phase)
-                s = start_scores(q, stage_of(shared.other.wide, stage, D), BLOCK, D)
-                dp = start_product(do, shared.other.narrow.index(stage), BLOCK)
-                x = exponents(warpgroup_mma_wait(1, deps=[s]), rows.minus_lse[:, None], c)
-                for step in range(0, steps - 1):
-                    x, dp, acc, stage, phase = add_keys(
-                        shared, q, do, rows, x, dp, acc, step * BLOCK, stage, phase, c,
-                        BLOCK, D, STAGES, AHEAD, True,
-                    )  # fmt: skip
-                _, _, acc, stage, phase = add_keys(
-                    shared, q, do, rows, x, dp, acc, (steps - 1) * BLOCK, stage, phase, c,
-                    BLOCK, D, STAGES, AHEAD, False,
-                )  # fmt: skip
-            for _skipped in range(tile_steps - steps):
-                mbarrier.wait(shared.full.index(stage), phase)
-                mbarrier.arrive(shared.empty.index(stage), count=1)
-                stage, phase = advance(stage, phase, STAGES)
-            store_gradient(dq, q, acc, scale, q_start, first, head, q_len, NUM_HEADS, D)
-            mbarrier.arrive(shared.own_empty.index(PART), count=1)
+    consume_tiles(
+        shared, consume_tile,
+        (q, do, dq, lse, delta, c, scale, num_rows, PART, NUM_HEADS, BLOCK, D, CAUSAL, STAGES, AHEAD),
+    )  # fmt: skip
