@@ -66,6 +66,8 @@ def attend_paged(**changed: Any) -> Any:
         (attend, {"cu_seqlens_q": longs(0, 2, 6)}, "cu_seqlens_q is torch.int64"),
         (attend, {"cu_seqlens_q": ints(0, 2, 6).view(1, 3)}, r"cu_seqlens_q is torch.int32 \(1, 3\)"),
         (attend, {"cu_seqlens_q": ints(1, 2, 6)}, "cu_seqlens_q starts with 1"),
+        (attend, {"cu_seqlens_q": ints(0, 0, 2, 0, 6, 0)[::2]}, "cu_seqlens_q has stride 2"),
+        (attend, {"cu_seqlens_k": ints(0).expand(3)}, "cu_seqlens_k has stride 0"),
         (attend, {"cu_seqlens_k": ints(0, 5, 4)}, "cu_seqlens_k decreases: sequence 1 has -1 rows"),
         (attend, {"cu_seqlens_q": ints(0, 2, 7)}, "cu_seqlens_q ends with 7, but there are only 6 rows"),
         (attend, {"cu_seqlens_k": ints(0, 2, 9)}, "cu_seqlens_k ends with 9"),
@@ -86,6 +88,7 @@ def attend_paged(**changed: Any) -> Any:
         (attend, {"softmax_scale": 0.0}, "softmax_scale is 0.0"),
         (attend, {"k": ZEROS(5, 4, 2, 16), "v": ZEROS(5, 4, 2, 16)}, "need a block_table"),
         (attend_paged, {"seqused_k": ints(2)}, r"seqused_k is torch.int32 \(1,\); cu_seqlens_q has 2 sequences"),
+        (attend_paged, {"seqused_k": ints(2).expand(2)}, "seqused_k has stride 0"),
         (attend_paged, {"seqused_k": longs(2, 7)}, "seqused_k is torch.int64"),
         (attend_paged, {"seqused_k": ints(2, 9)}, r"seqused_k\[1\] is 9; a row of block_table holds 0 to 8 keys"),
         (attend_paged, {"seqused_k": ints(-1, 7)}, r"seqused_k\[0\] is -1"),
@@ -137,7 +140,11 @@ def test_metadata_is_checked_when_it_is_made() -> None:
             PagedMetadata(**good | changed)
     q, k, metadata = ZEROS(1, 2, 8), ZEROS(1, 1, 8), PagedMetadata(**good)
     cache = ZEROS(1, 4, 1, 8), ZEROS(1, 4, 1, 8)
-    for pages, message in (((cache[0].half(), cache[1]), "keys are"), ((cache[0], ZEROS(1, 4, 1, 9)), "values are")):
+    for pages, message in (
+        ((cache[0].half(), cache[1]), "keys are"),
+        ((cache[0], ZEROS(1, 4, 1, 9)), "values are"),
+        ((cache[0], ZEROS(1, 4, 1, 16)[..., ::2]), "the cache of values has last stride 2"),
+    ):
         with pytest.raises(ValueError, match=message):
             attention(q, k, k, metadata, 1.0, pages)
     with pytest.raises(ValueError, match=r"slot_mapping holds 4, which is outside 0 \.\.\. 3"):

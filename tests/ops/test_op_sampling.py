@@ -127,3 +127,18 @@ def test_greedy_takes_the_first_maximum_and_reports_temperature_one():
     assert out.token_ids.item() == 1
     assert out.min_logit.item() == float("-inf")
     assert torch.equal(out.logprobs, token_logprobs(logits, out.token_ids, torch.ones(1), everything).logprobs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"temperature": torch.ones(1)}, r"temperature is \(1,\), expected \(3,\)"),
+        ({"top_k": torch.zeros(3, dtype=torch.int64)}, "top_k is torch.int64, expected torch.int32"),
+        ({"min_p": torch.zeros(3, dtype=torch.float64)}, "min_p is torch.float64, expected torch.float32"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed is"),
+        ({"position": torch.zeros(3, dtype=torch.int32)}, "position is torch.int32, expected torch.int64"),
+    ],
+)
+def test_a_parameter_that_is_not_one_number_a_row_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        sample(torch.zeros(3, 8), _params(3)._replace(**changed))

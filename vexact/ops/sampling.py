@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vexact.ops.checks import check_dims, check_per_row
 from vexact.ops.dispatch import backend
 
 
@@ -44,8 +45,14 @@ def sample(logits: Tensor, params: SamplingTensors) -> SampledTokens:
         logits: (B, V) fp32, unscaled.
 
     Raises:
-        ValueError: logits are not fp32.
+        ValueError: logits are not (B, V) fp32, or a parameter is not (B,) of its dtype.
     """
     if logits.dtype != torch.float32:
         raise ValueError(f"sample: logits are {logits.dtype}; they must stay fp32 (linear(..., out_dtype=fp32))")
-    return SampledTokens(*backend("sampling", logits).sample(logits, *params))
+    op = backend("sampling", logits)
+    check_dims("sample", 2, "(B, V)", logits=logits)
+    rows = logits.shape[0]
+    check_per_row("sample", rows, torch.float32, temperature=params.temperature, top_p=params.top_p, min_p=params.min_p)
+    check_per_row("sample", rows, torch.int32, top_k=params.top_k)
+    check_per_row("sample", rows, torch.int64, seed=params.seed, position=params.position)
+    return SampledTokens(*op.sample(logits, *params))

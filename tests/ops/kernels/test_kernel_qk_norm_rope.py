@@ -65,6 +65,21 @@ def test_rows_that_are_not_aligned_or_adjacent_are_copied() -> None:
         assert same_bits(one, other)
 
 
+@pytest.mark.parametrize("heads", range(1, 9))
+@pytest.mark.parametrize("head_dim", [4, 8, 12, 20, 64])
+def test_a_compiled_kernel_is_told_the_same_of_the_rows_wherever_they_lie(heads: int, head_dim: int) -> None:
+    """Whether 16 divides the stride decides the layout, and so the order of additions."""
+    own = torch.zeros(3, heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    for others in range(5):
+        wide = torch.zeros(3, heads + others, head_dim, dtype=torch.bfloat16, device=DEVICE)
+        for tokens in (1, 3):
+            read = kernel.readable(wide[:tokens, :heads])
+            assert (read.stride(0) % 16 == 0) == (own.stride(0) % 16 == 0)
+            assert read.stride()[1:] == own.stride()[1:]
+            if own.stride(0) % 16 == wide.stride(0) % 16 == 0:
+                assert read.data_ptr() == wide.data_ptr()  # the usual widths are not copied
+
+
 def test_a_position_outside_the_table_gives_nan() -> None:
     *given, positions, table = arguments(torch.float32, (2, 1), 32)
     positions[3], positions[5] = 100, -1

@@ -180,6 +180,26 @@ def test_the_last_admitted_is_preempted_and_finishes_later():
     engine.blocks.check_idle(engine.state.num_held_slots)
 
 
+def test_nothing_is_looked_up_while_no_page_can_be_had(monkeypatch):
+    h = Harness(pages=14, seqs=6)
+    prompt = range(40)  # ten full pages, which its siblings share; each needs one of its own
+    for index in range(5):
+        h.add(f"r{index}", prompt, max_tokens=6)
+    looked_up, match = [], h.scheduler._match
+    monkeypatch.setattr(h.scheduler, "_match", lambda request: looked_up.append(request) or match(request))
+    blocked = 0
+    while h.scheduler.has_unfinished:
+        looked_up.clear()
+        waiting, running = h.scheduler.num_waiting, h.scheduler.num_running
+        short = h.blocks.num_available <= running and waiting
+        h.run()
+        if short and h.scheduler.num_running <= running:
+            blocked += 1
+            assert not looked_up
+    assert blocked >= 3
+    assert len(h.finished) == 5
+
+
 def test_no_request_is_admitted_in_a_step_that_preempts():
     engine = Harness(pages=4, budget=16, seqs=3)
     engine.add("a", [1] * 4, max_tokens=8)

@@ -49,7 +49,8 @@ def check_pages(op: str, k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor]) 
     """Keys (T, Hkv, D) and values (T, Hkv, Dv) beside their pages (num_pages, page_size, Hkv, ...).
 
     Raises:
-        ValueError: heads, widths, dtypes or devices are not those of the cache.
+        ValueError: heads, widths, dtypes or devices are not those of the cache, or the numbers of a head have gaps
+            between them there.
     """
     for name, rows, pages in (("keys", k, kv_cache[0]), ("values", v, kv_cache[1])):
         if rows.shape[1:] != pages.shape[2:] or rows.dtype != pages.dtype or rows.device != pages.device:
@@ -57,6 +58,8 @@ def check_pages(op: str, k: Tensor, v: Tensor, kv_cache: tuple[Tensor, Tensor]) 
                 f"{op}: {name} are {rows.dtype} {tuple(rows.shape)} on {rows.device}, the cache {pages.dtype} "
                 f"{tuple(pages.shape)} on {pages.device}; heads, width, dtype and device must be the same"
             )
+        if pages.stride(-1) != 1 and pages.shape[-1] > 1:
+            raise ValueError(f"{op}: the cache of {name} has last stride {pages.stride(-1)}; it must be 1")
 
 
 def check_scale(softmax_scale: float) -> None:
@@ -72,12 +75,13 @@ def check_ends(name: str, ends: Tensor, like: Tensor | None = None) -> None:
     """Cumulative lengths: (B + 1,) int32, where ``like``, (B + 1,), says how many.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, or gaps between the numbers.
     """
     if ends.dim() != 1 or ends.shape[0] == 0 or ends.dtype != torch.int32:
         raise ValueError(
             f"{name} is {ends.dtype} {tuple(ends.shape)}; expected int32 (sequences + 1,), starting with 0"
         )
+    _check_dense(name, ends)
     if like is not None and ends.shape != like.shape:
         raise ValueError(
             f"cu_seqlens_q has {like.shape[0] - 1} sequences but {name} has {ends.shape[0] - 1}; they must be as many"
@@ -88,7 +92,7 @@ def check_counts(name: str, counts: Tensor, cu_seqlens_q: Tensor) -> None:
     """Keys per sequence: (B,) int32.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, or gaps between the numbers.
     """
     batch = cu_seqlens_q.shape[0] - 1
     if counts.shape != (batch,) or counts.dtype != torch.int32:
@@ -96,6 +100,12 @@ def check_counts(name: str, counts: Tensor, cu_seqlens_q: Tensor) -> None:
             f"{name} is {counts.dtype} {tuple(counts.shape)}; cu_seqlens_q has {batch} sequences: expected int32 "
             f"({batch},)"
         )
+    _check_dense(name, counts)
+
+
+def _check_dense(name: str, numbers: Tensor) -> None:
+    if not numbers.is_contiguous():
+        raise ValueError(f"{name} has stride {numbers.stride(0)}; call .contiguous()")
 
 
 def check_table(block_table: Tensor, cu_seqlens_q: Tensor) -> None:

@@ -184,6 +184,7 @@ def token_logprobs(
     z = logit * inv_temperature and the kept set is {logit >= min_logit} and the token itself; nats.
     """
     rows, vocabulary = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     states = empty_states(rows, vocabulary, logits.device)
     blocks = states.shape[2]
     if rows:

@@ -88,7 +88,7 @@ def forward(
         Contiguous q' and k' of the input dtype, and the rstd of their heads, (T, Hq) and (T, Hkv) fp32.
     """
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
-    q, k = readable(q), readable(k)
+    q, k, q_weight, k_weight = readable(q), readable(k), q_weight.contiguous(), k_weight.contiguous()
     outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     rstds = [torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for x in (q, k)]
     tensors = q, k, q_weight, k_weight, positions.contiguous(), cos_sin.contiguous(), *outputs, *rstds
@@ -113,8 +113,10 @@ def forward(
 def readable(x: Tensor) -> Tensor:
     """``x`` (T, heads, D) with one token's heads adjacent and aligned in memory; copies only if they are not.
 
-    Triton compiles another layout, and so another order of additions, for rows that are not 16-byte aligned.
+    Triton compiles another layout, and so another order of additions, for addresses and strides that 16 does not
+    divide. So rows lie as in a tensor of their own wherever 16 does not divide the width of these.
     """
     x = packed_heads(x)
-    aligned = (x.stride(0) % 16 == 0 or x.is_contiguous()) and x.data_ptr() % 16 == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    stride, width = x.stride(0), x.shape[1] * x.shape[2]
+    alike = stride == width or stride % 16 == 0 == width % 16
+    return x if alike and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -187,7 +187,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tenso
         dx (M, D) in the dtype of ``x``; dweight (D,) in the dtype of ``weight``.
     """
     num_rows, width = x.shape
-    dy, x, weight = _aligned(dy), _aligned(x), _aligned(weight)
+    dy, x, weight = _aligned(dy), _aligned(x), _aligned(weight.contiguous())
     rows_per_block = row_block(num_rows, width)
     num_blocks = cdiv(num_rows, rows_per_block)
     dx, dweight = torch.empty_like(x), torch.empty_like(weight)
@@ -220,7 +220,7 @@ def _launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float
 ) -> Tensor:
     num_rows, width = x.shape
-    weight = _aligned(weight)
+    weight = _aligned(weight.contiguous())
     rstd = x.new_empty(num_rows, dtype=torch.float32)
 
     def call() -> Call:

@@ -109,8 +109,8 @@ def forward(
     out = q.new_empty(q.shape)
     if num_tokens == 0:
         return out
-    shared = positions.contiguous(), cos_sin.contiguous(), slot_mapping, out, k_cache, v_cache
-    weights = () if q_weight is None or k_weight is None else (q_weight, k_weight)
+    shared = positions.contiguous(), cos_sin.contiguous(), slot_mapping.contiguous(), out, k_cache, v_cache
+    weights = () if q_weight is None or k_weight is None else (q_weight.contiguous(), k_weight.contiguous())
     strides = q.stride(0), k.stride(0), v.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2]
     page_size, num_positions = k_cache.shape[1], cos_sin.shape[0]
 

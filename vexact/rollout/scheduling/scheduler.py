@@ -90,7 +90,7 @@ class Scheduler:
             return None
         self._grow_all(short)
         running = self._take_budget(self._unfilled() if preempts else slots)
-        if preempts or not self._waiting or not self._state.num_free_slots:
+        if preempts or not self._waiting or not self._state.num_free_slots or not self._has_spare_page():
             return running
         return self._admit(running)
 
@@ -171,7 +171,7 @@ class Scheduler:
         in_progress = self._keys_in_progress(running)
         deferred: list[Request] = []
         admitted: list[tuple[int, int]] = []
-        while self._waiting and budget > 0 and self._state.num_free_slots > len(deferred):
+        while self._waiting and budget > 0 and self._state.num_free_slots > len(deferred) and self._has_spare_page():
             request = self._waiting[0]
             prefix = self._match(request)
             if self._next_key(request, len(prefix)) in in_progress:
@@ -231,6 +231,11 @@ class Scheduler:
         for slot, first, last in zip(*(array[filling].tolist() for array in (running.slots, start, stop))):
             keys.update(self._chunk_keys(self._state.request(slot), first, last))
         return keys
+
+    def _has_spare_page(self) -> bool:
+        """Whether ``_fits`` could be true of any request: the last known token of each is in a page of its own. Asked
+        first, because looking a long prompt up takes longer than the rest of a step's schedule."""
+        return self._blocks.num_available > len(self._running)
 
     def _fits(self, request: Request, prefix: list[CachedPage]) -> bool:
         """Whether all its known tokens get pages now, and every running request could still cross a page edge."""

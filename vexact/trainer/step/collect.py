@@ -80,7 +80,7 @@ class Collector:
                     f"that differ in {settings.metric or 'score'}; the data is too easy or too hard for this model, or "
                     f"raise algorithm.filter_groups.max_num_gen_batches={num_batches} (0 never gives up)"
                 )
-            if num_batches == MANY_BATCHES and settings.max_num_gen_batches == 0:
+            if num_batches == MANY_BATCHES and settings.max_num_gen_batches <= 0:
                 self._warn_of_search(step, len(kept), wanted)
             groups = self._batch(step, num_batches, self.workers.order.take(cursor, wanted))
             cursor, num_batches = cursor + wanted, num_batches + 1

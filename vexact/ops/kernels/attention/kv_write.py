@@ -47,8 +47,9 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """Copy row t of k and v to slot `slot_mapping[t]` of the caches; a negative slot is skipped.
 
     Args:
-        k: (T, Hkv, D). v: (T, Hkv, Dv); the last dimension is contiguous.
-        k_cache: (num_pages, page_size, Hkv, D). v_cache: (num_pages, page_size, Hkv, Dv).
+        k: (T, Hkv, D). v: (T, Hkv, Dv); read in place if the last dimension is contiguous.
+        k_cache: (num_pages, page_size, Hkv, D). v_cache: (num_pages, page_size, Hkv, Dv); the last dimension is
+            contiguous.
         slot_mapping: (T,) int64, page * page_size + offset; distinct where not negative.
 
     Raises:
@@ -62,7 +63,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     num_rows, num_heads, dim = k.shape
     if num_rows == 0:
         return
-    tensors = k, v, k_cache, v_cache, slot_mapping
+    k, v = (rows if rows.stride(2) == 1 else rows.contiguous() for rows in (k, v))
+    tensors = k, v, k_cache, v_cache, slot_mapping.contiguous()
     strides = *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]
     page_size, value_dim = k_cache.shape[1], v.shape[2]
     _launches(

@@ -22,6 +22,7 @@ _launches = Launches()
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """x (M, K), weight (N, K) of any strides, bias (N,) or None -> (M, N): fp32 sums, rounded once to ``out_dtype``."""
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+    bias = None if bias is None else bias.contiguous()
     return matmul(x, weight, out, layout="forward", bias=bias)
 
 

@@ -138,14 +138,15 @@ def sample(
     uses no filter costs nothing in the threshold kernel.
 
     Args:
-        logits: (B, V) fp32 contiguous. temperature, top_p, min_p: (B,) fp32, temperature 0 = greedy, top_p >= 1 and
+        logits: (B, V) fp32. temperature, top_p, min_p: (B,) fp32, temperature 0 = greedy, top_p >= 1 and
             min_p <= 0 = off. top_k: (B,) int32, <= 0 = off. seed, position: (B,) int64.
 
     Returns:
         token_ids (B,) int64, logprobs (B,) fp32, min_logit (B,) fp32 (-inf keeps every token).
     """
-    logits = logits.contiguous()
-    inv_temperature, min_logit = thresholds(logits, temperature, top_k, top_p, min_p)
+    logits, temperature, seed, position = (x.contiguous() for x in (logits, temperature, seed, position))
+    filters = top_k.contiguous(), top_p.contiguous(), min_p.contiguous()
+    inv_temperature, min_logit = thresholds(logits, temperature, *filters)
     token_ids = draw(logits, temperature, inv_temperature, min_logit, seed, position)
     logprobs, _, _ = token_logprobs(logits, token_ids, inv_temperature, min_logit)
     return token_ids, logprobs, min_logit
@@ -159,7 +160,10 @@ def draw(
     seed: Tensor,
     position: Tensor,
 ) -> Tensor:
-    """Token ids (B,) int64: the largest of z + Gumbel noise over {logit >= min_logit}, or of the logits if greedy."""
+    """Token ids (B,) int64: the largest of z + Gumbel noise over {logit >= min_logit}, or of the logits if greedy.
+
+    Every tensor is contiguous.
+    """
     num_rows, vocab_size = logits.shape
     num_chunks = cdiv(vocab_size, DRAW_CONFIG["CHUNK"])
     best_score = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)

@@ -336,7 +336,10 @@ def _threshold_kernel(
 def thresholds(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Per row 1 / temperature (1 if greedy, IEEE division) and the smallest kept logit (-inf without filters)."""
+    """Per row 1 / temperature (1 if greedy, IEEE division) and the smallest kept logit (-inf without filters).
+
+    Every tensor is contiguous.
+    """
     num_rows, vocab_size = logits.shape
     block, rounds = THRESHOLD_CONFIG["BLOCK"], THRESHOLD_CONFIG["ROUNDS"]
     if vocab_size > _MAX_BLOCKS * block:
