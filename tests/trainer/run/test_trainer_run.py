@@ -270,7 +270,7 @@ def test_dynamic_sampling_looks_at_the_penalised_reward_under_verls_names(overri
     assert metrics()[0]["critic/rewards/min"] < metrics()[0]["critic/rewards/max"]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(0, 1), (30, 0)])
+@pytest.mark.parametrize(("limit", "expected"), [(-1, 1), (30, 0)])
 def test_dynamic_sampling_without_a_limit_warns_once_when_it_searches(overrides, caplog, tmp_path, limit, expected):
     (tmp_path / "rare.py").write_text(
         "calls = 0\n"

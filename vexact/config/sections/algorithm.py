@@ -36,7 +36,9 @@ class FilterGroups:
         refused={"seq_final_reward": "the KL term of rewards is computed after groups are chosen; use reward"},
         aliases={"seq_reward": "reward"},
     )
-    max_num_gen_batches: int = opt(0, "Give up after so many generation batches per step; 0 or -1 never gives up.", ge=-1)
+    max_num_gen_batches: int = opt(
+        0, "Give up after so many generation batches per step; 0 or -1 never gives up.", ge=-1
+    )
 
 
 @dataclass(frozen=True)
