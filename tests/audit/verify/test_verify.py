@@ -255,7 +255,7 @@ def test_a_sampler_that_draws_otherwise_fails_although_every_log_probability_is_
     def shifted(logits, params):
         ((name, by),) = change.items()
         values = getattr(params, name)
-        wrong = sampler.sample_as_it_is(logits, params._replace(**{name: values + by * (values > 0)}))
+        wrong = sampler.sample_as_it_is(logits, params._replace(**{name: values + by * (values > 0).to(values.dtype)}))
         right = wrong.logprobs
         if name == "temperature":
             inverse = torch.where(params.temperature > 0, 1 / params.temperature, 1.0)
