@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "plugins": set(),
     "ops": set(),
     "algorithms": set(),
-    "models": {"ops"},
+    "models": {"device", "ops"},
     "swaps": {"ops"},
     "config": LEAVES | {"plugins"},
     "data": {"types", "interrupt"},

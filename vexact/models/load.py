@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vexact.device import usable_device
 from vexact.models.checkpoint import CheckpointReader, Shape, write_checkpoint
 from vexact.models.checkpoint.values import all_finite, refuse_values
 from vexact.models.config import ModelConfig
@@ -38,7 +39,7 @@ def load_model(
     Raises:
         FileNotFoundError: no such directory, no config, or no weights in it.
         ValueError: a damaged file or config, an unsupported architecture, tensors missing, left over or of another
-            shape, values that are not finite or not so in ``dtype``. The message names file and tensor or key.
+            shape, values that are not finite or not so in ``dtype``, a device that is not there. The message names it.
     """
     return load_parts(path, lambda model: None, whole, dtype=dtype, device=device, ops=ops, attn_impl=attn_impl)
 
@@ -64,6 +65,7 @@ def load_parts(
         shard: divides the model in place while it is still on the meta device.
         own: for a parameter, the tensor that holds the rows kept here, and the index of the first.
     """
+    device = usable_device(device)
     config = ModelConfig.from_hf_dir(path)
     model = _meta_model(config, dtype, ops, attn_impl)
     with CheckpointReader(path) as reader, torch.no_grad():
@@ -85,7 +87,7 @@ def random_model(
     attn_impl: str = "triton-invariant",
 ) -> CausalLM:
     """A model with seeded N(0, initializer_range) weights, unit norms and zero biases; equal on every device."""
-    model = _allocate(_meta_model(config, dtype, ops, attn_impl), device)
+    model = _allocate(_meta_model(config, dtype, ops, attn_impl), usable_device(device))
     std = float(config.raw.get("initializer_range", 0.02))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
