@@ -28,8 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults.kills import STEPS, Outcome, Runs, adopt_orphans, survivors
-from benchmarks.shared.family import descendants
 from vexact.report.sinks.jsonl import read_metrics
+from vexact.reward.sandbox.tree import descendants, kill_all
 from vexact.trainer.checkpoint import load_checkpoint
 
 STAGE_S = 6.0  # trainer.worker_timeout_s
@@ -97,9 +97,7 @@ class RankRuns(Runs):
             targets += ["rank, stopped"] * 3
         target = random.choice(targets)
         if target == "everything":
-            for pid in [process.pid, *family]:
-                with suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+            kill_all([process.pid, *family])
         victim = random.choice(workers) if target.startswith("rank") else process.pid
         if target == "rank, stopped":
             victim = max(workers)  # not rank 0 of torchrun, the driver

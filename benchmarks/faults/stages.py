@@ -15,14 +15,12 @@ import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +36,7 @@ from benchmarks.shared.options import out_file
 from benchmarks.trainer.digests import of_checkpoint
 from benchmarks.trainer.grpo_run import ACTOR, ROLLOUT, SHAPES, inputs, visible_gpus
 from vexact.report.sinks.jsonl import read_metrics
+from vexact.reward.sandbox.tree import kill_all
 
 STEPS, LOST_IN = 4, 3
 MARK = "VEXACT_FAULT_RUN"
@@ -79,9 +78,7 @@ class Trial:
                 code = None
             ended, left = time.time(), _left(mark)
             end_family(process)
-        for pid in left:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(left)
         return Ended(code, log.read_text(errors="replace"), left, ended)
 
     def undisturbed(self, layout: Layout) -> dict[str, str]:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-
-def descendants(pid: int) -> list[int]:
-    """Process ids, of children before theirs."""
-    found = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *descendants(child)]
-    return found
+from vexact.reward.sandbox.tree import descendants, kill_all
 
 
 def end_family(process: subprocess.Popen) -> None:
     """Kills a process and all that descends from it: a rank that a dead launcher leaves behind would keep its GPU."""
     members = descendants(process.pid)
     process.kill()
-    for pid in members:
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    kill_all(members)
     process.wait()
 
 

@@ -16,10 +16,11 @@ from benchmarks.faults import lose_rank
 from benchmarks.multi_gpu.layouts import Layout
 from benchmarks.multi_gpu.offload import least_offload
 from benchmarks.multi_gpu.steps import efficiency, problems
-from benchmarks.shared.family import descendants, end_family, marked
+from benchmarks.shared.family import end_family, marked
 from benchmarks.trainer import grpo_run
 from vexact.config.memory import Machine
 from vexact.prepare.shapes import SHAPES
+from vexact.reward.sandbox.tree import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -127,11 +127,12 @@ def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, 
     settings = [(key, value) for key, value in settings if value is not None or not _is_unset(key)]
     literal: dict[str, Any] = {}
     for key, value in settings:
-        literal.pop(here(key), None)
+        ours = here(key)
+        literal.pop(ours, None)
         if takes_text(hints.get(key, UNSET)) and is_literal(value):
-            literal[here(key)] = value
+            literal[ours] = value
         else:
-            _put(tree, here(key), value)
+            _put(tree, ours, value)
     try:
         plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:

@@ -130,7 +130,7 @@ def require_metric(config: Config, scores: Sequence[Score]) -> None:
     """Raises ValueError when dynamic sampling looks at a key that the reward does not return."""
     if config.algorithm.filter_groups.enable:
         for score in scores:
-            filter_metric(config, score)
+            filter_metric(config, score, 0)
 
 
 def grade_rows(prompts: Sequence[Prompt], rewards: RewardPool) -> tuple[list[Score], list[Score]]:

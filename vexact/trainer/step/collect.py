@@ -120,7 +120,10 @@ class Collector:
         return _Batch(prompts, [f"step{step}-{number * len(rows) + i}-row{row}" for i, row in enumerate(rows)])
 
     def _informative(self, groups: list[SampleGroup]) -> list[SampleGroup]:
-        values = [[filter_metric(self.config, *pair) for pair in zip(group.scores, group.samples)] for group in groups]
+        values = [
+            [filter_metric(self.config, score, len(s.token_ids)) for score, s in zip(group.scores, group.samples)]
+            for group in groups
+        ]
         return [groups[i] for i in informative_groups(values)]
 
 
@@ -150,8 +153,8 @@ def score_groups(workers: Workers, groups: Sequence[SampleGroup]) -> list[Sample
     return [SampleGroup(group.prompt, group.samples, tuple(next(scores) for _ in group.samples)) for group in groups]
 
 
-def filter_metric(config: Config, score: Score, sample: Sample | None = None) -> float:
-    """What dynamic sampling looks at in a score, of a response without tokens if there is no sample.
+def filter_metric(config: Config, score: Score, num_tokens: int) -> float:
+    """What dynamic sampling looks at in the score of a response of so many tokens.
 
     Raises ValueError when the reward returned no such key.
     """
@@ -159,8 +162,7 @@ def filter_metric(config: Config, score: Score, sample: Sample | None = None) ->
     if name == "score":
         return score.value
     if name == "reward":
-        length = 0 if sample is None else len(sample.token_ids)
-        return score.value + float(overlong_penalties(config, torch.tensor([length])))
+        return score.value + float(overlong_penalties(config, torch.tensor([num_tokens])))
     if name not in score.extra and score.status == "ok":
         known = ", ".join(["score", "reward", *score.extra])
         raise ValueError(f"algorithm.filter_groups.metric={name}: the reward returned no such key, only {known}")
