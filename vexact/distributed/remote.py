@@ -77,6 +77,7 @@ class RemoteGroup(WorkerGroup):
         self.infos = channel.infos
         self._channel, self._timeout_s = channel, timeout_s
         self._open: dict[int, _Open] = {}
+        self._last: dict[int, str] = {}  # of each rank, the stage that was sent to it last
         self._next = 0
         self._failure: Exception | None = None
         self._is_closed = False
@@ -147,6 +148,7 @@ class RemoteGroup(WorkerGroup):
         if ranks:
             self._channel.send(ticket, ranks, calls)
             self._open[ticket] = opened
+            self._last |= dict.fromkeys(ranks, opened.stage)
         return _Answer(self, opened)
 
     def _look(self, wait_s: float = 0.0) -> None:
@@ -187,7 +189,9 @@ class RemoteGroup(WorkerGroup):
         return failures
 
     def _stage_of(self, rank: int) -> str:
-        return next((opened.stage for opened in self._open.values() if rank in opened.missing()), "an idle moment")
+        """What the rank was asked for when it failed by itself, as far as that can be known from here."""
+        idle = f"an idle moment after {self._last[rank]}" if rank in self._last else "an idle moment"
+        return next((opened.stage for opened in self._open.values() if rank in opened.missing()), idle)
 
     def _explain(self, failures: list[tuple[Failure, str]]) -> Exception:
         """The one exception for all failures that belong together, after waiting for the cause if it is not among
