@@ -80,6 +80,22 @@ def test_scores_come_back_in_order(spec):
     assert {score.status for score in scores} == {"ok"}
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_grader_does_to_its_arguments_ends_with_the_call(tmp_path, num_workers):
+    path = tmp_path / "grader.py"
+    path.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info, seen):\n"
+        "    for held in (ground_truth, extra_info['seen'], seen):\n"
+        "        held.append(solution_str)\n"
+        "    return len(ground_truth) + len(extra_info['seen']) + len(seen)\n"
+    )
+    truth, extra = ["1"], {"seen": []}  # as the samples of a prompt have them: one object
+    requests = [GradeRequest("mine", str(i), truth, extra) for i in range(8)]
+    with RewardPool(num_workers, RewardSpec(str(path), kwargs={"seen": []})) as pool:
+        assert [score.value for score in pool.score(requests) + pool.score(requests)] == [4.0] * 16
+    assert (truth, extra) == (["1"], {"seen": []})
+
+
 def test_bad_graders_cost_one_sample_each(spec, caplog):
     solutions = ["1", "raise", "2", "nan", "3", "exit", "4", "crash", "5", "hang", "6", "raise", "7", "hang in C", "8"]
     with RewardPool(2, spec, timeout_s=0.5) as pool:

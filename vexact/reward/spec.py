@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +81,12 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
 
 
 def call(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]) -> Outcome:
-    """Call the function as verl does and interpret what it returns; raises whatever it raises."""
+    """Call the function as verl does and interpret what it returns; raises whatever it raises.
+
+    What it changes in its arguments ends with the call: the samples of a prompt share them.
+    """
     data_source, solution, truth, extra_info, _ = request
+    truth, extra_info, kwargs = deepcopy((truth, extra_info, kwargs))
     result = function(
         data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=extra_info, **kwargs
     )
