@@ -61,7 +61,11 @@ def base(tmp_path: Path) -> list[str]:
         ([f"{ROLLOUT}.num_pages=15"], "set it to at least 16"),
         ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
         ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),
-        ([f"{ROLLOUT}.dtype=bf16"], "differ, so no log-probability can agree"),
+        ([f"{ROLLOUT}.dtype=bf16", f"{ACTOR}.fsdp_config.dtype=fp32"], "differ: trainer and rollout compute in one type"),
+        (
+            [f"{ROLLOUT}.dtype=bf16", f"{ACTOR}.fsdp_config.dtype=fp32", "trainer.exactness=warn"],
+            "differ: trainer and rollout compute in one type",
+        ),
         ([f"{ROLLOUT}.val_kwargs.do_sample=true"], "with temperature=0 is greedy"),
         ([f"{ROLLOUT}.val_kwargs.n=4"], "greedy samples would all be equal"),
         ([f"{ACTOR}.optim.betas=[0.9]"], "AdamW takes two"),
