@@ -93,7 +93,9 @@ def test_rows_that_are_cut_are_counted_and_the_first_is_named(caplog):
     assert not caplog.records
     PromptDataset([row("1+2="), row("10+2="), row("10+20=")], byte_tokenizer(), form)
     (said,) = caplog.messages
-    assert said == "cut 2 of 3 prompts to data.max_prompt_length=4 tokens (data.truncation=left), the first of them row 1"
+    assert (
+        said == "cut 2 of 3 prompts to data.max_prompt_length=4 tokens (data.truncation=left), the first of them row 1"
+    )
 
 
 def test_all_rows_filtered():
