@@ -124,8 +124,8 @@ def _refuse_more_than_text(record: Mapping[str, Any], where: str, read: set[str 
     agent = record.get("agent_name")
     if isinstance(agent, str) and agent not in ("", _SINGLE_TURN):
         raise ValueError(
-            f"{where}: column 'agent_name' asks for {agent!r:.60}, and only {_SINGLE_TURN} is supported: one response to "
-            "the prompt; drop the column if that is meant"
+            f"{where}: column 'agent_name' asks for {agent!r:.60}, and only {_SINGLE_TURN} is supported: one response "
+            "to the prompt; drop the column if that is meant"
         )
 
 

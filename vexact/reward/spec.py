@@ -68,7 +68,7 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's file may raise anything
-        hint = sandbox_hint(error)
+        hint = sandbox_hint(error) + _import_hint(error, path)
         raise RewardError(f"importing {path} failed: {type(error).__name__}: {error}{hint}") from error
     function = getattr(module, spec.name, None)
     if not callable(function):
@@ -78,6 +78,17 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
             "Set reward.custom_reward_function.name"
         )
     return function
+
+
+def _import_hint(error: BaseException, path: Path) -> str:
+    """What to do about a module beside the file: the file is executed alone, its folder is not looked in."""
+    if not isinstance(error, ImportError):
+        return ""
+    name = (error.name or "").split(".")[0]
+    beside = name and ((path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir())
+    if not beside and "relative import" not in str(error):
+        return ""
+    return f" (modules beside it are found with PYTHONPATH={path.parent}, by their plain names)"
 
 
 def call(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]) -> Outcome:
