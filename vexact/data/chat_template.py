@@ -119,7 +119,7 @@ class ChatTemplate:
         if self._changes_with_time():
             log.warning(
                 "%s puts today's date into prompts: the same run has others on another day, and will not go on from a "
-                "checkpoint; give a date of its own, such as %s={date_string: '26 Jul 2024'}, if the template takes one",
+                "checkpoint; give a date, if the template takes one, such as %s={date_string: '26 Jul 2024'}",
                 self._origin,
                 self._fixes.kwargs,
             )

@@ -117,6 +117,13 @@ def load_dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_sam
     )
 
 
+def first_rows(config: Config, max_samples: int, most: int) -> int:
+    """How many rows to read for a look at ``most`` of them, -1 for all: those that are filtered are none to look at."""
+    if config.data.filter_overlong_prompts:
+        return max_samples
+    return most if max_samples < 0 else min(most, max_samples)
+
+
 def _load_named(key: str, config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
     try:
         return load_dataset(config, tokenizer, files, max_samples)
