@@ -190,6 +190,13 @@ def test_plan_says_when_the_learning_rate_is_never_reached(base: list[str], opti
     assert said in " ".join(advice)
 
 
+def test_plan_says_that_a_kl_counts_twice(base: list[str]) -> None:
+    both = "algorithm.use_kl_in_reward=true", f"{ACTOR}.use_kl_loss=true"
+    for more in ((), both[:1], both[1:], both):
+        said = any("counts twice" in note for note in build_plan(load_config([*base, *more]), "cpu").advice)
+        assert said == (more == both)
+
+
 def test_plan_warns_of_a_cache_smaller_than_a_sequence(base: list[str]) -> None:
     plan = build_plan(load_config([*base, f"{ROLLOUT}.kv_cache_bytes=10000"]), "cpu")
     assert any("holds 64 tokens, less than one sequence of 1024" in sentence for sentence in plan.advice)

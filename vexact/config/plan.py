@@ -185,6 +185,8 @@ def _training_advice(config: Config, shape: ModelShape) -> list[str]:
             "actor_rollout_ref.actor.ppo_mini_batch_size null and ppo_epochs 1"
         )
     advice += _learning_rate_advice(config)
+    if config.algorithm.use_kl_in_reward and config.actor.use_kl_loss:
+        advice.append("the KL to the reference policy counts twice: in the reward and in the loss")
     rollout = config.rollout
     if (rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0) and (config.needs_reference or total > 1):
         advice.append(
