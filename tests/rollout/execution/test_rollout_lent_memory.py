@@ -217,8 +217,8 @@ def no_gpu(monkeypatch):
     return events
 
 
-def region(library, num_bytes=5 * MIB):
-    return CudaRegion(CudaDriver(3, library), num_bytes, torch.device("cuda", 3), KV_CACHE)
+def region(library, num_bytes=5 * MIB, tenant=KV_CACHE):
+    return CudaRegion(CudaDriver(3, library), num_bytes, torch.device("cuda", 3), tenant)
 
 
 def test_the_structures_have_the_sizes_of_the_drivers():
@@ -299,7 +299,7 @@ def test_memory_that_others_took_is_asked_for_twice_and_then_explained(no_gpu):
 def test_the_state_follows_what_happened(no_gpu, monkeypatch):
     """A release or resume that failed may be tried again."""
     library = FakeLibrary()
-    monkeypatch.setattr(lent_memory, "_region", lambda num_bytes, device, tenant: region(library, num_bytes))
+    monkeypatch.setattr(lent_memory, "_region", lambda num_bytes, device, tenant: region(library, num_bytes, tenant))
     memory = LentMemory(4, torch.device("cuda", 3), WEIGHTS)
     memory.release()
     library.fail["create"] = [2, 2]
