@@ -65,6 +65,11 @@ def whole(parameter: Tensor) -> tuple[Tensor, int]:
     return parameter, 0
 
 
+def no_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """None: names and shapes are checked, and no value is read."""
+    return parameter[:0], 0
+
+
 def load_parts(
     path: str | Path,
     shard: Callable[[CausalLM], None],
@@ -81,6 +86,7 @@ def load_parts(
     Args:
         shard: divides the model in place while it is still on the meta device.
         own: for a parameter, the tensor that holds the rows kept here, and the index of the first.
+        allocate: as of ``load_model``.
     """
     device = usable_device(device)
     config = ModelConfig.from_hf_dir(path)

@@ -56,12 +56,14 @@ class Engine:
         eos_token_ids: Sequence[int] | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
+        read_weights: bool = True,
         **config: Any,
     ) -> None:
         """Either ``model_path`` (a Hugging Face directory) or a ready ``model``; ``config`` are EngineConfig fields.
 
         ``eos_token_ids``: tokens that end a response. Default: those of the generation config (else the model config)
-        and the tokenizer's end-of-sequence token.
+        and the tokenizer's end-of-sequence token. ``read_weights``: False leaves them to the first update, which needs
+        ``enable_sleep_mode``.
 
         Raises ValueError for a bad field, or if the KV cache cannot hold one page.
         """
@@ -73,10 +75,10 @@ class Engine:
             eos_token_ids=eos_token_ids,
             dtype=dtype,
             device=device,
+            read_weights=read_weights,
         )
         self.config, self.model, self.weights = loaded.config, loaded.model, loaded.weights
-        self.attention = loaded.attention  # what runs, by name, e.g. "triton-invariant"
-        self._own_attention = loaded.own_attention
+        self.attention, self._own_attention = loaded.attention, loaded.own_attention  # the name of what runs
         self.tokenizer, self.eos_token_ids = loaded.tokenizer, loaded.eos_token_ids
         self._build(loaded)
 

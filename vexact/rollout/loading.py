@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from vexact.models import ModelConfig, load_model
+from vexact.models import ModelConfig
 from vexact.models.decoder import CausalLM
-from vexact.models.load import to_empty
+from vexact.models.load import load_parts, no_rows, to_empty, whole
 from vexact.models.opset import attention_name
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout.baseline import apply_baseline
@@ -50,6 +50,7 @@ def load(
     eos_token_ids: Sequence[int] | None,
     dtype: str | torch.dtype,
     device: str | torch.device | None,
+    read_weights: bool = True,
 ) -> Loaded:
     """Load from ``model_path``, or wrap ``model`` as it is (then ``dtype``, ``device`` and the operators are its own).
 
@@ -68,12 +69,16 @@ def load(
         raise ValueError(
             "enable_sleep_mode=True needs model_path: the weights of a ready model are not the engine's to give back"
         )
+    if not read_weights and not config.enable_sleep_mode:
+        raise ValueError("read_weights=False needs enable_sleep_mode=True: the engine begins as one that sleeps")
     found = None
     weights = WeightMemory()
     if model is None:
         assert model_path is not None
-        model = load_model(
+        model = load_parts(
             model_path,
+            lambda model: None,
+            whole if read_weights else no_rows,
             dtype=_torch_dtype(dtype),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             ops="invariant" if config.batch_invariant else "stock",
@@ -85,6 +90,8 @@ def load(
         apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
         if tokenizer is None and has_tokenizer(model_path):  # without one: token ids in, token ids out
             tokenizer = read_tokenizer(model_path)
+        if not read_weights:
+            weights.hide()
     eos = end_of_sequence_ids(model.config, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
     device = model.lm_head_weight.device
     if found is None:

@@ -14,6 +14,7 @@ from moe_configs import FAMILIES
 from rollout_models import GPU_SIZES, VOCAB, bits, tiny_config
 
 from vexact.models import ModelConfig, random_model, save_hf
+from vexact.models.checkpoint import CheckpointReader
 from vexact.models.hf_names import to_hf
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.execution.weight_memory import AbsentWeight
@@ -129,6 +130,26 @@ def test_a_sync_brings_every_tensor_of_every_family(name, tmp_path):
     assert (engine.model.lm_head_weight is engine.model.embed_tokens.weight) == tied
     assert torch.equal(engine.model.cos_sin, plain.model.cos_sin)
     assert samples(engine) == samples(plain)
+
+
+def test_an_engine_may_begin_without_having_read_a_weight(engine, tmp_path, monkeypatch):
+    expected = samples(engine)
+    monkeypatch.setattr(CheckpointReader, "tensor", lambda *_: pytest.fail("a weight is read"))
+    late = sleeper(tmp_path / "model", read_weights=False)
+    with pytest.raises(RuntimeError, match=f"{AWAY}; update the weights before generating"):
+        late.generate(PROMPTS, PARAMS)
+    with pytest.raises(RuntimeError, match=AWAY):
+        named_checksums(late.model)
+    late.release_weights()
+    assert late.weights.given_back is None, "there was nothing"
+    assert late.num_pages == engine.num_pages
+    late.update_weights(engine.model.named_parameters(), 1)
+    assert samples(late) == expected
+    with pytest.raises(ValueError, match="read_weights=False needs enable_sleep_mode=True"):
+        Engine(tmp_path / "model", read_weights=False)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        sleeper(tmp_path / "model", read_weights=False)
 
 
 def test_an_update_that_fails_leaves_weights_that_nobody_can_read(engine):

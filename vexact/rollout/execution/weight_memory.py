@@ -64,7 +64,7 @@ class WeightMemory:
         self._memory: LentMemory | None = None
         self._placed: dict[str, nn.Parameter] = {}
         self._tables: list[tuple[dict[str, Any], str, nn.Parameter]] = []  # of a module, a name in it, what is there
-        self.released = False
+        self.released = False  # the model does not have its parameters
         self.given_back: GivenBack | None = None  # the last time
 
     def allocate(self, model: nn.Module, device: torch.device) -> None:
@@ -81,6 +81,11 @@ class WeightMemory:
             self._tables += [(table, name, placed[weight]) for name, weight in table.items() if weight is not None]
         self._fill_tables({weight: weight for weight in placed.values()})
 
+    def hide(self) -> None:
+        """The model has ``AbsentWeight`` where it had parameters, whose values nobody needs; their memory stays."""
+        self._fill_tables({weight: AbsentWeight.like(weight) for weight in self._placed.values()})
+        self.released = True
+
     def release(self, version: int) -> None:
         """Gives the memory of weights of ``version`` back, once the device is done; nothing if it is away.
 
@@ -94,8 +99,8 @@ class WeightMemory:
             raise RuntimeError("these weights cannot be given back: the engine was made without enable_sleep_mode=True")
         given_back = self.given_back if self.released else GivenBack(version, named_checksums(self._model))
         self._memory.release()
-        self.given_back, self.released = given_back, True
-        self._fill_tables({weight: AbsentWeight.like(weight) for weight in self._placed.values()})
+        self.given_back = given_back
+        self.hide()
 
     def resume(self) -> Mapping[str, Tensor]:
         """Memory again, at the addresses that graphs hold: the parameters by name, whose values are not there yet.
