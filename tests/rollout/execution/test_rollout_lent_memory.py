@@ -287,7 +287,7 @@ def test_memory_that_others_took_is_asked_for_twice_and_then_explained(no_gpu):
     assert no_gpu == ["empty_cache"]
     held.release()
     library.capacity = MIB
-    with pytest.raises(torch.OutOfMemoryError, match=r"0\.01 GiB are needed on cuda:3 for the KV cache, 0\.00 GiB .*; lower g"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"0\.01 GiB are needed on cuda:3 for the KV cache, .*; lower g"):
         held.resume()
     assert library.mapped == {}
     library.capacity = 64 * MIB

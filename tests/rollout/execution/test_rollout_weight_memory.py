@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from moe_configs import FAMILIES
-from rollout_models import GPU_SIZES, VOCAB, bits, tiny_config
+from rollout_models import VOCAB, bits, tiny_config
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.models.checkpoint import CheckpointReader
@@ -77,9 +77,9 @@ def test_whatever_reads_or_writes_a_weight_that_is_away_raises(engine, tmp_path)
     assert (tuple(weight.shape), weight.dtype, weight.device.type) == ((VOCAB, 32), torch.float32, "cpu")
     assert all(isinstance(absent, AbsentWeight) for absent in model.parameters())
     assert repr(weight) == f"AbsentWeight(({VOCAB}, 32), torch.float32, cpu)"
-    for name, read in READS.items():
+    for read in READS.values():
         with pytest.raises(RuntimeError, match=AWAY):
-            print(name, read(weight, model))
+            read(weight, model)
     with pytest.raises(RuntimeError, match=AWAY):
         save_hf(model.named_parameters(), model.config, tmp_path / "saved")
     for call in (lambda: engine.generate(PROMPTS, PARAMS), lambda: engine.add_request([1], PARAMS)):
@@ -112,7 +112,7 @@ def test_the_memory_is_dropped_and_only_an_update_brings_the_weights_back(engine
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_sync_brings_every_tensor_of_every_family(name, tmp_path):
-    """Tied and untied heads, experts, fp32 routers and their biases; the rotary table, which is not sent, has stayed."""
+    """Tied and untied heads, experts, fp32 routers and biases; the rotary table, which is not sent, has stayed."""
     tied = name == "qwen3-moe"
     config = ModelConfig.from_hf_dict(FAMILIES[name] | {"tie_word_embeddings": tied})
     engine = sleeper(saved(tmp_path / "model", config, seed=1), dtype="bfloat16")
@@ -212,12 +212,12 @@ def test_whoever_sends_from_elsewhere_gets_parameters_to_write(engine):
 @pytest.mark.gpu
 def test_graphs_captured_before_weights_went_away_give_the_bits_of_the_new_ones(tmp_path):
     """The memory is free meanwhile, others may use it, and the graphs find the new weights where they read the old."""
-    config = tiny_config(**{**GPU_SIZES, "num_hidden_layers": 8, "max_position_embeddings": 4096})
+    config = tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, head_dim=64, vocab_size=1024)
     path = saved(tmp_path / "model", config)
-    options = {"dtype": "bfloat16", "device": "cuda", "max_model_len": 2048, "max_num_seqs": 64, "num_pages": 512}
+    options = {"dtype": "bfloat16", "device": "cuda", "max_model_len": 512, "max_num_seqs": 64, "num_pages": 128}
     engine, plain = (Engine(path, enable_sleep_mode=mode, **options) for mode in (True, False))
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 17, 90, 1030)]
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 17, 90, 400)]
     params = SamplingParams(n=2, max_tokens=24, temperature=0.8, top_p=0.9, ignore_eos=True)
 
     def generate(one):
@@ -233,16 +233,15 @@ def test_graphs_captured_before_weights_went_away_give_the_bits_of_the_new_ones(
     for version, fill in ((1, 0xFF), (2, 0x7F), (3, 0x00)):
         actor = Actor(random_model(config, version, device="cuda"), ActorConfig(dtype="bfloat16"))
         addresses = [weight.data_ptr() for weight in engine.model.parameters()]
+        engine.release_kv_cache()
         torch.cuda.empty_cache()
         before = torch.cuda.mem_get_info()[0]
-        engine.release_kv_cache()
         engine.release_weights()
-        freed = torch.cuda.mem_get_info()[0] - before
-        assert freed >= size
+        assert torch.cuda.mem_get_info()[0] - before >= 0.9 * size
         with pytest.raises(RuntimeError, match=AWAY):
             engine.model.logits(torch.ones(1, config.hidden_size, dtype=torch.bfloat16, device="cuda"))
         others = torch.full((torch.cuda.mem_get_info()[0] - (64 << 20),), fill, dtype=torch.uint8, device="cuda")
-        with pytest.raises(torch.OutOfMemoryError, match="for the rollout's weights, .*; set param_offload=true"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"for the rollout's weights, .*; set param_"):
             sync_weights(actor, engine, version)
         del others
         for one in (engine, plain):

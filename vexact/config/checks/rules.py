@@ -27,7 +27,14 @@ def check(config: Config) -> None:
         ConfigError: keys contradict each other; all contradictions are named at once.
     """
     problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config)]
-    problems += [*_mismatch(config), *_counts(config), *_texts(config), *_run(config), *_sleep(config), *_foreign_rollout(config)]
+    problems += [
+        *_mismatch(config),
+        *_counts(config),
+        *_texts(config),
+        *_run(config),
+        *_sleep(config),
+        *_foreign_rollout(config),
+    ]
     problems += correction_problems(config, config.trainer.exactness == "strict" and not inexact(config))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -248,8 +255,8 @@ def _sleep(config: Config) -> Iterator[str]:
         return
     if apart is not None:
         yield (
-            f"{key} with trainer.rollout_gpus={apart}: nothing trains on the GPUs that sample, so there is nobody to give "
-            "memory to; leave it false"
+            f"{key} with trainer.rollout_gpus={apart}: nothing trains on the GPUs that sample, so nobody needs their "
+            "memory; leave it false"
         )
     if not rollout.free_cache_engine:
         yield f"{key} gives the key-value cache's memory as well; leave {ROLLOUT}.free_cache_engine=true"

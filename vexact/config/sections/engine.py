@@ -45,8 +45,8 @@ class EngineSettings:
     )
     enable_sleep_mode: bool = opt(
         False,
-        "Give the memory of the rollout's weights as well; the weight sync then brings every one of them anew. For models "
-        "whose update would not fit beside a whole copy of the weights. Never changes results.",
+        "Give the memory of the rollout's weights as well; the weight sync then brings every one of them anew. For "
+        "models whose update does not fit beside a whole copy of the weights. Never changes results.",
         verl=True,
     )
     max_num_seqs: int = opt(256, "Most requests decoded at once.", ge=1)
