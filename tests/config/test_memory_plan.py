@@ -314,6 +314,8 @@ def test_a_rollout_that_sleeps_holds_no_weights_in_an_update() -> None:
         if stage == "update":
             del expected["rollout weights"]
         assert memory.parts == expected
+    rows = dict(build_plan(configured(*SMALL, f"{sleep}=true"), "cpu", TINY).rows)
+    assert rows["placement"].endswith("trains and samples; the rollout's weights are given back for every update")
     on_cpu = stages_of(configured(*SMALL, f"{sleep}=true"), ONE, "cpu")
     assert "rollout weights" not in on_cpu["GPU", "update"].parts
     apart = configured(*SMALL, "trainer.rollout_gpus=1")

@@ -61,7 +61,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
         ("attention", _attention_row(config, device, shape)),
         ("exactness", _exactness_row(config)),
-        ("placement", placement.text(device)),
+        ("placement", _placement_row(config, placement, device)),
         ("key-value cache", _cache_row(config, device, shape)),
         *memory_rows(memory, machine.device_bytes),
         ("changed keys", _changed_row(config)),
@@ -106,6 +106,11 @@ def _updates_row(config: Config) -> str:
     total = config.optimizer_steps_per_rollout
     exact = "on samples one weights version old" if config.trainer.async_steps else f"1 of {total} exactly on-policy"
     return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, {exact}"
+
+
+def _placement_row(config: Config, placement: Placement, device: str) -> str:
+    sleeps = "; the rollout's weights are given back for every update" if config.rollout.enable_sleep_mode else ""
+    return f"{placement.text(device)}{sleeps}"
 
 
 def _attention_row(config: Config, device: str, shape: ModelShape) -> str:
