@@ -304,27 +304,6 @@ def test_a_model_that_no_setting_makes_fit_gets_a_number_of_gpus() -> None:
     )
 
 
-def test_a_rollout_that_sleeps_holds_no_weights_in_an_update() -> None:
-    """But in generation and sync; on GPUs of its own it never sleeps, and there is then nothing to be told."""
-    sleep = f"{ROLLOUT}.enable_sleep_mode"
-    awake, asleep = (stages_of(configured(*SMALL, f"{sleep}={on}"), TWO, "cuda") for on in ("false", "true"))
-    for (_, stage), memory in asleep.items():
-        expected = dict(awake["GPU", stage].parts)
-        assert expected["rollout weights"] == 3312
-        if stage == "update":
-            del expected["rollout weights"]
-        assert memory.parts == expected
-    rows = dict(build_plan(configured(*SMALL, f"{sleep}=true"), "cpu", TINY).rows)
-    assert rows["placement"].endswith("trains and samples; the rollout's weights are given back for every update")
-    on_cpu = stages_of(configured(*SMALL, f"{sleep}=true"), ONE, "cpu")
-    assert "rollout weights" not in on_cpu["GPU", "update"].parts
-    apart = configured(*SMALL, "trainer.rollout_gpus=1")
-    for stage in ("update", "generation"):
-        told = out_of_memory_advice(configured(*SMALL), stage), out_of_memory_advice(apart, stage)
-        assert [f"{sleep}=true" in advice for advice in told] == [stage == "update", False]
-    assert f"{sleep}=true" not in out_of_memory_advice(configured(*SMALL, f"{sleep}=true"), "update")
-
-
 def test_several_settings_together_where_none_is_enough_alone() -> None:
     config = configured(*LENGTHS, f"{ACTOR}.ppo_max_token_len_per_gpu=65536", f"{ROLLOUT}.free_cache_engine=false")
     (problem,) = memory_problems(config, shape("qwen3-4b"), Machine("cuda", 1, 70 * GIB))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vexact.config import load_config
-from vexact.config.memory import Machine, ModelShape, Placement, memory_plan, memory_problems
+from vexact.config.memory import Machine, ModelShape, Placement, memory_plan, memory_problems, out_of_memory_advice
 from vexact.config.plan import build_plan
 from vexact.prepare.shapes import SHAPES
 
@@ -54,6 +54,29 @@ def test_four_gpus_of_80_gb_train_all_of_the_30b_with_room_to_spare() -> None:
     assert plan.host * 4 <= 400 * GIB
     assert plan.kv_cache_bytes is not None
     assert plan.kv_cache_bytes // (48 * 2 * 4 * 128 * 2) >= 32 * 1536, "every sample of a step at once"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_rollout_that_sleeps_holds_no_weights_in_an_update(device: str) -> None:
+    """But in generation and sync; the start-up plan says so."""
+    shape, two = ModelShape.of(SHAPES["qwen3-1.7b"]), Placement(2, 2, True)
+    configs = [load_config(more, checked=False) for more in ([], [SLEEP])]
+    awake, asleep = (memory_plan(config, shape, two, device).stages for config in configs)
+    width = 2 if device == "cuda" else 4
+    for before, after in zip(awake, asleep, strict=True):
+        assert before.parts["rollout weights"] == width * shape.num_parameters
+        gone = {"rollout weights"} if before.stage == "update" else set()
+        assert after.parts == {name: size for name, size in before.parts.items() if name not in gone}
+    rows = [dict(build_plan(config, device, shape).rows)["placement"] for config in configs]
+    assert rows[1] == f"{rows[0]}; the rollout's weights are given back for every update"
+
+
+def test_sleep_is_advised_where_it_makes_room() -> None:
+    apart = load_config(["trainer.rollout_gpus=1"], checked=False)
+    for stage in ("update", "generation"):
+        told = out_of_memory_advice(load_config([], checked=False), stage), out_of_memory_advice(apart, stage)
+        assert [SLEEP in advice for advice in told] == [stage == "update", False]
+    assert SLEEP not in out_of_memory_advice(load_config([SLEEP], checked=False), "update")
 
 
 def test_where_both_sides_do_not_fit_one_gpu_the_rollout_sleeps_or_has_its_own() -> None:
