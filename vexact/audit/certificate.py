@@ -81,7 +81,7 @@ class Certificate:
 
     def to_json(self) -> str:
         """JSON has no NaN and no infinity: they are written as text."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def describe(self) -> str:
         """One line for the log."""
@@ -134,9 +134,12 @@ def _requests(engine: RolloutEngine, token_budget: int) -> tuple[list[list[int]]
     return prompts * engine.num_replicas, params * engine.num_replicas
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: they are text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

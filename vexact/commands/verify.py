@@ -127,4 +127,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _write(out: Path | None, result: dict[str, Any]) -> None:
     """After the result is printed, so that a disk that is full does not take it along."""
     if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        from vexact.audit.certificate import plain
+
+        out.write_text(json.dumps(plain(result), indent=2, allow_nan=False) + "\n")

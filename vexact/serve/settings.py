@@ -32,10 +32,11 @@ class ServeSettings:
             if not 0 < getattr(self, name) <= 3600:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 3600 seconds")
         if self.api_key is not None and not (
-            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip()
+            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key != ""
         ):
             raise ValueError(
-                "api_key must be printable ASCII text that is not blank; leave it out to serve without one"
+                "api_key must be printable ASCII text that neither begins nor ends with a space, which no header "
+                "carries; leave it out to serve without one"
             )
         if self.api_key is None and not is_loopback(self.host):
             raise ValueError(

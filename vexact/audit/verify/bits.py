@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vexact import interrupt
-from vexact.audit.compare import Comparison, TokenDifference, compare
+from vexact.audit.compare import Comparison, TokenDifference, compare, larger_gap
 from vexact.audit.draws import DrawDifference, compare_draws
 from vexact.audit.routes import RouteDifference, compare_routes
 from vexact.audit.verify.sides import TrainingSide, digests_of, logprobs_of, pack_padded, show_targets
@@ -89,7 +89,7 @@ class BitTally:
         if not count:
             return
         self.logits_different += count
-        self.max_abs_logit_diff = max(self.max_abs_logit_diff, float((rollout - trainer).abs().max()))
+        self.max_abs_logit_diff = larger_gap(self.max_abs_logit_diff, float((rollout - trainer).abs().max()))
         rows = different.any(dim=1).nonzero().flatten().tolist()
         self.unmatched.update((sample.request_id, row) for row in rows)
         row, column = rows[0], int(different[rows[0]].nonzero()[0])

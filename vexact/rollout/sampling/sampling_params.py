@@ -129,7 +129,7 @@ def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
             raise ValueError(
                 f"sampling parameter stop holds {string!r:.80}; every stop string must be a non-empty string"
             )
-        if INCOMPLETE in string or not _is_unicode(string):
+        if INCOMPLETE in string or not is_unicode(string):
             raise ValueError(
                 f"sampling parameter stop holds {string!r:.80}, which no response can contain: U+FFFD and lone "
                 "surrogates stand for bytes that are no character"
@@ -153,7 +153,7 @@ def _items(name: str, value: Iterable[Any] | None, what: str) -> tuple[Any, ...]
     return tuple(value)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
