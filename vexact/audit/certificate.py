@@ -42,7 +42,9 @@ class SelfTest:
 
     @property
     def exact(self) -> bool:
-        return self.comparison.exact and not self.draws.different
+        """Every token was compared and drawn again, and nothing differs."""
+        compared = self.comparison.tokens_compared
+        return self.comparison.exact and not self.draws.different and self.draws.redrawn >= compared
 
     def first_different(self) -> tuple[Sample, SamplingParams]:
         """The request of the first log-probability or route that differs."""
@@ -94,8 +96,12 @@ class Certificate:
                 "repeated, "
                 f"attention {pair}"
             )
+        if not c.exact or draws.different:
+            found = draws.describe() if c.exact else c.describe()
+        else:
+            found = f"{draws.redrawn} of {c.tokens_compared} draws were repeated"
         return (
-            f"the self-test before the first step failed: {draws.describe() if c.exact else c.describe()}. Attention "
+            f"the self-test before the first step failed: {found}. Attention "
             f"is {pair}; `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
         )
 

@@ -243,10 +243,14 @@ class Engine:
         ids: list[str | None] = expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
-        num_tokens_before = self._stepper.stats.num_tokens
+        num_tokens_before, num_named_before = self._stepper.stats.num_tokens, self.num_named
         try:
-            for prompt, prompt_params, request_id in zip(prompts, params, ids):
-                order += self.add_request(prompt, prompt_params, request_id)
+            try:
+                for prompt, prompt_params, request_id in zip(prompts, params, ids):
+                    order += self.add_request(prompt, prompt_params, request_id)
+            except BaseException:  # nothing is sampled, and later prompts get the names, and so the draws, of these
+                self.num_named = num_named_before
+                raise
             while self.has_unfinished:
                 interrupt.check()
                 finished.update((sample.request_id, sample) for sample in self.step())

@@ -50,6 +50,8 @@ def test_a_stock_attention_in_the_trainer_is_named_and_repeated(checkpoint, tmp_
         (["--model_path=x", "--model_backend=hf", "--explain"], "--model_backend=hf has no counterparts"),
         ([], "--model_path is missing"),
         (["--replay={junk}"], "is not a replay file"),
+        (["--replay={junk}", "--out=x.json", "--seed=3"], "takes no other option than --model_path: --seed, --out"),
+        (["--model_path=x", "--out={junk}.new", "--explain={junk}.new"], "both write to"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(arguments, says, tmp_path, capsys):

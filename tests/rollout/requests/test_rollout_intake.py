@@ -67,6 +67,14 @@ def test_a_refused_request_leaves_nothing_behind(model, prompt, params, name, wo
     engine.generate([[5]], SamplingParams(n=2, max_tokens=2), ["used"])
 
 
+def test_a_call_that_is_refused_gives_no_later_prompt_another_name(model):
+    """The names that the engine gives decide what is drawn."""
+    engine, untouched = make(model), make(model)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        engine.generate([[1], [2], [VOCAB]], FREE)
+    assert samples(engine) == samples(untouched)
+
+
 def test_if_one_of_n_cannot_be_queued_none_is(model, monkeypatch):
     engine = make(model)
     add, calls = engine._scheduler.add, []

@@ -65,8 +65,10 @@ class BitTally:
 
     @property
     def exact(self) -> bool:
+        """Log-probabilities, logits and draws of all tokens were compared, and nothing differs."""
         different = self.logprobs_different or self.logits_different or self.draws_different or self.routes_different
-        return not different and self.logprobs_compared > 0
+        fewest = min(self.logprobs_compared, self.logits_compared, self.draws_repeated)
+        return not different and 0 < self.tokens <= fewest
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
         for sample, values in zip(samples, trainer, strict=True):
