@@ -171,6 +171,7 @@ def test_without_a_key_only_this_machine_is_served_by_its_own_name(server: Serve
         ({"port": 70000}, "port=70000"),
         ({"drain_timeout": 0.0}, "drain_timeout=0.0"),
         ({"model_names": ("a", "")}, "served_model_name"),
+        ({"model_names": ("m\udcff",)}, "cannot be printed"),  # of a directory whose name is no text
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], words: str) -> None:

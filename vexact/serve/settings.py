@@ -21,9 +21,10 @@ class ServeSettings:
     drain_timeout: float = 30.0  # seconds that running requests get after a signal
 
     def __post_init__(self) -> None:
-        if not self.model_names or not all(name.strip() for name in self.model_names):
+        if not self.model_names or not all(name.strip() and name.isprintable() for name in self.model_names):
             raise ValueError(
-                f"served_model_name={list(self.model_names)} must hold at least one name, and no empty one"
+                f"served_model_name={list(self.model_names)} must hold at least one name, and none that is empty or "
+                "cannot be printed"
             )
         for name, low, high in (("port", 0, 65535), ("max_body_bytes", 1, 2**31), ("max_queue", 0, 2**31)):
             if not low <= getattr(self, name) <= high:
