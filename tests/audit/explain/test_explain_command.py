@@ -4,6 +4,8 @@ import pytest
 
 from vexact.cli import main
 from vexact.models import ModelConfig, random_model, save_hf
+from vexact.ops import sample
+from vexact.rollout.sampling import sampler
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -42,6 +44,20 @@ def test_a_stock_attention_in_the_trainer_is_named_and_repeated(checkpoint, tmp_
     again = capsys.readouterr().out
     assert "reproduced: same place as recorded" in again
     assert trainer in again
+
+
+def test_a_draw_that_alone_differs_is_explained(checkpoint, tmp_path, capsys, monkeypatch):
+    """Every log-probability is true, of tokens that other seeds gave."""
+    monkeypatch.setattr(sampler, "sample", lambda logits, params: sample(logits, params._replace(seed=params.seed + 1)))
+    file = tmp_path / "divergence.pt"
+    command = ["verify", f"--model_path={checkpoint}", "--num_prompts=4", "--max_new_tokens=4", "--device=cpu"]
+    assert main([*command, f"--explain={file}"]) == 1
+    shown = capsys.readouterr().out
+    assert "first different draw" in shown
+    assert (
+        "first divergence: sampling: the sampler draws another token than its logits, seed and position give" in shown
+    )
+    assert file.exists()
 
 
 @pytest.mark.parametrize(

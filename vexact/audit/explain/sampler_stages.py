@@ -44,7 +44,7 @@ def _temperature(draw: Draw, sample: Sample) -> Found | None:
 def _truncation(draw: Draw, sample: Sample, index: int, knows_params: bool) -> Found | None:
     threshold = float(sample.min_logits[index])
     wrong_mass = same_bits(draw.logprob, draw.untruncated_logprob) and not same_bits(draw.logprob, draw.right_logprob)
-    if wrong_mass:
+    if wrong_mass and draw.token_id == draw.right_token_id:  # of another token, its log-prob is another one anyway
         sides = {"rollout": Side(draw.logprob, "sampler"), "trainer": Side(draw.right_logprob, "vexact.ops.sample")}
         summary = "the sampler draws from truncated logits without renormalising: its log-prob is of the full softmax"
         return "truncation", summary, draw.position, {"where": "sampler", "op": "sample"} | sides
