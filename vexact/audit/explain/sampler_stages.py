@@ -35,7 +35,8 @@ def _temperature(draw: Draw, sample: Sample) -> Found | None:
         summary = f"the sampler is given temperature {draw.temperature:.7g}, the sample records {asked:.7g}"
         return "temperature", summary, draw.position, {"where": "sampling parameters"} | sides
     ignores = same_bits(draw.logprob, draw.untempered_logprob) and not same_bits(draw.logprob, draw.right_logprob)
-    if ignores and draw.token_id == draw.right_token_id:
+    matters = not same_bits(draw.untempered_logprob, draw.forced_logprob)  # 1 is no temperature to be ignored
+    if ignores and matters and draw.token_id == draw.right_token_id:
         sides = {"rollout": Side(draw.logprob, "sampler"), "trainer": Side(draw.right_logprob, "vexact.ops.sample")}
         return "temperature", "the sampler's log-prob ignores the temperature", draw.position, sides
     return None
