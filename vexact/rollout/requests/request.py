@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,11 @@ def draw_settings(params: SamplingParams, seed: int, request_id: str) -> DrawSet
     return DrawSettings(own, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
+def id_set(request_ids: Iterable[str]) -> set[str]:
+    """Of one id, or of several."""
+    return {request_ids} if isinstance(request_ids, str) else set(request_ids)
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """Event-level state of a sequence. While it holds a slot, its tokens live in ``SlotState``; the arrays here are
@@ -51,6 +57,11 @@ class Request:
     prefix: list[CachedPage] = field(default_factory=list)  # cache entries that stand for pages[: len(prefix)]
     was_preempted: bool = False
     cacheable: bool = True  # False after a key collision: its later pages must not be registered
+
+    @property
+    def name(self) -> str:
+        """Of what was asked for; with n > 1 this is one of its samples, and has an id of its own."""
+        return self.request_id if self.params.n == 1 else self.request_id.rpartition("/")[0]
 
     @property
     def num_prompt_tokens(self) -> int:
