@@ -62,7 +62,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
         ("attention", _attention_row(config, device, shape)),
         ("exactness", _exactness_row(config)),
-        ("placement", placement.text(device)),
+        ("placement", _placement_row(config, placement, device)),
         ("key-value cache", _cache_row(config, device, shape)),
         *memory_rows(memory, machine.device_bytes),
         ("changed keys", _changed_row(config)),
@@ -111,6 +111,11 @@ def _updates_row(config: Config) -> str:
     elif cause:
         exact = f"none exactly on-policy ({cause})"
     return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, {exact}"
+
+
+def _placement_row(config: Config, placement: Placement, device: str) -> str:
+    sleeps = "; the rollout's weights are given back for every update" if config.rollout.enable_sleep_mode else ""
+    return f"{placement.text(device)}{sleeps}"
 
 
 def _attention_row(config: Config, device: str, shape: ModelShape) -> str:

@@ -66,7 +66,7 @@ METRICS: dict[str, dict[str, str]] = {
         "reward/time_s/{mean,max}": "Seconds the grader took per sample.",
         "reward/frac_zero_std_groups": "Share of prompts whose samples all got the same score: they teach "
         "a group-relative algorithm nothing.",
-        "reward/<key>/mean": "Mean of a further numeric key that the grader returned.",
+        "reward/<key>/mean": "Mean of a further numeric key that the grader returned; `extra_time_s` is its `time_s`.",
     },
     "Policy": {
         "actor/pg_loss": "Policy loss, mean over the optimizer steps. In an on-policy one a clipped loss is minus the "

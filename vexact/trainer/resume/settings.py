@@ -49,6 +49,7 @@ _FREE = (
     f"{ROLLOUT}.kv_cache_bytes",
     f"{ROLLOUT}.gpu_memory_utilization",
     f"{ROLLOUT}.free_cache_engine",
+    f"{ROLLOUT}.enable_sleep_mode",
     f"{ROLLOUT}.max_num_seqs",
     f"{ROLLOUT}.max_num_batched_tokens",
     f"{ROLLOUT}.max_model_len",
