@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -106,18 +108,24 @@ class Certificate:
         )
 
 
-def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
+def run_self_test(
+    engine: RolloutEngine, actor: Policy, while_scoring: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> SelfTest:
     """Samples random prompts on every replica, rescores and redraws every token with the actor, compares the bits.
 
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
+
+    Args:
+        while_scoring: entered while the actor computes and the engine does not.
     """
     prompts, params = _requests(engine, actor.config.max_micro_batch_tokens)
     samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
     settings = [draw_settings(one, engine.seed, sample.request_id) for one, sample in zip(params, samples, strict=True)]
     redraw = Redraw(samples, settings, 1.0)
-    trained = actor.rescore([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
+    with while_scoring():
+        trained = actor.rescore([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
     engine.clear_prefix_cache()
     engine.stats()
     return SelfTest(
@@ -164,6 +172,7 @@ def require_certificate(
     rollout_attention: str,
     trainer_attention: str,
     environment: dict[str, object],
+    while_scoring: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Runs the self-test as ``trainer.exactness`` says: ``strict`` stops, ``warn`` logs, ``off`` skips it.
 
@@ -175,7 +184,7 @@ def require_certificate(
     if exactness == "off":
         return
     started = perf_counter()
-    result = run_self_test(engine, actor)
+    result = run_self_test(engine, actor, while_scoring)
     certificate = Certificate(
         exact=result.exact,
         comparison=result.comparison,

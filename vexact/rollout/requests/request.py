@@ -77,10 +77,5 @@ class Request:
         return self.num_prompt_tokens + self.params.max_tokens
 
     @property
-    def max_cached_tokens(self) -> int:
-        """Most tokens whose keys and values it ever stores: the last sampled token is never fed back."""
-        return self.max_total_tokens - 1
-
-    @property
     def parent_entry(self) -> CachedPage | None:
         return self.prefix[-1] if self.prefix else None
