@@ -44,7 +44,9 @@ class SelfTest:
 
     @property
     def exact(self) -> bool:
-        return self.comparison.exact and not self.draws.different
+        """Every token was compared and drawn again, and nothing differs."""
+        compared = self.comparison.tokens_compared
+        return self.comparison.exact and not self.draws.different and self.draws.redrawn >= compared
 
     def first_different(self) -> tuple[Sample, SamplingParams]:
         """The request of the first log-probability or route that differs."""
@@ -83,7 +85,7 @@ class Certificate:
 
     def to_json(self) -> str:
         """JSON has no NaN and no infinity: they are written as text."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def describe(self) -> str:
         """One line for the log."""
@@ -96,8 +98,12 @@ class Certificate:
                 "repeated, "
                 f"attention {pair}"
             )
+        if not c.exact or draws.different:
+            found = draws.describe() if c.exact else c.describe()
+        else:
+            found = f"{draws.redrawn} of {c.tokens_compared} draws were repeated"
         return (
-            f"the self-test before the first step failed: {draws.describe() if c.exact else c.describe()}. Attention "
+            f"the self-test before the first step failed: {found}. Attention "
             f"is {pair}; `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
         )
 
@@ -142,9 +148,12 @@ def _requests(engine: RolloutEngine, token_budget: int) -> tuple[list[list[int]]
     return prompts * engine.num_replicas, params * engine.num_replicas
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: they are text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -19,6 +19,7 @@ from vexact.rollout.execution.runner import ModelRunner, kv_page_bytes
 from vexact.rollout.loading import Loaded, load
 from vexact.rollout.requests.finish import Ending, Finisher
 from vexact.rollout.requests.intake import Intake, expand
+from vexact.rollout.requests.request import Request, id_set
 from vexact.rollout.requests.stop_strings import Tokenizer
 from vexact.rollout.sampling.prompt_scores import PromptScorer
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError
@@ -242,10 +243,14 @@ class Engine:
         ids: list[str | None] = expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
-        num_tokens_before = self._stepper.stats.num_tokens
+        num_tokens_before, num_named_before = self._stepper.stats.num_tokens, self.num_named
         try:
-            for prompt, prompt_params, request_id in zip(prompts, params, ids):
-                order += self.add_request(prompt, prompt_params, request_id)
+            try:
+                for prompt, prompt_params, request_id in zip(prompts, params, ids):
+                    order += self.add_request(prompt, prompt_params, request_id)
+            except BaseException:  # nothing is sampled, and later prompts get the names, and so the draws, of these
+                self.num_named = num_named_before
+                raise
             while self.has_unfinished:
                 interrupt.check()
                 finished.update((sample.request_id, sample) for sample in self.step())
@@ -258,13 +263,20 @@ class Engine:
             self.abort_all()  # only an error or an interrupt leaves anything to abort
         return [finished[request_id] for request_id in order]
 
-    def abort(self, request_ids: Collection[str] | None = None) -> list[Sample]:
-        """Ends unfinished requests, these or all, where they are; their samples may have no token."""
-        return [
-            self._collector.end(request, Ending("abort"))
-            for request in self._scheduler.unfinished
-            if request_ids is None or request.request_id in request_ids
-        ]
+    def abort(self, request_ids: Iterable[str] | None = None) -> list[Sample]:
+        """Ends unfinished requests, these or all, where they are; their samples may have no token.
+
+        An id is that of a request, then all of its samples end, or of one of its samples. One may stand alone.
+        """
+        asked = request_ids if request_ids is None else id_set(request_ids)
+        return self._abort(lambda one: asked is None or not asked.isdisjoint((one.request_id, one.name)))
+
+    def abort_samples(self, sample_ids: Collection[str]) -> list[Sample]:
+        """``abort`` of samples by their own ids alone, whatever other requests are called."""
+        return self._abort(lambda one: one.request_id in sample_ids)
+
+    def _abort(self, is_asked: Callable[[Request], bool]) -> list[Sample]:
+        return [self._collector.end(one, Ending("abort")) for one in self._scheduler.unfinished if is_asked(one)]
 
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""

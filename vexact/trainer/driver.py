@@ -122,6 +122,7 @@ class Driver:
     def _step(self, step: int) -> float:
         """One step; returns its mean score."""
         workers = self.workers
+        epoch = workers.order.epoch(self.progress.data_cursor)
         with self.timers("step"):
             # 1-4: prompts, samples at weights version step-1 (one step off: step-2), scores, groups worth training on
             groups, sampled, cursor, rollout_metrics = self.ahead.take(step, self.progress.data_cursor)
@@ -150,7 +151,7 @@ class Driver:
             data = self.config.data
             metrics = {
                 "training/global_step": float(step),
-                "training/epoch": float(workers.order.epoch(max(cursor - 1, 0))),
+                "training/epoch": float(epoch),
                 **score_metrics(sampled),
                 **reward_metrics,
                 **advantage_metrics(sequences),

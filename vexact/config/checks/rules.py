@@ -164,10 +164,11 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _policy(config: Config) -> Iterator[str]:
     actor, rollout = config.actor, config.rollout
-    if actor.fsdp_config.dtype != rollout.dtype and config.trainer.exactness == "strict":
+    if len({actor.fsdp_config.dtype, rollout.dtype} - {"auto"}) > 1:
         yield (
-            f"{ACTOR}.fsdp_config.dtype={actor.fsdp_config.dtype} and {ROLLOUT}.dtype={rollout.dtype} differ, so no "
-            "log-probability can agree; make them equal, or set trainer.exactness=warn for a deliberate baseline"
+            f"{ACTOR}.fsdp_config.dtype={actor.fsdp_config.dtype} and {ROLLOUT}.dtype={rollout.dtype} differ: trainer "
+            "and rollout compute in one type; make them equal, or leave one of them auto (for a rollout that differs "
+            f"on purpose, see {ROLLOUT}.mismatch.mode and batch_invariant)"
         )
     if len(actor.optim.betas) != 2:
         yield f"{ACTOR}.optim.betas={list(actor.optim.betas)}: AdamW takes two, e.g. '[0.9,0.999]'"
