@@ -1,7 +1,8 @@
 """A picture of a run for a page of docs: reward and validation above, what the audit found below. `vexact report` shows
 more, in a browser.
 
-    python -m benchmarks.trainer.plot_run runs/vexact/smollm2_spell_backward --out docs/pictures/smollm2_spell_backward.svg
+    python -m benchmarks.trainer.plot_run runs/vexact/smollm2_spell_backward \\
+        --out docs/pictures/smollm2_spell_backward.svg
 
 Needs matplotlib (``pip install matplotlib``).
 """

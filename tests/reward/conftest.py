@@ -1,4 +1,3 @@
-
 import pytest
 
 from vexact.reward.spec import GradeRequest, RewardSpec
