@@ -81,6 +81,7 @@ class Engine:
         self.config, self.model, self.weights = loaded.config, loaded.model, loaded.weights
         self.attention, self._own_attention = loaded.attention, loaded.own_attention  # the name of what runs
         self.tokenizer, self.eos_token_ids = loaded.tokenizer, loaded.eos_token_ids
+        self.seed, self.vocab_size, self.num_replicas = self.config.seed, self.model.config.vocab_size, 1
         self._build(loaded)
 
     def _build(self, loaded: Loaded) -> None:
@@ -141,21 +142,9 @@ class Engine:
         self._collector.weights_version = version
 
     @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
     def num_cache_tokens(self) -> int:
         """Tokens that the key-value cache holds."""
         return self.num_pages * self.config.page_size
-
-    @property
-    def num_replicas(self) -> int:
-        return 1
 
     @property
     def has_unfinished(self) -> bool:
@@ -298,8 +287,7 @@ class Engine:
     def resume_kv_cache(self) -> None:
         """Take memory for the KV cache again, at the addresses it had. Does nothing if it is not released.
 
-        Raises:
-            torch.OutOfMemoryError: others have taken the memory; the cache then stays released.
+        Raises torch.OutOfMemoryError if others have taken the memory; the cache then stays released.
         """
         self._runner.resume_kv()
 
