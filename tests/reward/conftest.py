@@ -1,5 +1,3 @@
-import time
-
 import pytest
 
 from vexact.reward.spec import GradeRequest, RewardSpec
@@ -23,22 +21,3 @@ def ask():
         return [GradeRequest("mine", solution, truth) for solution in solutions]
 
     return requests
-
-
-@pytest.fixture
-def are_gone():
-    """Whether processes end within seconds; a zombie nobody will wait for counts as gone."""
-
-    def is_alive(pid):
-        try:
-            return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-        except FileNotFoundError:
-            return False
-
-    def check(pids, seconds=5.0):
-        end = time.monotonic() + seconds
-        while any(map(is_alive, pids)) and time.monotonic() < end:
-            time.sleep(0.02)
-        return not any(map(is_alive, pids))
-
-    return check
