@@ -17,6 +17,7 @@ import dummy_worker
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE_S
 
 from vexact.distributed import Layout, RankInfo, WorkerError, resolve_layout, start_workers
 from vexact.distributed.errors import ClusterError
@@ -139,11 +140,11 @@ def test_a_cluster_of_ones_own_leaves_nothing_and_keeps_its_secret(monkeypatch: 
     assert len(token) == 64
     assert (folder.parent, folder.exists()) == (Path("/tmp"), True)
     with first.marked():
-        part = subprocess.Popen(["sleep", "60"])
-    other = subprocess.Popen(["sleep", "60"])
+        part = subprocess.Popen(["sleep", "999"])
+    other = subprocess.Popen(["sleep", "999"])
     first.remove()
     first.remove()
-    assert part.wait(timeout=5) == -signal.SIGKILL
+    assert part.wait(timeout=PATIENCE_S) == -signal.SIGKILL
     assert other.poll() is None
     other.kill()
     other.wait()
