@@ -93,7 +93,7 @@ def test_an_interrupt_ends_cleanly(train, tmp_path, sent):
     assert re.search(r"\ninterrupted; step \d+ is saved in .*run: the same command goes on from there\n", output)
     assert "Traceback" not in output
     assert _group_is_empty(process.pid)
-    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    checkpoints = list((tmp_path / "run" / "checkpoints").glob("step_*"))  # what is made or removed has other names
     assert checkpoints
     assert all((c / "trainer_state").is_dir() and (c / "model.safetensors").is_file() for c in checkpoints)
 
