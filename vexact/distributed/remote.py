@@ -113,7 +113,7 @@ class RemoteGroup(WorkerGroup):
             return
         self._is_closed = True
         if self._failure is None:
-            failures = self._take(self._channel.receive(0.0))
+            failures = self._take(self._channel.receive(SETTLE_S if interrupt.requested() else 0.0))
             if failures:  # of which nobody was told: the launcher's signal came first
                 self._failure = self._explain(failures)
                 log.error("%s", self._failure)
@@ -249,6 +249,8 @@ class RemoteGroup(WorkerGroup):
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
+        if getattr(error, "is_fault", False):  # the launcher's signal may end this process before the error is told
+            interrupt.note("; ".join(filter(None, (str(error), interrupt.noted()))))
         self._channel.end(politely=False)
         raise error
 

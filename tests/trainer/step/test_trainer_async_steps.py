@@ -189,7 +189,7 @@ def test_a_rank_that_dies_while_it_generates_ahead_ends_the_run_at_once(tiny, tm
     plan = {"gen-3": "kill", "update-2": "hang"}
     code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, tmp_path / "run", "trainer.save_freq=1"))
     assert code != 0
-    assert "rank 1" in output
+    assert "rank 1" in output, output
     assert "in generation of step 3" in output, output
     assert (tmp_path / "run" / "checkpoints" / "step_1" / "manifest.json").is_file()
 
