@@ -193,7 +193,7 @@ def main() -> None:
     print("\n".join(record["least"]))
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(record[key] for key in record if key.endswith("_different")))
+    sys.exit(int(any(record[key] for key in record if key.endswith("_different"))))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def main() -> None:
     worker.stop()
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(row.get("different") or "error" in row for row in (*record["results"], *record["whole"])))
+    sys.exit(int(any(row.get("different") or "error" in row for row in (*record["results"], *record["whole"]))))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
         record[shape.name] = measure(shape, args.routings)
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(one["different"] for one in record.values() if isinstance(one, dict)))
+    sys.exit(int(any(one["different"] for one in record.values() if isinstance(one, dict))))
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def main() -> None:
     for what, error in errors.items():
         print(f"{what} FAILED: {error}")
     print(f"done after {time.monotonic() - began:.0f} s", flush=True)
-    sys.exit(bool(errors) or any(bits["different"] for bits in record["bits"].values()))
+    sys.exit(int(bool(errors) or any(bits["different"] for bits in record["bits"].values())))
 
 
 if __name__ == "__main__":

@@ -37,10 +37,6 @@ class ScaleModel:
         embedding = 0 if self.shape.is_tied else self.shape.vocab_size * self.shape.hidden_size
         return self.shape.num_active_parameters - embedding
 
-    @property
-    def is_sparse(self) -> bool:
-        return self.shape.experts is not None
-
     def flops(self, tokens: int, length: int) -> float:
         """Of an update with recomputed activations: 8 a weight and token, and causal attention over ``length``."""
         attention = 4 * self.shape.num_heads * self.shape.head_dim * length / 2 * self.shape.num_layers

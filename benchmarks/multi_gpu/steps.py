@@ -9,9 +9,9 @@ A run is ``4`` (four colocated GPUs), ``3+1`` (three train, one samples) or ``2+
 
 Peer: the same work on one GPU. Every run is the ordinary trainer with the same global batch; figures come from its
 metrics.jsonl, weights and moments from its last checkpoint, or with ``--digest memory`` from memory
-(``benchmarks.trainer.unsaved``). ``--launcher ray`` leaves the processes to the program. What is offloaded is what the
-memory plan needs. Exit code 1: a run failed, a bit differed, or two layouts ended with other weights or moments: all
-must have the same, but for those that are one step off.
+(``benchmarks.trainer.unsaved``). ``--launcher ray`` leaves the processes to the program. What is offloaded, and whether
+the rollout sleeps, is what the memory plan needs. Exit code 1: a run failed, a bit differed, or two layouts ended with
+other weights or moments: all must have the same, but for those that are one step off.
 ``--expert_groups``: values of actor.fsdp_config.expert_parallel_size, for runs on so many GPUs.
 ``--keep`` leaves the model in --work to the next call; CUDA_VISIBLE_DEVICES says which GPUs are taken, so that two
 calls can share a machine. ``--shape tiny`` and ``tiny-moe`` run on a CPU in seconds. Further overrides stand at the
@@ -93,7 +93,7 @@ def measured(
 ) -> dict:
     """Figures of one run. Raises RuntimeError when it fails."""
     more = [*layout.overrides, f"{ACTOR}.fsdp_config.expert_parallel_size={groups}"]
-    offload = least_offload([*overrides, *more], this_machine(layout.gpus))
+    offload = least_offload([*overrides, *more, *arguments.more], this_machine(layout.gpus))
     run = train(
         layout.gpus,
         arguments.launcher,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rollout.serving_load import Load, Times, arrivals, draw, play, play_http, summary
-from benchmarks.shared.options import at_least_one, checkpoint, has_gpu, out_file, part, per_second, refuse
+from benchmarks.shared.options import at_least_one, checkpoint, has_gpu, out_file, part, per_second, program, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("offline", "stock", "async", "http")
@@ -89,7 +89,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=at_least_one, default=256, help="requests before the counted ones")
     add("--memory", type=part, default=0.8, help="share of the GPU's memory that each engine may take")
     add("--seed", type=int, default=0)
-    add("--vllm_python", default=sys.executable, help="a Python that has vLLM")
+    add("--vllm_python", type=program, default=sys.executable, help="a Python that has vLLM")
     add("--out", type=out_file)
     add("--run", help=argparse.SUPPRESS)
     return parser.parse_args(given)

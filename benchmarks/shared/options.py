@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,14 @@ def checkpoint(text: str) -> Path:
     if not (path / "config.json").is_file():
         raise argparse.ArgumentTypeError(f"{text} is no checkpoint: there is no {path / 'config.json'}")
     return path
+
+
+def program(text: str) -> str:
+    """What can be run, by its path or by its name on PATH."""
+    found = shutil.which(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is no program that can be run")
+    return found
 
 
 def at_least_one(text: str) -> int:

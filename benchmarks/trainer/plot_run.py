@@ -1,7 +1,8 @@
 """A picture of a run for a page of docs: reward and validation above, what the audit found below. `vexact report` shows
 more, in a browser.
 
-    python -m benchmarks.trainer.plot_run runs/vexact/smollm2_spell_backward --out docs/smollm2_spell_backward.svg
+    python -m benchmarks.trainer.plot_run runs/vexact/smollm2_spell_backward \\
+        --out docs/pictures/smollm2_spell_backward.svg
 
 Needs matplotlib (``pip install matplotlib``).
 """
@@ -19,7 +20,7 @@ from vexact.report.html import RunRecord, read_run
 from vexact.report.html.thin import running_mean
 
 INK, BLUE, ORANGE, GREEN = "#222222", "#2266aa", "#cc6622", "#228855"
-STYLE = Path(__file__).resolve().parents[2] / "docs" / "pictures.mplstyle"
+STYLE = Path(__file__).resolve().parents[2] / "docs" / "pictures" / "style.mplstyle"
 
 
 def series(run: RunRecord, name: str) -> tuple[list[int], list[float]]:

@@ -39,7 +39,7 @@ def save_nothing() -> None:
         if driver.progress.step < driver.total_steps:
             return
         workers = driver.workers
-        workers.release_cache()  # makes room for whole tensors
+        workers.release_memory()  # makes room for whole tensors
         if workers.group is None:
             assert isinstance(workers.actor, Actor)
             parts = [share(workers.actor)]

@@ -31,7 +31,7 @@ LINES = {
 }
 """Noise in shades of one colour, rounding broken, staleness dashed and dotted."""
 GAP = 0.5  # between the bands of two modes, in bands
-STYLE = Path(__file__).resolve().parents[2] / "docs" / "pictures.mplstyle"
+STYLE = Path(__file__).resolve().parents[2] / "docs" / "pictures" / "style.mplstyle"
 
 
 def draw_part(study: Study, out: Path) -> None:

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- study:{} -->", "<!-- /study:{} -->"
 def write_page(results: Path, grid: Path, page: Path) -> None:
     """Replaces what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` for every part of the grid,
     ``NAME-staleness``, ``NAME-weights``, ``confirmation-hypotheses``, ``rounding`` and ``multiplicity``, and draws
-    ``study_NAME.svg``.
+    ``study_NAME.svg`` into the folder ``pictures`` beside the page.
 
     Raises:
         ValueError: a marker without its end.
@@ -31,11 +31,12 @@ def write_page(results: Path, grid: Path, page: Path) -> None:
     from figures import draw_part
 
     text = page.read_text(encoding="utf-8")
-    rows = read_results(results)
+    rows, pictures = read_results(results), page.parent / "pictures"
+    pictures.mkdir(exist_ok=True)
     for name, study in studies(rows, grid).items():
         if BEGIN.format(name) not in text or not study.seeds:
             continue
-        draw_part(study, page.parent / f"study_{name}.svg")
+        draw_part(study, pictures / f"study_{name}.svg")
     page.write_text(with_tables(text, rows, grid), encoding="utf-8")
 
 

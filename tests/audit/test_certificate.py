@@ -14,6 +14,7 @@ from vexact.ops import sample
 from vexact.rollout import Engine, SamplingParams
 from vexact.rollout.sampling import sampler
 from vexact.training import Actor, ActorConfig
+from vexact.training.passes.redraw import Redraw
 
 
 def _engine(**config):
@@ -75,6 +76,14 @@ def test_a_sampler_that_draws_otherwise_is_found(monkeypatch, tmp_path):
     written = json.loads((tmp_path / "certificate.json").read_text())
     assert not written["exact"]
     assert written["comparison"]["tokens_different"] == 0 < written["draws"]["different"] < written["draws"]["redrawn"]
+
+
+def test_draws_that_nobody_repeats_are_not_certified(monkeypatch, tmp_path):
+    monkeypatch.setattr(Redraw, "watch", lambda self, batch, indices: batch)
+    with pytest.raises(CertificateError, match=r"failed: 0 of \d+ draws were repeated"):
+        require_certificate(_engine(), _actor(), tmp_path, "strict", **PAIR)
+    written = json.loads((tmp_path / "certificate.json").read_text())
+    assert (written["exact"], written["draws"]["redrawn"], written["comparison"]["tokens_different"]) == (False, 0, 0)
 
 
 def test_the_hash_is_stable_and_covers_the_tables(monkeypatch):

@@ -57,7 +57,7 @@ def test_efficiency_is_beside_the_run_on_fewest_gpus() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "offloaded"),
-    [("4", ""), ("3+1", ""), ("2+2", "moments"), ("2", "moments"), ("1", "moments")],
+    [("4", ""), ("3+1", ""), ("2+2", "moments"), ("2", "moments"), ("1", "moments, sleeps")],
 )
 def test_no_more_is_offloaded_than_the_plan_needs(layout: str, offloaded: str, tmp_path: Path) -> None:
     """Of 8 B parameters, on GPUs of 79 GiB; what cannot fit at all is left to the run to refuse."""
@@ -75,8 +75,26 @@ def test_no_more_is_offloaded_than_the_plan_needs(layout: str, offloaded: str, t
     assert [key.rpartition(".")[2] for key in found] == [
         f"optimizer_offload={str('moments' in offloaded).lower()}",
         f"param_offload={str('weights' in offloaded).lower()}",
+        *(["enable_sleep_mode=true"] if "sleeps" in offloaded else []),
     ]
     assert least_offload(overrides, Machine("cpu", run.gpus)) == []
+
+
+def test_all_layers_of_the_30b_on_four_gpus_sleep(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-30b-a3b"]))
+    overrides = [
+        f"actor_rollout_ref.model.path={tmp_path}",
+        "data.max_prompt_length=128",
+        "data.max_response_length=576",
+        f"{grpo_run.ACTOR}.ppo_max_token_len_per_gpu=2048",
+        f"{grpo_run.ACTOR}.fsdp_config.expert_parallel_size=4",
+    ]
+    found = least_offload(overrides, Machine("cuda", 4, 78 << 30))
+    assert [key.rpartition(".")[2] for key in found] == [
+        "optimizer_offload=true",
+        "param_offload=true",
+        "enable_sleep_mode=true",
+    ]
 
 
 def test_the_first_visible_gpus_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
         (serving.main, ["--rates", "nan"], "argument --rates: nan must be more than 0"),
         (serving.main, ["--memory", "1.5"], "argument --memory: 1.5 must be more than 0 and at most 1"),
         (serving.main, ["--requests", "0"], "argument --requests: 0 must be at least 1"),
+        (serving.main, ["--vllm_python", "/no/python"], "/no/python is no program that can be run"),
         (serving.main, ["--shape", "huge"], "--shape huge is not known; use one of "),
         (serving.main, ["--model_path", "nowhere"], "nowhere is no checkpoint"),
     ],

@@ -61,7 +61,14 @@ def base(tmp_path: Path) -> list[str]:
         ([f"{ROLLOUT}.num_pages=15"], "set it to at least 16"),
         ([f"{ROLLOUT}.num_pages=99", f"{ROLLOUT}.kv_cache_bytes=9"], "both size the key-value cache"),
         ([f"{ROLLOUT}.enable_chunked_prefill=false", f"{ROLLOUT}.max_num_batched_tokens=9"], "turn chunking on"),
-        ([f"{ROLLOUT}.dtype=bf16"], "differ, so no log-probability can agree"),
+        (
+            [f"{ROLLOUT}.dtype=bf16", f"{ACTOR}.fsdp_config.dtype=fp32"],
+            "differ: trainer and rollout compute in one type",
+        ),
+        (
+            [f"{ROLLOUT}.dtype=bf16", f"{ACTOR}.fsdp_config.dtype=fp32", "trainer.exactness=warn"],
+            "differ: trainer and rollout compute in one type",
+        ),
         ([f"{ROLLOUT}.val_kwargs.do_sample=true"], "with temperature=0 is greedy"),
         ([f"{ROLLOUT}.val_kwargs.n=4"], "greedy samples would all be equal"),
         ([f"{ACTOR}.optim.betas=[0.9]"], "AdamW takes two"),
@@ -147,6 +154,25 @@ def test_plan_counts_and_advises(base: list[str]) -> None:
     assert "only 1 of 2 updates" in plan.advice[0]
 
 
+@pytest.mark.parametrize("more", ["batch_invariant=false", "mismatch.mode=noise"])
+def test_plan_calls_no_update_on_policy_whose_samples_are_not_exact(base: list[str], more: str) -> None:
+    plan = build_plan(load_config([*base, f"{ROLLOUT}.{more}", f"{ACTOR}.ppo_mini_batch_size=8"]), "cpu")
+    expected = f"4 optimizer steps per rollout, none exactly on-policy (actor_rollout_ref.rollout.{more})"
+    assert dict(plan.rows)["updates"] == expected
+    assert not any("exactly on-policy" in sentence for sentence in plan.advice)
+
+
+@pytest.mark.parametrize("later", [f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.ppo_epochs=2"])
+def test_plan_says_that_kept_tokens_are_those_of_the_sampler(base: list[str], later: str) -> None:
+    def said(*more: str) -> bool:
+        plan = build_plan(load_config([*base, *more]), "cpu")
+        return any(sentence.startswith("with top_k, top_p or min_p") for sentence in plan.advice)
+
+    assert said(later, f"{ROLLOUT}.top_p=0.9")
+    assert not said(later)
+    assert not said(f"{ROLLOUT}.top_p=0.9")
+
+
 def test_plan_warns_of_a_cache_smaller_than_a_sequence(base: list[str]) -> None:
     plan = build_plan(load_config([*base, f"{ROLLOUT}.kv_cache_bytes=10000"]), "cpu")
     assert any("holds 64 tokens, less than one sequence of 1024" in sentence for sentence in plan.advice)
@@ -180,6 +206,14 @@ UNUSED = {
     "trainer.profile_ranks": ("[]", ["trainer.profile_steps=[1]"]),
     "trainer.audit_redraw_ratio": ("0.5", []),
     "data.truncation": ("left", []),
+    f"{ACTOR}.clip_ratio": ("0.3", []),
+    "algorithm.norm_adv_by_std_in_grpo": ("False", []),
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu": ("16384", [f"{ACTOR}.use_kl_loss=true"]),
+    "trainer.total_epochs": ("3", []),
+    f"{ROLLOUT}.val_kwargs.top_p": (
+        "0.5",
+        [f"{ROLLOUT}.val_kwargs.do_sample=true", f"{ROLLOUT}.val_kwargs.temperature=1"],
+    ),
 }
 
 
@@ -189,6 +223,9 @@ def test_a_key_without_effect_says_so_and_one_with_does_not(base, key):
     off = {
         "trainer.audit_redraw_ratio": ["trainer.exactness=off"],
         "data.truncation": ["data.filter_overlong_prompts=true"],
+        f"{ACTOR}.clip_ratio": [f"{ACTOR}.clip_ratio_low=0.2", f"{ACTOR}.clip_ratio_high=0.2"],
+        "algorithm.norm_adv_by_std_in_grpo": ["algorithm.adv_estimator=rloo"],
+        "trainer.total_epochs": ["trainer.total_training_steps=3"],
     }
     (said,) = load_config([*base, f"{key}={value}", *off.get(key, [])]).notices
     assert said.startswith(f"{key}={value} has no effect: ")

@@ -164,6 +164,8 @@ def test_dtype_spellings() -> None:
     config = load(f"{ROLLOUT}.dtype=bf16", f"{ACTOR}.fsdp_config.dtype=bfloat16")
     assert config.rollout.dtype == config.actor.fsdp_config.dtype == "bfloat16"
     assert (Config().dtype("cpu"), Config().dtype("cuda"), config.dtype("cpu")) == ("float32", "bfloat16", "bfloat16")
+    for key in (f"{ROLLOUT}.dtype", f"{ACTOR}.fsdp_config.dtype"):  # auto is the other side's
+        assert load(f"{key}=bfloat16").dtype("cpu") == "bfloat16"
 
 
 def test_whole_floats_are_whole_numbers_and_nothing_else_is() -> None:

@@ -281,23 +281,26 @@ def test_a_model_that_cannot_fit_is_refused_with_the_setting_that_makes_room() -
         "update needs 82.8 GiB on each GPU and 78.5 GiB are free, 4.3 GiB too little (moments 30.0 GiB" in problem.what
     )
     keys = [text.split()[0].split("=") for text in problem.fix.removeprefix("set ").split(" or ")]
-    assert {key.rsplit(".", 1)[1] for key, _ in keys} == {"optimizer_offload", "ppo_max_token_len_per_gpu"}
+    named = {key.rsplit(".", 1)[1] for key, _ in keys}
+    assert named == {"enable_sleep_mode", "optimizer_offload", "ppo_max_token_len_per_gpu"}
     for key, value in keys:  # each alone is enough
         changed = with_value(config, key, True if value == "true" else int(value))
         assert memory_problems(changed, shape("qwen3-4b"), machine) == []
 
 
 def test_a_model_that_no_setting_makes_fit_gets_a_number_of_gpus() -> None:
-    config = configured(*LENGTHS)
-    (problem,) = memory_problems(config, shape("qwen3-8b"), Machine("cuda", 1, H100))
-    assert "no setting makes room for it here: use 2 GPUs with" in problem.fix
-    assert "optimizer_offload=true" in problem.fix
-    changed = with_value(config, f"{ACTOR}.fsdp_config.optimizer_offload", True)
-    two = with_value(changed, "trainer.n_gpus_per_node", 2)
-    assert memory_problems(two, shape("qwen3-8b"), Machine("cuda", 2, H100)) == []
-    (host,) = memory_problems(two, shape("qwen3-8b"), Machine("cuda", 2, H100, 16 * GIB))
+    config, model = configured(*LENGTHS), shape("moonlight-16b-a3b")
+    (problem,) = memory_problems(config, model, Machine("cuda", 1, H100))
+    said, needed = problem.fix.removesuffix(", or a smaller model").split(" with ")
+    assert said == "no setting makes room for it here: use 2 GPUs"
+    two = with_value(config, "trainer.n_gpus_per_node", 2)
+    for key, _, value in (text.partition("=") for text in needed.split(" and ")):
+        two = with_value(two, key, True if value == "true" else int(value))
+    assert two.actor.fsdp_config.optimizer_offload
+    assert memory_problems(two, model, Machine("cuda", 2, H100)) == []
+    (host,) = memory_problems(two, model, Machine("cuda", 2, H100, 16 * GIB))
     assert (
-        "what is offloaded or copied takes 30.5 GiB per GPU of the machine's memory and 16.0 GiB are free" in host.what
+        "what is offloaded or copied takes 59.5 GiB per GPU of the machine's memory and 16.0 GiB are free" in host.what
     )
 
 

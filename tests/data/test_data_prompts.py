@@ -87,6 +87,17 @@ def test_overlong_rows_are_left_out_and_counted(caplog):
     assert "left out 1 of 3 prompts" in caplog.text
 
 
+def test_rows_that_are_cut_are_counted_and_the_first_is_named(caplog):
+    form = PromptFormat(max_prompt_length=4, truncation="left", apply_chat_template=False)
+    PromptDataset([row("1+2="), row("3+4=")], byte_tokenizer(), form)
+    assert not caplog.records
+    PromptDataset([row("1+2="), row("10+2="), row("10+20=")], byte_tokenizer(), form)
+    (said,) = caplog.messages
+    assert (
+        said == "cut 2 of 3 prompts to data.max_prompt_length=4 tokens (data.truncation=left), the first of them row 1"
+    )
+
+
 def test_all_rows_filtered():
     form = PromptFormat(max_prompt_length=2, filter_overlong_prompts=True)
     with pytest.raises(

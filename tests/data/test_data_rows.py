@@ -85,6 +85,22 @@ def test_bad_row_names_file_row_and_fix(tmp_path, record, message):
         load_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"images": [{"path": "a.png"}]}, r"row 1: column 'images' holds .*a\.png.* would be left out of the prompt"),
+        ({"videos": ["a.mp4"]}, "column 'videos' holds"),
+        ({"tools": '[{"name": "search"}]'}, "column 'tools' holds"),
+        ({"agent_name": "tool_agent"}, "column 'agent_name' asks for 'tool_agent', and only single_turn_agent"),
+    ],
+)
+def test_what_a_prompt_holds_beside_its_text_is_refused(tmp_path, extra, message):
+    nothing = {"images": [], "videos": None, "tools": "[]", "agent_name": "single_turn_agent"}
+    assert len(load_rows(write_jsonl(tmp_path / "text.jsonl", [VERL_ROW | nothing] * 2))) == 2
+    with pytest.raises(ValueError, match=message):
+        load_rows(write_jsonl(tmp_path / "more.jsonl", [VERL_ROW | nothing, VERL_ROW | extra]))
+
+
 def test_missing_answer_column(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "1?"}])
     with pytest.raises(ValueError, match=r"no column 'solution'; columns present: question\. Set data\.answer_key"):

@@ -15,12 +15,6 @@ import torch.distributed as dist
 from vexact.distributed import RankInfo
 
 
-class StrictError(RuntimeError):
-    """Stands for an error of this package that is meant for users."""
-
-    __module__ = "vexact.stand_in"
-
-
 class Dummy:
     memory_advice: ClassVar = {"fail": "lower the size of the dummy"}
 

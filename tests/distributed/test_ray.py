@@ -54,7 +54,7 @@ def test_calls_reach_the_ranks_and_what_they_print_reaches_the_console(
         assert not array.any()
         assert group.call("total", 2.0) == [4.0, 4.0]
         slow = group.start("wait_for", str(tmp_path / "go on"), ranks=[1])
-        assert group.call_each("add", [(array,)], ranks=[0])[0].tolist() == [0.0] * 3
+        assert group.start_each("add", [(array,)], ranks=[0]).result()[0].tolist() == [0.0] * 3
         assert not slow.done()
         (tmp_path / "go on").touch()
         assert slow.result() == [None]

@@ -255,7 +255,7 @@ def test_a_failure_elsewhere_ends_the_wait_for_another_call() -> None:
 def test_results_come_in_the_order_of_the_ranks_and_a_polite_end_follows() -> None:
     channel = Script([Arrival(2, 0, "c")], [Arrival(0, 0, "a")])
     group = RemoteGroup(channel, 30.0)
-    assert group.call_each("who", [(1,), (2,)], ranks=[2, 0]) == ["c", "a"]
+    assert group.start_each("who", [(1,), (2,)], ranks=[2, 0]).result() == ["c", "a"]
     assert [(rank, call.args) for rank, call in channel.sent] == [(2, (1,)), (0, (2,))]
     group.close()
     group.close()

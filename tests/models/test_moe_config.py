@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -66,14 +67,28 @@ def test_released_files_need_no_comment(caplog):
 
 @pytest.mark.parametrize("raw", [QWEN3_MOE, MIXTRAL, DEEPSEEK_V2, DEEPSEEK_V3], ids=lambda raw: raw["model_type"])
 def test_defaults_are_those_of_transformers(raw):
-    left_out = ("rms_norm_eps", "max_position_embeddings", "rope_parameters", "norm_topk_prob", "tie_word_embeddings")
-    few = {key: value for key, value in raw.items() if key not in left_out}
-    ours, theirs = ModelConfig.from_hf_dict(few), AutoConfig.for_model(**few)
-    assert ours.rms_norm_eps == theirs.rms_norm_eps
-    assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-    assert ours.moe.normalize == getattr(theirs, "norm_topk_prob", True)
+    """A key that is not there means what transformers then takes, or is asked for; what weights or a tokenizer would
+    contradict is left out."""
+    named = ("architectures", "model_type")
+    free = (*named, "eos_token_id", "num_key_value_heads", "q_lora_rank", "num_nextn_predict_layers")
+    raw = raw | ({"n_routed_experts": 16, "topk_group": 4} if "n_group" in raw else {})
+    silent, asked = [], {}
+    for key in sorted(raw.keys() - free):
+        few = {name: value for name, value in raw.items() if name != key}
+        try:
+            ours = ModelConfig.from_hf_dict(few)
+        except ValueError as error:
+            asked[key] = str(error)
+            continue
+        theirs = ModelConfig.from_hf_dict(
+            AutoConfig.for_model(**few).to_dict() | {"architectures": raw["architectures"]}
+        )
+        assert replace(ours, raw={}) == replace(theirs, raw={}), key
+        silent.append(key)
+    assert all(f"{key} is missing" in message for key, message in asked.items())
+    assert {"rms_norm_eps", "max_position_embeddings", "rope_parameters", "tie_word_embeddings"} <= set(silent)
+    assert ("norm_topk_prob" in silent) == ("norm_topk_prob" in raw)
+    assert ("n_group" in silent) == ("n_group" in raw)
 
 
 SIZES = {
@@ -125,6 +140,7 @@ REFUSED = [
     (QWEN3_MOE, {"auto_map": {"AutoModel": "modeling_deepseek.DeepseekV3Model"}}, "auto_map"),
     (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 would multiply"),
     (MIXTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
+    (MIXTRAL, {"sliding_window": 4096, "use_sliding_window": False}, "sliding_window=4096 is not supported"),
     (MIXTRAL, {"hidden_act": "gelu"}, 'hidden_act="gelu"'),
     (MIXTRAL, {"attention_bias": True}, "attention_bias=true is not supported for MixtralForCausalLM"),
     (MIXTRAL, {"moe_intermediate_size": 16}, "moe_intermediate_size=16"),
@@ -135,6 +151,8 @@ REFUSED = [
     (DEEPSEEK_V2, {"norm_topk_prob": True}, "norm_topk_prob=true is read in several ways"),
     (DEEPSEEK_V3, {"n_group": 3}, "n_group=3 must divide the 8 experts into equal groups of two or more"),
     (DEEPSEEK_V3, {"n_group": 8}, "n_group=8 must divide"),
+    (DEEPSEEK_V3, {"n_group": ...}, "n_group is missing; it must divide the 8 experts"),
+    (MOONLIGHT, {"topk_group": ...}, "topk_group is missing; it must be a whole number from 1 to 1"),
     (DEEPSEEK_V3, {"topk_group": 5}, "topk_group=5 must be a whole number from 1 to 4"),
     (DEEPSEEK_V3, {"topk_group": 1}, "num_experts_per_tok=3 is more than the experts of topk_group=1 groups, 2"),
     (DEEPSEEK_V3, {"routed_scaling_factor": 0}, "routed_scaling_factor=0 must be a number"),
@@ -162,6 +180,8 @@ REFUSED = [
     (MIXTRAL, {"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5 routes tokens"),
     (MIXTRAL, {"decoder_sparse_step": 2}, "decoder_sparse_step=2 routes tokens"),
     (LLAMA, {"num_experts": 8}, "num_experts=8 asks for a mixture of experts"),
+    (LLAMA, {"is_causal": False}, "is_causal=false lets tokens see later ones"),
+    (QWEN3_MOE, {"is_causal": None}, "is_causal=null lets tokens see later ones"),
     (LLAMA, {"rope_interleave": True}, "rope_interleave=true"),
     (LLAMA, {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1"),
 ]

@@ -8,16 +8,18 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from plotly import graph_objects as go
 from written_run import config, group, row, write_run
 
 from vexact.cli import main
+from vexact.prepare.tokenizers import byte_tokenizer
 from vexact.report import write_samples
 from vexact.report.html import read_run, write_report
 from vexact.report.html.browser import BYTES_OF_ALL, sample_pages
 from vexact.report.html.groups import grouped
 from vexact.report.html.page import render
-from vexact.report.html.thin import kept_points, stretch_means
+from vexact.report.html.thin import kept_points, running_mean, stretch_means
 from vexact.report.panels import SECTIONS
 from vexact.report.samples.token_text import TokenText
 
@@ -208,7 +210,7 @@ def test_few_points_keep_the_extremes():
     [
         (["a", "b c", "<end>"], "ab c", [1, 3, 0]),
         (["\ufffd", "\ufffd", "!"], "é!", [0, 1, 1]),
-        (["\ufffd", "\ufffd", "<end>"], "é", [0, 0, 1]),
+        (["\ufffd", "\ufffd", "<end>"], "é", [0, 1, 0]),
         (["Hi", "there", "."], "Hi there.", [2, 6, 1]),  # a tokenizer that drops a space at the start
         (["<think>", "a"], "a", [0, 1]),
         (["a", "a", "a"], "aaa", [1, 1, 1]),
@@ -218,9 +220,47 @@ def test_few_points_keep_the_extremes():
     ],
 )
 def test_tokens_share_the_characters_of_the_text(words, text, lengths):
-    found = TokenText(lambda ids: words[ids[0]]).lengths(range(len(words)), text)
+    whole = {("\ufffd", "\ufffd"): "é", ("\ufffd", "\ufffd", "!"): "é!"}  # what tokens say together and not alone
+
+    def decode(ids):
+        said = tuple(words[i] for i in ids)
+        return whole.get(said, "".join(said))
+
+    found = TokenText(decode).lengths(range(len(words)), text)
     assert found == lengths
     assert sum(found) == len(text)
+
+
+@pytest.mark.parametrize("text", ["日本語の😀é", "aé b日 c", "🤖🤖", "é"])
+def test_a_character_is_of_the_token_that_completes_it(text):
+    """One token per byte: a log-probability stands beside the character that its token ends, and no other."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = TokenText(tokenizer.decode).lengths([*ids, tokenizer.eos_token_id], text)
+    ends = [0] * len(ids)
+    for size in (len(text[: n + 1].encode()) for n in range(len(text))):
+        ends[size - 1] = 1
+    assert found == [*ends, 0]
+
+
+def test_a_peak_is_gone_from_the_mean_that_runs_past_it():
+    """What is left of 1e18 - 1e18 is no mean of numbers around 1."""
+    values = np.full(12, 1.0)
+    values[2] = 1e18
+    assert running_mean(values, 3)[5:].tolist() == [1.0] * 7
+    values[4], values[9] = np.nan, np.inf
+    for window in (1, 2, 5, 12, 99):
+        parts = [values[max(0, end - window) : end] for end in range(1, 13)]
+        kept = [part[np.isfinite(part)] for part in parts]
+        expected = [part.mean() if len(part) else np.nan for part in kept]
+        assert np.allclose(running_mean(values, window), expected, equal_nan=True)
+
+
+def test_the_order_of_keys_sets_no_runs_apart(tmp_path):
+    runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(dict(reversed(config.items())), sort_keys=False))
+    assert len(grouped([read_run(run) for run in runs])) == 1
 
 
 def test_the_command_names_the_file(tmp_path, capsys):

@@ -35,6 +35,26 @@ def test_scores_extra_keys_and_flat_groups():
     assert m.score_metrics([]) == {}
 
 
+def test_no_key_of_a_grader_takes_the_place_of_another_metric():
+    """The seconds that grading took are `reward/time_s/mean`, and a validation's score is `reward`."""
+    groups = [group(Score(1.0, {"time_s": 40.0, "reward": 3.0, "mean": 5.0}))]
+    assert m.score_metrics(groups) == {
+        "critic/score/mean": 1.0,
+        "critic/score/max": 1.0,
+        "critic/score/min": 1.0,
+        "reward/extra_time_s/mean": 40.0,
+        "reward/reward/mean": 3.0,
+        "reward/mean/mean": 5.0,
+        "reward/frac_zero_std_groups": 1.0,
+    }
+    assert m.validation_metrics(groups) == {
+        "val-core/add/reward/mean@1": 1.0,
+        "val-aux/add/extra_reward/mean@1": 3.0,
+        "val-aux/add/time_s/mean@1": 40.0,
+        "val-aux/add/mean/mean@1": 5.0,
+    }
+
+
 def test_advantages_are_per_token():
     sequences = [
         TrainSequence(sample(1), np.array([2.0], np.float32)),

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from vexact.report import Reporter, write_samples
 from vexact.report.sinks.console import HEADER_EVERY, ConsoleSink
-from vexact.report.sinks.jsonl import read_metrics
+from vexact.report.sinks.jsonl import JsonlSink, read_metrics
 from vexact.report.sinks.sink import RunInfo
 from vexact.types import Prompt, Sample, SampleGroup, Score, StepStats
 
@@ -51,6 +51,43 @@ def test_jsonl_has_one_flushed_object_per_step(tmp_path):
         (record,) = read_metrics(tmp_path / "run/metrics.jsonl")
     assert record.pop("time") > 1.6e9
     assert record == {"step": 1, "a/b": 0.5, "c": None, "d": None}
+
+
+class Full:
+    """A file on a disk that is full at times; it takes a part of a line before it says so."""
+
+    def __init__(self, file):
+        self.file, self.is_full, self.room = file, False, 7
+
+    def write(self, content):
+        if self.is_full and not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.file.write(bytes(content[: self.room if self.is_full else None]))
+        self.room -= taken if self.is_full else 0
+        return taken
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_disk_that_was_full_for_a_while_costs_no_line(tmp_path, caplog):
+    sink = JsonlSink(RunInfo(tmp_path))
+    sink._file = disk = Full(sink._file)
+    for step in range(1, 7):
+        disk.is_full = step in (2, 3, 4)
+        sink.step(StepStats(step, {"a": float(step)}))
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == (2 if disk.is_full else step)  # the first one, and the beginning of the second
+    assert [(one["step"], one["a"]) for one in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (step, float(step)) for step in range(1, 7)
+    ]
+    told = [record.getMessage().partition("metrics.jsonl ")[2] for record in caplog.records]
+    assert [text[:20] for text in told] == ["takes no more, train", "is complete again"]
+    disk.is_full, disk.room = True, 0
+    sink.step(StepStats(7, {}))
+    with pytest.raises(OSError, match="No space left"):
+        sink.close()
+    assert disk.file.closed
 
 
 def test_resumed_jsonl_continues_without_duplicates(tmp_path):

@@ -14,7 +14,7 @@ from processes import PATIENCE_S, until
 
 from vexact.reward.pool import RewardPool
 from vexact.reward.sandbox.policy import SandboxPolicy
-from vexact.reward.spec import GradeRequest, RewardError, RewardSpec
+from vexact.reward.spec import GradeRequest, RewardError, RewardSpec, load_function
 
 GRADER = """
 import os, re, signal, subprocess, sys, time
@@ -76,6 +76,43 @@ def test_scores_come_back_in_order(spec):
     assert [score.value for score in scores] == [float(index) for index in range(300)]
     assert scores[123].extra == {"length": 3.0}
     assert {score.status for score in scores} == {"ok"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_grader_does_to_its_arguments_ends_with_the_call(tmp_path, num_workers):
+    path = tmp_path / "grader.py"
+    path.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info, seen):\n"
+        "    for held in (ground_truth, extra_info['seen'], seen):\n"
+        "        held.append(solution_str)\n"
+        "    return len(ground_truth) + len(extra_info['seen']) + len(seen)\n"
+    )
+    truth, extra = ["1"], {"seen": []}  # as the samples of a prompt have them: one object
+    requests = [GradeRequest("mine", str(i), truth, extra) for i in range(8)]
+    with RewardPool(num_workers, RewardSpec(str(path), kwargs={"seen": []})) as pool:
+        assert [score.value for score in pool.score(requests) + pool.score(requests)] == [4.0] * 16
+    assert (truth, extra) == (["1"], {"seen": []})
+
+
+@pytest.mark.parametrize(("grade", "warns"), [("float(solution_str)", True), ("max(0, float(solution_str))", False)])
+def test_a_failure_that_scores_more_than_an_answer_is_said_once(tmp_path, caplog, grade, warns):
+    path = tmp_path / "grader.py"
+    path.write_text(f"def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return {grade}\n")
+    with RewardPool(0, RewardSpec(str(path))) as pool:
+        pool.score(ask("-1", "2"))
+        assert not caplog.records
+        for _ in range(2):
+            assert [score.value for score in pool.score(ask("-2", "none", "1"))][1] == 0
+    said = [text for text in caplog.messages if "1 of 3 samples failed to be graded and score 0, more than" in text]
+    assert len(said) == warns
+
+
+@pytest.mark.parametrize("text", ["import helper_beside", "from . import helper_beside"])
+def test_a_module_beside_the_file_says_how_it_is_found(tmp_path, text):
+    (tmp_path / "helper_beside.py").touch()
+    (tmp_path / "grader.py").write_text(f"{text}\ndef compute_score(**kwargs): return 1\n")
+    with pytest.raises(RewardError, match=f"modules beside it are found with PYTHONPATH={tmp_path}, by their plain"):
+        load_function(RewardSpec(str(tmp_path / "grader.py")))
 
 
 def test_bad_graders_cost_one_sample_each(spec, caplog, hopeless):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -54,6 +56,10 @@ def test_a_wrong_key_lets_nobody_in(narrow: Server) -> None:
             client.models.list()
     for path in ("/v1/models", "/metrics", "/nowhere", "/v1/completions"):
         assert ask(narrow, path)[0] == 401
+    for header in ("secret", "Basic secret", "Bearer", "Bearer  ", "Bearersecret", "Bearer secret secret"):
+        assert ask(narrow, "/v1/models", authorization=header)[0] == 401
+    for header in ("bearer secret", "BEARER  secret"):  # a scheme is the same in any case
+        assert ask(narrow, "/v1/models", authorization=header)[0] == 200
     assert ask(narrow, "/health") == (200, {"status": "ok"})
     with connect(narrow, "secret") as client:
         assert client.completions.create(**SHORT).usage.completion_tokens == 3
@@ -83,6 +89,11 @@ def test_a_body_that_is_too_large_or_no_json_is_refused(narrow: Server) -> None:
     assert ask(narrow, "/v1/completions", b"[1]", **key)[0] == 400
     assert ask(narrow, "/v1/completions", b'{"prompt": ' + b"[" * 1500, **key)[0] == 400
     assert ask(narrow, "/v1/completions", b"\xff", **key)[0] == 400
+    for twice in (b'{"seed": 1, "prompt": "x", "seed": 2}', b'{"prompt": "x", "metadata": {"seed": 1, "seed": 1}}'):
+        status, answer = ask(narrow, "/v1/completions", twice, **key)
+        assert (status, answer["error"]["param"]) == (400, "seed")
+        assert answer["error"]["message"].startswith("'seed' is there twice in one object")
+    assert ask(narrow, "/v1/completions", rb'{"\ud800": 1, "\ud800": 2}', **key)[0] == 400
     role = rb'{"messages": [{"role": "\ud800", "content": "x"}]}'  # JSON can name what UTF-8 cannot hold
     assert "lone surrogate" in ask(narrow, "/v1/chat/completions", role, **key)[1]["error"]["message"]
     assert ask(narrow, "/v1/completions", b"{}", content_type="text/plain", **key)[0] == 415
@@ -146,6 +157,12 @@ def test_what_is_long_is_all_that_has_to_be_tokenised(body: Body, expected: int)
 def test_without_a_key_only_this_machine_is_served_by_its_own_name(server: Server) -> None:
     assert ask(server, "/v1/models", host="evil.example")[0] == 403
     assert ask(server, "/v1/models", host="localhost:1")[0] == ask(server, "/v1/models", host="[::1]")[0] == 200
+    name = server.url.removeprefix("http://")
+    for hosts in (("evil.example", name), (name, "evil.example")):
+        head = "".join(f"host: {host}\r\n" for host in hosts)
+        with socket.create_connection(server._socket.getsockname(), timeout=PATIENCE_S) as sent:
+            sent.sendall(f"GET /v1/models HTTP/1.1\r\n{head}connection: close\r\n\r\n".encode())
+            assert sent.makefile("rb").readline().split()[1] in (b"400", b"403")  # 400 where the parser knows better
 
 
 @pytest.mark.parametrize(
@@ -157,9 +174,11 @@ def test_without_a_key_only_this_machine_is_served_by_its_own_name(server: Serve
         ({"host": "no.such.host.invalid"}, "no address of this machine"),
         ({"api_key": " "}, "api_key must be printable"),
         ({"api_key": "é"}, "api_key must be printable"),
+        ({"api_key": "key "}, "neither begins nor ends with a space"),
         ({"port": 70000}, "port=70000"),
         ({"drain_timeout": 0.0}, "drain_timeout=0.0"),
         ({"model_names": ("a", "")}, "served_model_name"),
+        ({"model_names": ("m\udcff",)}, "cannot be printed"),  # of a directory whose name is no text
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -175,6 +194,34 @@ def test_addresses() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
             listening_socket("127.0.0.1", port)
+
+
+def metric(server: Server, name: str) -> float | None:
+    """As `/metrics` tells it."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"vexact:{name}{{")), None)
+
+
+def begin_the_drain(server: Server) -> None:
+    loop = server._loop
+    assert loop is not None
+    asyncio.run_coroutine_threadsafe(server._service.drain(), loop)
+    assert until(lambda: server._service.engine.refusal is not None)
+    assert ask(server, "/health") == (
+        503,
+        {"status": "draining", "message": "the engine drains: it ends what runs and takes no more"},
+    )
+
+
+def watch_the_drain(server: Server) -> None:
+    """What runs, and what it samples, is counted on all the same."""
+    before, steps = metric(server, "generation_tokens_total"), metric(server, "engine_steps_total")
+    assert before is not None
+    assert steps is not None
+    while (running := metric(server, "num_requests_running")) and metric(server, "generation_tokens_total") == before:
+        time.sleep(0.005)
+    assert running == 0 or (metric(server, "generation_tokens_total") or 0) > before
 
 
 @pytest.mark.parametrize("in_time", [True, False])
@@ -205,9 +252,14 @@ def test_the_end_answers_what_runs(in_time: bool, monkeypatch: pytest.MonkeyPatc
             for one in clients:
                 one.start()
             assert until(lambda: driven.num_unfinished == 3)
+            if in_time:
+                begin_the_drain(server)
+            else:
+                stopping.start()
+                assert late.wait(PATIENCE_S)
+        if in_time:
+            watch_the_drain(server)
             stopping.start()
-            assert until(lambda: driven.refusal is not None)
-            assert in_time or late.wait(PATIENCE_S)
         for one in (*clients, stopping):
             one.join()
         with pytest.raises(openai.APIConnectionError):
@@ -226,6 +278,7 @@ def test_a_failed_engine_is_503_and_its_requests_are_told() -> None:
             client.completions.create(**SHORT)
         assert (caught.value.status_code, caught.value.code) == (503, "engine_failed")
         assert ask(server, "/health")[0] == 503
+        assert metric(server, "num_requests_running") is None  # nothing runs any more, and nothing is known of it
         engine._blocks.release([page])
 
 

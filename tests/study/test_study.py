@@ -80,7 +80,7 @@ def test_two_runs_end_to_end_and_the_one_that_a_kill_lost_again(tmp_path):
     written = study("write", tmp_path / "results.parquet", "--grid", grid, "--page", page)
     assert written.returncode == 0, written.stderr
     assert "| `noise_1` | `tis` |" in page.read_text(encoding="utf-8")
-    assert (tmp_path / "study_tiny.svg").read_text(encoding="utf-8").count("<svg") == 1
+    assert (tmp_path / "pictures" / "study_tiny.svg").read_text(encoding="utf-8").count("<svg") == 1
 
 
 def test_a_study_that_is_terminated_takes_its_runs_with_it(tmp_path):

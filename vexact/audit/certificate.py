@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -42,7 +44,9 @@ class SelfTest:
 
     @property
     def exact(self) -> bool:
-        return self.comparison.exact and not self.draws.different
+        """Every token was compared and drawn again, and nothing differs."""
+        compared = self.comparison.tokens_compared
+        return self.comparison.exact and not self.draws.different and self.draws.redrawn >= compared
 
     def first_different(self) -> tuple[Sample, SamplingParams]:
         """The request of the first log-probability or route that differs."""
@@ -81,7 +85,7 @@ class Certificate:
 
     def to_json(self) -> str:
         """JSON has no NaN and no infinity: they are written as text."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def describe(self) -> str:
         """One line for the log."""
@@ -94,24 +98,34 @@ class Certificate:
                 "repeated, "
                 f"attention {pair}"
             )
+        if not c.exact or draws.different:
+            found = draws.describe() if c.exact else c.describe()
+        else:
+            found = f"{draws.redrawn} of {c.tokens_compared} draws were repeated"
         return (
-            f"the self-test before the first step failed: {draws.describe() if c.exact else c.describe()}. Attention "
+            f"the self-test before the first step failed: {found}. Attention "
             f"is {pair}; `vexact verify` looks closer; trainer.exactness=warn logs this and goes on"
         )
 
 
-def run_self_test(engine: RolloutEngine, actor: Policy) -> SelfTest:
+def run_self_test(
+    engine: RolloutEngine, actor: Policy, while_scoring: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> SelfTest:
     """Samples random prompts on every replica, rescores and redraws every token with the actor, compares the bits.
 
     The engine and the actor are left as they were: request ids are the self-test's own, the engine's statistics and
     prefix cache are cleared, no weight changes. Both must hold the same weights and be idle.
+
+    Args:
+        while_scoring: entered while the actor computes and the engine does not.
     """
     prompts, params = _requests(engine, actor.config.max_micro_batch_tokens)
     samples = engine.generate(prompts, params, [f"certificate/{index}" for index in range(len(prompts))])
     nothing = [np.zeros(len(sample.token_ids), np.float32) for sample in samples]
     settings = [draw_settings(one, engine.seed, sample.request_id) for one, sample in zip(params, samples, strict=True)]
     redraw = Redraw(samples, settings, 1.0)
-    trained = actor.rescore([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
+    with while_scoring():
+        trained = actor.rescore([TrainSequence(*pair) for pair in zip(samples, nothing, strict=True)], redraw)
     engine.clear_prefix_cache()
     engine.stats()
     return SelfTest(
@@ -134,9 +148,12 @@ def _requests(engine: RolloutEngine, token_budget: int) -> tuple[list[list[int]]
     return prompts * engine.num_replicas, params * engine.num_replicas
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: they are text."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -155,6 +172,7 @@ def require_certificate(
     rollout_attention: str,
     trainer_attention: str,
     environment: dict[str, object],
+    while_scoring: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Runs the self-test as ``trainer.exactness`` says: ``strict`` stops, ``warn`` logs, ``off`` skips it.
 
@@ -166,7 +184,7 @@ def require_certificate(
     if exactness == "off":
         return
     started = perf_counter()
-    result = run_self_test(engine, actor)
+    result = run_self_test(engine, actor, while_scoring)
     certificate = Certificate(
         exact=result.exact,
         comparison=result.comparison,

@@ -151,6 +151,11 @@ def _compare(samples: Sequence[Sample], trainer_logprobs: Sequence[np.ndarray]) 
     )
 
 
+def larger_gap(known: float, new: float) -> float:
+    """The larger of two gaps, of which one to a value that is none is infinite."""
+    return math.inf if math.isnan(new) else max(known, new)
+
+
 def different_tokens(
     samples: Sequence[Sample],
     trainer_logprobs: Sequence[np.ndarray],

@@ -60,6 +60,18 @@ def _flag(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _check_alone(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that a repetition, which does what its file recorded, would not look at."""
+    defaults = vars(add_parser(argparse.ArgumentParser().add_subparsers()).parse_args([]))
+    read = ("replay", "model_path")
+    unread = [name for name, value in defaults.items() if name not in read and getattr(arguments, name) != value]
+    if unread:
+        raise ValueError(
+            "--replay repeats what its file recorded and takes no other option than --model_path: "
+            f"{', '.join(f'--{name}' for name in unread)}"
+        )
+
+
 def _replay(arguments: argparse.Namespace) -> int:
     from vexact.audit.explain import replay
 
@@ -70,6 +82,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.replay is not None:
+        _check_alone(arguments)
         return _replay(arguments)
     check_seed("--seed", arguments.seed)
     if arguments.model_path is None:
@@ -94,6 +107,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         check_output("--out", arguments.out, b'"passed": ', "result of vexact verify")
     if arguments.explain is not None:
         check_output("--explain", arguments.explain, b"PK\x03\x04", "replay file")
+        if arguments.out is not None and arguments.out.resolve() == arguments.explain.resolve():
+            raise ValueError(f"--out and --explain both write to {arguments.out}; give them two files")
     disable_progress_bar()
     options = VerifyOptions(
         model_path=arguments.model_path,
@@ -127,4 +142,6 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _write(out: Path | None, result: dict[str, Any]) -> None:
     """After the result is printed, so that a disk that is full does not take it along."""
     if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        from vexact.audit.certificate import plain
+
+        out.write_text(json.dumps(plain(result), indent=2, allow_nan=False) + "\n")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vexact.config.baseline import baseline_attention
+from vexact.config.checks.rules import inexact
 from vexact.config.memory import (
     BYTES,
     ExpertShape,
@@ -61,7 +62,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
         ("attention", _attention_row(config, device, shape)),
         ("exactness", _exactness_row(config)),
-        ("placement", placement.text(device)),
+        ("placement", _placement_row(config, placement, device)),
         ("key-value cache", _cache_row(config, device, shape)),
         *memory_rows(memory, machine.device_bytes),
         ("changed keys", _changed_row(config)),
@@ -103,9 +104,18 @@ def _step_rows(config: Config) -> list[tuple[str, str]]:
 
 
 def _updates_row(config: Config) -> str:
-    total = config.optimizer_steps_per_rollout
-    exact = "on samples one weights version old" if config.trainer.async_steps else f"1 of {total} exactly on-policy"
+    total, cause = config.optimizer_steps_per_rollout, inexact(config)
+    exact = f"1 of {total} exactly on-policy"
+    if config.trainer.async_steps:
+        exact = "on samples one weights version old"
+    elif cause:
+        exact = f"none exactly on-policy ({cause})"
     return f"{total} optimizer step{'s' if total > 1 else ''} per rollout, {exact}"
+
+
+def _placement_row(config: Config, placement: Placement, device: str) -> str:
+    sleeps = "; the rollout's weights are given back for every update" if config.rollout.enable_sleep_mode else ""
+    return f"{placement.text(device)}{sleeps}"
 
 
 def _attention_row(config: Config, device: str, shape: ModelShape) -> str:
@@ -174,10 +184,17 @@ def _training_advice(config: Config, shape: ModelShape) -> list[str]:
         )
         if config.trainer.async_audit_freq < 0 and config.trainer.exactness != "off":
             advice.append("trainer.async_audit_freq=-1: after the first step nothing compares rollout and trainer")
-    elif total > 1:
+    elif total > 1 and not inexact(config):
         advice.append(
             f"only 1 of {total} updates per rollout is exactly on-policy; for all of them leave "
             "actor_rollout_ref.actor.ppo_mini_batch_size null and ppo_epochs 1"
+        )
+    rollout = config.rollout
+    if (rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0) and (config.needs_reference or total > 1):
+        advice.append(
+            "with top_k, top_p or min_p, the KL term and the updates after the first compare other weights over the "
+            "tokens whose logit reaches the sampler's threshold, which need not be the tokens it kept "
+            "(docs/numerics.md): approximate"
         )
     sharing = config.actor.ulysses_sequence_parallel_size
     if sharing > 1:

@@ -117,10 +117,8 @@ class Config(Keys):
 
     def dtype(self, device: str) -> str:
         """The compute type on both sides for ``device`` ("cpu" or "cuda"): "float32", "bfloat16" or "float16"."""
-        chosen = self.rollout.dtype
-        if chosen == "auto":
-            return "float32" if device.startswith("cpu") else "bfloat16"
-        return chosen
+        given = [each for each in (self.rollout.dtype, self.actor.fsdp_config.dtype) if each != "auto"]
+        return given[0] if given else "float32" if device.startswith("cpu") else "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as YAML holds them."""

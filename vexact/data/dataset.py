@@ -39,12 +39,15 @@ class PromptDataset:
         all_ids = tokenize(rows, tokenizer, form)
         warn_of_unknown_text(rows, all_ids, tokenizer)
         self._prompts: list[Prompt] = []
+        cut: list[Row] = []
         for row, ids in zip(rows, all_ids):
             limited = _limit(row.where, ids, form)
             if limited is not None:
                 self._prompts.append(_prompt(len(self._prompts), row, limited))
+                cut += [row] if len(limited) < len(ids) else []
         self.num_filtered = len(rows) - len(self._prompts)
         _report_filter(self.num_filtered, len(rows), form, all_ids)
+        _report_cut(cut, len(rows), form)
 
     @classmethod
     def from_files(
@@ -96,3 +99,11 @@ def _report_filter(dropped: int, total: int, form: PromptFormat, all_ids: list[l
         )
     if dropped:
         log.warning("left out %d of %d prompts longer than %d tokens", dropped, total, form.max_prompt_length)
+
+
+def _report_cut(cut: Sequence[Row], total: int, form: PromptFormat) -> None:
+    if cut:
+        log.warning(
+            "cut %d of %d prompts to data.max_prompt_length=%d tokens (data.truncation=%s), the first of them %s",
+            *(len(cut), total, form.max_prompt_length, form.truncation, cut[0].where),
+        )

@@ -13,6 +13,10 @@ from vexact.data.ground_truth import GSM8K, own_truth, text_truth
 from vexact.data.messages import Message, check_text, plain_messages
 
 EXACT_MATCH = "exact_match"
+# Columns by which verl, or transformers' chat templates, put more into a prompt than its text
+_BESIDE_TEXT = ("images", "videos", "audios", "tools")
+_NOTHING = ("[]", "{}", "null")  # written into a text column
+_SINGLE_TURN = "single_turn_agent"
 PROCEDURAL = "reasoning_gym/"  # these graders read the task's whole entry, not the ground truth
 
 
@@ -69,6 +73,7 @@ def _parse_row(record: Mapping[str, Any], where: str, columns: ColumnNames, cust
     if columns.prompt not in record:
         raise _missing(columns.prompt, where, record, "data.prompt_key to the column that holds the prompt or question")
     prompt = _parse_prompt(record[columns.prompt], f"{where}: column {columns.prompt!r}")
+    _refuse_more_than_text(record, where, {columns.prompt, columns.answer, columns.data_source})
     extra = record.get("extra_info")
     if extra is not None and not isinstance(extra, Mapping):
         raise ValueError(f"{where}: column 'extra_info' must be a mapping, it is {type(extra).__name__} {extra!r:.80}")
@@ -105,6 +110,23 @@ def _parse_prompt(value: Any, where: str) -> str | tuple[Message, ...]:
         f"{where} must be a string or a non-empty list of {{'role', 'content'}} messages, "
         f"it is {type(value).__name__} {value!r:.120}"
     )
+
+
+def _refuse_more_than_text(record: Mapping[str, Any], where: str, read: set[str | None]) -> None:
+    """Raises ValueError for a column, other than those that are ``read``, by which a prompt is not its text alone."""
+    for column in (name for name in _BESIDE_TEXT if name not in read):
+        held = record.get(column)
+        if isinstance(held, list | tuple | Mapping | str | bytes) and held and held not in _NOTHING:
+            raise ValueError(
+                f"{where}: column {column!r} holds {held!r:.60}, which would be left out of the prompt: only text is "
+                "supported; drop the column if the text alone is meant"
+            )
+    agent = record.get("agent_name")
+    if isinstance(agent, str) and agent not in ("", _SINGLE_TURN):
+        raise ValueError(
+            f"{where}: column 'agent_name' asks for {agent!r:.60}, and only {_SINGLE_TURN} is supported: one response "
+            "to the prompt; drop the column if that is meant"
+        )
 
 
 def _is_written_chat(text: str) -> bool:

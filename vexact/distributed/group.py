@@ -89,18 +89,6 @@ class WorkerGroup(ABC):
         """``start(…).result()``."""
         return self.start(method, *args, ranks=ranks, timeout_s=timeout_s, stage=stage, **kwargs).result()
 
-    def call_each(
-        self,
-        method: str,
-        args_per_rank: Sequence[tuple[Any, ...]],
-        *,
-        ranks: Sequence[int] | None = None,
-        timeout_s: float | None = None,
-        stage: str = "",
-    ) -> list[Any]:
-        """``start_each(…).result()``."""
-        return self.start_each(method, args_per_rank, ranks=ranks, timeout_s=timeout_s, stage=stage).result()
-
     def __enter__(self) -> WorkerGroup:
         return self
 

@@ -19,6 +19,11 @@ from vexact.models.hf_names import matrix, stored_sources, to_hf
 MAX_SHARD_BYTES = 4 << 30
 
 
+def to_empty(model: CausalLM, device: torch.device) -> None:
+    """Memory of unknown values for every tensor of a model on the meta device."""
+    model.to_empty(device=device)
+
+
 def load_model(
     path: str | Path,
     *,
@@ -26,6 +31,7 @@ def load_model(
     device: torch.device | str = "cpu",
     ops: str = "invariant",
     attn_impl: str = "triton-invariant",
+    allocate: Callable[[CausalLM, torch.device], None] = to_empty,
 ) -> CausalLM:
     """Loads a checkpoint of a supported architecture.
 
@@ -35,18 +41,33 @@ def load_model(
     Args:
         path: directory with config.json and safetensors, sharded or not.
         ops: "invariant", or "stock" for torch's own kernels.
+        allocate: gives the parameters of a model on the meta device memory, of unknown values.
 
     Raises:
         FileNotFoundError: no such directory, no config, or no weights in it.
         ValueError: a damaged file or config, an unsupported architecture, tensors missing, left over or of another
             shape, values that are not finite or not so in ``dtype``, a device that is not there. The message names it.
     """
-    return load_parts(path, lambda model: None, whole, dtype=dtype, device=device, ops=ops, attn_impl=attn_impl)
+    return load_parts(
+        path,
+        lambda model: None,
+        whole,
+        dtype=dtype,
+        device=device,
+        ops=ops,
+        attn_impl=attn_impl,
+        allocate=allocate,
+    )
 
 
 def whole(parameter: Tensor) -> tuple[Tensor, int]:
     """All rows of a parameter."""
     return parameter, 0
+
+
+def no_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """None: names and shapes are checked, and no value is read."""
+    return parameter[:0], 0
 
 
 def load_parts(
@@ -58,12 +79,14 @@ def load_parts(
     device: torch.device | str,
     ops: str,
     attn_impl: str,
+    allocate: Callable[[CausalLM, torch.device], None] = to_empty,
 ) -> CausalLM:
     """``load_model`` where a process keeps some rows of each parameter only.
 
     Args:
         shard: divides the model in place while it is still on the meta device.
         own: for a parameter, the tensor that holds the rows kept here, and the index of the first.
+        allocate: as of ``load_model``.
     """
     device = usable_device(device)
     config = ModelConfig.from_hf_dir(path)
@@ -72,7 +95,7 @@ def load_parts(
         sources = {name: stored_sources(config, name, reader) for name, _ in model.named_parameters()}
         check_contents(reader, config, _shapes(config, model, sources))
         shard(model)
-        _allocate(model, device)
+        _allocate(model, device, allocate)
         for name, parameter in model.named_parameters():
             _read(reader, sources[name], *own(parameter))
     return model
@@ -126,8 +149,12 @@ def _meta_model(config: ModelConfig, dtype: torch.dtype, ops: str, attn_impl: st
         return CausalLM(config, ops, attn_impl).to(dtype)
 
 
-def _allocate(model: CausalLM, device: torch.device | str) -> CausalLM:
-    model.to_empty(device=device)
+def _allocate(
+    model: CausalLM,
+    device: torch.device | str,
+    allocate: Callable[[CausalLM, torch.device], None] = to_empty,
+) -> CausalLM:
+    allocate(model, torch.device(device))
     model.init_rope(device)
     return model
 

@@ -32,7 +32,7 @@ def score_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     if not scores:
         return {}
     metrics = summary("critic/score", [score.value for score in scores])
-    metrics |= {f"reward/{key}/mean": value for key, value in _extra_means(scores).items()}
+    metrics |= {f"reward/{_named(key, 'time_s')}/mean": value for key, value in _extra_means(scores).items()}
     flat = [len({score.value for score in group.scores}) == 1 for group in groups if group.scores]
     metrics["reward/frac_zero_std_groups"] = sum(flat) / len(flat)
     return metrics
@@ -88,12 +88,17 @@ def validation_metrics(groups: Sequence[SampleGroup]) -> dict[str, float]:
     return metrics
 
 
+def _named(key: str, ours: str) -> str:
+    """A key that a grader returned, such that it does not take the place of the metric that we call so."""
+    return f"extra_{key}" if key == ours else key
+
+
 def _mean_over_prompts(groups: Sequence[SampleGroup]) -> dict[str, float]:
     """Mean of the score ("reward") and of each further key, first within a prompt, then over prompts."""
     means = {"reward": float(np.mean([np.mean([score.value for score in group.scores]) for group in groups]))}
-    for key in sorted({key for group in groups for score in group.scores for key in score.extra} - {"reward"}):
+    for key in sorted({key for group in groups for score in group.scores for key in score.extra}):
         per_prompt = [_values(group.scores, key) for group in groups]
-        means[key] = float(np.mean([np.mean(values) for values in per_prompt if values]))
+        means[_named(key, "reward")] = float(np.mean([np.mean(values) for values in per_prompt if values]))
     return means
 
 

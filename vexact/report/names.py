@@ -66,20 +66,23 @@ METRICS: dict[str, dict[str, str]] = {
         "reward/time_s/{mean,max}": "Seconds the grader took per sample.",
         "reward/frac_zero_std_groups": "Share of prompts whose samples all got the same score: they teach "
         "a group-relative algorithm nothing.",
-        "reward/<key>/mean": "Mean of a further numeric key that the grader returned.",
+        "reward/<key>/mean": "Mean of a further numeric key that the grader returned; `extra_time_s` is its `time_s`.",
     },
     "Policy": {
-        "actor/pg_loss": "Policy loss of the step. Near 0 at the first on-policy update by construction.",
+        "actor/pg_loss": "Policy loss, mean over the optimizer steps. In an on-policy one a clipped loss is minus the "
+        "mean advantage, weighed as actor.loss_agg_mode weighs tokens.",
         "actor/loss": "What was differentiated: policy loss, entropy bonus, KL term and balance loss.",
         "actor/entropy": "Mean entropy of the sampling distribution per response token (nats).",
         "actor/entropy_loss": "The entropy that entered the loss (nats).",
-        "actor/kl_loss": "KL to the reference policy in the loss. Exactly 0 in the first step when the reference is "
-        "the initial policy.",
+        "actor/kl_loss": "KL to the reference policy in the loss. Exactly 0 in the first optimizer step, when the "
+        "reference still is the policy.",
         "actor/kl_coef": "Coefficient of that term.",
-        "actor/reward_kl_penalty": "Mean KL subtracted from the reward.",
+        "actor/reward_kl_penalty": "KL to the reference policy in the reward (algorithm.use_kl_in_reward), without its "
+        "coefficient: mean over samples of the mean per token.",
         "actor/reward_kl_penalty_coeff": "Its coefficient.",
         "actor/ppo_kl": "Mean of rollout log-prob minus current log-prob (nats); exactly 0 in an on-policy update.",
-        "actor/pg_clipfrac": "Share of tokens whose ratio was clipped from above; exactly 0 in an on-policy update.",
+        "actor/pg_clipfrac": "Share of tokens whose ratio was clipped: above its range where the advantage is "
+        "positive, below it where it is negative. Exactly 0 in an on-policy update.",
         "actor/pg_clipfrac_lower": "Share of tokens cut by dual clipping.",
         "actor/router_aux_loss": "Balance loss of the experts (actor.router_aux_loss_coef), mean over layers and "
         "sequences, without its coefficient; 1 when balanced.",

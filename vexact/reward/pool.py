@@ -85,6 +85,7 @@ class RewardPool:
             self._log_first(outcome)
         self._window.extend(outcomes)
         _require_some_success(outcomes)
+        self._warn_of_better_failures(outcomes)
         return [
             Score(each.value, each.extra or {}, each.status, each.message, seal(each.key, each.value))
             for each in outcomes
@@ -184,6 +185,17 @@ class RewardPool:
     def _fill_up(self) -> None:
         while len(self._workers) < self.num_workers:
             self._workers.append(WorkerProcess(self.spec, self.timeout_s, START_TIMEOUT_S))
+
+    def _warn_of_better_failures(self, outcomes: Sequence[Outcome]) -> None:
+        """Once: a failed sample scores 0, and where others score less, training teaches to break graders."""
+        graded = [outcome.value for outcome in outcomes if outcome.status == "ok"]
+        if "better failure" not in self._logged and len(graded) < len(outcomes) and min(graded) < 0:
+            self._logged.add("better failure")
+            log.warning(
+                "%d of %d samples failed to be graded and score 0, more than the lowest that was graded, %g: training "
+                "rewards what breaks the grader; let the function catch its errors, or return no number below 0",
+                *(len(outcomes) - len(graded), len(outcomes), min(graded)),
+            )
 
     def _log_first(self, outcome: Outcome) -> None:
         if outcome.status == "ok" or outcome.kind in self._logged:

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the user's file may raise anything
-        hint = sandbox_hint(error)
+        hint = sandbox_hint(error) + _import_hint(error, path)
         raise RewardError(f"importing {path} failed: {type(error).__name__}: {error}{hint}") from error
     function = getattr(module, spec.name, None)
     if not callable(function):
@@ -79,9 +80,24 @@ def load_function(spec: RewardSpec) -> ScoreFunction:
     return function
 
 
+def _import_hint(error: BaseException, path: Path) -> str:
+    """What to do about a module beside the file: the file is executed alone, its folder is not looked in."""
+    if not isinstance(error, ImportError):
+        return ""
+    name = (error.name or "").split(".")[0]
+    beside = name and ((path.parent / f"{name}.py").is_file() or (path.parent / name).is_dir())
+    if not beside and "relative import" not in str(error):
+        return ""
+    return f" (modules beside it are found with PYTHONPATH={path.parent}, by their plain names)"
+
+
 def call(function: ScoreFunction, request: GradeRequest, kwargs: dict[str, Any]) -> Outcome:
-    """Call the function as verl does and interpret what it returns; raises whatever it raises."""
+    """Call the function as verl does and interpret what it returns; raises whatever it raises.
+
+    What it changes in its arguments ends with the call: the samples of a prompt share them.
+    """
     data_source, solution, truth, extra_info, _ = request
+    truth, extra_info, kwargs = deepcopy((truth, extra_info, kwargs))
     result = function(
         data_source=data_source, solution_str=solution, ground_truth=truth, extra_info=extra_info, **kwargs
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from vexact.rollout.engine import Engine
 from vexact.rollout.engine_thread import EngineThread, fail
+from vexact.rollout.requests.request import id_set
 from vexact.rollout.sampling.sampling_params import SamplingParams
 from vexact.rollout.stream import Ask, EngineClosedError, Order, Stream
 from vexact.types import Sample
@@ -84,22 +85,23 @@ class AsyncEngine(EngineThread):
                 await asyncio.wrap_future(order.added)
             yield stream
         finally:
+            stream.leave()
             for order in orders:
                 if order.num_reserved:  # it has neither ended nor failed
                     self._post(partial(self._withdraw, order), lambda _: None, quietly=True)
 
-    async def abort(self, request_ids: Collection[str] | None = None) -> list[str]:
+    async def abort(self, request_ids: Iterable[str] | None = None) -> list[str]:
         """Ends these requests, or all: their callers get what was sampled so far. Returns the ids of the samples ended.
 
-        An id may be that of a request or of one of its samples. All does not mean those that a pause holds back.
+        An id is that of a request or of one of its samples; one may stand alone. All does not mean those that a pause
+        holds back.
         """
+        asked = request_ids if request_ids is None else id_set(request_ids)
 
         def end(engine: Engine) -> list[str]:
-            names = None
-            if request_ids is not None:
-                self._start_held(request_ids)
-                names = {name for name in self._parts if not {name, name.rpartition("/")[0]}.isdisjoint(request_ids)}
-            samples = engine.abort(names)
+            if asked is not None:
+                self._start_held(asked)
+            samples = engine.abort(asked)
             self._resolve(samples)
             return [sample.request_id for sample in samples]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vexact.rollout.execution.runner import ModelRunner, kv_page_bytes
 from vexact.rollout.loading import Loaded, load
 from vexact.rollout.requests.finish import Ending, Finisher
 from vexact.rollout.requests.intake import Intake, expand
+from vexact.rollout.requests.request import Request, id_set
 from vexact.rollout.requests.stop_strings import Tokenizer
 from vexact.rollout.sampling.prompt_scores import PromptScorer
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError
@@ -56,12 +57,14 @@ class Engine:
         eos_token_ids: Sequence[int] | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
+        read_weights: bool = True,
         **config: Any,
     ) -> None:
         """Either ``model_path`` (a Hugging Face directory) or a ready ``model``; ``config`` are EngineConfig fields.
 
         ``eos_token_ids``: tokens that end a response. Default: those of the generation config (else the model config)
-        and the tokenizer's end-of-sequence token.
+        and the tokenizer's end-of-sequence token. ``read_weights``: False leaves them to the first update, which needs
+        ``enable_sleep_mode``.
 
         Raises ValueError for a bad field, or if the KV cache cannot hold one page.
         """
@@ -73,13 +76,11 @@ class Engine:
             eos_token_ids=eos_token_ids,
             dtype=dtype,
             device=device,
+            read_weights=read_weights,
         )
-        self.config = loaded.config
-        self.model = loaded.model
-        self.attention = loaded.attention  # what runs, by name, e.g. "triton-invariant"
-        self._own_attention = loaded.own_attention
-        self.tokenizer = loaded.tokenizer
-        self.eos_token_ids = loaded.eos_token_ids
+        self.config, self.model, self.weights = loaded.config, loaded.model, loaded.weights
+        self.attention, self._own_attention = loaded.attention, loaded.own_attention  # the name of what runs
+        self.tokenizer, self.eos_token_ids = loaded.tokenizer, loaded.eos_token_ids
         self._build(loaded)
 
     def _build(self, loaded: Loaded) -> None:
@@ -242,10 +243,14 @@ class Engine:
         ids: list[str | None] = expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
-        num_tokens_before = self._stepper.stats.num_tokens
+        num_tokens_before, num_named_before = self._stepper.stats.num_tokens, self.num_named
         try:
-            for prompt, prompt_params, request_id in zip(prompts, params, ids):
-                order += self.add_request(prompt, prompt_params, request_id)
+            try:
+                for prompt, prompt_params, request_id in zip(prompts, params, ids):
+                    order += self.add_request(prompt, prompt_params, request_id)
+            except BaseException:  # nothing is sampled, and later prompts get the names, and so the draws, of these
+                self.num_named = num_named_before
+                raise
             while self.has_unfinished:
                 interrupt.check()
                 finished.update((sample.request_id, sample) for sample in self.step())
@@ -258,13 +263,20 @@ class Engine:
             self.abort_all()  # only an error or an interrupt leaves anything to abort
         return [finished[request_id] for request_id in order]
 
-    def abort(self, request_ids: Collection[str] | None = None) -> list[Sample]:
-        """Ends unfinished requests, these or all, where they are; their samples may have no token."""
-        return [
-            self._collector.end(request, Ending("abort"))
-            for request in self._scheduler.unfinished
-            if request_ids is None or request.request_id in request_ids
-        ]
+    def abort(self, request_ids: Iterable[str] | None = None) -> list[Sample]:
+        """Ends unfinished requests, these or all, where they are; their samples may have no token.
+
+        An id is that of a request, then all of its samples end, or of one of its samples. One may stand alone.
+        """
+        asked = request_ids if request_ids is None else id_set(request_ids)
+        return self._abort(lambda one: asked is None or not asked.isdisjoint((one.request_id, one.name)))
+
+    def abort_samples(self, sample_ids: Collection[str]) -> list[Sample]:
+        """``abort`` of samples by their own ids alone, whatever other requests are called."""
+        return self._abort(lambda one: one.request_id in sample_ids)
+
+    def _abort(self, is_asked: Callable[[Request], bool]) -> list[Sample]:
+        return [self._collector.end(one, Ending("abort")) for one in self._scheduler.unfinished if is_asked(one)]
 
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""
@@ -303,6 +315,16 @@ class Engine:
         """
         self._runner.resume_kv()
 
+    def release_weights(self) -> None:
+        """Give the memory of the weights back until an update brings all of them anew; captured graphs live on.
+
+        Does nothing if they are away. Raises RuntimeError: requests are unfinished, or as ``WeightMemory.release``.
+        """
+        self._require_idle("release_weights()")
+        self._blocks.clear_cache()
+        self.weights.release(self.weights_version)
+        self.weights_version = INVALID_VERSION
+
     def observe_logits(self, observer: Callable[[Tensor, SamplingTensors], None] | None) -> None:
         """Shows ``observer`` the raw logits (S, V) fp32 of every step before they are sampled; None stops it.
 
@@ -326,20 +348,25 @@ class Engine:
             copy_weights(parameters, named_tensors)
 
     @contextmanager
-    def replacing_weights(self, version: int) -> Iterator[dict[str, Tensor]]:
+    def replacing_weights(self, version: int) -> Iterator[Mapping[str, Tensor]]:
         """Hands out the parameters by name, to be overwritten in place; the engine has ``version`` at the end.
 
         Cached prefixes are forgotten. Whatever is raised inside leaves an engine that refuses to generate until an
-        update succeeds.
-
-        Raises:
-            RuntimeError: see ``check_updatable``.
+        update succeeds. Raises as ``parameters_to_update``.
         """
-        self.check_updatable()
+        parameters = self.parameters_to_update()
         self.weights_version = INVALID_VERSION
         self._blocks.clear_cache()
-        yield {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        yield parameters
+        self.weights.restore()
         self.weights_version = version
+
+    def parameters_to_update(self) -> Mapping[str, Tensor]:
+        """By name, in memory that is taken again if it was given back. Raises as ``check_updatable``, and
+        torch.OutOfMemoryError if others have taken it."""
+        self.check_updatable()
+        named = self.weights.resume() if self.weights.released else dict(self.model.named_parameters())
+        return {name: parameter.detach() for name, parameter in named.items()}
 
     def check_updatable(self) -> None:
         """Raises RuntimeError while requests are unfinished: their samples would mix two versions."""
@@ -351,6 +378,8 @@ class Engine:
         self._stepper.settle()
 
     def _check_ready(self) -> None:
+        if self.weights.released:
+            raise RuntimeError("the rollout's weights are given back; update the weights before generating")
         if self.weights_version == INVALID_VERSION:
             raise RuntimeError("the last weight update failed half way; update the weights before generating")
         if self.kv_cache_released:

@@ -92,7 +92,8 @@ class EngineThread:
             self._closed = True
             self._refusal = self._failure or EngineClosedError("the engine is closed")
             self._wake.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # a call that closes ends the thread after itself
+            self._thread.join()
 
     def _reserve(self, orders: Sequence[Order]) -> None:
         with self._wake:
@@ -184,7 +185,7 @@ class EngineThread:
     def _withdraw(self, order: Order) -> None:
         order.is_gone = True
         if order.unfinished:
-            self._resolve(self._engine.abort(frozenset(order.unfinished)))
+            self._resolve(self._engine.abort_samples(frozenset(order.unfinished)))
         if order in self._held:
             self._held.remove(order)
         self._release(order, order.num_reserved)
@@ -216,7 +217,8 @@ class EngineThread:
         if self._unstarted:
             for name in self._unstarted.intersection(request_ids):
                 self._unstarted.discard(name)
-                self._parts[name][0].stream.note_first_token()
+                order, index = self._parts[name]
+                order.stream.note_first_token(index)
         if self._live:
             for name, token, logprob in zip(request_ids, output.token_ids.tolist(), output.logprobs.tolist()):
                 if name in self._live:

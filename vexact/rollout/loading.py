@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from vexact.models import ModelConfig, load_model
+from vexact.models import ModelConfig
 from vexact.models.decoder import CausalLM
+from vexact.models.load import load_parts, no_rows, to_empty, whole
 from vexact.models.opset import attention_name
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
 from vexact.rollout.baseline import apply_baseline
 from vexact.rollout.engine_config import EngineConfig
+from vexact.rollout.execution.weight_memory import WeightMemory
 from vexact.rollout.mismatch import apply_mismatch
 from vexact.rollout.requests.stop_strings import Tokenizer
 
@@ -35,6 +37,7 @@ class Loaded:
     eos_token_ids: tuple[int, ...]
     config: EngineConfig  # as it was given, but for pages that the stock attention asks for
     attention: str  # by name, with what there is to say about it
+    weights: WeightMemory  # with what can be given back, if that was asked for
     own_attention: bool | None = None  # whether it is the invariant one, of a model on stock operators
 
 
@@ -47,11 +50,13 @@ def load(
     eos_token_ids: Sequence[int] | None,
     dtype: str | torch.dtype,
     device: str | torch.device | None,
+    read_weights: bool = True,
 ) -> Loaded:
     """Load from ``model_path``, or wrap ``model`` as it is (then ``dtype``, ``device`` and the operators are its own).
 
     Raises ValueError unless exactly one of the two is given, for an unknown dtype, and for a mismatch on a ready model,
-    which may be the trainer's as well; and for an ``eos_token_ids`` outside the vocabulary.
+    which may be the trainer's as well, as may its weights be that are to be given back; and for an ``eos_token_ids``
+    outside the vocabulary.
     """
     if (model_path is None) == (model is None):
         raise ValueError("Engine needs exactly one of model_path=<directory> and model=<a loaded model>")
@@ -60,26 +65,38 @@ def load(
             f"mismatch_mode={config.mismatch_mode!r} needs model_path: a ready model keeps its own operators; give the "
             "engine a model that apply_mismatch() of vexact.rollout.mismatch has changed"
         )
+    if model is not None and config.enable_sleep_mode:
+        raise ValueError(
+            "enable_sleep_mode=True needs model_path: the weights of a ready model are not the engine's to give back"
+        )
+    if not read_weights and not config.enable_sleep_mode:
+        raise ValueError("read_weights=False needs enable_sleep_mode=True: the engine begins as one that sleeps")
     found = None
+    weights = WeightMemory()
     if model is None:
         assert model_path is not None
-        model = load_model(
+        model = load_parts(
             model_path,
+            lambda model: None,
+            whole if read_weights else no_rows,
             dtype=_torch_dtype(dtype),
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             ops="invariant" if config.batch_invariant else "stock",
             attn_impl=config.attn_impl,
+            allocate=weights.allocate if config.enable_sleep_mode else to_empty,
         )
         if not config.batch_invariant:
             config, found = apply_baseline(model, config)
         apply_mismatch(model, config.mismatch_mode, config.mismatch_scale, config.seed)
         if tokenizer is None and has_tokenizer(model_path):  # without one: token ids in, token ids out
             tokenizer = read_tokenizer(model_path)
+        if not read_weights:
+            weights.hide()
     eos = end_of_sequence_ids(model.config, tokenizer) if eos_token_ids is None else _given_eos(model, eos_token_ids)
     device = model.lm_head_weight.device
     if found is None:
-        return Loaded(model, device, tokenizer, eos, config, attention_name(model))
-    return Loaded(model, device, tokenizer, eos, config, str(found), found.is_own)
+        return Loaded(model, device, tokenizer, eos, config, attention_name(model), weights)
+    return Loaded(model, device, tokenizer, eos, config, str(found), weights, found.is_own)
 
 
 def _given_eos(model: CausalLM, eos_token_ids: Sequence[int]) -> tuple[int, ...]:

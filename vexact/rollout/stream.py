@@ -85,7 +85,7 @@ class Stream:
         """``live``: deltas come with every step; otherwise one per sample, when it has ended."""
         self.loop, self.live = loop, live
         self.asked_at = time.monotonic()
-        self.first_token_at: float | None = None  # time.monotonic() of the engine's thread, for the first sample
+        self.first_tokens_at: dict[int, float] = {}  # by sample, time.monotonic() of the engine's thread
         self._num_left = num_samples
         self._pending: dict[int, Delta] = {}
         self._error: BaseException | None = None
@@ -106,10 +106,20 @@ class Stream:
         self._num_left -= delta.sample is not None
         return delta
 
-    def note_first_token(self) -> None:
+    @property
+    def first_token_at(self) -> float | None:
+        """Of the sample that got its first token before the others."""
+        return min(tuple(self.first_tokens_at.values()), default=None)
+
+    def note_first_token(self, index: int) -> None:
         """On the engine's thread."""
-        if self.first_token_at is None:
-            self.first_token_at = time.monotonic()
+        self.first_tokens_at[index] = time.monotonic()
+
+    def leave(self) -> None:
+        """Nothing comes any more: whoever goes on reading is told so, and not left waiting."""
+        if self._error is None and self._num_left:
+            self._error = RuntimeError("nothing more comes: this stream is read inside the block that opened it")
+        self._has_news.set()
 
     def put(self, news: News) -> None:
         """On the caller's loop."""

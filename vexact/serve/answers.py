@@ -10,7 +10,7 @@ from typing import Any
 from vexact.rollout.stream import Delta
 from vexact.serve.prompts import Job
 from vexact.serve.protocol import Body, ChatBody
-from vexact.serve.text import LiveText, TextReader
+from vexact.serve.text import LiveText, TextReader, TokenTexts
 from vexact.types import Sample
 
 
@@ -25,7 +25,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     num_completion_tokens: int = 0
     _texts: dict[int, LiveText] = field(default_factory=dict)
-    _offsets: dict[int, int] = field(default_factory=dict)  # characters of the tokens before, by choice
+    _tokens: dict[int, TokenTexts] = field(default_factory=dict)  # by choice
     _begun: set[int] = field(default_factory=set)
 
     def whole(self, choices: dict[int, Delta]) -> dict[str, Any]:
@@ -109,15 +109,18 @@ class Answer:
         return chunk | {"usage": None} if self.body.wants_usage else chunk
 
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
-        tokens = [self.reader.token_text(one) if self.reader else f"token_id:{one}" for one in delta.token_ids]
+        tokens, offsets = self._token_texts(delta)
         if self._is_chat:
             return {"content": [self._told(*each) for each in zip(delta.token_ids, tokens, delta.logprobs)]}
-        offset, offsets = self._offsets.get(delta.index, 0), []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
-        self._offsets[delta.index] = offset
         return {"tokens": tokens, "token_logprobs": delta.logprobs, "top_logprobs": None, "text_offset": offsets}
+
+    def _token_texts(self, delta: Delta) -> tuple[list[str], list[int]]:
+        """Without a tokenizer there is no text, and every token begins at its beginning."""
+        if self.reader is None:
+            return [f"token_id:{one}" for one in delta.token_ids], [0] * len(delta.token_ids)
+        if delta.index not in self._tokens:
+            self._tokens[delta.index] = TokenTexts(self.reader)
+        return self._tokens[delta.index].push(delta.token_ids)
 
     def _prompt_logprobs(self, delta: Delta) -> dict[str, Any]:
         """As vLLM's: None for the first token, which nothing precedes; empty if nobody asked."""

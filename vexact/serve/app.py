@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vexact.rollout.stream import EngineFailedError
+from vexact.rollout.stream import EngineClosedError, EngineFailedError
 from vexact.serve import metrics
 from vexact.serve.errors import ApiError, as_api_error
 from vexact.serve.protocol import Body, ChatBody, CompletionBody, parse
@@ -72,8 +72,11 @@ class _Routes:
         return JSONResponse({"status": status, "message": str(refusal)}, 503)
 
     async def metrics(self, request: Request) -> Response:
-        if self._service.engine.refusal is None:
-            await self._service.engine.run(self._service.metrics.engine.read)
+        read = self._service.metrics.engine
+        try:  # while it drains, too: requests are still running
+            await self._service.engine.run(read.read)
+        except (EngineClosedError, EngineFailedError):
+            read.end()
         return Response(self._service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
     async def _reply(self, request: Request, kind: type[Body]) -> Response:
@@ -158,7 +161,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._metrics = app, service.metrics
         key = service.settings.api_key
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._expected = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._error(scope) if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS else None
@@ -170,8 +173,10 @@ class Gate:
 
     def _error(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
         if self._expected is not None:
-            if hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected):
                 return None
             return ApiError(
                 401,
@@ -180,10 +185,15 @@ class Gate:
                 headers={"www-authenticate": "Bearer"},
             )
         try:
-            host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
-            known = host == "localhost" or ipaddress.ip_address(host).is_loopback
+            known = bool(hosts) and all(map(_is_this_machine, hosts))
         except ValueError:
             known = False
         return (
             None if known else ApiError(403, "without an API key, only requests to 127.0.0.1 or localhost are answered")
         )
+
+
+def _is_this_machine(header: bytes) -> bool:
+    """Raises ValueError for a host that is neither localhost nor an address."""
+    host = urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback

@@ -32,8 +32,10 @@ class Metrics:
         )
         self.disconnected = self._counter("request_disconnect", "Requests whose client left before the answer.")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._first = self._histogram("time_to_first_token_seconds", "From the request to its first token.", _SLOW)
-        self._each = self._histogram("time_per_output_token_seconds", "Per token after a request's first.", _FAST)
+        self._first = self._histogram(
+            "time_to_first_token_seconds", "From the request to a sample's first token.", _SLOW
+        )
+        self._each = self._histogram("time_per_output_token_seconds", "Per token after a sample's first.", _FAST)
         self._whole = self._histogram("e2e_request_latency_seconds", "From the request to the end of a sample.", _SLOW)
         self._lengths = self._histogram("request_generation_tokens", "Tokens of a sample.", _LENGTHS)
         self._prompts = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _LENGTHS)
@@ -45,16 +47,17 @@ class Metrics:
         self._prompt_tokens.labels(self._model).inc(num_prompt_tokens)
         self._prompts.labels(self._model).observe(num_prompt_tokens)
 
-    def end(self, stream: Stream, sample: Sample) -> None:
-        """A sample of this stream has ended."""
+    def end(self, stream: Stream, index: int, sample: Sample) -> None:
+        """The sample of this index in the stream has ended."""
         now, tokens = time.monotonic(), len(sample.token_ids)
         self.ended.labels(self._model, sample.finish_reason).inc()
         self._lengths.labels(self._model).observe(tokens)
         self._whole.labels(self._model).observe(now - stream.asked_at)
-        if stream.first_token_at is not None:
-            self._first.labels(self._model).observe(stream.first_token_at - stream.asked_at)
+        first_at = stream.first_tokens_at.get(index)
+        if first_at is not None:
+            self._first.labels(self._model).observe(first_at - stream.asked_at)
             if tokens > 1:
-                self._each.labels(self._model).observe((now - stream.first_token_at) / (tokens - 1))
+                self._each.labels(self._model).observe((now - first_at) / (tokens - 1))
 
     def fail(self, status: int) -> None:
         self.failed.labels(self._model, str(status)).inc()
@@ -90,6 +93,10 @@ class EngineMetrics:
             "kv_cache_usage_perc": 1 - engine.num_free_pages / engine.num_pages,
             "weights_version": engine.weights_version,
         }
+
+    def end(self) -> None:
+        """The engine is no more: counters stay, and what it is doing is nothing."""
+        self._gauges = {}
 
     def collect(self) -> Iterator[Metric]:
         totals = self._totals

@@ -149,7 +149,7 @@ def parse(kind: type[B], content: bytes) -> tuple[B, dict[str, Any]]:
     Raises ApiError (400) naming the parameter.
     """
     try:
-        given = json.loads(content)
+        given = json.loads(content, object_pairs_hook=_each_name_once)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {error}") from None
     if not isinstance(given, dict):
@@ -179,6 +179,20 @@ def parse(kind: type[B], content: bytes) -> tuple[B, dict[str, Any]]:
         raise _invalid(kind, error) from None
     _check(body, sampling)
     return body, sampling
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ApiError for a name with two values, of which readers take the first or the last."""
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ApiError(
+            400,
+            f"{twice!r:.80} is there twice in one object of the body; send it once",
+            param=twice if twice.isprintable() else None,
+        )
+    return given
 
 
 def _check(body: Body, sampling: Mapping[str, Any]) -> None:

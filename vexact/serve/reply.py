@@ -83,14 +83,19 @@ class Reply(Response):
 
     def _count(self, stream: Stream, delta: Delta) -> None:
         if delta.sample is not None:
-            self._service.metrics.end(stream, delta.sample)
+            self._service.metrics.end(stream, delta.index, delta.sample)
 
 
 _DONE = b"data: [DONE]\n\n"
 
 
+# What Python's str.splitlines takes for the end of a line, and JSON does not escape: clients read events by lines.
+_LINE_ENDS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
+
+
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + text.translate(_LINE_ENDS).encode() + b"\n\n"
 
 
 async def _send_part(send: Send, content: bytes, *, more: bool = True) -> None:

@@ -21,9 +21,10 @@ class ServeSettings:
     drain_timeout: float = 30.0  # seconds that running requests get after a signal
 
     def __post_init__(self) -> None:
-        if not self.model_names or not all(name.strip() for name in self.model_names):
+        if not self.model_names or not all(name.strip() and name.isprintable() for name in self.model_names):
             raise ValueError(
-                f"served_model_name={list(self.model_names)} must hold at least one name, and no empty one"
+                f"served_model_name={list(self.model_names)} must hold at least one name, and none that is empty or "
+                "cannot be printed"
             )
         for name, low, high in (("port", 0, 65535), ("max_body_bytes", 1, 2**31), ("max_queue", 0, 2**31)):
             if not low <= getattr(self, name) <= high:
@@ -32,10 +33,11 @@ class ServeSettings:
             if not 0 < getattr(self, name) <= 3600:
                 raise ValueError(f"{name}={getattr(self, name)} must be more than 0 and at most 3600 seconds")
         if self.api_key is not None and not (
-            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip()
+            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key != ""
         ):
             raise ValueError(
-                "api_key must be printable ASCII text that is not blank; leave it out to serve without one"
+                "api_key must be printable ASCII text that neither begins nor ends with a space, which no header "
+                "carries; leave it out to serve without one"
             )
         if self.api_key is None and not is_loopback(self.host):
             raise ValueError(

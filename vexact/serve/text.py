@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from string import ascii_letters
 
 from vexact.rollout.requests.stop_strings import INCOMPLETE, Tokenizer, special_tokens
 
@@ -25,19 +26,58 @@ class TextReader:
         # a run of such tokens reads as characters only if all of it does, so none of it is settled before its end
         self.byte_ids = {index: int(text[3:5], 16) for text, index in vocabulary.items() if _BYTE_TOKEN.fullmatch(text)}
         self.cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._before = self._letter(vocabulary)
+        self._texts: dict[tuple[int, bool], str] = {}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)) if token_ids else ""
 
-    def token_text(self, token_id: int) -> str:
-        """One token by itself, special tokens by their names."""
-        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+    def token_text(self, token_id: int, *, is_first: bool = False) -> str:
+        """What one token writes, at the beginning of a text or after other text: many decoders give a word its space
+        in the latter case only. Special tokens by their names."""
+        key = token_id, is_first
+        if key not in self._texts:
+            self._texts[key] = self._read(token_id, is_first)
+        return self._texts[key]
+
+    def _read(self, token_id: int, is_first: bool) -> str:
+        alone = str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+        if is_first or self._before is None or token_id in self.special_ids or INCOMPLETE in alone:
+            return alone
+        letter = self.decode([self._before])
+        both = self.decode([self._before, token_id])
+        return both.removeprefix(letter) if both.startswith(letter) else alone
+
+    def _letter(self, vocabulary: dict[str, int]) -> int | None:
+        """A token that is one letter, for others to come after."""
+        letters = (vocabulary[letter] for letter in ascii_letters if letter in vocabulary)
+        return next((one for one in letters if self.decode([one]) in ascii_letters), None)
 
     def token_bytes(self, token_id: int, text: str) -> list[int] | None:
         """The UTF-8 bytes of a token of this text; None if it is no whole characters."""
         if token_id in self.byte_ids:
             return [self.byte_ids[token_id]]
         return None if INCOMPLETE in text else list(text.encode())
+
+
+class TokenTexts:
+    """The tokens of one sample as text: what each writes, and where in the sample's text it begins, were that not cut
+    before a stop string."""
+
+    def __init__(self, reader: TextReader) -> None:
+        self._reader = reader
+        self._so_far = LiveText(reader)
+
+    def push(self, token_ids: Iterable[int]) -> tuple[list[str], list[int]]:
+        """Of these tokens, which come next, the texts and the numbers of characters before them."""
+        texts, offsets = [], []
+        for token_id in token_ids:
+            before = self._so_far.num_shown
+            text = self._reader.token_text(token_id, is_first=self._so_far.is_empty)
+            new = self._so_far.push([token_id])  # bytes before the token may turn out to be no character now
+            texts.append(text)
+            offsets.append(before + len(new) - len(text) if new.endswith(text) else before)
+        return texts, offsets
 
 
 class LiveText:
@@ -52,6 +92,16 @@ class LiveText:
         self._done = 0  # characters of the window's text that are settled
         self._held = ""  # settled, but maybe the beginning of a stop string
         self._num_shown = 0
+
+    @property
+    def num_shown(self) -> int:
+        """Characters."""
+        return self._num_shown
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has come that text may hold."""
+        return not self._window
 
     def push(self, token_ids: Iterable[int]) -> str:
         """What can be shown now that these tokens have come, and that no stop string ended the sample."""

@@ -103,6 +103,7 @@ class Driver:
                 rollout_attention=config.rollout.attn_impl,
                 trainer_attention=config.actor.attn_implementation,
                 environment=dict(self.identity["environment"]),
+                while_scoring=lambda: workers.at_rest(self.progress.step),
             )
         except CertificateError as error:
             if error.comparison.first_request is not None:
@@ -121,13 +122,14 @@ class Driver:
     def _step(self, step: int) -> float:
         """One step; returns its mean score."""
         workers = self.workers
+        epoch = workers.order.epoch(self.progress.data_cursor)
         with self.timers("step"):
             # 1-4: prompts, samples at weights version step-1 (one step off: step-2), scores, groups worth training on
             groups, sampled, cursor, rollout_metrics = self.ahead.take(step, self.progress.data_cursor)
             if self.ahead.depth:
                 rollout_metrics |= staleness_metrics(step - 1, groups)
             self.ahead.begin(step + 1, cursor)
-            workers.release_cache()
+            workers.release_memory()
             # 5-6: old log-probabilities if asked for, reference log-probabilities if a KL term is on, advantages
             old = recompute_old_log_probs(self.config, groups, workers.actor, self.timers)
             with self.timers("adv"):
@@ -141,7 +143,6 @@ class Driver:
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
                 sync_metrics = self._sync(step)
-                workers.resume_cache()
             self.progress = Progress(step, cursor)
             # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
             validate = self._is_validation_due(step)
@@ -150,7 +151,7 @@ class Driver:
             data = self.config.data
             metrics = {
                 "training/global_step": float(step),
-                "training/epoch": float(workers.order.epoch(max(cursor - 1, 0))),
+                "training/epoch": float(epoch),
                 **score_metrics(sampled),
                 **reward_metrics,
                 **advantage_metrics(sequences),
@@ -179,7 +180,9 @@ class Driver:
         return metrics["critic/score/mean"]
 
     def _sync(self, version: int) -> dict[str, float]:
-        return self.workers.sync_weights(version, keep=self.past.needs(version))
+        metrics = self.workers.sync_weights(version, keep=self.past.needs(version))
+        self.workers.resume_cache()
+        return metrics
 
     def _update(
         self, step: int, sampled: Sequence[SampleGroup], sequences: Sequence[TrainSequence], ledger: Ledger

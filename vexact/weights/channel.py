@@ -135,7 +135,7 @@ class _InPlace:
         self.metrics: dict[str, float] = {}
 
     def parameters(self, specs: Manifest) -> Mapping[str, Tensor]:
-        return dict(self._engine.model.named_parameters())
+        return self._engine.parameters_to_update()
 
 
 def _senders(version: int, peers: Peers, announced: list[Announcement | None]) -> list[int]:

@@ -61,6 +61,8 @@ class WeightTarget(Protocol):
 
     def check_updatable(self) -> None: ...
 
+    def parameters_to_update(self) -> Mapping[str, Tensor]: ...
+
     def replacing_weights(self, version: int) -> AbstractContextManager[Mapping[str, Tensor]]: ...
 
     @property
@@ -88,6 +90,7 @@ def sync_weights(
 
     Raises:
         RuntimeError: the engine has unfinished requests.
+        torch.OutOfMemoryError: there is no room for weights that had been given back.
         ValueError: names, shapes or dtypes do not match the engine's model. Nothing has changed then.
         WeightSyncError: bits in the engine of a rank differ from those sent, or another rank could not begin. After the
             first every engine refuses to generate until weights arrive.
@@ -105,8 +108,7 @@ def sync_weights(
     device = next(engine.model.parameters()).device
 
     def prepare() -> tuple[tuple[BucketPlan, Incoming, Buffers | None], str]:
-        engine.check_updatable()
-        parameters = dict(engine.model.named_parameters())
+        parameters = engine.parameters_to_update()
         plan = planned(manifest(actor.model, actor.config.torch_dtype), peers.size, parameters, bucket_bytes)
         buffers = None if peers.group is None else Buffers(plan, device)
         return (plan, Incoming(plan, parameters), buffers), plan.digest

@@ -95,12 +95,38 @@ def test_samples_do_not_depend_on_sleeping_or_on_company(model_path, rollout):
     prompts = make_prompts()
     together = rollout.generate(prompts, 0)
     asyncio.run(rollout.server.sleep())
-    with pytest.raises(RuntimeError, match="KV cache is released"):
+    with pytest.raises(RuntimeError, match="the rollout's weights are given back"):
         asyncio.run(rollout.server.generate(prompts[0], dict(TRAINING), "asleep"))
+    asyncio.run(rollout.adapter.resume(["weights"]))
+    asyncio.run(rollout.adapter.update_weights(iter(weights_of(model_path)), global_steps=0))
+    with pytest.raises(RuntimeError, match="KV cache is released"):
+        asyncio.run(rollout.server.generate(prompts[0], dict(TRAINING), "half asleep"))
     asyncio.run(rollout.server.wake_up(["kv_cache"]))
     for index, prompt in enumerate(prompts[:3]):
         alone = asyncio.run(rollout.server.generate(prompt, dict(TRAINING), f"0-{index}"))
         assert (alone.token_ids, alone.log_probs) == (together[index].token_ids, together[index].log_probs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "weights_go"),
+    [
+        (RolloutMode.HYBRID, {}, True),
+        (RolloutMode.HYBRID, {"enable_sleep_mode": False}, False),
+        (RolloutMode.HYBRID, {"free_cache_engine": False}, False),
+        (RolloutMode.COLOCATED, {}, False),
+        (RolloutMode.STANDALONE, {}, False),
+    ],
+)
+def test_only_weights_that_the_trainer_brings_again_go_away(model_path, mode, changes, weights_go):
+    config = rollout_config("fp32", **changes)
+    server = VexactServer(config, {"path": str(model_path)}, "cpu", mode)
+
+    async def scenario():
+        await server.sleep()
+        return await server._engine.run(lambda engine: (engine.weights.released, engine.kv_cache_released))
+
+    cache_goes = mode != RolloutMode.STANDALONE and config.free_cache_engine
+    assert asyncio.run(scenario()) == (weights_go, cache_goes)
 
 
 def test_log_probabilities_survive_the_way_as_python_floats(rollout):

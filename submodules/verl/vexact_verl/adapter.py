@@ -48,7 +48,7 @@ class VexactAdapter(BaseRollout):
         return self._server
 
     async def resume(self, tags: Sequence[str]) -> None:
-        """The weights have never gone away; the key-value cache comes back."""
+        """The key-value cache comes back; weights that went away come with ``update_weights``."""
         await self.server.wake_up.remote(tags=list(tags))
 
     async def release(self) -> None:

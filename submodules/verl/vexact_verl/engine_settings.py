@@ -21,6 +21,7 @@ _SHARED = (  # keys that verl's rollout and vexact's engine have in common
     "enforce_eager",
     "seed",
 )
+_OF_SERVER = ("free_cache_engine", "enable_sleep_mode")  # verl's keys, which the server itself reads
 _DTYPE = "weights are computed with as the trainer does, in rollout.dtype"
 # Keys of verl's rollout: the values that, as null does, mean what the engine does anyway, and why there are no others.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -48,7 +49,7 @@ def engine_settings(config: RolloutConfig) -> dict[str, Any]:
         raise ValueError("rollout.name=vexact: " + "; ".join(refused))
     given: Any = config.engine_kwargs.get("vexact", None) or {}
     own: dict[str, Any] = dict(OmegaConf.to_container(given) if OmegaConf.is_config(given) else given)  # type: ignore[arg-type]
-    known = {field.name for field in fields(EngineConfig)} - {*_SHARED, "free_cache_engine", "max_model_len"}
+    known = {field.name for field in fields(EngineConfig)} - {*_SHARED, *_OF_SERVER, "max_model_len"}
     if unknown := sorted(own.keys() - known):
         raise ValueError(
             f"rollout.engine_kwargs.vexact has {', '.join(unknown)}; the engine takes {', '.join(sorted(known))} there"

@@ -27,7 +27,10 @@ class VexactServer:
         """Raises ValueError for settings that the engine does not know or cannot honour."""
         self.config, self._mode = config, mode
         path = copy_to_local(model["path"], use_shm=bool(model.get("use_shm", False)))
-        engine = Engine(path, dtype=config.dtype, device=device, **engine_settings(config))
+        # as verl does elsewhere: only weights that the trainer beside it sends anew before every generation go away
+        self._sleeps = mode == RolloutMode.HYBRID and config.free_cache_engine and config.enable_sleep_mode
+        settings = engine_settings(config) | {"enable_sleep_mode": self._sleeps}
+        engine = Engine(path, dtype=config.dtype, device=device, **settings)
         self._requests = Requests(config, engine.max_model_len, carries=mode == RolloutMode.HYBRID)
         self._engine = AsyncEngine(engine)
         self._arrival: Arrival | None = None
@@ -108,11 +111,15 @@ class VexactServer:
             raise
 
     async def sleep(self) -> None:
-        """Gives the memory of the key-value cache back, once all requests are done. The weights stay."""
+        """Gives memory back, once all requests are done: the key-value cache's, and in a hybrid with verl's
+        ``enable_sleep_mode`` the weights', which the next update brings anew."""
         if self._mode != RolloutMode.STANDALONE:
             await self.release_kv_cache()
+        if self._sleeps:
+            await self._run(Engine.release_weights)
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Takes the memory of the key-value cache again; that of weights comes with the update that fills it."""
         if self._mode != RolloutMode.STANDALONE and (tags is None or "kv_cache" in tags):
             await self.resume_kv_cache()
 

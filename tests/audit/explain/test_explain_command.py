@@ -4,6 +4,8 @@ import pytest
 
 from vexact.cli import main
 from vexact.models import ModelConfig, random_model, save_hf
+from vexact.ops import sample
+from vexact.rollout.sampling import sampler
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -44,12 +46,28 @@ def test_a_stock_attention_in_the_trainer_is_named_and_repeated(checkpoint, tmp_
     assert trainer in again
 
 
+def test_a_draw_that_alone_differs_is_explained(checkpoint, tmp_path, capsys, monkeypatch):
+    """Every log-probability is true, of tokens that other seeds gave."""
+    monkeypatch.setattr(sampler, "sample", lambda logits, params: sample(logits, params._replace(seed=params.seed + 1)))
+    file = tmp_path / "divergence.pt"
+    command = ["verify", f"--model_path={checkpoint}", "--num_prompts=4", "--max_new_tokens=4", "--device=cpu"]
+    assert main([*command, f"--explain={file}"]) == 1
+    shown = capsys.readouterr().out
+    assert "first different draw" in shown
+    assert (
+        "first divergence: sampling: the sampler draws another token than its logits, seed and position give" in shown
+    )
+    assert file.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--model_path=x", "--model_backend=hf", "--explain"], "--model_backend=hf has no counterparts"),
         ([], "--model_path is missing"),
         (["--replay={junk}"], "is not a replay file"),
+        (["--replay={junk}", "--out=x.json", "--seed=3"], "takes no other option than --model_path: --seed, --out"),
+        (["--model_path=x", "--out={junk}.new", "--explain={junk}.new"], "both write to"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(arguments, says, tmp_path, capsys):

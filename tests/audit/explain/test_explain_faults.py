@@ -319,6 +319,19 @@ def test_10b_a_threshold_that_is_not_recorded(sides, monkeypatch):
     assert "min_logit" in found.summary
 
 
+def test_10c_one_more_token_kept_is_no_matter_of_temperature(sides, monkeypatch):
+    """At temperature 1 nothing can have ignored it."""
+    params = SamplingParams(max_tokens=12, top_k=5, ignore_eos=True)
+
+    def one_more(logits, given):
+        return invariant.sample(logits, given._replace(top_k=given.top_k + 1))
+
+    monkeypatch.setattr("vexact.rollout.sampling.sampler.sample", one_more)
+    found = explain(*sides, generate(sides[0], params), sampling_params=params)
+    assert found.stage == "truncation"
+    assert "another min_logit than its parameters give" in found.summary
+
+
 def test_a_difference_that_is_gone_is_said_to_be_of_generation_time():
     engine, model = build(enable_prefix_caching=False)
     clean = engine.model.ops

@@ -275,6 +275,11 @@ def test_a_sampler_that_draws_otherwise_fails_although_every_log_probability_is_
 
 def test_nothing_compared_is_not_exact():
     assert not BitTally().exact
+    compared = {"logprobs_compared": 8, "logits_compared": 40, "draws_repeated": 4}
+    assert BitTally(tokens=4, **compared).exact
+    for name in compared:
+        assert not BitTally(tokens=4, **{**compared, name: 0}).exact
+        assert not BitTally(tokens=4, **{**compared, name: 3}).exact
 
 
 @pytest.mark.parametrize(

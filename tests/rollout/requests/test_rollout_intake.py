@@ -38,14 +38,18 @@ def samples(engine):
         ([1], SamplingParams(stop_token_ids=[VOCAB]), None, [f"stop_token_ids holds {VOCAB}", f"0 to {VOCAB - 1}"]),
         ([1], SamplingParams(stop_token_ids=[3, 2**63]), None, [f"holds {2**63}", "never sampled"]),
         ([1], SamplingParams(stop_token_ids=[2**31], n=3), "r", ["'r'", f"holds {2**31}"]),
-        ([1, 2**64], FREE, None, ["integers"]),
+        ([1, 2**64], FREE, None, [f"prompt token id {2**64} is outside"]),
+        ([2**63, -1], FREE, None, ["prompt token id -1 is outside"]),
+        ([1, 2.5], FREE, None, ["integers", "float64"]),
         ([[1], [2, 3]], FREE, None, ["one flat list"]),
         ([True, False], FREE, None, ["bool"]),
-        ("text", FREE, None, ["non-empty list"]),
+        ("text", FREE, None, ["list of token ids", "'text'", "tokenise the text first"]),
+        (b"text", FREE, None, ["list of token ids", "tokenise the text first"]),
         (None, FREE, None, ["non-empty list"]),
         ([1], {"max_tokens": 3}, None, ["SamplingParams", "dict"]),
         ([1], FREE, 7, ["request id 7", "string"]),
         ([1], FREE, "", ["request id ''", "string"]),
+        ([1], FREE, "\ud800", [r"request id '\ud800'", "Unicode"]),
         ([1], SamplingParams(n=2, max_tokens=8), "used", ["'used/1'", "already running"]),
     ],
 )
@@ -61,6 +65,14 @@ def test_a_refused_request_leaves_nothing_behind(model, prompt, params, name, wo
     engine.check_idle()
     assert samples(engine) == samples(untouched)  # the counter that names requests has not moved either
     engine.generate([[5]], SamplingParams(n=2, max_tokens=2), ["used"])
+
+
+def test_a_call_that_is_refused_gives_no_later_prompt_another_name(model):
+    """The names that the engine gives decide what is drawn."""
+    engine, untouched = make(model), make(model)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        engine.generate([[1], [2], [VOCAB]], FREE)
+    assert samples(engine) == samples(untouched)
 
 
 def test_if_one_of_n_cannot_be_queued_none_is(model, monkeypatch):

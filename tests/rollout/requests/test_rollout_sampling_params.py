@@ -72,6 +72,12 @@ def test_stop_conditions_become_tuples():
     assert SamplingParams(stop_token_ids=np.array([3, 4])).stop_token_ids == (3, 4)
 
 
+def test_the_smallest_top_p_is_a_number_in_fp32():
+    """Which everything that samples computes in: 0 would be the share of no token at all."""
+    assert np.float32(SamplingParams(top_p=5e-324).top_p) > 0
+    assert SamplingParams(top_p=1e-30).top_p == 1e-30
+
+
 def test_numbers_of_other_libraries_are_numbers():
     params = SamplingParams(n=np.int32(2), temperature=np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(3))
     assert (params.n, params.temperature, params.top_p, params.seed) == (2, 0.5, 0.9, 3)
@@ -88,6 +94,7 @@ def test_numbers_of_other_libraries_are_numbers():
         ("presence_penalty", -0.5, "could not repeat"),
         ("frequency_penalty", np.float32(0.5), "could not repeat"),
         ("allowed_token_ids", np.array([1, 2]), "could not repeat"),
+        ("allowed_token_ids", [], "could not repeat"),  # it allows nothing
         ("bad_words", ("a",), "could not repeat"),
         ("min_tokens", np.array(2), "forbids stop tokens at first"),
         ("frequency_penalty", torch.tensor(0.5), "could not repeat"),

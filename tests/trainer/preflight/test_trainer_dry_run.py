@@ -48,6 +48,14 @@ def test_a_good_run_is_printed_and_nothing_is_written(overrides, capsys, tiny, t
     assert not (tmp_path / "run").exists()
 
 
+def test_long_prompts_that_are_left_out_are_no_reason_to_refuse(overrides, capsys, tmp_path):
+    row = {"data_source": "sum", "reward_model": {"ground_truth": "1"}}
+    rows = [row | {"prompt": "1+" * 20}] * dry.ROWS + [row | {"prompt": "1="}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    more = f"data.train_files={tmp_path / 'long.jsonl'}", "data.filter_overlong_prompts=true"
+    assert cli.main(["train", "--dry_run", *overrides(*more)]) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

@@ -54,8 +54,10 @@ def test_truncated_sampling_and_several_minibatches_stay_exact(overrides, metric
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=40",
         "actor_rollout_ref.rollout.max_num_batched_tokens=7",
         "actor_rollout_ref.rollout.page_size=3",
+        "data.train_max_samples=6",
     )
     run(load_config(overrides(*more)))
+    assert [row["training/epoch"] for row in metrics()] == [0, 0, 1], "of the first of the rows 0 to 3, 4 to 7, 8 to 11"
     for row in metrics():
         assert row["bitwise/tokens_different"] == 0
         assert 0 < row["bitwise/tokens_compared"] < row["rollout/num_tokens"]

@@ -60,6 +60,7 @@ def test_every_key_reaches_the_actor(overrides):
 
 def test_a_resumed_run_looks_at_it_only_when_it_is_on(overrides):
     off = deciding_settings(load_config(overrides(f"{KEY}.rollout_is_threshold=3.0")), "cpu", 1)
-    assert not [key for key in off if key.startswith(KEY)]
+    switches = ("rollout_is", "rollout_rs", "rollout_token_veto_threshold", "loss_type")
+    assert {key for key in off if key.startswith(KEY)} == {f"{KEY}.{name}" for name in switches}
     on = deciding_settings(load_config(overrides(*WEIGHTS)), "cpu", 1)
     assert on[f"{KEY}.rollout_is_threshold"] == "1.5"

@@ -104,7 +104,7 @@ def test_a_group_that_hangs_in_the_diagnosis_does_not_hide_the_error(tmp_path, c
     sample = Sample("a", (1,), (2, 3), logprobs, logprobs, 1.0, "length", weights_version=0)
     error = ExactnessError(compare([sample], [logprobs + 1]))
     message = str(error)
-    workers = SimpleNamespace(group=group, engine=engine, actor=actor)
+    workers = SimpleNamespace(group=group, engine=engine, actor=actor, wake=lambda version: None)
     diagnose_module.diagnose(error, sample, SamplingParams(), workers, tmp_path, "model")
     assert str(error) == message
     assert "rank 1 has hung" in caplog.text

@@ -175,6 +175,27 @@ def test_a_reference_without_numbers_names_request_and_token(groups):
         advantages.train_sequences(config, collect.score_groups(workers, made), broken)
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_the_kl_of_a_reward_is_reported_as_it_is(groups, coefficient):
+    """Mean over samples of the mean per token, as in verl, whatever its coefficient."""
+    config, workers, made = groups
+    control = dataclasses.replace(config.algorithm.kl_ctrl, kl_coef=coefficient)
+    config = dataclasses.replace(
+        config, algorithm=dataclasses.replace(config.algorithm, use_kl_in_reward=True, kl_ctrl=control)
+    )
+    long, short = _sample("row0/0", "12"), _sample("row0/1", "1")
+    short = dataclasses.replace(short, logprobs=np.zeros(1, np.float32), min_logits=np.zeros(1, np.float32))
+    pair = [SampleGroup(made[0].prompt, (long, short))]
+    reference = SimpleNamespace(logprobs=lambda _: [np.float32([-1, -3]), np.float32([-8])])
+    scored = collect.score_groups(workers, pair)
+    _, _, found = advantages.train_sequences(config, scored, reference)
+    assert found["actor/reward_kl_penalty"] == ((1 + 3) / 2 + 8) / 2
+    assert found["actor/reward_kl_penalty_coeff"] == coefficient
+    score = [score.value for score in scored[0].scores]
+    kl = coefficient * np.array([1 + 3, 8])
+    assert found["critic/rewards/mean"] == pytest.approx(np.mean(score - kl))
+
+
 def _skip(monkeypatch, steps):
     step, seen = Optimizer.step, iter(range(1, 1000))
 

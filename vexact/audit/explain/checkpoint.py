@@ -32,7 +32,8 @@ def explain_report(options: VerifyOptions, report: VerifyReport, out_path: Path 
     Raises:
         ValueError: the training side is not this package's decoder, whose operators could be compared.
     """
-    first = report.bits.first_logprob or report.bits.first_logit or report.bits.first_route
+    bits = report.bits
+    first = bits.first_logprob or bits.first_logit or bits.first_route or bits.first_draw
     if first is None:
         return None
     check_backend(options.model_backend)
@@ -49,6 +50,6 @@ def explain_report(options: VerifyOptions, report: VerifyReport, out_path: Path 
         samples[index],
         out_path,
         sampling_params=one_round.params[index],
-        observed=report.bits.first_logprob,
+        observed=bits.first_logprob,
         model_path=path.resolve(),
     )

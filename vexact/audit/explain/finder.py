@@ -17,9 +17,12 @@ from vexact.audit.explain.operator_stages import logits_stage, operator_stage
 from vexact.audit.explain.recorder import Recorder, Site, Spot
 from vexact.audit.explain.rollout_side import CachedPage, cached_pages, page_prints, replay_rollout
 from vexact.audit.explain.sampler_stages import recorded_stage, sampler_stage
-from vexact.audit.explain.trainer_side import Trainer, first_unequal_weight, replay_trainer
+from vexact.audit.explain.trainer_side import Trainer, first_unequal_weight, replay_trainer, weights_given_back
 from vexact.rollout import Engine, SamplingParams
 from vexact.types import Sample
+from vexact.weights import checksum
+
+SLEEP = "actor_rollout_ref.rollout.enable_sleep_mode"
 
 
 def find(
@@ -61,7 +64,7 @@ def find(
 def _weights(engine: Engine, trainer: Trainer, sample: Sample) -> Divergence | None:
     unequal = first_unequal_weight(engine.model, trainer)
     if unequal is None:
-        return None
+        return _weights_before(engine, trainer, sample)
     name, wrong = unequal
     held, sent = dict(engine.model.named_parameters()).get(name), trainer.weights[name]
     notes = [f"{len(wrong)} of {len(trainer.weights)} tensors differ: {', '.join(wrong[:4])}"]
@@ -88,6 +91,29 @@ def _weights(engine: Engine, trainer: Trainer, sample: Sample) -> Divergence | N
         rollout=Side(element.rollout, "", shape, dtype),
         trainer=Side(element.trainer, "", shape, dtype),
         **common,
+    )
+
+
+def _weights_before(engine: Engine, trainer: Trainer, sample: Sample) -> Divergence | None:
+    """Weights that the rollout no longer holds: its memory was given back, and it got the trainer's again."""
+    held = engine.weights.given_back
+    if held is None or held.version != sample.weights_version:
+        return None
+    wrong = weights_given_back(held, trainer)
+    if not wrong:
+        return None
+    name = wrong[0]
+    return Divergence(
+        "weights",
+        f"tensor {name} was another when it sampled",
+        sample.request_id,
+        where=f"tensor {name}",
+        rollout=Side(f"checksum {held.checksums.get(name, 0):#x}"),
+        trainer=Side(f"checksum {checksum(trainer.weights[name]):#x}"),
+        notes=(
+            f"{len(wrong)} of {len(trainer.weights)} tensors differed: {', '.join(wrong[:4])}",
+            f"{SLEEP}=true: the rollout's weights were given back for the update, so the element is not known",
+        ),
     )
 
 

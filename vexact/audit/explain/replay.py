@@ -160,7 +160,7 @@ def _model(record: Mapping[str, Any], model_path: str | Path | None) -> CausalLM
 def _enough_pages(config: dict[str, Any], sample: Sample) -> dict[str, Any]:
     """The engine's settings with a cache for this one request."""
     pages = -(-sample.num_tokens // config["page_size"])
-    return config | {"num_pages": pages, "kv_cache_bytes": None, "max_num_seqs": 1}
+    return config | {"num_pages": pages, "kv_cache_bytes": None, "max_num_seqs": 1, "enable_sleep_mode": False}
 
 
 def _with_notes(found: Divergence, recorded: Divergence, lost: list[str]) -> Divergence:

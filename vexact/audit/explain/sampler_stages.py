@@ -35,7 +35,8 @@ def _temperature(draw: Draw, sample: Sample) -> Found | None:
         summary = f"the sampler is given temperature {draw.temperature:.7g}, the sample records {asked:.7g}"
         return "temperature", summary, draw.position, {"where": "sampling parameters"} | sides
     ignores = same_bits(draw.logprob, draw.untempered_logprob) and not same_bits(draw.logprob, draw.right_logprob)
-    if ignores and draw.token_id == draw.right_token_id:
+    matters = not same_bits(draw.untempered_logprob, draw.forced_logprob)  # 1 is no temperature to be ignored
+    if ignores and matters and draw.token_id == draw.right_token_id:
         sides = {"rollout": Side(draw.logprob, "sampler"), "trainer": Side(draw.right_logprob, "vexact.ops.sample")}
         return "temperature", "the sampler's log-prob ignores the temperature", draw.position, sides
     return None
@@ -44,7 +45,7 @@ def _temperature(draw: Draw, sample: Sample) -> Found | None:
 def _truncation(draw: Draw, sample: Sample, index: int, knows_params: bool) -> Found | None:
     threshold = float(sample.min_logits[index])
     wrong_mass = same_bits(draw.logprob, draw.untruncated_logprob) and not same_bits(draw.logprob, draw.right_logprob)
-    if wrong_mass:
+    if wrong_mass and draw.token_id == draw.right_token_id:  # of another token, its log-prob is another one anyway
         sides = {"rollout": Side(draw.logprob, "sampler"), "trainer": Side(draw.right_logprob, "vexact.ops.sample")}
         summary = "the sampler draws from truncated logits without renormalising: its log-prob is of the full softmax"
         return "truncation", summary, draw.position, {"where": "sampler", "op": "sample"} | sides

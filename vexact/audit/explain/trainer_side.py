@@ -12,10 +12,12 @@ from torch.distributed.fsdp import FSDPModule
 from vexact.audit.explain.recorder import Call, Recorder, Site, recording
 from vexact.models import CausalLM
 from vexact.ops import linear, token_logprobs
+from vexact.rollout.execution.weight_memory import GivenBack
 from vexact.training import Actor
 from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.passes.forward import token_scores
 from vexact.types import Sample
+from vexact.weights import checksum
 
 HEAD = Site("lm_head", "linear")
 HIDDEN = Site("norm", "add_rms_norm")
@@ -105,6 +107,11 @@ def first_unequal_weight(engine_model: nn.Module, trainer: Trainer) -> tuple[str
         if name not in held or held[name].dtype != tensor.dtype or not _same_bits(held[name].detach(), tensor)
     ]
     return (wrong[0], wrong) if wrong else None
+
+
+def weights_given_back(held: GivenBack, trainer: Trainer) -> list[str]:
+    """The parameters whose bits in the rollout, before their memory was given back, were not the trainer's."""
+    return [name for name, tensor in trainer.weights.items() if held.checksums.get(name) != checksum(tensor)]
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

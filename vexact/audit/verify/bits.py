@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vexact import interrupt
-from vexact.audit.compare import Comparison, TokenDifference, compare
+from vexact.audit.compare import Comparison, TokenDifference, compare, larger_gap
 from vexact.audit.draws import DrawDifference, compare_draws
 from vexact.audit.routes import RouteDifference, compare_routes
 from vexact.audit.verify.sides import TrainingSide, digests_of, logprobs_of, pack_padded, show_targets
@@ -65,8 +65,10 @@ class BitTally:
 
     @property
     def exact(self) -> bool:
+        """Log-probabilities, logits and draws of all tokens were compared, and nothing differs."""
         different = self.logprobs_different or self.logits_different or self.draws_different or self.routes_different
-        return not different and self.logprobs_compared > 0
+        fewest = min(self.logprobs_compared, self.logits_compared, self.draws_repeated)
+        return not different and 0 < self.tokens <= fewest
 
     def add_logprobs(self, samples: Sequence[Sample], trainer: Sequence[np.ndarray]) -> None:
         for sample, values in zip(samples, trainer, strict=True):
@@ -89,7 +91,7 @@ class BitTally:
         if not count:
             return
         self.logits_different += count
-        self.max_abs_logit_diff = max(self.max_abs_logit_diff, float((rollout - trainer).abs().max()))
+        self.max_abs_logit_diff = larger_gap(self.max_abs_logit_diff, float((rollout - trainer).abs().max()))
         rows = different.any(dim=1).nonzero().flatten().tolist()
         self.unmatched.update((sample.request_id, row) for row in rows)
         row, column = rows[0], int(different[rows[0]].nonzero()[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vexact import interrupt
+from vexact.audit.compare import larger_gap
 from vexact.audit.verify.argmax import argmax_agreement
 from vexact.audit.verify.sides import TrainingSide, hf_logits
 from vexact.training.batches.batch import TokenSequence, pack_tokens
@@ -64,7 +65,7 @@ def compare_logits(
         result.argmax_equal += int(agreement.equal.sum())
         result.argmax_tied += int(agreement.tied.sum())
         result.argmax_adjacent += int(agreement.adjacent.sum())
-        result.max_abs_diff = max(result.max_abs_diff, float(diff.max()))
+        result.max_abs_diff = larger_gap(result.max_abs_diff, float(diff.max()))
         total_diff += float(diff.mean(dim=1).sum())
         total_overlap += _overlap(ours, theirs)
     result.mean_abs_diff = total_diff / max(1, result.positions)

@@ -17,7 +17,7 @@ REFUSED_SAMPLING: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "repetition_penalty": ((None, 1), _SHAPES),
     "presence_penalty": ((None, 0), _SHAPES),
     "frequency_penalty": ((None, 0), _SHAPES),
-    "allowed_token_ids": ((None, []), _SHAPES),
+    "allowed_token_ids": ((None,), _SHAPES),
     "bad_words": ((None, []), _SHAPES),
 }
 

@@ -27,7 +27,14 @@ def check(config: Config) -> None:
         ConfigError: keys contradict each other; all contradictions are named at once.
     """
     problems = [*_sources(config), *_batches(config), *_lengths(config), *_policy(config)]
-    problems += [*_mismatch(config), *_counts(config), *_texts(config), *_run(config), *_foreign_rollout(config)]
+    problems += [
+        *_mismatch(config),
+        *_counts(config),
+        *_texts(config),
+        *_run(config),
+        *_sleep(config),
+        *_foreign_rollout(config),
+    ]
     problems += correction_problems(config, config.trainer.exactness == "strict" and not inexact(config))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -157,10 +164,11 @@ def _lengths(config: Config) -> Iterator[str]:
 
 def _policy(config: Config) -> Iterator[str]:
     actor, rollout = config.actor, config.rollout
-    if actor.fsdp_config.dtype != rollout.dtype and config.trainer.exactness == "strict":
+    if len({actor.fsdp_config.dtype, rollout.dtype} - {"auto"}) > 1:
         yield (
-            f"{ACTOR}.fsdp_config.dtype={actor.fsdp_config.dtype} and {ROLLOUT}.dtype={rollout.dtype} differ, so no "
-            "log-probability can agree; make them equal, or set trainer.exactness=warn for a deliberate baseline"
+            f"{ACTOR}.fsdp_config.dtype={actor.fsdp_config.dtype} and {ROLLOUT}.dtype={rollout.dtype} differ: trainer "
+            "and rollout compute in one type; make them equal, or leave one of them auto (for a rollout that differs "
+            f"on purpose, see {ROLLOUT}.mismatch.mode and batch_invariant)"
         )
     if len(actor.optim.betas) != 2:
         yield f"{ACTOR}.optim.betas={list(actor.optim.betas)}: AdamW takes two, e.g. '[0.9,0.999]'"
@@ -239,6 +247,22 @@ def _foreign_rollout(config: Config) -> Iterator[str]:
         load_rollout(config.rollout.name).check(config)
     except ValueError as error:
         yield str(error)
+
+
+def _sleep(config: Config) -> Iterator[str]:
+    rollout, apart = config.rollout, config.trainer.rollout_gpus
+    key = f"{ROLLOUT}.enable_sleep_mode=true"
+    if not rollout.enable_sleep_mode:
+        return
+    if apart is not None:
+        yield (
+            f"{key} with trainer.rollout_gpus={apart}: nothing trains on the GPUs that sample, so nobody needs their "
+            "memory; leave it false"
+        )
+    if not rollout.free_cache_engine:
+        yield f"{key} gives the key-value cache's memory as well; leave {ROLLOUT}.free_cache_engine=true"
+    if not rollout.is_own:
+        yield f"{key}: {ROLLOUT}.name={rollout.name} keeps its weights in its own way; leave it false"
 
 
 def _run(config: Config) -> Iterator[str]:

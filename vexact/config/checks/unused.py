@@ -46,9 +46,19 @@ def _switches(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         f"algorithm.adv_estimator={algorithm.adv_estimator} does not discount",
     )
     yield (
+        ("algorithm.norm_adv_by_std_in_grpo",),
+        algorithm.adv_estimator not in ("grpo", "dr_grpo"),
+        f"algorithm.adv_estimator={algorithm.adv_estimator} is not grpo",
+    )
+    yield (
         ("algorithm.rollout_correction.rollout_is_threshold",),
         algorithm.rollout_correction.rollout_is is None,
         "algorithm.rollout_correction.rollout_is is null",
+    )
+    yield (
+        (f"{_ACTOR}.clip_ratio",),
+        None not in (actor.clip_ratio_low, actor.clip_ratio_high) and config.loss_mode != "reinforce",
+        f"{_ACTOR}.clip_ratio_low and clip_ratio_high are given",
     )
     yield (f"{_ACTOR}.clip_ratio_c",), config.loss_mode == "gspo", "the gspo loss has no dual clip"
     yield clipping, config.loss_mode == "reinforce", "the reinforce loss does not clip"
@@ -74,6 +84,16 @@ def _switches(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         f"{buffer}.enable is false",
     )
     yield (
+        tuple(f"{_ROLLOUT}.val_kwargs.{name}" for name in ("temperature", "top_p", "top_k", "min_p")),
+        not config.rollout.val_kwargs.do_sample,
+        f"validation is greedy, as {_ROLLOUT}.val_kwargs.do_sample is false",
+    )
+    yield (
+        ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",),
+        not config.needs_reference,
+        "no KL term is on, so there is no reference policy",
+    )
+    yield (
         (f"{_ROLLOUT}.kv_cache_bytes",),
         config.rollout.num_pages is not None,
         f"{_ROLLOUT}.num_pages={config.rollout.num_pages} says it already",
@@ -92,6 +112,11 @@ def _switches(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         ("data.val_max_samples", f"{_TRAINER}.test_freq"),
         not config.data.val_files,
         "data.val_files is empty",
+    )
+    yield (
+        (f"{_TRAINER}.total_epochs",),
+        trainer.total_training_steps is not None,
+        f"{_TRAINER}.total_training_steps={trainer.total_training_steps} says it already",
     )
     yield (f"{_TRAINER}.best_metric_mode",), trainer.best_metric is None, f"{_TRAINER}.best_metric is null"
     yield (f"{_TRAINER}.async_audit_freq",), not trainer.async_steps, f"{_TRAINER}.async_steps=0"

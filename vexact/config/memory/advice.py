@@ -80,7 +80,7 @@ def memory_notes(config: Config, shape: ModelShape, machine: Machine) -> list[st
         )
     crowded = [stage for stage in plan.stages if stage.elastic and stage.total + stage.elastic > free]
     if crowded and plan.kv_cache_bytes is not None:
-        wanted = plan.kv_cache_bytes / (free - crowded[0].parts["rollout weights"])
+        wanted = plan.kv_cache_bytes / (free - plan.rollout_weights)
         notes.append(
             f"{ROLLOUT}.gpu_memory_utilization={config.rollout.gpu_memory_utilization:g} would leave too little for "
             f"{crowded[0].stage}: beside all else a key-value cache of {size_text(plan.kv_cache_bytes)} fits, a share "
@@ -94,7 +94,13 @@ def out_of_memory_advice(config: Config, stage: MemoryStage) -> str:
     knobs = {
         "start-up": [*_cache_knobs(config), *_offload_knobs(config), "more GPUs"],
         "generation": [*_cache_knobs(config), *_batch_knobs(config), *_offload_knobs(config)],
-        "update": [*_token_knobs(config), *_offload_knobs(config), *_release_knobs(config), "more GPUs"],
+        "update": [
+            *_release_knobs(config),
+            *_sleep_knobs(config),
+            *_token_knobs(config),
+            *_offload_knobs(config),
+            "more GPUs",
+        ],
         "sync": [*_release_knobs(config), *_offload_knobs(config), *_cache_knobs(config)],
     }[stage]
     return "; ".join(knobs)
@@ -171,6 +177,7 @@ def _remedies(config: Config, excess: Callable[[Config], int]) -> Iterator[tuple
     fsdp = config.actor.fsdp_config
     switches = {
         f"{ROLLOUT}.free_cache_engine": config.rollout.free_cache_engine,
+        f"{ROLLOUT}.enable_sleep_mode": config.rollout.enable_sleep_mode or not _can_sleep(config),
         f"{MODEL}.enable_gradient_checkpointing": config.model.enable_gradient_checkpointing,
         f"{ACTOR}.fsdp_config.optimizer_offload": fsdp.optimizer_offload,
         f"{ACTOR}.fsdp_config.param_offload": fsdp.param_offload,
@@ -263,3 +270,14 @@ def _offload_knobs(config: Config) -> Iterator[str]:
 def _release_knobs(config: Config) -> Iterator[str]:
     if not config.rollout.free_cache_engine and config.trainer.rollout_gpus is None:
         yield f"{ROLLOUT}.free_cache_engine=true"
+
+
+def _sleep_knobs(config: Config) -> Iterator[str]:
+    if not config.rollout.enable_sleep_mode and _can_sleep(config):
+        yield f"{ROLLOUT}.enable_sleep_mode=true"
+
+
+def _can_sleep(config: Config) -> bool:
+    """Whether the rollout's weights could be given back while the same GPU trains."""
+    rollout = config.rollout
+    return rollout.is_own and rollout.free_cache_engine and config.trainer.rollout_gpus is None

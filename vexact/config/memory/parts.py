@@ -16,7 +16,7 @@ OFFLOAD_BYTES = 256 * MIB  # moments on their way through the GPU
 HEAD_WORKSPACE_BYTES = 1280 * MIB  # of the fused cross-entropy's kernels
 ONE_PASS_HEAD_BYTES = 3 << 29  # a head whose fp32 gradient is no larger is accumulated in one pass
 GRAPH_BYTES = GIB // 2  # private pools of CUDA graphs
-KV_CACHE = "key-value cache"
+KV_CACHE, ROLLOUT_WEIGHTS = "key-value cache", "rollout weights"
 
 
 def slot_bytes_per_token(shape: ModelShape) -> int:
@@ -52,8 +52,10 @@ class Parts:
         return parts
 
     def rollout(self, stage: Stage, *, trains: bool) -> dict[str, int]:
-        """Of one replica; beside a trainer (``trains``) its cache may be away while there is no generation."""
-        parts = {"rollout weights": self._width * self.shape.num_parameters}
+        """Of one replica; beside a trainer (``trains``) its cache may be away while there is no generation, and in an
+        update its weights."""
+        asleep = trains and stage == "update" and self.config.rollout.enable_sleep_mode
+        parts = {} if asleep else {ROLLOUT_WEIGHTS: self._width * self.shape.num_parameters}
         if stage == "generation":
             parts["rollout workspace"] = self._workspace()
         if stage == "generation" or not (trains and self._releases_cache):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vexact.config.memory.model_shape import ModelShape
-from vexact.config.memory.parts import GIB, KV_CACHE, MIB, Parts, Stage
+from vexact.config.memory.parts import GIB, KV_CACHE, MIB, ROLLOUT_WEIGHTS, Parts, Stage
 from vexact.config.memory.placement import Placement
 from vexact.config.schema import Config
 
@@ -54,6 +54,11 @@ class MemoryPlan:
     stages: tuple[StageMemory, ...]
     host: int  # bytes that the process of a GPU keeps in the memory of its machine
     kv_cache_bytes: int | None  # of an elastic cache: what fits beside all else; None: a key or the device fixes it
+
+    @property
+    def rollout_weights(self) -> int:
+        """Bytes of one replica's."""
+        return max(stage.parts.get(ROLLOUT_WEIGHTS, 0) for stage in self.stages)
 
     def worst(self) -> StageMemory:
         """The stage that needs most."""

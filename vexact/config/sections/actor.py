@@ -11,7 +11,7 @@ from vexact.config.fields import opt, section
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "half": "float16", "float": "float32"}
 KLKind = Literal["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "low_var_kl+", "k3+"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-DTYPE_HELP = "auto is bfloat16 on a GPU and float32 on the CPU."
+DTYPE_HELP = "auto is that of the other side; of both, bfloat16 on a GPU and float32 on the CPU."
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,12 @@ class EngineSettings:
     free_cache_engine: bool = opt(
         True, "Give the key-value cache's memory to the trainer while it trains on the same GPU. Never changes results."
     )
+    enable_sleep_mode: bool = opt(
+        False,
+        "Give the memory of the rollout's weights as well; the weight sync then brings every one of them anew. For "
+        "models whose update does not fit beside a whole copy of the weights. Never changes results.",
+        verl=True,
+    )
     max_num_seqs: int = opt(256, "Most requests decoded at once.", ge=1)
     max_num_batched_tokens: int = opt(8192, "Most tokens per engine step.", ge=1)
     max_model_len: int | None = opt(

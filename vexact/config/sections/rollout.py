@@ -70,7 +70,12 @@ class RolloutSection(EngineSettings):
         le=MAX_TEMPERATURE,
         why="0 is greedy: every sample of a group would be equal; near it float32 no longer tells tokens apart",
     )
-    top_p: float = opt(1.0, "Nucleus mass; the trainer renormalises over the same kept tokens.", gt=0, le=1)
+    top_p: float = opt(
+        1.0,
+        "Nucleus mass; the trainer renormalises over the same kept tokens (under later weights: docs/numerics.md).",
+        gt=0,
+        le=1,
+    )
     top_k: int = opt(-1, "Keep the k largest logits; -1 keeps all.", ge=-1)
     min_p: float = opt(0.0, "Keep tokens of at least this share of the largest probability.", ge=0, le=1)
     ignore_eos: bool = opt(False, "Sample on past the end-of-sequence tokens.")

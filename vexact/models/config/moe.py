@@ -120,8 +120,8 @@ def _groups(config: Fields, num_experts: int, top_k: int, pairs: bool) -> tuple[
     Args:
         pairs: a group's score is the sum of its two best.
     """
-    num_groups = 1 if config.values.get("n_group") is None else config.size("n_group", num_experts)
-    top_groups = 1 if config.values.get("topk_group") is None else config.size("topk_group", num_groups)
+    num_groups = _group_count(config, "n_group", num_experts, 8 if pairs else 1)
+    top_groups = _group_count(config, "topk_group", num_groups, 4 if pairs else 1)
     if num_experts % num_groups or (pairs and num_groups > 1 and num_experts // num_groups < 2):
         least = " of two or more" if pairs else ""
         config.refuse("n_group", f"must divide the {num_experts} experts into equal groups{least}")
@@ -131,6 +131,11 @@ def _groups(config: Fields, num_experts: int, top_k: int, pairs: bool) -> tuple[
             f"is more than the experts of topk_group={top_groups} groups, {top_groups * (num_experts // num_groups)}",
         )
     return num_groups, top_groups
+
+
+def _group_count(config: Fields, key: str, most: int, usual: int) -> int:
+    """A file that is silent means what transformers then takes, ``usual``; null means that there are no groups."""
+    return 1 if key in config and config.values[key] is None else config.size(key, most, usual)
 
 
 def _layer_list(config: Fields, key: str, num_layers: int) -> frozenset[int]:

@@ -29,7 +29,7 @@ _MUST_BE_OFF = _by_key({
         "no_rope_layer_interval", "rope_interleaved", "rope_interleave", "rope_traditional", "use_alibi", "alibi",
         "sliding_window_pattern", "kv_lora_rank", "q_lora_rank", "attention_sinks", "rope_local_base_freq",
         "use_parallel_residual", "parallel_attn", "parallel_residual", "cross_layer_attention", "num_kv_shared_layers",
-        "use_mrope",
+        "use_mrope", "use_bidirectional_attention",
     ),
     _EXPERTS: (
         "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
@@ -88,7 +88,7 @@ _HARMLESS = frozenset((
     "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "use_cache", "pretraining_tp",
     "return_dict", "output_attentions", "output_hidden_states", "torchscript", "use_bfloat16", "tf_legacy_loss",
     "finetuning_task", "id2label", "label2id", "problem_type", "num_labels", "tokenizer_class", "prefix", "is_decoder",
-    "task_specific_params", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation",
+    "is_causal", "task_specific_params", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "unsloth_version", "unsloth_fixed", "is_llama_config", "max_sequence_length",
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
@@ -120,6 +120,8 @@ def refuse_unsupported(config: Fields, architecture: str, num_layers: int, honou
         is_one = value is None or (is_number(value) and value == 1)
         if key in _MUST_BE_ONE and not is_one and key not in honoured:
             config.refuse(key, _MUST_BE_ONE[key])
+    if not config.values.get("is_causal", True):  # null, too, is not true for transformers
+        config.refuse("is_causal", "lets tokens see later ones, which is not supported; it must be true or absent")
     for key in ("hidden_act", "hidden_activation", "activation_function"):
         if key in config:
             config.choice(key, ("silu", "swish"))
@@ -141,12 +143,10 @@ def _refuse_windows(config: Fields, architecture: str, num_layers: int) -> None:
         config.refuse("layer_types", f'must be absent or {num_layers} (num_hidden_layers) times "full_attention"')
     if config.flag("use_sliding_window", False):
         config.refuse("use_sliding_window", "is not supported; use a checkpoint with use_sliding_window=false")
-    # In Qwen's files the window is only a wish until use_sliding_window grants it; elsewhere it is meant
-    if (
-        not architecture.startswith("Qwen")
-        and "use_sliding_window" not in config
-        and config.values.get("sliding_window")
-    ):
+    # In Qwen's files the window is only a wish until use_sliding_window grants it, which Mixtral never reads; elsewhere
+    # it is meant unless the other key denies it
+    denied = "use_sliding_window" in config and architecture != "MixtralForCausalLM"
+    if not (denied or architecture.startswith("Qwen")) and config.values.get("sliding_window"):
         config.refuse("sliding_window", "is not supported; it must be null or absent")
 
 

@@ -32,6 +32,7 @@ _LAYOUT: dict[str, Any] = {
     "hoverlabel": {"namelength": 60},
     "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
 }
+_NUMBERS: dict[str, Any] = {"exponentformat": "power", "minexponent": 5, "separatethousands": True}  # 40,000; 3×10⁷
 
 
 def colour(index: int) -> str:
@@ -67,7 +68,7 @@ def curves(panel: Panel, names: Sequence[str], groups: Sequence[Group]) -> dict[
     figure.update_layout(
         **_LAYOUT,
         xaxis={"title": {"text": "step"}, **_whole_steps(steps)},
-        yaxis={"title": {"text": panel.unit}, "range": _range(panel, shown), "exponentformat": "power"},
+        yaxis={"title": {"text": panel.unit}, "range": _range(panel, shown), **_NUMBERS},
     )
     return _plain(figure)
 

@@ -94,7 +94,8 @@ def _training(run: RunRecord) -> str:
     """What two runs of one group have in common; a run without a configuration is alone."""
     if not run.settings:
         return str(run.path)
-    return json.dumps({key: value for key, value in run.settings.items() if key not in SAME_TRAINING}, default=str)
+    settings = {key: value for key, value in run.settings.items() if key not in SAME_TRAINING}
+    return json.dumps(settings, default=str, sort_keys=True)
 
 
 def _names(runs: Sequence[RunRecord]) -> str:

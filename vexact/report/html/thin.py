@@ -42,9 +42,17 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     [0.0, 0.5, 1.0, 2.0]
     """
     filled = np.isfinite(values)
-    sums = np.cumsum(np.where(filled, values, 0.0))
-    counts = np.cumsum(filled).astype(float)
-    total, number = sums.copy(), counts.copy()
-    total[window:] -= sums[:-window]
-    number[window:] -= counts[:-window]
+    total, number = _running_sum(np.where(filled, values, 0.0), window), _running_sum(filled.astype(float), window)
     return np.divide(total, number, out=np.full(len(values), np.nan), where=number > 0)
+
+
+def _running_sum(values: np.ndarray, window: int) -> np.ndarray:
+    """Over the last ``window`` values. A sum is of these alone: a difference of two sums from the start on would carry
+    what is left of a peak far back. Of stretches of one window's length it is the end of one and the start of the
+    next."""
+    stretches = np.pad(values, (0, -len(values) % window)).reshape(-1, window)
+    starts = np.cumsum(stretches, axis=1).ravel()[: len(values)]
+    ends = np.cumsum(stretches[:, ::-1], axis=1)[:, ::-1].ravel()[: len(values)]
+    last = np.arange(len(values)) % window == window - 1
+    starts[window:] += np.where(last[window:], 0.0, ends[1 : max(1, len(values) - window + 1)])
+    return np.asarray(starts)

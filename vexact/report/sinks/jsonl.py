@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -15,8 +16,15 @@ from vexact.types import StepStats
 FILE_NAME = "metrics.jsonl"
 
 
+log = logging.getLogger(__name__)
+
+
 class JsonlSink(Sink):
-    """Appends and flushes ``{"step", "time", metric: value, …}``; a value that is not finite is written as null."""
+    """Appends ``{"step", "time", metric: value, …}``; a value that is not finite is written as null.
+
+    What a full disk takes no more of is kept, and written with the next step that it has room for: this is the run's
+    own record.
+    """
 
     def __init__(self, run: RunInfo) -> None:
         """Open the file: a resumed run drops the lines after its step, a new run renames an older file."""
@@ -26,16 +34,35 @@ class JsonlSink(Sink):
                 path.rename(_free_name(path))
             else:
                 _keep_until(path, run.resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = bytearray()
+        self._is_late = False
 
     def step(self, stats: StepStats) -> None:
         record: dict[str, float | None] = {"step": stats.step, "time": round(time.time(), 3)}
         record |= {name: _finite(value) for name, value in stats.metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += f"{json.dumps(record, allow_nan=False)}\n".encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not self._is_late:
+                log.error("%s takes no more, training goes on and tries again at every step: %s", self._path, error)
+            self._is_late = True
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError if something is still not written."""
+        try:
+            self._write()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
+        if self._is_late:
+            log.warning("%s is complete again", self._path)
+        self._is_late = False
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -40,18 +40,7 @@ def grader_for(data_source: str) -> Callable[..., dict[str, float]]:
     for pattern, module in GRADERS.items():
         if fnmatchcase(data_source, pattern):
             return importlib.import_module(f"{_PACKAGE}.{module}").compute_score
-    raise _unknown(data_source)
-
-
-def require_known(data_sources: Iterable[str]) -> None:
-    """Raise ValueError for the first data source without a grader; imports nothing."""
-    for data_source in data_sources:
-        if not any(fnmatchcase(data_source, pattern) for pattern in GRADERS):
-            raise _unknown(data_source)
-
-
-def _unknown(data_source: str) -> ValueError:
-    return ValueError(
+    raise ValueError(
         f"no grader for data_source={data_source!r}; known: {', '.join(GRADERS)}. Use one of them in the data, "
         "or give your own function in reward.custom_reward_function.path"
     )

@@ -22,11 +22,6 @@ def version() -> int:
     return linux.call(_CREATE_RULESET, 0, 0, _GET_VERSION)
 
 
-def has_signal_scope() -> bool:
-    """Whether a sealed process is kept from signalling others."""
-    return version() >= _SCOPES_SINCE
-
-
 def restrict(writable: Iterable[str], isolate_sockets: bool) -> None:
     """Seal this thread and all it will start; reading and executing stay free.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import accumulate, cycle
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from vexact.models.decoder import CausalLM, KVCache
 from vexact.models.layers import Routing
 from vexact.ops.sampling import SamplingTensors
 from vexact.rollout.execution.decode_graphs import DecodeGraphs
-from vexact.rollout.execution.kv_memory import KVMemory
+from vexact.rollout.execution.lent_memory import KV_CACHE, LentMemory, ends
 from vexact.rollout.execution.readback import PendingOutput, Readback
 from vexact.rollout.execution.runner_inputs import RunnerInputs
 from vexact.rollout.execution.staging import StagingBuffer
@@ -21,7 +21,6 @@ from vexact.rollout.execution.token_feed import TokenFeed
 from vexact.rollout.sampling.sampler import sample_tokens
 from vexact.rollout.scheduling.batch import Batch
 
-_KV_ALIGNMENT = 512  # bytes, as of an allocation of its own
 _STAGED = (
     "input_ids",
     "token_sources",
@@ -79,11 +78,11 @@ class ModelRunner:
         return self._kv_memory.released
 
     def release_kv(self) -> None:
-        """Gives the cache's physical memory back; see ``KVMemory.release``."""
+        """Gives the cache's physical memory back; see ``LentMemory.release``."""
         self._kv_memory.release()
 
     def resume_kv(self) -> None:
-        """The cache again, zeroed, where graphs expect it; see ``KVMemory.resume``."""
+        """The cache again, zeroed, where graphs expect it; see ``LentMemory.resume``."""
         self._kv_memory.resume()
 
     @property
@@ -171,7 +170,7 @@ def kv_page_bytes(model: CausalLM, page_size: int) -> int:
 
 def allocate_kv_caches(
     model: CausalLM, *, num_pages: int, page_size: int, device: torch.device
-) -> tuple[KVMemory, list[KVCache]]:
+) -> tuple[LentMemory, list[KVCache]]:
     """Per layer, zeroed keys (num_pages, page_size, Hkv, D) and values (num_pages, page_size, Hkv, Dv) in the model's
     dtype; and the memory of all.
 
@@ -181,10 +180,10 @@ def allocate_kv_caches(
     dtype = model.lm_head_weight.dtype
     shapes = [(num_pages, page_size, config.num_kv_heads, width) for width in (config.key_dim, config.value_dim)]
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes] * config.num_layers
-    ends = list(accumulate(-(-size // _KV_ALIGNMENT) * _KV_ALIGNMENT for size in sizes))
-    memory = KVMemory(ends[-1], device)
+    stops = ends(sizes)
+    memory = LentMemory(stops[-1], device, KV_CACHE)
     tensors = [
         memory.bytes[start : start + size].view(dtype).view(shape)
-        for start, size, shape in zip([0, *ends], sizes, cycle(shapes))
+        for start, size, shape in zip([0, *stops], sizes, cycle(shapes))
     ]
     return memory, list(zip(tensors[::2], tensors[1::2], strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 from vexact.rollout.requests.request import Request, request_seed
 from vexact.rollout.requests.stop_strings import StopStringChecker, Tokenizer, special_tokens
 from vexact.rollout.sampling.prompt_scores import PromptLogprobs, PromptScorer
-from vexact.rollout.sampling.sampling_params import SamplingParams
+from vexact.rollout.sampling.sampling_params import SamplingParams, is_unicode
 from vexact.rollout.scheduling.block_manager import BlockManager
 
 T = TypeVar("T")
@@ -58,8 +58,8 @@ class Intake:
         name = str(self.num_named) if request_id is None else request_id
         drawn = name if draw_id is None else draw_id
         for what, given in (("request", name), ("draw", drawn)):
-            if not isinstance(given, str) or not given:
-                raise ValueError(f"{what} id {given!r} must be a non-empty string")
+            if not isinstance(given, str) or not given or not is_unicode(given):
+                raise ValueError(f"{what} id {given!r:.80} must be a non-empty string of Unicode text")
         self._check_fits(name, len(token_ids), params)
         self._check_stops(name, params)
         prompt_logprobs = None
@@ -118,15 +118,21 @@ class Intake:
             token_ids = np.asarray(prompt)
         except ValueError:
             raise ValueError(f"a prompt must be one flat list of token ids, got {prompt!r:.80}") from None
+        if isinstance(prompt, str | bytes):
+            raise ValueError(f"a prompt must be a list of token ids, got {prompt!r:.80}; tokenise the text first")
         if token_ids.ndim != 1 or token_ids.size == 0:
             raise ValueError(f"a prompt must be a non-empty list of token ids, got shape {token_ids.shape}")
-        if token_ids.dtype.kind not in "iu":
+        if token_ids.dtype.kind in "iu":
+            lowest, highest = int(token_ids.min()), int(token_ids.max())
+        elif all(isinstance(item, int) and not isinstance(item, bool) for item in prompt):  # too large for an array
+            lowest, highest = min(prompt), max(prompt)
+        else:
             raise ValueError(f"a prompt must hold integers, got {token_ids.dtype}; tokenise the text first")
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
         if lowest < 0 or highest >= self._vocab_size:
             bad = lowest if lowest < 0 else highest
             raise ValueError(
-                f"prompt token id {bad} is outside the vocabulary of {self._vocab_size}; is the tokenizer this model's?"
+                f"prompt token id {bad!s:.40} is outside the vocabulary of {self._vocab_size}; is the tokenizer this "
+                "model's?"
             )
         return token_ids.astype(np.int64)
 

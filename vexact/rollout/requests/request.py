@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,11 @@ def draw_settings(params: SamplingParams, seed: int, request_id: str) -> DrawSet
     """How an engine of this seed must draw the tokens of a request (of one sample, where ``params.n`` is not 1)."""
     own = request_seed(seed if params.seed is None else params.seed, request_id)
     return DrawSettings(own, params.temperature, params.top_k, params.top_p, params.min_p)
+
+
+def id_set(request_ids: Iterable[str]) -> set[str]:
+    """Of one id, or of several."""
+    return {request_ids} if isinstance(request_ids, str) else set(request_ids)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +59,11 @@ class Request:
     cacheable: bool = True  # False after a key collision: its later pages must not be registered
 
     @property
+    def name(self) -> str:
+        """Of what was asked for; with n > 1 this is one of its samples, and has an id of its own."""
+        return self.request_id if self.params.n == 1 else self.request_id.rpartition("/")[0]
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
@@ -64,11 +75,6 @@ class Request:
     @property
     def max_total_tokens(self) -> int:
         return self.num_prompt_tokens + self.params.max_tokens
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Most tokens whose keys and values it ever stores: the last sampled token is never fed back."""
-        return self.max_total_tokens - 1
 
     @property
     def parent_entry(self) -> CachedPage | None:

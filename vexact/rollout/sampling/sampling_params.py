@@ -16,6 +16,7 @@ from vexact.rollout.requests.stop_strings import INCOMPLETE
 MIN_TEMPERATURE = 1e-3  # below this logits * (1 / temperature) leaves the range where fp32 still separates tokens
 MAX_TEMPERATURE = 1e6  # above this fp32 no longer separates the probabilities of logits that are less than 0.1 apart
 MAX_SAMPLES = 2**16  # of one prompt
+MIN_TOP_P = 2.0**-126  # fp32 has no smaller number that every device takes for one; it keeps the largest logits alone
 MAX_TOP_K = 2**31 - 1  # what a step's arrays hold; no vocabulary is larger, so that more keeps no more
 
 
@@ -67,6 +68,7 @@ class SamplingParams:
         self._set("top_p", _number("top_p", self.top_p))
         self._set("min_p", _number("min_p", self.min_p))
         self._check_ranges()
+        self._set("top_p", max(self.top_p, MIN_TOP_P))
         self._set("stop", _stop_strings(self.stop))
         self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if not isinstance(self.ignore_eos, bool):
@@ -129,7 +131,7 @@ def _stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
             raise ValueError(
                 f"sampling parameter stop holds {string!r:.80}; every stop string must be a non-empty string"
             )
-        if INCOMPLETE in string or not _is_unicode(string):
+        if INCOMPLETE in string or not is_unicode(string):
             raise ValueError(
                 f"sampling parameter stop holds {string!r:.80}, which no response can contain: U+FFFD and lone "
                 "surrogates stand for bytes that are no character"
@@ -153,7 +155,7 @@ def _items(name: str, value: Iterable[Any] | None, what: str) -> tuple[Any, ...]
     return tuple(value)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -34,7 +34,7 @@ from vexact.training.parallel.expert_parallel import check_expert_size
 from vexact.training.parallel.sequence_parallel import check_size
 from vexact.training.passes.experts import check_experts
 
-ROWS = 64  # of each dataset that a dry run reads
+ROWS = 64  # of each dataset that a dry run makes prompts of
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
@@ -73,9 +73,10 @@ def dry_run(config: Config) -> None:
     check_run_directory(config.run_dir, checks.checkpoint_bytes(config))
     tokenizer, vocab_size = load_tokenizer(config), ModelConfig.from_hf_dir(config.model.path).vocab_size
     data = config.data
-    rows = {"data.train_files": load_dataset(config, tokenizer, data.train_files, _first(data.train_max_samples))}
+    files = {"data.train_files": (data.train_files, data.train_max_samples)}
     if data.val_files:
-        rows["data.val_files"] = load_dataset(config, tokenizer, data.val_files, _first(data.val_max_samples))
+        files["data.val_files"] = data.val_files, data.val_max_samples
+    rows = {key: load_dataset(config, tokenizer, names, _first(config, most)) for key, (names, most) in files.items()}
     for key, dataset in rows.items():
         checks.check_token_ids(key, dataset, vocab_size)
     one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
@@ -86,7 +87,10 @@ def dry_run(config: Config) -> None:
     load_model(config.model.path, dtype=dtype, device="meta")
 
 
-def _first(max_samples: int) -> int:
+def _first(config: Config, max_samples: int) -> int:
+    """How many rows are read; all, where the first ones may be left out for their length."""
+    if config.data.filter_overlong_prompts:
+        return max_samples
     return ROWS if max_samples < 0 else min(ROWS, max_samples)
 
 

@@ -11,6 +11,7 @@ from vexact.config.sections.rollout_correction import KEY as CORRECTION
 
 MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OVERLONG = "reward.reward_kwargs.max_resp_len"
+OVERLONG_BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
 
 COVERED = {
     "rows": (
@@ -48,6 +49,7 @@ _FREE = (
     f"{ROLLOUT}.kv_cache_bytes",
     f"{ROLLOUT}.gpu_memory_utilization",
     f"{ROLLOUT}.free_cache_engine",
+    f"{ROLLOUT}.enable_sleep_mode",
     f"{ROLLOUT}.max_num_seqs",
     f"{ROLLOUT}.max_num_batched_tokens",
     f"{ROLLOUT}.max_model_len",
@@ -127,22 +129,23 @@ def is_one_of(key: str, names: Iterable[str]) -> bool:
 
 
 def _switched_off(config: Config) -> list[str]:
-    """Keys without effect because of the value of another one."""
+    """Keys without effect because of the value of another one, which is stated: else nobody would see it switched."""
     actor, algorithm, optim = config.actor, config.algorithm, config.actor.optim
     correction = algorithm.rollout_correction
     off = {
         f"{ACTOR}.kl_loss_coef": not actor.use_kl_loss,
         f"{ACTOR}.kl_loss_type": not actor.use_kl_loss,
-        f"{ACTOR}.router_aux_loss_coef": actor.router_aux_loss_coef == 0,
-        f"{ACTOR}.router_bias_update_rate": actor.router_bias_update_rate == 0,
-        CORRECTION: not correction.is_on and correction.loss_type == "ppo_clip",
         f"{CORRECTION}.rollout_is_threshold": correction.rollout_is is None,
+        f"{CORRECTION}.rollout_is_batch_normalize": correction.rollout_is is None,
+        f"{CORRECTION}.rollout_rs_threshold": correction.rollout_rs is None,
+        f"{CORRECTION}.bypass_mode": not correction.is_on and correction.loss_type == "ppo_clip",
         "algorithm.kl_penalty": not algorithm.use_kl_in_reward,
         "algorithm.kl_ctrl": not algorithm.use_kl_in_reward,
         "algorithm.filter_groups.metric": not algorithm.filter_groups.enable,
         "algorithm.recompute_old_log_prob": config.trainer.exactness == "strict",  # it gives the bits that are there
         "algorithm.gamma": algorithm.adv_estimator != "reinforce_plus_plus",
-        "reward.reward_kwargs": not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
+        f"{OVERLONG_BUFFER}.len": not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
+        f"{OVERLONG_BUFFER}.penalty_factor": not config.reward.reward_kwargs.overlong_buffer_cfg.enable,
         f"{ACTOR}.optim.lr_warmup_steps_ratio": optim.lr_warmup_steps >= 0,
         f"{ACTOR}.optim.min_lr_ratio": optim.lr_scheduler_type == "constant",
     }

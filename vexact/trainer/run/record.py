@@ -7,9 +7,13 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+import vexact
 from vexact.config import Config
 from vexact.report.starts import FILE_NAME as STARTS_FILE
 from vexact.report.starts import Start, read_starts, write_starts
+
+SOURCE = Path(vexact.__file__).resolve().parents[1]
+"""The source tree that this package runs from, where it is not an installed wheel."""
 
 
 def write_run_record(
@@ -29,16 +33,19 @@ def write_run_record(
     write_starts(config.run_dir, [*starts, Start(first_step, now)])
     since = f"# since step {first_step}; the steps before it have theirs in {STARTS_FILE}\n" if starts else ""
     (config.run_dir / "config.yaml").write_text(since + config.to_yaml(), encoding="utf-8")
-    record = dict(environment) | {"commit": _commit()}
+    record = dict(environment) | {"commit": source_commit()}
     (config.run_dir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _commit() -> str | None:
-    """The commit of the source tree this package runs from; None for an installed wheel."""
-    root = Path(__file__).resolve().parents[2]
+def source_commit(root: Path = SOURCE) -> str | None:
+    """The commit of the source tree ``root``, with ``-dirty`` where files differ from it; None for an installed wheel,
+    and where git is not there or does not answer."""
     if not (root / ".git").exists():
         return None
-    result = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    place = ["-C", str(root), "--git-dir", str(root / ".git"), "--work-tree", str(root)]
+    command = ["git", "--no-optional-locks", *place, "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return result.stdout.strip() or None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vexact.algorithms import AdvantageConfig, AdvantageInputs, advantage_estimator, kl_penalty
+from vexact.algorithms.packed import segment_sum
 from vexact.config import Config
 from vexact.report.metrics import summary
 from vexact.reward.seal import require_seals
@@ -48,12 +49,12 @@ def train_sequences(
     ]
     references = reference.logprobs(sequences) if reference is not None else [None] * len(samples)
     _require_finite(samples, references, "the reference policy")
-    penalty = _kl_in_reward(config, sequences, references) if config.algorithm.use_kl_in_reward else None
+    kl = _kl_in_reward(config, sequences, references) if config.algorithm.use_kl_in_reward else None
     inputs = AdvantageInputs(
         rewards=_rewards(config, groups, lengths),
         group_ids=torch.tensor([i for i, group in enumerate(groups) for _ in group.samples]),
         lengths=lengths,
-        kl_penalty=penalty,
+        kl_penalty=None if kl is None else kl * config.algorithm.kl_ctrl.kl_coef,
     )
     algorithm = config.algorithm
     settings = AdvantageConfig(gamma=algorithm.gamma, norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo)
@@ -65,7 +66,11 @@ def train_sequences(
     ]
     ledger = Ledger(trained)
     _require_finite_advantages(groups, trained)
-    return trained, ledger, _metrics(config, inputs.outcomes().numpy(), penalty)
+    metrics = summary("critic/rewards", inputs.outcomes().numpy())
+    if kl is not None:
+        metrics["actor/reward_kl_penalty"] = float((segment_sum(kl.double(), lengths) / lengths).mean())
+        metrics["actor/reward_kl_penalty_coeff"] = algorithm.kl_ctrl.kl_coef
+    return trained, ledger, metrics
 
 
 def _require_finite(samples: Sequence[Sample], per_sample: Sequence[np.ndarray | None], whose: str) -> None:
@@ -101,15 +106,7 @@ def _rewards(config: Config, groups: Sequence[SampleGroup], lengths: Tensor) -> 
 def _kl_in_reward(
     config: Config, sequences: Sequence[TrainSequence], references: Sequence[np.ndarray | None]
 ) -> Tensor:
+    """(T,) fp32, of every token, without its coefficient."""
     policy = torch.from_numpy(np.concatenate([sequence.old_logprobs for sequence in sequences]))
     reference = torch.from_numpy(np.concatenate([ref for ref in references if ref is not None]))
-    return kl_penalty(policy, reference, config.algorithm.kl_penalty) * config.algorithm.kl_ctrl.kl_coef
-
-
-def _metrics(config: Config, outcomes: np.ndarray, penalty: Tensor | None) -> dict[str, float]:
-    metrics = summary("critic/rewards", outcomes)
-    if penalty is not None:
-        coefficient = config.algorithm.kl_ctrl.kl_coef
-        metrics["actor/reward_kl_penalty"] = float(penalty.mean()) / coefficient if coefficient else 0.0
-        metrics["actor/reward_kl_penalty_coeff"] = coefficient
-    return metrics
+    return kl_penalty(policy, reference, config.algorithm.kl_penalty)

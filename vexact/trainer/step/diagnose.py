@@ -49,6 +49,7 @@ def diagnose(
             if not math.isfinite(first.rollout) and not math.isfinite(first.trainer):
                 return  # the two sides do not part
         log.info("looking for the first divergence of request %s", sample.request_id)
+        workers.wake(sample.weights_version)
         text = _explain(workers, sample, sampling, first, file, model_path)
         (run_dir / TEXT_FILE).write_text(text + "\n", encoding="utf-8")
     except Exception:  # whatever goes wrong in here must not hide the error that is being diagnosed

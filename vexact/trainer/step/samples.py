@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from vexact.config import Config
 from vexact.report import Reporter, write_samples
@@ -28,7 +29,8 @@ def keep_samples(
         stem: "step", or "val" for a validation.
         different: positions whose bits differ, by request; None where nothing was compared.
     """
-    decode, limit = workers.tokenizer.decode, config.trainer.samples_per_step
+    decode = partial(workers.tokenizer.decode, skip_special_tokens=True)  # as the text of a sample is
+    limit = config.trainer.samples_per_step
     try:
         write_samples(config.run_dir, step, groups, decode, limit=limit, stem=stem, different=different)
     except OSError as error:  # a full disk: the checkpoint finds out whether it is one for the run

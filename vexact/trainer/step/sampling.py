@@ -34,4 +34,5 @@ def validation_sampling(config: Config) -> SamplingParams:
         min_p=settings.min_p if settings.do_sample else 0.0,
         stop=list(config.rollout.stop) or None,
         stop_token_ids=list(config.rollout.stop_token_ids) or None,
+        ignore_eos=config.rollout.ignore_eos,
     )

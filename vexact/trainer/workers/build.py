@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,12 @@ class Workers:
     profiler: StageProfiler  # of the stages that run in this process
     group: WorkerGroup | None = None
     frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
+    sleeps: bool = False  # and so does the memory of the rollout's weights, which a sync brings anew
+
+    def __post_init__(self) -> None:
+        self._is_asleep = False
+        if self.sleeps:  # until the first sync
+            self.release_memory()
 
     def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
         """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand
@@ -66,26 +73,50 @@ class Workers:
         if self.group is None:
             assert not isinstance(self.engine, EngineGroup)
             assert isinstance(self.actor, Actor)
-            return sync_weights(self.actor, self.engine, version) | memory_metrics()
-        assert isinstance(self.engine, EngineGroup)
-        results: list[dict[str, float]] = self.group.call("sync", version, keep, stage="the weight sync")
-        self.engine.weights_version = version
-        return results[0] | largest(results, "perf/")
+            metrics = sync_weights(self.actor, self.engine, version) | memory_metrics()
+        else:
+            assert isinstance(self.engine, EngineGroup)
+            results: list[dict[str, float]] = self.group.call("sync", version, keep, stage="the weight sync")
+            self.engine.weights_version = version
+            metrics = results[0] | largest(results, "perf/")
+        self._is_asleep = False
+        return metrics
 
     @property
     def num_processes(self) -> int:
         """One per GPU."""
         return 1 if self.group is None else self.group.size
 
-    def release_cache(self) -> None:
-        """Lends the memory of the key-value cache to the training, where that is of use."""
+    def release_memory(self) -> None:
+        """Lends the memory of the key-value cache, and of a rollout that sleeps the weights', to the training, where
+        that is of use. Only a sync brings weights back."""
         if self.frees_cache:
             self.engine.release_kv_cache()
+        if self.sleeps:
+            assert isinstance(self.engine, Engine | EngineGroup), "the configuration was checked"
+            self.engine.release_weights()
+            self._is_asleep = True
 
     def resume_cache(self) -> None:
-        """Takes the memory back."""
+        """Takes the memory of the key-value cache back."""
         if self.frees_cache:
             self.engine.resume_kv_cache()
+
+    def wake(self, version: int) -> None:
+        """Has a rollout that sleeps hold the actor's weights again, which are still those of ``version``."""
+        if self._is_asleep:
+            self.sync_weights(version)
+
+    @contextmanager
+    def at_rest(self, version: int) -> Iterator[None]:
+        """A stretch in which the actor computes and needs the room of a rollout that sleeps; it wakes with weights of
+        ``version``. Nothing happens to any other rollout."""
+        if self.sleeps:
+            self.release_memory()
+        yield
+        if self.sleeps:
+            self.wake(version)
+            self.resume_cache()
 
     def rescore_at(self, version: int, sequences: Sequence[TrainSequence], redraw: Redraw | None) -> Scored:
         """``actor.rescore`` under an earlier version of the weights, one that was kept."""
@@ -158,6 +189,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             profiler=StageProfiler.of(config, rank=0),
             rewards=start_rewards(config),
             frees_cache=frees_cache,
+            sleeps=config.rollout.enable_sleep_mode,
         )
     roles = roles_of(config, layout.world_size)
     factory = partial(_worker, config, roles, total_steps)
@@ -174,6 +206,7 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
             rewards=start_rewards(config),
             group=group,
             frees_cache=frees_cache and roles.colocated,
+            sleeps=config.rollout.enable_sleep_mode,
         )
     except BaseException:
         group.close()

@@ -122,6 +122,9 @@ class EngineGroup:
     def release_kv_cache(self) -> None:
         self._group.call("release_kv_cache", ranks=self._ranks, stage="releasing the KV cache")
 
+    def release_weights(self) -> None:
+        self._group.call("release_weights", ranks=self._ranks, stage="releasing the rollout's weights")
+
     def resume_kv_cache(self) -> None:
         self._group.call("resume_kv_cache", ranks=self._ranks, stage="resuming the KV cache")
 

@@ -29,6 +29,7 @@ def build_engine(config: Config, tokenizer: Any, device: torch.device) -> Engine
         tokenizer=tokenizer,
         dtype=config.dtype(device.type),
         device=device,
+        read_weights=not rollout.enable_sleep_mode,  # of one that sleeps the first sync brings them
         **engine_settings(config),
     )
     if not (rollout.ignore_eos or engine.eos_token_ids or rollout.stop or rollout.stop_token_ids):

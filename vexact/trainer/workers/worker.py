@@ -121,6 +121,10 @@ class Worker:
     def resume_kv_cache(self) -> None:
         self.engine.resume_kv_cache()
 
+    def release_weights(self) -> None:
+        assert isinstance(self.engine, Engine), "another engine's weights are its own"
+        self.engine.release_weights()
+
     def sync(self, version: int, keep: bool) -> dict[str, float]:
         """Called on all ranks: the weights of the actor become those of every engine; with ``keep`` ranks that train
         alone keep a copy. Also says what memory this rank uses. Raises WeightSyncError."""

@@ -1,4 +1,4 @@
-"""The KV cache gives its memory back and returns to the same addresses, zeroed."""
+"""Memory that is lent, the KV cache's above all: it is given back and returns to the same addresses, zeroed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rollout_models import VOCAB, bits, tiny_model
 
 from vexact.models import ModelConfig
 from vexact.rollout import Engine, SamplingParams
-from vexact.rollout.execution import cuda_driver, kv_memory
+from vexact.rollout.execution import cuda_driver, lent_memory
 from vexact.rollout.execution.cuda_driver import CudaDriver, CudaDriverError, CudaOutOfMemory
-from vexact.rollout.execution.kv_memory import CudaRegion, KVMemory
+from vexact.rollout.execution.lent_memory import KV_CACHE, WEIGHTS, CudaRegion, LentMemory
 from vexact.rollout.execution.runner import allocate_kv_caches, kv_page_bytes
 
 MIB = 2**20
@@ -94,7 +94,7 @@ def test_keys_and_values_of_different_widths_have_caches_of_their_own(monkeypatc
 
 def test_memory_of_the_host_goes_away_and_comes_back_zeroed():
     size = 96 * MIB
-    memory = KVMemory(size, torch.device("cpu"))
+    memory = LentMemory(size, torch.device("cpu"), KV_CACHE)
     assert (memory.bytes.numel(), int(memory.bytes.max())) == (size, 0)
     memory.bytes.fill_(7)
     full = resident_bytes()
@@ -217,8 +217,8 @@ def no_gpu(monkeypatch):
     return events
 
 
-def region(library, num_bytes=5 * MIB):
-    return CudaRegion(CudaDriver(3, library), num_bytes, torch.device("cuda", 3))
+def region(library, num_bytes=5 * MIB, tenant=KV_CACHE):
+    return CudaRegion(CudaDriver(3, library), num_bytes, torch.device("cuda", 3), tenant)
 
 
 def test_the_structures_have_the_sizes_of_the_drivers():
@@ -287,7 +287,7 @@ def test_memory_that_others_took_is_asked_for_twice_and_then_explained(no_gpu):
     assert no_gpu == ["empty_cache"]
     held.release()
     library.capacity = MIB
-    with pytest.raises(torch.OutOfMemoryError, match=r"needs 0\.01 GiB on cuda:3, 0\.00 GiB are free; lower gpu_mem"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"0\.01 GiB are needed on cuda:3 for the KV cache, .*; lower g"):
         held.resume()
     assert library.mapped == {}
     library.capacity = 64 * MIB
@@ -299,11 +299,11 @@ def test_memory_that_others_took_is_asked_for_twice_and_then_explained(no_gpu):
 def test_the_state_follows_what_happened(no_gpu, monkeypatch):
     """A release or resume that failed may be tried again."""
     library = FakeLibrary()
-    monkeypatch.setattr(kv_memory, "_region", lambda num_bytes, device: region(library, num_bytes))
-    memory = KVMemory(4, torch.device("cuda", 3))
+    monkeypatch.setattr(lent_memory, "_region", lambda num_bytes, device, tenant: region(library, num_bytes, tenant))
+    memory = LentMemory(4, torch.device("cuda", 3), WEIGHTS)
     memory.release()
     library.fail["create"] = [2, 2]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match=r"for the rollout's weights, .*; set param_offload=true"):
         memory.resume()
     assert memory.released
     memory.resume()
@@ -312,9 +312,9 @@ def test_the_state_follows_what_happened(no_gpu, monkeypatch):
 
 
 def test_a_gpu_without_virtual_memory_keeps_its_cache(monkeypatch):
-    monkeypatch.setattr(kv_memory, "_region", lambda num_bytes, device: None)
+    monkeypatch.setattr(lent_memory, "_region", lambda num_bytes, device, tenant: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GRID V100D")
-    memory = KVMemory(4, torch.device("cpu"))
+    memory = LentMemory(4, torch.device("cpu"), KV_CACHE)
     with pytest.raises(RuntimeError, match="cannot be given back: GRID V100D has no virtual memory management"):
         memory.release()
     memory.resume()

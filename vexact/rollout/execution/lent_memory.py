@@ -1,4 +1,4 @@
-"""Memory of the KV cache that can be given back for a while and returns to the same addresses.
+"""Memory that can be given back for a while and returns to the same addresses: of the KV cache, and of weights.
 
 Captured CUDA graphs hold addresses, so the addresses are reserved once and physical memory comes and goes behind them:
 on CUDA by the driver's virtual memory management, on the CPU by telling the system that the pages are not needed.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from vexact.rollout.execution.cuda_driver import CudaDriver, CudaOutOfMemory
 
 _GIB = 2**30
+_ALIGNMENT = 512  # bytes, as of an allocation of its own
 
 
 class Region(Protocol):
@@ -32,13 +36,25 @@ class Region(Protocol):
         """Physical memory again, zeroed. Raises torch.OutOfMemoryError if there is too little; it stays released."""
 
 
-class KVMemory:
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """What the memory is for, in words."""
+
+    name: str
+    remedy: str  # what makes room for it
+
+
+KV_CACHE = Tenant("the KV cache", "lower gpu_memory_utilization (or kv_cache_bytes, num_pages)")
+WEIGHTS = Tenant("the rollout's weights", "set param_offload=true")
+
+
+class LentMemory:
     """``num_bytes`` of zeros on ``device`` that can be away for a while."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, num_bytes: int, device: torch.device, tenant: Tenant) -> None:
         """Raises torch.OutOfMemoryError if there is too little memory."""
-        self._device = device
-        self._region = _region(num_bytes, device)
+        self._device, self._tenant = device, tenant
+        self._region = _region(num_bytes, device, tenant)
         if self._region is None:
             self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         else:
@@ -59,8 +75,8 @@ class KVMemory:
             return
         if self._region is None:
             raise RuntimeError(
-                f"the KV cache cannot be given back: {torch.cuda.get_device_name(self._device)} has no virtual memory "
-                "management (a virtual GPU?), and the cache could not return to its addresses"
+                f"{self._tenant.name} cannot be given back: {torch.cuda.get_device_name(self._device)} has no virtual "
+                "memory management (a virtual GPU?), and nothing could return to its addresses"
             )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -70,7 +86,7 @@ class KVMemory:
     def resume(self) -> None:
         """Zeros again, at the same addresses. Does nothing if it is here.
 
-        Raises torch.OutOfMemoryError if others have taken the memory; the cache then stays away.
+        Raises torch.OutOfMemoryError if others have taken the memory; it then stays away.
         """
         if self.released:
             assert self._region is not None
@@ -78,7 +94,12 @@ class KVMemory:
             self.released = False
 
 
-def _region(num_bytes: int, device: torch.device) -> Region | None:
+def ends(sizes: Iterable[int]) -> list[int]:
+    """Where pieces of ``sizes`` bytes end that follow each other, each aligned as an allocation of its own is."""
+    return list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+
+
+def _region(num_bytes: int, device: torch.device, tenant: Tenant) -> Region | None:
     if device.type != "cuda":
         return HostRegion(num_bytes)
     torch.cuda.synchronize(device)  # the driver wants a context
@@ -87,7 +108,9 @@ def _region(num_bytes: int, device: torch.device) -> Region | None:
         driver = CudaDriver(index)
     except OSError:
         return None
-    return CudaRegion(driver, num_bytes, torch.device("cuda", index)) if driver.supports_virtual_memory() else None
+    if not driver.supports_virtual_memory():
+        return None
+    return CudaRegion(driver, num_bytes, torch.device("cuda", index), tenant)
 
 
 class HostRegion:
@@ -109,9 +132,9 @@ class HostRegion:
 class CudaRegion:
     """Addresses of one GPU. Freed with the last tensor that shows it."""
 
-    def __init__(self, driver: CudaDriver, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, driver: CudaDriver, num_bytes: int, device: torch.device, tenant: Tenant) -> None:
         """Raises torch.OutOfMemoryError if there is too little memory, CudaDriverError for all else."""
-        self._driver, self._device = driver, device
+        self._driver, self._device, self._tenant = driver, device, tenant
         granularity = driver.granularity()
         self._num_bytes = -(-num_bytes // granularity) * granularity
         self._address = driver.reserve(self._num_bytes)
@@ -154,8 +177,8 @@ class CudaRegion:
         except CudaOutOfMemory as error:
             free = torch.cuda.mem_get_info(self._device)[0]
             raise torch.OutOfMemoryError(
-                f"the KV cache needs {self._num_bytes / _GIB:.2f} GiB on {self._device}, {free / _GIB:.2f} GiB are "
-                f"free; lower gpu_memory_utilization (or kv_cache_bytes, num_pages), or free memory first ({error})"
+                f"{self._num_bytes / _GIB:.2f} GiB are needed on {self._device} for {self._tenant.name}, "
+                f"{free / _GIB:.2f} GiB are free; {self._tenant.remedy}, or free memory first ({error})"
             ) from error
 
 
