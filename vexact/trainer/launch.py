@@ -70,6 +70,8 @@ def run(config: Config, layout: Layout | None = None) -> int:
         with advising(config, lambda: None):
             workers = build_workers(config, layout, inputs)
         stack.callback(workers.close)
+        if workers.sleeps:  # until the first sync
+            workers.release_memory()
         identity["environment"] = workers.environment()
         identity["model"]["weights"] = workers.weights_digest()
         check_before_training(config, workers)
