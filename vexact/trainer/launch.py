@@ -119,6 +119,7 @@ def _drive(driver: Driver) -> None:
         driver.run()
     except WorkerError as error:
         if error.is_fault:
+            interrupt.note(interrupt.noted().removeprefix(f"{error}; "))  # from here on the error says it
             error.args = (f"{error}; {interrupt.noted()}",)
         raise
 
