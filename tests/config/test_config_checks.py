@@ -173,6 +173,30 @@ def test_plan_says_that_kept_tokens_are_those_of_the_sampler(base: list[str], la
     assert not said(f"{ROLLOUT}.top_p=0.9")
 
 
+@pytest.mark.parametrize(
+    ("optim", "said"),
+    [
+        ("lr=0", "no weight ever changes"),
+        ("lr_warmup_steps=4", "still rises when the run ends: 4 steps of warm-up of 4 in all"),
+        ("lr_warmup_steps_ratio=1.0", "still rises when the run ends: 4 steps"),
+        ("lr_warmup_steps=3", ""),
+        ("lr_warmup_steps_ratio=0.9", ""),
+    ],
+)
+def test_plan_says_when_the_learning_rate_is_never_reached(base: list[str], optim: str, said: str) -> None:
+    more = "trainer.total_training_steps=4", "trainer.save_freq=1", f"{ACTOR}.optim.{optim}"
+    advice = build_plan(load_config([*base, *more]), "cpu").advice
+    assert len(advice) == bool(said)
+    assert said in " ".join(advice)
+
+
+def test_plan_says_that_a_kl_counts_twice(base: list[str]) -> None:
+    both = "algorithm.use_kl_in_reward=true", f"{ACTOR}.use_kl_loss=true"
+    for more in ((), both[:1], both[1:], both):
+        said = any("counts twice" in note for note in build_plan(load_config([*base, *more]), "cpu").advice)
+        assert said == (more == both)
+
+
 def test_plan_warns_of_a_cache_smaller_than_a_sequence(base: list[str]) -> None:
     plan = build_plan(load_config([*base, f"{ROLLOUT}.kv_cache_bytes=10000"]), "cpu")
     assert any("holds 64 tokens, less than one sequence of 1024" in sentence for sentence in plan.advice)

@@ -172,6 +172,17 @@ def test_text_that_is_none_does_not_come_in_by_an_argument():
         text_of(chat(USER), CHATML + "{{ date }}", date="\ud800")
 
 
+def test_a_date_of_today_in_prompts_is_told_unless_one_is_given(caplog):
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer = tokenizer_with(dated + "{{ date_string }} {{ messages[0].content }}")
+    ChatTemplate(tokenizer, {"date_string": "26 Jul 2024"}).check()
+    assert not caplog.records
+    ChatTemplate(tokenizer, {}).check()
+    (told,) = caplog.messages
+    assert "puts today's date into prompts" in told
+    assert "data.apply_chat_template_kwargs={date_string: '26 Jul 2024'}" in told
+
+
 def test_an_argument_the_template_does_not_know_is_told(caplog):
     template = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
     with caplog.at_level(logging.WARNING):

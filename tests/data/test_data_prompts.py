@@ -33,6 +33,28 @@ def test_text_that_the_tokenizer_does_not_know_is_named(caplog):
     assert "row 1: 'what is 1+2?'" in said
 
 
+@pytest.mark.parametrize("end", ["{{ eos_token }}", "{{ eos_token }}{{ '\\n' }}"])
+def test_prompts_that_end_as_a_text_does_are_named(caplog, end):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}" + end + "{% if add_generation_prompt %}: {% endif %}"
+    rows = [row("1+2="), row("3+4=")]
+    PromptDataset(rows, tokenizer)
+    PromptDataset(rows, tokenizer, PromptFormat(apply_chat_template=False))
+    assert not caplog.records
+    PromptDataset(rows, tokenizer, PromptFormat(apply_chat_template_kwargs={"add_generation_prompt": False}))
+    (said,) = caplog.messages
+    assert said.startswith(f"2 of 2 prompts end with {tokenizer.eos_token!r}, the tokenizer's end of a text, the first")
+
+
+def test_a_tokenizers_length_is_not_the_models(caplog, capfd):
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 2
+    for with_template in (True, False):
+        PromptDataset([row("1+2=")], tokenizer, PromptFormat(apply_chat_template=with_template))
+    assert not caplog.records
+    assert "indexing errors" not in "".join(capfd.readouterr())
+
+
 def test_what_clients_ask_stays_out_of_the_log(caplog):
     tokenize([row("what is 1+2?")], character_tokenizer(), PromptFormat())
     assert not caplog.records, "the server tokenises requests with it"

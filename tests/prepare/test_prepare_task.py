@@ -33,9 +33,22 @@ def test_short_name_and_options(tmp_path):
         ({"task": "gdc"}, r"unknown reasoning-gym task 'gdc'; did you mean .*gcd"),
         ({"task": "gcd", "test_size": 0}, "test_size=0 must be at least 1"),
         ({}, "task needs task"),
+        ({"task": "gcd?seed=1", "seed": 2}, "the task sets seed=1, and --seed is 2; give one of them"),
     ],
 )
 def test_bad_task(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         prepare("task", tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_made_is_there_still_or_named(tmp_path):
+    def again():
+        return prepare("task", tmp_path / "gcd", task="gcd?size=5", test_size=3)
+
+    assert again() == again()
+    (tmp_path / "gcd" / "test.parquet").unlink()
+    with pytest.raises(
+        ValueError, match=r"gcd lacks test\.parquet, which was made there; remove .*gcd to make it again"
+    ):
+        again()

@@ -85,13 +85,13 @@ def _config_checks(config: Config, device: str) -> Iterator[CheckResult]:
     from vexact.audit.doctor.inputs import DATA_ROWS, check_data, check_rewards
     from vexact.audit.doctor.result import warning
     from vexact.trainer.preflight.checks import grade_rows
-    from vexact.trainer.workers import load_dataset, load_tokenizer, start_rewards
+    from vexact.trainer.workers import first_rows, load_dataset, load_tokenizer, start_rewards
 
     for notice in config.notices:
         yield warning("configuration", notice, "none needed if that is meant")
     yield from _model_checks(str(config.model.path), device, config)
-    files = config.data.train_files
-    result, prompts = check_data(lambda: load_dataset(config, load_tokenizer(config), files, DATA_ROWS))
+    files, most = config.data.train_files, first_rows(config, config.data.train_max_samples, DATA_ROWS)
+    result, prompts = check_data(lambda: load_dataset(config, load_tokenizer(config), files, most))
     yield result
     if prompts:
 
@@ -117,7 +117,7 @@ def _model_checks(path: str, device: str, config: Config | None = None) -> Itera
         else:
             yield from _memory_checks(config)
         yield from model_probe_checks(path, device)
-        yield check_tokenizer(path)
+        yield check_tokenizer(path if config is None else config.model.tokenizer_path or path)
 
 
 def _memory_checks(config: Config) -> Iterator[CheckResult]:

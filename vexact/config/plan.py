@@ -189,6 +189,9 @@ def _training_advice(config: Config, shape: ModelShape) -> list[str]:
             f"only 1 of {total} updates per rollout is exactly on-policy; for all of them leave "
             "actor_rollout_ref.actor.ppo_mini_batch_size null and ppo_epochs 1"
         )
+    advice += _learning_rate_advice(config)
+    if config.algorithm.use_kl_in_reward and config.actor.use_kl_loss:
+        advice.append("the KL to the reference policy counts twice: in the reward and in the loss")
     rollout = config.rollout
     if (rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0) and (config.needs_reference or total > 1):
         advice.append(
@@ -211,6 +214,18 @@ def _training_advice(config: Config, shape: ModelShape) -> list[str]:
     if config.trainer.save_freq == -1:
         advice.append("only the last step is saved; set trainer.save_freq to be able to resume earlier")
     return advice
+
+
+def _learning_rate_advice(config: Config) -> list[str]:
+    optim, total = config.actor.optim, config.trainer.total_training_steps
+    if optim.lr == 0:
+        return ["actor_rollout_ref.actor.optim.lr=0: no weight ever changes"]
+    if total is None:
+        return []
+    steps = optim.lr_warmup_steps if optim.lr_warmup_steps >= 0 else int(optim.lr_warmup_steps_ratio * total)
+    if steps < total:
+        return []
+    return [f"the learning rate still rises when the run ends: {steps} steps of warm-up of {total} in all"]
 
 
 def _count(number: int) -> str:

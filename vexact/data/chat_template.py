@@ -79,10 +79,14 @@ def check_kwargs(kwargs: Mapping[str, Any], tokenizer: Any, name: str = KWARGS_K
 
 def unknown_variables(kwargs: Mapping[str, Any], tokenizer: Any) -> list[str]:
     """Arguments that the chat template never reads, so that they change nothing."""
-    source = tokenizer.chat_template
-    text = source if isinstance(source, str) else "".join(source.values())
+    text = _source(tokenizer)
     keys = kwargs.keys() - {"add_generation_prompt"}
     return sorted(key for key in keys if not re.search(rf"\b{re.escape(key)}\b", text))
+
+
+def _source(tokenizer: Any) -> str:
+    source = tokenizer.chat_template
+    return source if isinstance(source, str) else "".join(source.values())
 
 
 class ChatTemplate:
@@ -104,7 +108,7 @@ class ChatTemplate:
         self._marks: dict[tuple[str, ...], set[str]] = {}  # roles of a chat -> special tokens that shape it
 
     def check(self) -> None:
-        """Look at the template before any row is read; warns of arguments it does not know.
+        """Look at the template before any row is read; warns of arguments it does not know, and of a date in prompts.
 
         Raises:
             ValueError: it is no valid Jinja, or leaves out what a user says.
@@ -112,6 +116,13 @@ class ChatTemplate:
         self._shape(("user",), self._origin)
         for key in unknown_variables(self._kwargs, self._tokenizer):
             log.warning("%s: %s has no variable %r; it changes nothing", self._fixes.kwargs, self._origin, key)
+        if self._changes_with_time():
+            log.warning(
+                "%s puts today's date into prompts: the same run has others on another day, and will not go on from a "
+                "checkpoint; give a date, if the template takes one, such as %s={date_string: '26 Jul 2024'}",
+                self._origin,
+                self._fixes.kwargs,
+            )
 
     def render(self, messages: Sequence[Message], where: str) -> str:
         """The prompt's text.
@@ -138,6 +149,23 @@ class ChatTemplate:
                     f"which the chat template separates messages; {self._fixes.formatted}"
                 )
         return text
+
+    def _changes_with_time(self) -> bool:
+        """Whether a prompt depends on when it is rendered."""
+        if "strftime_now" not in _source(self._tokenizer):
+            return False
+        message = [{"role": "user", "content": "x"}]
+        asked: list[str] = []
+
+        def strftime_now(form: str) -> str:
+            asked.append(form)
+            return form
+
+        try:
+            self._tokenizer.apply_chat_template(message, tokenize=False, **self._kwargs, strftime_now=strftime_now)
+        except Exception:  # of a template; its real rendering says what is wrong
+            return True
+        return bool(asked)
 
     def _shape(self, roles: tuple[str, ...], where: str) -> set[str]:
         """The special tokens that a text must not hold inside a chat of these roles; checks the roles with a stand-in

@@ -9,7 +9,14 @@ from typing import Any
 
 from vexact.data.rows import ColumnNames, Row
 from vexact.data.sources import load_rows
-from vexact.data.template import PromptFormat, plain_row, tokenize, truncate, warn_of_unknown_text
+from vexact.data.template import (
+    PromptFormat,
+    plain_row,
+    tokenize,
+    truncate,
+    warn_of_ended_prompts,
+    warn_of_unknown_text,
+)
 from vexact.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -38,6 +45,7 @@ class PromptDataset:
         rows = [plain_row(row, number) for number, row in enumerate(rows)]
         all_ids = tokenize(rows, tokenizer, form)
         warn_of_unknown_text(rows, all_ids, tokenizer)
+        warn_of_ended_prompts(rows, all_ids, tokenizer)
         self._prompts: list[Prompt] = []
         cut: list[Row] = []
         for row, ids in zip(rows, all_ids):

@@ -49,7 +49,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[li
     if form.apply_chat_template and tokenizer.chat_template:
         chat = ChatTemplate(tokenizer, form.apply_chat_template_kwargs, fixes=form.fixes)
         texts = [chat.render(_messages(row), row.where) for row in rows]
-        all_ids = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        all_ids = [list(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
     else:
         all_ids = _tokenize_as_is(rows, tokenizer, form)
     for row, ids in zip(rows, all_ids):
@@ -78,11 +78,28 @@ def warn_of_unknown_text(rows: Sequence[Row], all_ids: Sequence[Sequence[int]], 
         )
 
 
+def warn_of_ended_prompts(rows: Sequence[Row], all_ids: Sequence[Sequence[int]], tokenizer: Any) -> None:
+    """Says how many prompts end as a whole text does, white space aside: no model has learned to go on from there."""
+    ended = [row for row, ids in zip(rows, all_ids, strict=True) if _is_ended(ids, tokenizer)]
+    if ended:
+        log.warning(
+            "%d of %d prompts end with %r, the tokenizer's end of a text, the first of them %s: a response would begin "
+            "behind it. A chat template should open the answer (data.apply_chat_template_kwargs.add_generation_prompt)",
+            *(len(ended), len(rows), tokenizer.eos_token, ended[0].where),
+        )
+
+
+def _is_ended(ids: Sequence[int], tokenizer: Any) -> bool:
+    if tokenizer.eos_token_id not in ids[-2:]:
+        return False
+    return bool(ids[-1] == tokenizer.eos_token_id) or tokenizer.decode(ids[-1:]).isspace()
+
+
 def _tokenize_as_is(rows: Sequence[Row], tokenizer: Any, form: PromptFormat) -> list[list[int]]:
     for row in rows:
         if not isinstance(row.prompt, str):
             raise _no_template(row.where, form)
-    all_ids = tokenizer([row.prompt for row in rows])["input_ids"]
+    all_ids = tokenizer([row.prompt for row in rows], verbose=False)["input_ids"]
     return [_open_ended(list(ids), row.text, tokenizer) for row, ids in zip(rows, all_ids)]
 
 

@@ -22,7 +22,8 @@ def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., 
     """Call ``write(directory, **options)`` on a temporary directory and rename it to ``out_dir``.
 
     Raises:
-        ValueError: ``out_dir`` holds files that this did not make, or was made with other options.
+        ValueError: ``out_dir`` holds files that this did not make, was made with other options, or lacks some of what
+            was made.
     """
     out = Path(os.path.expanduser(out_dir)) if out_dir is not None else Path(cache_dir()) / _folder(name, options)
     if out.parts[:1] and out.parts[0].startswith("~"):
@@ -38,7 +39,9 @@ def build_directory(name: str, out_dir: str | Path | None, write: Callable[..., 
         try:
             write(temporary, **options)
             interrupt.check()
-            (temporary / MARKER).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+            files = sorted(str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file())
+            made = json.dumps(recipe | {"files": files}, indent=2)
+            (temporary / MARKER).write_text(made + "\n", encoding="utf-8")
             temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
             if out.exists():
                 out.rmdir()  # empty, or _is_made would have refused it
@@ -81,6 +84,12 @@ def _is_made(out: Path, recipe: dict[str, Any]) -> bool:
         raise ValueError(
             f"{out} was made by 'vexact prepare {made.get('name')}' with the options {made.get('options')}, "
             f"not by 'vexact prepare {wanted['name']}' with {wanted['options']}; choose another --out or remove it"
+        )
+    files = made.get("files", [])  # absent from what older versions made
+    gone = [name for name in files if not (out / str(name)).is_file()] if isinstance(files, list) else []
+    if gone:
+        raise ValueError(
+            f"{out} lacks {', '.join(map(str, gone))}, which was made there; remove {out} to make it again"
         )
     return True
 

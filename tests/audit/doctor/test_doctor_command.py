@@ -91,6 +91,22 @@ def test_a_model_alone(place, capsys):
     assert "error    model: " in capsys.readouterr().out
 
 
+def test_the_rows_and_the_tokenizer_are_those_of_the_run(place, capsys):
+    rows = (place / "rows.jsonl").read_text().splitlines()
+    long = [json.dumps(json.loads(row) | {"prompt": "1+" * 300}) for row in rows]
+    (place / "rows.jsonl").write_text("\n".join([*long, *long, *rows[:9]]))
+    (place / "other").mkdir()
+    for file in place.glob("*token*.json"):
+        file.rename(place / "other" / file.name)
+    key = "actor_rollout_ref.model.tokenizer_path"
+    assert doctor(place, "data.filter_overlong_prompts=true", f"{key}={place / 'other'}") == 0
+    out = capsys.readouterr().out
+    assert "ok       data: 9 rows parsed" in out
+    assert "ok       tokenizer: 19 tokens" in out
+    assert doctor(place, "data.train_max_samples=2", "data.truncation=left", f"{key}={place / 'other'}") == 0
+    assert "ok       data: 2 rows parsed" in capsys.readouterr().out
+
+
 def test_a_baseline_is_a_warning(place, capsys):
     assert doctor(place, "actor_rollout_ref.rollout.mismatch.mode=k_order") == 0
     assert "warning  configuration: actor_rollout_ref.rollout.mismatch.mode=k_order cannot be exact" in (

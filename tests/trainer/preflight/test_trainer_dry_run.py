@@ -180,6 +180,9 @@ def test_sampling_is_what_the_configuration_says(overrides):
     training, validation = training_sampling(config), validation_sampling(config)
     assert (training.n, training.top_k, training.stop, training.stop_token_ids) == (4, 5, ("a",), (3,))
     assert (validation.temperature, validation.top_k, validation.stop) == (0.0, -1, ("a",))
+    for ignore in (False, True):
+        config = load_config(overrides(f"{ROLLOUT}.ignore_eos={str(ignore).lower()}"))
+        assert training_sampling(config).ignore_eos == validation_sampling(config).ignore_eos == ignore
 
 
 def test_rows_of_validation_are_looked_at_as_those_of_training(refusal, tiny, tmp_path):

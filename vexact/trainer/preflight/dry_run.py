@@ -25,6 +25,7 @@ from vexact.trainer.step.sampling import training_sampling, validation_sampling
 from vexact.trainer.workers import (
     actor_config,
     engine_settings,
+    first_rows,
     load_dataset,
     load_tokenizer,
     roles_of,
@@ -76,7 +77,10 @@ def dry_run(config: Config) -> None:
     files = {"data.train_files": (data.train_files, data.train_max_samples)}
     if data.val_files:
         files["data.val_files"] = data.val_files, data.val_max_samples
-    rows = {key: load_dataset(config, tokenizer, names, _first(config, most)) for key, (names, most) in files.items()}
+    rows = {
+        key: load_dataset(config, tokenizer, names, first_rows(config, most, ROWS))
+        for key, (names, most) in files.items()
+    }
     for key, dataset in rows.items():
         checks.check_token_ids(key, dataset, vocab_size)
     one_worker = dataclasses.replace(config, reward=dataclasses.replace(config.reward, num_workers=1))
@@ -85,13 +89,6 @@ def dry_run(config: Config) -> None:
     checks.require_metric(config, scores[0])
     dtype: torch.dtype = getattr(torch, config.dtype(resolve_device(config.trainer.device)))
     load_model(config.model.path, dtype=dtype, device="meta")
-
-
-def _first(config: Config, max_samples: int) -> int:
-    """How many rows are read; all, where the first ones may be left out for their length."""
-    if config.data.filter_overlong_prompts:
-        return max_samples
-    return ROWS if max_samples < 0 else min(ROWS, max_samples)
 
 
 def _model_problems(config: Config, model: ModelConfig) -> Iterator[str]:

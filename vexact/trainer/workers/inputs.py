@@ -10,6 +10,7 @@ from vexact.config import Config
 from vexact.data import ColumnNames, PromptDataset, PromptFormat
 from vexact.data.chat_template import KEY as CHAT_TEMPLATE_KEY
 from vexact.data.chat_template import ChatTemplate, read_template
+from vexact.data.tasks import is_task, parse_task
 from vexact.models import ModelConfig
 from vexact.models.tokenizer import read_tokenizer
 from vexact.reward.pool import RewardPool
@@ -47,7 +48,25 @@ def load_inputs(config: Config) -> Inputs:
     val_data = None
     if data.val_files:
         val_data = _load_named("data.val_files", config, tokenizer, data.val_files, data.val_max_samples)
+        _warn_of_trained_validation(config, train_data, val_data)
     return Inputs(tokenizer, train_data, val_data)
+
+
+def _warn_of_trained_validation(config: Config, train_data: PromptDataset, val_data: PromptDataset) -> None:
+    trained = {train_data[row].token_ids for row in range(len(train_data))}
+    shared = sum(val_data[row].token_ids in trained for row in range(len(val_data)))
+    if not shared or config.trainer.val_only:
+        return
+    files = config.data.train_files, config.data.val_files
+    tasks = [{parse_task(name).name for name in names if is_task(name)} for names in files]
+    hint = ""
+    if tasks[0] & tasks[1]:
+        hint = "; most tasks make row i of seed + i, so give seeds that are further apart than size"
+    log.warning(
+        "%d of the %d prompts of data.val_files are prompts of data.train_files, too, so validation is in part of what "
+        "was trained on%s",
+        *(shared, len(val_data), hint),
+    )
 
 
 def num_steps(config: Config, num_rows: int) -> int:
@@ -96,6 +115,13 @@ def load_dataset(config: Config, tokenizer: Any, files: tuple[str, ...], max_sam
         max_samples=max_samples,
         custom_reward=config.reward.custom_reward_function.path is not None,
     )
+
+
+def first_rows(config: Config, max_samples: int, most: int) -> int:
+    """How many rows to read for a look at ``most`` of them, -1 for all: those that are filtered are none to look at."""
+    if config.data.filter_overlong_prompts:
+        return max_samples
+    return most if max_samples < 0 else min(most, max_samples)
 
 
 def _load_named(key: str, config: Config, tokenizer: Any, files: tuple[str, ...], max_samples: int) -> PromptDataset:
