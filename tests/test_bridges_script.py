@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from processes import until
+from processes import PATIENCE_S, until
 from stand_ins import executable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ class Clone:
         """Its messages."""
         self.log.write_text("")
         process = self.start(*arguments, **variables)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=PATIENCE_S)[1]
         assert process.returncode == code, said
         return said
 
@@ -123,13 +123,13 @@ def test_a_failure_fails_and_the_other_bridges_are_run(clone: Clone, variables: 
 
 def test_what_it_started_ends_with_it(clone: Clone) -> None:
     pid = clone.folder.parent / "pid"
-    tests = executable(clone.folder.parent / "hang", f'echo "$$" >"{pid}"; exec sleep 60')
+    tests = executable(clone.folder.parent / "hang", f'echo "$$" >"{pid}"; exec sleep 999')
     process = clone.start("veomni", TESTS=f"exec {tests}")
-    assert until(lambda: pid.exists() and bool(pid.read_text()), 20)
+    assert until(lambda: pid.exists() and bool(pid.read_text()))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    assert until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists(), 20)
+    assert until(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists())
 
 
 def test_what_it_starts_can_be_interrupted(clone: Clone) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 from vexact import cli
 from vexact.commands import train
@@ -153,7 +154,7 @@ def test_module_and_interrupt_end_to_end() -> None:
     assert process.stdout.readline() == "started\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, stderr) == (130, "\ninterrupted\n")
 
 
@@ -163,7 +164,7 @@ def test_python_m_vexact_is_the_same_command() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert result.returncode == 2

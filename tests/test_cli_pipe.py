@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 from vexact import streams
 
@@ -33,7 +34,7 @@ def without_reader(code: str, *, both: bool = False, **variables: str) -> tuple[
     error = write if both else subprocess.PIPE
     try:
         result = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=write, stderr=error, text=True, timeout=60, check=False
+            command, cwd=ROOT, env=environment, stdout=write, stderr=error, text=True, timeout=PATIENCE_S, check=False
         )
     finally:
         os.close(write)
@@ -42,7 +43,7 @@ def without_reader(code: str, *, both: bool = False, **variables: str) -> tuple[
 
 def with_reader(code: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
     command, environment = [sys.executable, "-c", code], {**os.environ, **variables}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=PATIENCE_S, check=False)
 
 
 @pytest.mark.parametrize("lines", [1, 10_000])
@@ -78,7 +79,10 @@ def test_closed_streams_discard_and_odd_characters_are_escaped() -> None:
     code = PRINTING.format(module="doctor", lines=3, stream="stdout", code=0, arguments=["doctor"])
     script = f"exec '{sys.executable}' -c \"$CODE\" >&- 2>&-"
     environment = {**os.environ, "CODE": code}
-    assert subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, timeout=60, check=False).returncode == 0
+    assert (
+        subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, timeout=PATIENCE_S, check=False).returncode
+        == 0
+    )
     odd = code.replace("a line", "\\\\udcff é")
     result = with_reader(odd, PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stdout[:11]) == (0, b"\\udcff \\xe9")

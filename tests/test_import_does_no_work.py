@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from processes import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
     "torch",
@@ -27,7 +29,7 @@ def loaded_after(statement: str) -> list[str]:
     """Modules that a fresh interpreter holds after ``statement``, which must print nothing itself."""
     code = f"import sys; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert result.stderr == ""
     assert result.stdout.count("\n") == 1
@@ -52,6 +54,6 @@ def test_packages_patch_nothing_and_touch_no_device() -> None:
         "assert not changed, changed; assert not torch.cuda.is_initialized()"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

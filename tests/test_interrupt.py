@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 from vexact import cli, interrupt
 from vexact.commands import train
@@ -146,7 +147,7 @@ def start(body: str, name: str = "SIGTERM", **options: object) -> subprocess.Pop
 
 def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr)"""
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
 
 
@@ -155,10 +156,15 @@ def run(body: str, name: str = "SIGTERM") -> tuple[int, str, str]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def is_asleep(process: subprocess.Popen[str]) -> bool:
+    """Whether its main thread waits for something, in C code."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -218,7 +224,7 @@ STUCK = (
     IN_C
     + """
 def run():
-    with interrupt.unwinding():
+    with interrupt.unwinding(0.3):
         interrupt.note("step 2 is saved")
         lock(mutex)
         print("stuck", flush=True)
@@ -228,7 +234,7 @@ def run():
 
 
 def test_code_that_never_comes_back_is_left_after_a_while() -> None:
-    process = start("interrupt.GRACE_S = 0.3\n" + STUCK)
+    process = start("interrupt._grace_s = 0.3\n" + STUCK)
     assert process.stdout is not None
     process.stdout.readline()
     process.terminate()
@@ -236,16 +242,18 @@ def test_code_that_never_comes_back_is_left_after_a_while() -> None:
 
 
 def test_a_second_signal_hurries() -> None:
-    process = start("interrupt.GRACE_S, interrupt.REPEAT_S = 1000.0, 4.0\n" + STUCK)
+    """Of two that come together the second belongs to the first; the grace of that is longer than any test."""
+    process = start("interrupt._grace_s, interrupt.REPEAT_S = 1000.0, 4.0\n" + STUCK)
     assert process.stdout is not None
     process.stdout.readline()
-    time.sleep(0.5)  # from its last bytecode into C code, where no handler runs
+    wait_for(lambda: is_asleep(process))  # from its last bytecode into C code, where no handler runs
     process.terminate()
     process.terminate()
     time.sleep(0.2)
     assert process.poll() is None, "signals that come together are one"
-    time.sleep(4.2)
-    process.send_signal(signal.SIGINT)
+    while process.poll() is None:  # it counts from when it heard of the first
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
     assert result(process) == (130, "", "\ninterrupted; step 2 is saved\n")
 
 
@@ -257,7 +265,17 @@ def test_where_nothing_is_open_c_code_holds_nobody_up() -> None:
     assert result(process) == (130, "", LINE)
 
 
-def test_the_command_handles_signals_before_its_imports() -> None:
+def test_the_command_handles_signals_before_its_imports(tmp_path: Path) -> None:
+    """The last of its imports never ends, so that no signal comes too late."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Last:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        while name == 'vexact.rollout.engine':\n"
+        "            time.sleep(0.01)\n"
+        "sys.meta_path.insert(0, Last())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "vexact", "generate", "--model_path", "/nowhere", "--prompt", "x"]
     caught = 1 << (signal.SIGTERM - 1)
 
@@ -267,7 +285,9 @@ def test_the_command_handles_signals_before_its_imports() -> None:
         return bool(int(mask.split()[1], 16) & caught)
 
     for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         wait_for(lambda: handles_signals(process))  # noqa: B023
         time.sleep(delay)
         process.terminate()
@@ -287,7 +307,7 @@ def test_an_interrupt_that_leaves_exec_gives_the_same_code(tmp_path: Path) -> No
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "vexact", "train"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", LINE)
 
 
@@ -342,7 +362,7 @@ def test_nobody_reads_any_more() -> None:
     process.stdout.close()
     process.stderr.close()
     process.send_signal(signal.SIGHUP)
-    assert process.wait(20) == 130
+    assert process.wait(PATIENCE_S) == 130
 
 
 def test_a_failure_that_was_being_explained_is_told() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE_S
 
 from vexact import interrupt
 from vexact.models import CausalLM, ModelConfig, random_model
@@ -191,7 +192,7 @@ def test_prepare_ends_soon_and_leaves_nothing(tmp_path: Path, number: signal.Sig
     assert process.stderr.readline().startswith("preparing tiny")
     time.sleep(0.3 if number == signal.SIGINT else 2.5)  # while importing, and in the warm-up
     process.send_signal(number)
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 130, errors
     assert errors.endswith(f"\ninterrupted; {tmp_path / 'made'} is not made; the same command makes it\n")
     assert "Traceback" not in errors

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 # srun runs its command here, whatever node it names; ray notes what it was asked and then lasts, or is a job.
@@ -48,7 +49,7 @@ def run(folder: Path, **variables: str) -> tuple[int, str, list[str]]:
     }
     script = ROOT / "examples" / "multinode" / "slurm.sh"
     result = subprocess.run(
-        ["bash", script, "recipe=x"], env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", script, "recipe=x"], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert [path.name for path in folder.iterdir() if path.name.startswith(".ray-")] == [], "the token stays nowhere"
     return result.returncode, result.stderr, log.read_text().splitlines()

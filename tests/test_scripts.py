@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from processes import PATIENCE_S
 from stand_ins import executable
 
 from vexact.config import load_config
@@ -27,7 +28,7 @@ names = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.rel
 
 @names
 def test_syntax_and_habits(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True, timeout=10)
+    subprocess.run(["bash", "-n", script], check=True, timeout=PATIENCE_S)
     text = script.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     assert text.startswith("#!/usr/bin/env bash\n")
@@ -128,7 +129,12 @@ class Machine:
         }
         script = ROOT / "scripts" / "setup.sh"
         result = subprocess.run(
-            ["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=30, check=False
+            ["bash", script, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
         assert result.returncode == code, result.stderr
         return result.stdout.strip(), self.log.read_text(), result.stderr
@@ -253,7 +259,7 @@ def test_newest_is_left_out_only_where_the_user_says_that_there_is_no_network() 
     for variable in ("PIP_NO_INDEX", "UV_OFFLINE"):
         environment = {"PATH": "/usr/bin:/bin", variable: "1"}
         result = subprocess.run(
-            ["bash", script], env=environment, capture_output=True, text=True, timeout=10, check=True
+            ["bash", script], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
         )
         assert "not run: PIP_NO_INDEX or UV_OFFLINE says that there is no network" in result.stderr
 
@@ -285,7 +291,11 @@ def started(tmp_path: Path, example: str, *arguments: str, **variables: str) -> 
         **variables,
     }
     subprocess.run(
-        ["bash", ROOT / "examples" / example, *arguments], cwd=elsewhere, env=environment, check=True, timeout=30
+        ["bash", ROOT / "examples" / example, *arguments],
+        cwd=elsewhere,
+        env=environment,
+        check=True,
+        timeout=PATIENCE_S,
     )
     assert python.exists()
     return log.read_text().split("--\n")[:-1]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from headless import Drawn, opened
+from processes import PATIENCE_S
 from stand_ins import executable
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,7 +62,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
             (folder / text.split("\n")[0].removeprefix("# ")).write_text(text, encoding="utf-8")
             continue
         command = ["bash", "-euo", "pipefail", "-c", text]
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
         assert result.returncode == 0, f"{text}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         said[text.strip()] = result.stdout + result.stderr
     return folder, said

@@ -30,8 +30,8 @@ DTYPES = ((torch.float32, "float32"), (torch.float32, "bfloat16"), (torch.bfloat
 """Types of the trainer's weights and of both forwards."""
 CASES = {
     "dense": (QWEN2, 50, DTYPES[:1]),
-    "qwen3-moe": (QWEN3_MOE, 26, DTYPES),
-    "moonlight": (MOONLIGHT | {"num_hidden_layers": 2}, 26, DTYPES),
+    "qwen3-moe": (QWEN3_MOE, 50, DTYPES),
+    "moonlight": (MOONLIGHT | {"num_hidden_layers": 2}, 50, DTYPES),
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")

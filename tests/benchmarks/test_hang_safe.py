@@ -16,7 +16,7 @@ def make() -> Callable[[str], dict[str, Any]]:
     def answer(job: str) -> dict[str, Any]:
         answered.append(job)
         if job == "hang":
-            time.sleep(60)
+            time.sleep(999)
         if job == "die":
             os._exit(3)
         if job == "raise":
@@ -27,7 +27,7 @@ def make() -> Callable[[str], dict[str, Any]]:
 
 
 def test_a_worker_answers_every_job_and_starts_anew_after_a_bad_one():
-    worker = Worker(make, limit_s=1.0)
+    worker = Worker(make, limit_s=3.0)
     jobs = ("well", "well", "hang", "well", "die", "well", "raise", "well", "well")
     found = [worker.ask(job) for job in jobs]
     process = worker.process
@@ -35,4 +35,4 @@ def test_a_worker_answers_every_job_and_starts_anew_after_a_bad_one():
     assert not process.is_alive()
     assert [answer.get("answered") for answer in found] == [1, 2, None, 1, None, 1, None, 1, 2]
     errors = [answer["error"] for answer in found if "error" in answer]
-    assert errors == ["no answer in 1 s: it hangs", "its process died", "ValueError: the job is bad"]
+    assert errors == ["no answer in 3 s: it hangs", "its process died", "ValueError: the job is bad"]

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from benchmarks.moe import few as few_benchmark
@@ -17,7 +19,7 @@ from benchmarks.moe.cases import REHEARSAL, make_weights
 from benchmarks.moe.layer import Layer
 from benchmarks.moe.peers import Peer, Sizes, check, in_its_own_process, line, measure
 
-SMALL = Sizes((1, 5), (5,))
+SMALL = Sizes(7, (1, 5), (5,))
 NAMES = ("tokens", "logits", "gate_up", "down")
 EMPTY = {"training": {}, "not_run": {}}
 
@@ -53,8 +55,42 @@ def test_a_peer_that_computes_the_layer_is_timed(monkeypatch):
     assert record["forward"][5] == {"us": 2000.0, "tflops": REHEARSAL.flops(5) / 2000.0 / 1e6}
     assert list(record["forward"]) == [1, 5]
     assert record["training"] == {}  # it has no backward
-    assert len(kept) == 3
+    assert len(kept) == 4  # after the first calls and the check, too
     assert "stand-in 1.0; output differs by 0.0" in line(record)
+
+
+@pytest.mark.usefixtures("without_a_clock")
+def test_a_peer_that_tunes_does_so_for_many_tokens_and_before_its_time_runs(monkeypatch):
+    """What tunes itself at a first call keeps that for all sizes."""
+    now, seen = [0.0], []
+
+    def tuning(layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
+        now[0] += 1000.0 * (not seen)
+        seen.append((x.shape[0], torch.is_grad_enabled()))
+        return layer.forward(x, logits)
+
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    monkeypatch.setitem(peers.PEERS, "liger", lambda: Peer("2.0", tuning, trains=True))
+    record = measure("liger", REHEARSAL, SMALL, 60, lambda record: None)
+    assert record["not_run"] == {}
+    assert seen[:2] == [(7, False), (7, True)]
+
+    def out_of_memory(layer: Layer, x: Tensor, logits: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(peers.PEERS, "liger", lambda: Peer("2.0", out_of_memory))
+    record = measure("liger", REHEARSAL, SMALL, 60, lambda record: None)
+    assert record["not_run"] == {"first calls": "RuntimeError: out of memory"}
+
+
+def test_a_kernel_that_tunes_itself_is_given_less_time_for_it():
+    @triton.autotune([triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 32})], key=["n"])
+    @triton.jit
+    def kernel(x_ptr, n, BLOCK: tl.constexpr):
+        pass
+
+    peers.tune_briefly([kernel, len])
+    assert kernel.do_bench.keywords == {"warmup": 5, "rep": 20}
 
 
 @pytest.mark.usefixtures("without_a_clock")

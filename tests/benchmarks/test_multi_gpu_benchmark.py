@@ -7,10 +7,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S, until
 
 from benchmarks.faults import lose_rank
 from benchmarks.multi_gpu.layouts import Layout
@@ -20,7 +20,6 @@ from benchmarks.shared.family import end_family, marked
 from benchmarks.trainer import grpo_run
 from vexact.config.memory import Machine
 from vexact.prepare.shapes import SHAPES
-from vexact.reward.sandbox.tree import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,16 +106,11 @@ def test_the_first_visible_gpus_are_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_family_is_ended_to_its_last_member() -> None:
     """One that a session of its own hides from signals to the group, too."""
-    nested = "import subprocess, time; subprocess.Popen(['sleep', '99'], start_new_session=True); time.sleep(99)"
+    nested = "import subprocess, time; subprocess.Popen(['sleep', '999'], start_new_session=True); time.sleep(999)"
     process = subprocess.Popen([sys.executable, "-c", nested], env=os.environ | {"FAMILY_TEST": "1"})
-    deadline = time.monotonic() + 20
-    while not descendants(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(marked("FAMILY_TEST", "1")) == 2
+    assert until(lambda: len(marked("FAMILY_TEST", "1")) == 2)
     end_family(process)
-    while (left := marked("FAMILY_TEST", "1")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert left == []
+    assert until(lambda: marked("FAMILY_TEST", "1") == [])
 
 
 def test_a_rank_knows_the_step_of_every_call() -> None:
@@ -131,7 +125,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     stages = ["--stages", "generation", "the update", "--at_once"]
     result = subprocess.run(
-        [*command, *stages], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, *stages], env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(out.read_text())["stages"]

@@ -11,7 +11,7 @@ from vexact.data.order import DataOrder
     cuts=st.lists(st.integers(0, 30), max_size=6),
     shuffle=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pieces_join_to_the_whole(num_rows, seed, cuts, shuffle):
     order = DataOrder(num_rows, seed, shuffle)
     pieces, cursor = [], 0
@@ -22,7 +22,7 @@ def test_pieces_join_to_the_whole(num_rows, seed, cuts, shuffle):
 
 
 @given(num_rows=st.integers(1, 50), seed=st.integers(0, 1000), epoch=st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_epoch_holds_every_row_once(num_rows, seed, epoch):
     rows = DataOrder(num_rows, seed).take(epoch * num_rows, num_rows)
     assert sorted(rows) == list(range(num_rows))

@@ -36,9 +36,9 @@ class Dummy:
         dist.all_reduce(tensor)
         return tensor.item()
 
-    def sleep(self, seconds: float) -> float:
-        time.sleep(seconds)
-        return time.monotonic()
+    def wait_for(self, file: str) -> None:
+        while not os.path.exists(file):
+            time.sleep(0.01)
 
     def say(self, text: str) -> None:
         sys.stdout.write(f"{text} {self.info.rank}\n")

@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("kind")
     parser.add_argument("--size", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--timeout", type=float, default=30.0)
+    parser.add_argument("--timeout", type=float, default=300.0)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("vexact").setLevel(logging.INFO)
@@ -56,7 +56,7 @@ def work(arguments: argparse.Namespace) -> int:
         if arguments.kind == "wait":
             time.sleep(arguments.timeout)
         if arguments.kind != "none":
-            group.call("fail", 1, arguments.kind, timeout_s=3.0, stage="update")
+            group.call("fail", 1, arguments.kind, timeout_s=5.0, stage="update")
     return 0
 
 

@@ -24,8 +24,8 @@ def test_a_group_on_two_gpus(start: processes.Start, kind: str, text: str) -> No
     mark = uuid.uuid4().hex
     with processes.ending(mark):
         size = [] if start is processes.torchrun else ["--size=2"]
-        run = start(mark, kind, "--device=cuda", "--timeout=120", *size)
-        output, _ = run.communicate(timeout=300)
+        run = start(mark, kind, "--device=cuda", *size)
+        output, _ = run.communicate(timeout=processes.PATIENCE_S)
         assert (run.returncode == 0) == (kind == "none"), output
         assert re.search(text, output), output
-        assert processes.until(lambda: processes.marked(mark) == [], 20)
+        assert processes.until(lambda: processes.marked(mark) == [])

@@ -17,7 +17,9 @@ import dummy_worker
 import numpy as np
 import pytest
 import torch
+from processes import PATIENCE_S
 
+from vexact import interrupt
 from vexact.distributed import Layout, RankInfo, WorkerError, resolve_layout, start_workers
 from vexact.distributed.errors import ClusterError
 from vexact.distributed.failure import Failure, error_of, failure_of
@@ -139,11 +141,11 @@ def test_a_cluster_of_ones_own_leaves_nothing_and_keeps_its_secret(monkeypatch: 
     assert len(token) == 64
     assert (folder.parent, folder.exists()) == (Path("/tmp"), True)
     with first.marked():
-        part = subprocess.Popen(["sleep", "60"])
-    other = subprocess.Popen(["sleep", "60"])
+        part = subprocess.Popen(["sleep", "999"])
+    other = subprocess.Popen(["sleep", "999"])
     first.remove()
     first.remove()
-    assert part.wait(timeout=5) == -signal.SIGKILL
+    assert part.wait(timeout=PATIENCE_S) == -signal.SIGKILL
     assert other.poll() is None
     other.kill()
     other.wait()
@@ -279,3 +281,24 @@ def test_a_failure_keeps_what_the_error_held() -> None:
     assert failure is not None
     error: Any = error_of(pickle.loads(pickle.dumps(failure)), INFOS[1], "set-up")
     assert (type(error), error.filename, error.errno) == (FileNotFoundError, "model", 2)
+
+
+def test_a_signal_that_ends_the_process_before_the_failure_is_told_leaves_word_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vexact.interrupt._note", "step 2 is saved")
+    error = error_after([died(1)])
+    assert interrupt.noted() == f"{error}; step 2 is saved"
+
+
+def test_a_death_that_comes_just_after_the_launchers_signal_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Late(Script):
+        def receive(self, timeout_s: float) -> list[Arrival]:
+            return [died(1)] if timeout_s else []
+
+    group = RemoteGroup(Late(), 30.0)
+    monkeypatch.setattr("vexact.interrupt._requested", True)
+    group.close()
+    assert "rank 1 (host a, pid 101) died in an idle moment" in caplog.text

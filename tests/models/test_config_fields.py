@@ -206,7 +206,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(raw=st.sampled_from([LLAMA, QWEN2, QWEN3]), key=st.sampled_from(sorted({*LLAMA, *_MUST_BE_OFF})), value=JSON)
 def test_any_value_under_any_key(raw, key, value):
     """Either it is taken, and is of the right kind, or the message names the file and the key."""

@@ -196,7 +196,7 @@ RAWS = [QWEN3_MOE, MIXTRAL, DEEPSEEK_V2, DEEPSEEK_V3]
 KEYS = sorted({key for raw in RAWS for key in raw})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(raw=st.sampled_from(RAWS), key=st.sampled_from(KEYS), value=JSON | st.integers(0, 9))
 def test_any_value_under_any_key(raw, key, value):
     """Either it is taken, and what is made of it fits together, or the message names the file and a key."""

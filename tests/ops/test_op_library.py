@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from processes import PATIENCE_S
 from torch._dynamo.utils import counters
 
 from vexact.models import CausalLM, ModelConfig, Targets, random_model
@@ -226,5 +227,7 @@ def test_eager_calls_register_nothing():
         "linear(torch.ones(2, 4), torch.ones(3, 4)); assert 'vexact.ops.library' not in sys.modules; "
         "assert not hasattr(torch.ops.vexact, 'linear_forward')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")

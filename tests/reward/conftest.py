@@ -1,5 +1,7 @@
 import pytest
+from processes import PATIENCE_S
 
+from vexact.reward.process import WorkerProcess
 from vexact.reward.spec import GradeRequest, RewardSpec
 
 
@@ -21,3 +23,29 @@ def ask():
         return [GradeRequest("mine", solution, truth) for solution in solutions]
 
     return requests
+
+
+@pytest.fixture
+def hopeless(monkeypatch):
+    """Names the solutions that ``timeout_s`` of a test's pools is for: graders of all others, which are only slow on a
+    busy machine, get more than they can need."""
+
+    def name(*solutions):
+        class Patient(WorkerProcess):
+            def assign(self, batch):
+                self._solutions = {index: request.solution_str for index, request in batch}
+                super().assign(batch)
+
+            @property
+            def deadline(self):
+                if not (self.has_started and self.pending) or self._solutions[self.pending[0]] in solutions:
+                    return self._deadline
+                return self._deadline + PATIENCE_S
+
+            @deadline.setter
+            def deadline(self, value):
+                self._deadline = value
+
+        monkeypatch.setattr("vexact.reward.pool.WorkerProcess", Patient)
+
+    return name

@@ -227,9 +227,9 @@ def test_the_last_complete_tag_counts(response, answer):
 
 
 def test_many_open_tags_take_no_time():
-    started = time.perf_counter()
+    started = time.process_time()
     procedural._answer("<answer>" * 200_000)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 BOMBS = [
@@ -244,10 +244,11 @@ BOMBS = [
 ]
 
 
-def test_mathematics_that_explodes_costs_its_sample():
+def test_mathematics_that_explodes_costs_its_sample(hopeless):
     def ask(*texts):
         return [GradeRequest("math", text, "7") for text in texts]
 
+    hopeless(*BOMBS)
     with RewardPool(2, timeout_s=1.0) as pool:
         scores = pool.score(ask("\\boxed{7}", *BOMBS, "\\boxed{7}", "\\boxed{8}"))
     assert [score.value for score in scores] == [1.0, *[0.0] * len(BOMBS), 1.0, 0.0]
@@ -262,9 +263,9 @@ def test_numbers_that_explode_cost_nothing():
         ("gsm8k", "#" * 100_000 + " " * 100_000),
         ("exact_match", long),
     ]:
-        started = time.perf_counter()
+        started = time.process_time()
         assert compute_score(source, text, "7")["score"] == 0.0
-        assert time.perf_counter() - started < 1.0
+        assert time.process_time() - started < 1.0
 
 
 def test_a_run_in_which_every_sample_fails_still_says_why():

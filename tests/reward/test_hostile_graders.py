@@ -3,14 +3,16 @@
 import json
 import logging
 import threading
-import time
+from pathlib import Path
 
 import hostile_grader
 import numpy as np
 import pytest
+from processes import PATIENCE_S, until
 
 from vexact.report.samples.files import write_samples
 from vexact.reward.pool import RewardPool
+from vexact.reward.sandbox.tree import descendants
 from vexact.reward.spec import GradeRequest, RewardError, RewardSpec
 from vexact.types import Prompt, Sample, SampleGroup
 
@@ -19,7 +21,18 @@ HOSTILE = RewardSpec(hostile_grader.__file__)
 OTHERS = [str(index) for index in range(12)]
 
 
-def grade_among_others(*attacks, timeout_s=0.4):
+@pytest.fixture
+def attack_in_vain(hopeless):
+    """``grade_among_others`` that waits for no attack, and long for the others."""
+
+    def grade(*attacks):
+        hopeless(*attacks)
+        return grade_among_others(*attacks, timeout_s=0.4)
+
+    return grade
+
+
+def grade_among_others(*attacks, timeout_s):
     """Attacks in the middle of good samples, twice: the outcomes of the attacks, and whether all others are right."""
     solutions = [*OTHERS[:6], *attacks, *OTHERS[6:]]
     with RewardPool(1, HOSTILE, timeout_s=timeout_s) as pool:
@@ -32,8 +45,8 @@ def grade_among_others(*attacks, timeout_s=0.4):
 
 
 @pytest.mark.parametrize("attack", [name for name in hostile_grader.ATTACK if name not in ("fork", "forge")])
-def test_an_attack_costs_its_own_sample(attack):
-    first, second = grade_among_others(attack)
+def test_an_attack_costs_its_own_sample(attack, attack_in_vain):
+    first, second = attack_in_vain(attack)
     assert {first.status, second.status} <= {"error", "timeout"}
     assert (first.value, second.value) == (0.0, 0.0)
     assert (first.message + second.message).isprintable()
@@ -41,14 +54,14 @@ def test_an_attack_costs_its_own_sample(attack):
 
 @pytest.mark.parametrize("attack", ["fork", "forge", *hostile_grader.HARMLESS])
 def test_what_follows_an_answer_costs_nobody_else(attack):
-    for score in grade_among_others(attack):
+    for score in grade_among_others(attack, timeout_s=2.0 if attack == "lock" else PATIENCE_S):
         assert (score.value, score.status) == (1.0, "ok"), score.message
         assert all(key.isprintable() and len(key) <= 700 for key in score.extra)
 
 
-def test_many_attacks_at_once():
+def test_many_attacks_at_once(attack_in_vain):
     attacks = ["fork", "garbage", "exit", "close", "stack", "kill", "patch", "1e39", "Unprintable"]
-    grade_among_others(*attacks)
+    attack_in_vain(*attacks)
 
 
 def test_messages_are_escaped_and_samples_with_surrogates_are_written(caplog, tmp_path):
@@ -93,9 +106,10 @@ def test_a_stopped_idle_worker_does_not_stall_a_large_batch(reward_file):
                        "    if solution_str == 'stop':\n"
                        "        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGSTOP)).start()\n"
                        "    return 1.0\n")  # fmt: skip
-    with RewardPool(1, spec, timeout_s=0.5) as pool:
+    with RewardPool(1, spec) as pool:
         pool.score([GradeRequest("mine", "stop", "")])
-        time.sleep(0.2)
+        (grader,) = descendants(pool.workers[0].process.pid)
+        assert until(lambda: Path(f"/proc/{grader}/stat").read_text().rpartition(")")[2].split()[0] == "T")
         pool.workers[0]._start_timeout_s = 0.5
         scores = pool.score([GradeRequest("mine", "x" * 100_000, "")] * 64)
     assert {score.status for score in scores} == {"ok"}

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from processes import PATIENCE_S, until
 
 from vexact.reward.pool import RewardPool
 from vexact.reward.sandbox.policy import SandboxPolicy
@@ -65,11 +66,8 @@ def is_alive(pid):
         return False
 
 
-def wait_gone(pids, seconds=5.0):
-    end = time.monotonic() + seconds
-    while any(map(is_alive, pids)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return not any(map(is_alive, pids))
+def wait_gone(pids):
+    return until(lambda: not any(map(is_alive, pids)))
 
 
 def test_scores_come_back_in_order(spec):
@@ -117,7 +115,8 @@ def test_a_module_beside_the_file_says_how_it_is_found(tmp_path, text):
         load_function(RewardSpec(str(tmp_path / "grader.py")))
 
 
-def test_bad_graders_cost_one_sample_each(spec, caplog):
+def test_bad_graders_cost_one_sample_each(spec, caplog, hopeless):
+    hopeless("hang", "hang in C")
     solutions = ["1", "raise", "2", "nan", "3", "exit", "4", "crash", "5", "hang", "6", "raise", "7", "hang in C", "8"]
     with RewardPool(2, spec, timeout_s=0.5) as pool:
         with caplog.at_level(logging.WARNING):
@@ -135,22 +134,22 @@ def test_bad_graders_cost_one_sample_each(spec, caplog):
     assert found["hang"].message == "the grader took longer than reward.timeout_s=0.5 s and was killed"
     assert metrics["reward/error_ratio"] == 5 / 15
     assert metrics["reward/timeout_ratio"] == 2 / 15
-    assert metrics["reward/time_s/max"] == 0.5
+    assert metrics["reward/time_s/max"] >= 0.5
     assert caplog.text.count("ZeroDivisionError") == 2, "logged once: message and traceback excerpt"
     assert "return 1 / 0" in caplog.text
 
 
 def test_deadline_is_per_sample_not_per_batch(tmp_path):
     path = tmp_path / "slow.py"
-    path.write_text("import time\ndef compute_score(**kw):\n    time.sleep(0.1)\n    return 1\n")
-    with RewardPool(1, RewardSpec(str(path)), timeout_s=0.6) as pool:
-        assert {score.status for score in pool.score(ask(*"abcdefghij"))} == {"ok"}, "one second in all"
+    path.write_text("import time\ndef compute_score(**kw):\n    time.sleep(0.25)\n    return 1\n")
+    with RewardPool(1, RewardSpec(str(path)), timeout_s=2.0) as pool:
+        assert {score.status for score in pool.score(ask(*"abcdefghij"))} == {"ok"}, "more than two seconds in all"
 
 
 def test_grandchildren_die_with_a_hanging_grader(spec, tmp_path):
     pid_file = tmp_path / "child.pid"
     may_write = replace(spec, sandbox=SandboxPolicy(write=(str(tmp_path),)))
-    with RewardPool(1, may_write, timeout_s=1.0) as pool:
+    with RewardPool(1, may_write, timeout_s=3.0) as pool:
         scores = pool.score([GradeRequest("mine", "hang with child", str(pid_file)), GradeRequest("mine", "1", "")])
         assert [score.status for score in scores] == ["timeout", "ok"]
         assert wait_gone([int(pid_file.read_text())])
@@ -194,14 +193,18 @@ def test_workers_are_recycled(spec):
     assert first == second != third
 
 
+def interrupted(pool):
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    pool.score(ask("hang", "hang", "1", "2"))
+
+
 def test_an_interrupted_call_does_not_leak_into_the_next(spec, monkeypatch):
     with RewardPool(2, spec) as pool:
         with monkeypatch.context() as patch:
             patch.setattr(pool, "_log_first", lambda outcome: None)
             signal.signal(signal.SIGALRM, signal.default_int_handler)
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(KeyboardInterrupt):
-                pool.score(ask("hang", "hang", "1", "2"))
+                interrupted(pool)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         assert [score.value for score in pool.score(ask("7", "8", "9"))] == [7.0, 8.0, 9.0]
 
@@ -214,7 +217,7 @@ def test_no_process_survives_the_driver(spec, tmp_path, how):
         import sys
         from vexact.reward.pool import RewardPool
         from vexact.reward.spec import GradeRequest, RewardSpec
-        pool = RewardPool(2, RewardSpec({spec.path!r}), timeout_s=60)
+        pool = RewardPool(2, RewardSpec({spec.path!r}), timeout_s=6000)
         pids = {{int(score.value) for score in pool.score([GradeRequest("m", "pid", "")] * 64)}}
         print(*pids, flush=True)
         if {how is not None}:
@@ -229,7 +232,7 @@ def test_no_process_survives_the_driver(spec, tmp_path, how):
     if how is not None:
         time.sleep(0.2)
         driver.send_signal(how)
-    driver.wait(timeout=20)
+    driver.wait(timeout=PATIENCE_S)
     assert wait_gone(pids)
 
 
@@ -286,13 +289,13 @@ def test_bad_arguments(arguments, message):
 
 
 def test_512_tiny_samples_are_quick():
-    """The demo's step. The bound is loose for a busy machine; it takes about 20 ms on an idle one."""
+    """The demo's step, which takes about 20 ms where nothing else runs; sooner or later it does so here."""
     requests = [GradeRequest("vexact/addition", str(index), "7") for index in range(512)]
     with RewardPool(2) as pool:
-        pool.score(requests)
-        best = math.inf
-        for _ in range(5):
+
+        def seconds():
             started = time.perf_counter()
             pool.score(requests)
-            best = min(best, time.perf_counter() - started)
-    assert best < 0.25
+            return time.perf_counter() - started
+
+        assert until(lambda: seconds() < 0.25)

@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+from processes import until
 
 from vexact import env
 from vexact.reward.pool import RewardPool
@@ -230,14 +230,13 @@ def marked(mark):
     return found
 
 
-def wait_for(count, mark, seconds=5.0):
-    end = time.monotonic() + seconds
-    while len(marked(mark)) != count and time.monotonic() < end:
-        time.sleep(0.02)
+def wait_for(count, mark):
+    until(lambda: len(marked(mark)) == count)
     return len(marked(mark))
 
 
-def test_a_worker_takes_everything_with_it(reward_file):
+def test_a_worker_takes_everything_with_it(reward_file, hopeless):
+    hopeless("hang")
     mark = f"6{os.getpid()}1"
     with RewardPool(1, reward_file(SPAWN.replace("{mark}", mark)), timeout_s=0.4) as pool:
         assert wait_for(5, mark) == 5
@@ -260,23 +259,26 @@ def test_nothing_survives_a_driver_that_is_killed(reward_file, tmp_path, state):
         import os, sys, time
         from vexact.reward.pool import RewardPool
         from vexact.reward.spec import GradeRequest, RewardSpec
-        pool = RewardPool(3, RewardSpec({spec.path!r}), timeout_s=60)
+        pool = RewardPool(3, RewardSpec({spec.path!r}), timeout_s=6000)
         pool.score([GradeRequest("mine", "", "")] * 30)
         other = os.fork() if {state == "forked"} else 1
         if other == 0:
-            time.sleep(20)
+            time.sleep(6000)
             os._exit(0)
         print(other, flush=True)
         if {state == "busy"}:
             pool.score([GradeRequest("mine", "hang", "")] * 3)
-        time.sleep(60)
+        time.sleep(6000)
         """)
     )
     driver = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     other = int(driver.stdout.readline())
-    assert wait_for(15, mark) == 15
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert wait_for(0, mark) == 0
-    if other > 1:
-        os.kill(other, signal.SIGKILL)
+    try:
+        assert wait_for(15, mark) == 15
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert wait_for(0, mark) == 0
+    finally:
+        driver.kill()
+        if other > 1:
+            os.kill(other, signal.SIGKILL)

@@ -46,7 +46,7 @@ ABORTS = [
 ]
 
 
-@pytest.mark.parametrize(("ids", "ended"), ABORTS, ids=[str(case[1]) for case in ABORTS])
+@pytest.mark.parametrize(("ids", "ended"), ABORTS, ids=[f"{number}" for number in range(len(ABORTS))])
 def test_an_id_ends_its_request_and_no_other(engine, ids, ended):
     """A text is one id, not its letters; a request whose name begins like another's is none of its samples."""
     given = list(ids) if ids is not None and not isinstance(ids, str) else ids

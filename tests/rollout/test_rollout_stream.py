@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from processes import until
 from rollout_models import tiny_model
 
 from vexact.rollout import Engine, SamplingParams
@@ -159,7 +160,7 @@ def test_a_pause_waits_for_what_runs_and_holds_what_comes(engine, abort):
     weights = [(name, tensor.detach().clone()) for name, tensor in tiny_model(seed=1).named_parameters()]
 
     async def scenario():
-        old = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True), "old"))
+        old = asyncio.create_task(engine.generate(PROMPT, LONG, "old"))
         await engine.generate([1], SamplingParams(max_tokens=3, ignore_eos=True))
         async with engine.paused(abort=abort):
             assert ((await old)[0].finish_reason == "abort") == abort
@@ -183,9 +184,18 @@ def test_a_pause_waits_for_what_runs_and_holds_what_comes(engine, abort):
 def test_a_pause_that_is_cancelled_is_none(engine):
     async def scenario():
         old = asyncio.create_task(engine.generate(PROMPT, LONG, "old"))
-        await asyncio.sleep(0.01)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(engine.pause(), 0.02)
+        await asyncio.sleep(0)
+        pausing = asyncio.create_task(engine.pause())
+        await asyncio.sleep(0)
+        may_step = threading.Event()
+        held = engine.submit(lambda _: may_step.wait())  # right behind the pause: what it waits for cannot end
+        while engine._pause is None:
+            await asyncio.sleep(0.001)
+        pausing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pausing
+        may_step.set()
+        await asyncio.wrap_future(held)
         assert len(await engine.generate(PROMPT, SHORT)) == 1
         await engine.abort()
         await old
@@ -259,9 +269,7 @@ def test_requests_of_a_loop_that_is_gone_do_not_run_on(engine):
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
     loop.close()
-    deadline = time.monotonic() + 10
-    while engine.num_unfinished and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert until(lambda: not engine.num_unfinished)
     asyncio.run(engine.run(Engine.check_idle))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+from processes import PATIENCE_S
 from serve_support import serving, tiny_engine
 
 from vexact.serve.server import Server
@@ -19,5 +20,5 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as found:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as found:
         yield found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,18 @@ def write_checkpoint(path: Path) -> Path:
     save_hf(random_model(config, seed=0).named_parameters(), config, path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@contextmanager
+def holding(server: Server) -> Iterator[None]:
+    """Inside, the engine takes no step: nothing that was asked for ends before the test has seen it run."""
+    go_on = threading.Event()
+    held = server._service.engine.submit(lambda engine: go_on.wait())
+    try:
+        yield
+    finally:
+        go_on.set()
+        held.result()
 
 
 @contextmanager

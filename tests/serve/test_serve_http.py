@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 import urllib.request
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+from processes import until
 from serve_support import MAX_LEN, serving, tiny_engine
 
 from vexact.rollout import Engine, SamplingParams
@@ -35,10 +35,7 @@ def same_bits(logprobs: list[float], sample: Any) -> bool:
 
 
 def until_idle(server: Server) -> None:
-    deadline = time.monotonic() + 20
-    while server._service.engine.num_unfinished:
-        assert time.monotonic() < deadline, "a request runs on without its client"
-        time.sleep(0.01)
+    assert until(lambda: not server._service.engine.num_unfinished), "a request runs on without its client"
 
 
 def test_a_completion_is_the_engines_sample(client: openai.OpenAI, offline: Engine) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import openai
 import pytest
-from serve_support import serving, tiny_engine
+from processes import PATIENCE_S, until
+from serve_support import holding, serving, tiny_engine
 
 from vexact.serve.prompts import LONG_TEXT, num_characters, prepare
 from vexact.serve.protocol import Body, ChatBody, CompletionBody
@@ -25,7 +26,7 @@ SHORT = LONG | {"max_tokens": 3}
 
 
 def connect(server: Server, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
 
 
 def ask(server: Server, path: str, content: bytes | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
@@ -42,8 +43,7 @@ def ask(server: Server, path: str, content: bytes | None = None, **headers: str)
 def narrow() -> Any:
     """One slot, no queue, a key, small bodies."""
     engine = tiny_engine(max_num_seqs=1, page_size=16)
-    limits: dict[str, Any] = {"max_queue": 0, "max_body_bytes": 2000, "receive_timeout": 0.3}
-    with serving(engine, api_key="secret", **limits) as running:
+    with serving(engine, api_key="secret", max_queue=0, max_body_bytes=2000) as running:
         yield running
 
 
@@ -67,16 +67,18 @@ def test_a_wrong_key_lets_nobody_in(narrow: Server) -> None:
 
 def test_a_full_queue_is_429_and_the_client_may_try_again(narrow: Server) -> None:
     with connect(narrow, "secret") as client:
-        stream = client.completions.create(**LONG, stream=True)
-        next(iter(stream))
-        with pytest.raises(openai.RateLimitError) as caught:
-            client.completions.create(**SHORT)
+        running = threading.Thread(target=client.completions.create, kwargs=LONG)
+        with holding(narrow):
+            running.start()
+            assert until(lambda: narrow._service.engine.num_unfinished == 1)
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(**SHORT)
         assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
-        stream.close()
-        assert client.with_options(max_retries=5).completions.create(**SHORT).choices
+        assert client.with_options(max_retries=1000).completions.create(**SHORT).choices
+        running.join()
 
 
-def test_a_body_that_is_too_large_slow_or_no_json_is_refused(narrow: Server) -> None:
+def test_a_body_that_is_too_large_or_no_json_is_refused(narrow: Server) -> None:
     key = {"authorization": "Bearer secret"}
     with connect(narrow, "secret") as client:
         for size in (2100, 7000, 300_000):  # the last is not even read
@@ -96,10 +98,15 @@ def test_a_body_that_is_too_large_slow_or_no_json_is_refused(narrow: Server) -> 
     assert "lone surrogate" in ask(narrow, "/v1/chat/completions", role, **key)[1]["error"]["message"]
     assert ask(narrow, "/v1/completions", b"{}", content_type="text/plain", **key)[0] == 415
     assert ask(narrow, "/v1/completions", **key)[0] == 405
-    host, port = narrow._socket.getsockname()
-    with socket.create_connection((host, port)) as slow:
+
+
+def test_a_body_that_does_not_come_is_refused() -> None:
+    with (
+        serving(tiny_engine(max_num_seqs=1, page_size=16), receive_timeout=0.3) as server,
+        socket.create_connection(server._socket.getsockname()) as slow,
+    ):
         slow.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
             b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
         )
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
@@ -111,7 +118,7 @@ def test_a_long_text_keeps_no_short_one_waiting(server: Server, monkeypatch: pyt
     def slowly(body: Body, *more: Any) -> Any:
         if num_characters(body) > LONG_TEXT:
             read.set()
-            assert may_go_on.wait(30)
+            assert may_go_on.wait(PATIENCE_S)
         return prepare(body, *more)
 
     monkeypatch.setattr("vexact.serve.service.prepare", slowly)
@@ -122,13 +129,13 @@ def test_a_long_text_keeps_no_short_one_waiting(server: Server, monkeypatch: pyt
     )
     waiting.start()
     try:
-        assert read.wait(30)
+        assert read.wait(PATIENCE_S)
         with connect(server) as client:
             assert client.completions.create(**SHORT).usage.completion_tokens == 3
         assert not answers
     finally:
         may_go_on.set()
-    waiting.join(30)
+    waiting.join(PATIENCE_S)
     assert "exceed max_model_len=512" in answers[0][1]["error"]["message"]
 
 
@@ -153,7 +160,7 @@ def test_without_a_key_only_this_machine_is_served_by_its_own_name(server: Serve
     name = server.url.removeprefix("http://")
     for hosts in (("evil.example", name), (name, "evil.example")):
         head = "".join(f"host: {host}\r\n" for host in hosts)
-        with socket.create_connection(server._socket.getsockname(), timeout=60) as sent:
+        with socket.create_connection(server._socket.getsockname(), timeout=PATIENCE_S) as sent:
             sent.sendall(f"GET /v1/models HTTP/1.1\r\n{head}connection: close\r\n\r\n".encode())
             assert sent.makefile("rb").readline().split()[1] in (b"400", b"403")  # 400 where the parser knows better
 
@@ -196,17 +203,19 @@ def metric(server: Server, name: str) -> float | None:
     return next((float(line.split()[-1]) for line in lines if line.startswith(f"vexact:{name}{{")), None)
 
 
-def watch_the_drain(server: Server) -> None:
-    """Begins one. What runs, and what it samples, is counted on all the same."""
+def begin_the_drain(server: Server) -> None:
     loop = server._loop
     assert loop is not None
     asyncio.run_coroutine_threadsafe(server._service.drain(), loop)
-    while server._service.engine.refusal is None:
-        time.sleep(0.005)
+    assert until(lambda: server._service.engine.refusal is not None)
     assert ask(server, "/health") == (
         503,
         {"status": "draining", "message": "the engine drains: it ends what runs and takes no more"},
     )
+
+
+def watch_the_drain(server: Server) -> None:
+    """What runs, and what it samples, is counted on all the same."""
     before, steps = metric(server, "generation_tokens_total"), metric(server, "engine_steps_total")
     assert before is not None
     assert steps is not None
@@ -216,33 +225,46 @@ def watch_the_drain(server: Server) -> None:
 
 
 @pytest.mark.parametrize("in_time", [True, False])
-def test_the_end_answers_what_runs(in_time: bool) -> None:
-    found: list[Any] = []
+def test_the_end_answers_what_runs(in_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Any] = []
+    late = threading.Event()
     engine = tiny_engine(max_num_seqs=2, page_size=16)
-    with serving(engine, drain_timeout=20.0 if in_time else 0.2) as server, connect(server) as client:
-        asked = LONG | {"max_tokens": 60 if in_time else 500}
+    with serving(engine, drain_timeout=PATIENCE_S if in_time else 1.0) as server, connect(server) as client:
+        driven = server._service.engine
+        abort = driven.abort
+
+        def told_late() -> Any:
+            late.set()
+            return abort()
 
         def whole() -> None:
-            found.append(client.completions.create(**asked, n=2).choices)
+            ends.extend(choice.finish_reason for choice in client.completions.create(**LONG, n=2).choices)
 
-        other = threading.Thread(target=whole)
-        stream = client.completions.create(**asked, stream=True)
-        ends = [next(iter(stream)).choices[0].finish_reason]
-        other.start()
-        while server._service.engine.num_unfinished < 3:
-            time.sleep(0.005)
+        def streamed() -> None:
+            ends.append(
+                [chunk.choices[0].finish_reason for chunk in client.completions.create(**LONG, stream=True)][-1]
+            )
+
+        monkeypatch.setattr(driven, "abort", told_late)
+        clients = [threading.Thread(target=target) for target in (whole, streamed)]
+        stopping = threading.Thread(target=server.stop)
+        with holding(server):
+            for one in clients:
+                one.start()
+            assert until(lambda: driven.num_unfinished == 3)
+            if in_time:
+                begin_the_drain(server)
+            else:
+                stopping.start()
+                assert late.wait(PATIENCE_S)
         if in_time:
             watch_the_drain(server)
-        stopping = threading.Thread(target=server.stop)
-        stopping.start()
-        ends += [chunk.choices[0].finish_reason for chunk in stream]
-        other.join()
-        stopping.join()
+            stopping.start()
+        for one in (*clients, stopping):
+            one.join()
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
-    reason = "length" if in_time else "abort"
-    assert ends[-1] == reason
-    assert [choice.finish_reason for choice in found[0]] == [reason, reason]
+    assert ends == ["length" if in_time else "abort"] * 3
 
 
 def test_a_failed_engine_is_503_and_its_requests_are_told() -> None:

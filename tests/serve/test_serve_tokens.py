@@ -31,6 +31,17 @@ def test_a_word_keeps_its_space_but_at_the_beginning() -> None:
     assert reader.token_bytes(the, " the") == list(b" the")
 
 
+def test_parts_of_a_character_have_their_bytes() -> None:
+    """Which is what a client joins them by."""
+    reader = TextReader(byte_tokenizer())
+    ids = reader.tokenizer("a日\ufffd😀", add_special_tokens=False)["input_ids"]
+    texts, _ = TokenTexts(reader).push(ids)
+    told = [reader.token_bytes(*each) for each in zip(ids, texts, strict=True)]
+    assert texts.count("\ufffd") == 3 + 3 + 4
+    assert bytes(byte for one in told if one is not None for byte in one) == "a日\ufffd😀".encode()
+    assert reader.token_bytes(reader.tokenizer.eos_token_id, "\ufffd") is None  # no such token says that
+
+
 @pytest.mark.parametrize("make", [byte_tokenizer, byte_fallback_tokenizer])
 def test_offsets_are_places_of_the_text(make: Any) -> None:
     """Where a token begins is how long the text of those before it is, as far as no token can change it; special

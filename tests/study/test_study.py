@@ -10,7 +10,7 @@ import pytest
 import yaml
 from grid import read_grid
 from page import replace_between, studies, with_tables
-from processes import ending, marked, start, until
+from processes import PATIENCE_S, ending, marked, start, until
 from results import read_results, write_results
 from runner import read_rows
 from study_rows import row
@@ -43,7 +43,7 @@ def small_grid(path: Path) -> Path:
 
 def study(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(STUDY / "study.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_two_runs_end_to_end_and_the_one_that_a_kill_lost_again(tmp_path):
@@ -91,11 +91,11 @@ def test_a_study_that_is_terminated_takes_its_runs_with_it(tmp_path):
     command = [sys.executable, STUDY / "study.py", "run", "--grid", tmp_path / "grid.yaml", "--work", work]
     with ending(mark):
         process = start([str(word) for word in command], mark)
-        assert until(lambda: len(list((work / "runs").glob("*/train/metrics.jsonl"))) == 2, 120), process.poll()
+        assert until(lambda: len(list((work / "runs").glob("*/train/metrics.jsonl"))) == 2), process.poll()
         assert len(marked(mark)) > 2
         process.terminate()
-        assert process.wait(60) == 143
-        assert until(lambda: not marked(mark), 30)
+        assert process.wait(PATIENCE_S) == 143
+        assert until(lambda: not marked(mark))
     assert read_rows(work / "results.jsonl") == []
 
 

@@ -5,6 +5,8 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+from processes import PATIENCE_S
+
 
 def opened(browser: str, page: str, screenshot: Path) -> tuple[str, str]:
     """The document after its scripts ran, and what the browser's console said. The window holds the whole page."""
@@ -19,7 +21,7 @@ def opened(browser: str, page: str, screenshot: Path) -> tuple[str, str]:
         [*command, f"--screenshot={screenshot}", "--dump-dom", page],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=True,
     )
     return result.stdout, "\n".join(line for line in result.stderr.splitlines() if "CONSOLE" in line)

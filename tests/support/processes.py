@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "distributed" / "run_group.py"
 IMPORTED = [ROOT, *(ROOT / "tests" / room for room in ("support", "distributed", "trainer"))]  # by processes under test
 MARK = "VEXACT_TEST_MARK"
+PATIENCE_S = 500.0  # for whatever must come: it ends a hang, and says nothing of how fast the machine is
 _sessions: dict[str, set[int]] = {}  # of the commands that were started with a mark
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -45,13 +46,13 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether the condition came true in time."""
-    deadline = time.monotonic() + timeout_s
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether the condition has come true."""
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.1)
+        time.sleep(0.05)
     return True
 
 
@@ -64,6 +65,11 @@ def ending(mark: str) -> Iterator[None]:
         for pid in marked(mark):
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """All that it writes, once it has ended."""
+    return process.communicate(timeout=PATIENCE_S)[0]
 
 
 def start(command: list[str], mark: str, **variables: str) -> subprocess.Popen[str]:

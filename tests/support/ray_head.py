@@ -14,6 +14,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from ports import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -35,7 +36,7 @@ class Head:
 def ray_head() -> Iterator[Head]:
     """Starts the cluster, and ends it with all its processes."""
     mark, folder = uuid.uuid4().hex, tempfile.mkdtemp(prefix="vxr-", dir="/tmp")
-    port, dashboard, agent, metrics, client = free_ports(5)
+    port, dashboard, agent, metrics, client = (free_port() for _ in range(5))
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={folder}"]
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
@@ -45,11 +46,11 @@ def ray_head() -> Iterator[Head]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         running = processes.start(command, mark)
         try:
-            assert processes.until(lambda: _answers(port) and _answers(dashboard), 60), running.poll()
+            assert processes.until(lambda: _answers(port) and _answers(dashboard)), running.poll()
             yield Head(mark, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
         finally:
             running.terminate()
-            running.communicate(timeout=60)
+            running.communicate(timeout=processes.PATIENCE_S)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -59,17 +60,6 @@ def command_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ones of this machine."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _answers(port: int) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import planted_fault
+from ports import free_port
+from processes import PATIENCE_S, until
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -27,14 +29,13 @@ class Run:
 
     processes: list[Any]
     logs: list[Path]
-    started: float = field(default_factory=time.monotonic)
 
-    def wait(self, timeout_s: float = 60.0, as_agent: bool = False) -> list[int]:
-        """The exit codes by rank, negative for a signal; all processes are killed when they take longer.
+    def wait(self, as_agent: bool = False) -> list[int]:
+        """The exit codes by rank, negative for a signal; all processes are killed when they hang.
 
         ``as_agent``: as torchrun does, a rank that fails has the others end.
         """
-        deadline, told = time.monotonic() + timeout_s, False
+        deadline, told = time.monotonic() + PATIENCE_S, False
         while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
             time.sleep(0.02)
             if as_agent and not told and any(process.exitcode for process in self.processes):
@@ -44,7 +45,7 @@ class Run:
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         if late:
             self.kill()
-        assert not late, f"rank {late} did not end within {timeout_s:g} s:\n{self.output()}"
+        assert not late, f"rank {late} did not end within {PATIENCE_S:g} s:\n{self.output()}"
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
@@ -55,12 +56,10 @@ class Run:
     def output(self, rank: int = 0) -> str:
         return self.logs[rank].read_text()
 
-    def left(self, patience_s: float = 5.0) -> list[str]:
-        """Command lines of what lives on a moment after the ranks have ended, of all that they started."""
-        deadline = time.monotonic() + patience_s
-        while (found := self._descendants()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return found
+    def left(self) -> list[str]:
+        """Command lines of what lives on after the ranks have ended, of all that they started."""
+        until(lambda: not self._descendants())
+        return self._descendants()
 
     def _descendants(self) -> list[str]:
         sessions, found = {process.pid for process in self.processes}, []
@@ -83,10 +82,8 @@ def start(
 
     One process is a run without a launcher; a fault on another rank than 0 is then one of the workers that it starts.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1] if master_port is None else master_port
-    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    port = str(free_port() if master_port is None else master_port)
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes, logs = [], []
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):
@@ -96,6 +93,11 @@ def start(
         process.start()
         processes.append(process)
     return Run(processes, logs)
+
+
+def was_refused(codes: list[int]) -> bool:
+    """Rank 0 ended with a message, and the others as it told them to, or by its signal if they were slow to hear it."""
+    return codes[0] == 2 and set(codes[1:]) <= {0, -signal.SIGKILL}
 
 
 def _rank(variables: dict[str, str], arguments: list[str], fault: planted_fault.Fault | None, log: Path) -> None:
@@ -109,6 +111,8 @@ def _rank(variables: dict[str, str], arguments: list[str], fault: planted_fault.
         fault.plant()
     elif fault is not None and not variables:
         planted_fault.plant_in_workers(fault)
+    if fault is not None and fault.kind == "SIGSTOP" and variables.get("RANK", "0") == "0":
+        planted_fault.find_stopped_ranks_late()
     from vexact.cli import main
 
     sys.exit(main())

@@ -10,7 +10,7 @@ from vexact.training.batches.batch import TokenSequence, pack_tokens
 from vexact.training.batches.packing import pack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 30), min_size=0, max_size=40), balance=st.booleans(), slack=st.integers(0, 40))
 def test_every_sequence_lands_in_exactly_one_group_within_the_budget(lengths, balance, slack):
     budget = max(lengths, default=1) + slack

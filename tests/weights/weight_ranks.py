@@ -55,7 +55,7 @@ def trainer(seed, group, dtype=torch.float32, tied=True, changes=None, **config)
 @contextlib.contextmanager
 def process_group(rank, world_size, directory):
     store = dist.FileStore(str(Path(directory) / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from vexact.distributed.layout import RankInfo
 log = logging.getLogger(__name__)
 POLL_S = 0.2  # how often a wait looks at signals and deadlines
 SETTLE_S = 0.3  # after a failure that explains itself, for others that came at the same moment
+SIGNAL_S = 1.0  # after a launcher's signal, for the news of the death that it was sent for
 CAUSE_S = 10.0  # after a failure that another rank must have caused, for that rank's
 ANSWER_S = 3.0  # a process that does not say within this time where it is does not run
 TIMEOUT_KEY = "trainer.worker_timeout_s"
@@ -80,7 +81,7 @@ class RemoteGroup(WorkerGroup):
         self._last: dict[int, str] = {}  # of each rank, the stage that was sent to it last
         self._next = 0
         self._failure: Exception | None = None
-        self._is_closed = False
+        self._is_closed = self._has_heeded_signal = False
 
     def start_each(
         self,
@@ -113,7 +114,8 @@ class RemoteGroup(WorkerGroup):
             return
         self._is_closed = True
         if self._failure is None:
-            failures = self._take(self._channel.receive(0.0))
+            heeds = interrupt.requested() and not self._has_heeded_signal
+            failures = self._after_signal() if heeds else self._take(self._channel.receive(0.0))
             if failures:  # of which nobody was told: the launcher's signal came first
                 self._failure = self._explain(failures)
                 log.error("%s", self._failure)
@@ -163,7 +165,7 @@ class RemoteGroup(WorkerGroup):
             if failures:
                 error = self._explain(failures)
         except KeyboardInterrupt:  # torchrun ends all ranks when one has died
-            failures += self._take(self._channel.receive(SETTLE_S))
+            failures += self._after_signal()
             failures = [one for one in failures if one[0].kind == "died"]
             if not failures:
                 raise
@@ -174,6 +176,15 @@ class RemoteGroup(WorkerGroup):
         for opened in self._open.values():
             if now > opened.deadline:
                 self._fail(self._hung(opened))
+
+    def _after_signal(self) -> list[tuple[Failure, str]]:
+        """The failures that come just after a signal, up to the first death."""
+        self._has_heeded_signal = True
+        failures: list[tuple[Failure, str]] = []
+        deadline = time.monotonic() + SIGNAL_S
+        while (left := deadline - time.monotonic()) > 0 and all(failure.kind != "died" for failure, _ in failures):
+            failures += self._take(self._channel.receive(left))
+        return failures
 
     def _take(self, arrivals: Sequence[Arrival]) -> list[tuple[Failure, str]]:
         """Files results; the failures among the arrivals, each with its stage, in order."""
@@ -249,6 +260,8 @@ class RemoteGroup(WorkerGroup):
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
+        if getattr(error, "is_fault", False):  # the launcher's signal may end this process before the error is told
+            interrupt.note("; ".join(filter(None, (str(error), interrupt.noted()))))
         self._channel.end(politely=False)
         raise error
 

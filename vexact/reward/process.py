@@ -29,6 +29,7 @@ _BOOT = (
     "from vexact.reward.sandbox.policy import SandboxPolicy; from vexact.reward.sandbox.warden import main; "
     "main(*o['start'], SandboxPolicy(**o['policy']))"
 )
+_CLOSED_S = 1.0  # a grader that lives on for so long has closed its connection itself
 _END_S = 6.0  # a warden needs milliseconds, and gives up on what cannot be killed after 5 s
 
 
@@ -147,12 +148,22 @@ class WorkerProcess:
 
     def exit_reason(self) -> str:
         """How the process ended, once its connection has closed."""
-        with suppress(subprocess.TimeoutExpired):
-            code = self.process.wait(timeout=1.0)
-            if code == -signal.SIGKILL:
-                return "was ended by SIGKILL (the system does that when memory runs out)"
-            return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return "closed its connection"
+        code = self._exit_code()
+        if code is None:
+            return "closed its connection"
+        if code == -signal.SIGKILL:
+            return "was ended by SIGKILL (the system does that when memory runs out)"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    def _exit_code(self) -> int | None:
+        """Of the warden, which ends as its grader did; None if the grader lives on."""
+        deadline = time.monotonic() + _END_S
+        while time.monotonic() < deadline:
+            with suppress(subprocess.TimeoutExpired):
+                return self.process.wait(timeout=_CLOSED_S)
+            if tree.has_living(self.process.pid):
+                return None
+        return None
 
 
 class LoadError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vexact.rollout.execution.runner import ModelRunner, kv_page_bytes
 from vexact.rollout.loading import Loaded, load
 from vexact.rollout.requests.finish import Ending, Finisher
 from vexact.rollout.requests.intake import Intake, expand
-from vexact.rollout.requests.request import Request, id_set
+from vexact.rollout.requests.request import requests_of
 from vexact.rollout.requests.stop_strings import Tokenizer
 from vexact.rollout.sampling.prompt_scores import PromptScorer
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError
@@ -81,12 +81,12 @@ class Engine:
         self.config, self.model, self.weights = loaded.config, loaded.model, loaded.weights
         self.attention, self._own_attention = loaded.attention, loaded.own_attention  # the name of what runs
         self.tokenizer, self.eos_token_ids = loaded.tokenizer, loaded.eos_token_ids
+        self.seed, self.vocab_size, self.num_replicas = self.config.seed, self.model.config.vocab_size, 1
         self._build(loaded)
 
     def _build(self, loaded: Loaded) -> None:
-        config, model = self.config, loaded.model
+        config, model, device = self.config, loaded.model, loaded.device
         self.max_model_len = config.resolve_model_len(model.config.max_position_embeddings)
-        device = loaded.device
         self.num_pages = config.resolve_num_pages(
             page_bytes=kv_page_bytes(model, config.page_size),
             max_model_len=self.max_model_len,
@@ -103,14 +103,13 @@ class Engine:
             enable_chunked_prefill=config.enable_chunked_prefill,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        graphs = decode_graphs(model, config, max_model_len=self.max_model_len, device=device)
         self._runner = ModelRunner(
             model,
             num_pages=self.num_pages,
             page_size=config.page_size,
             num_slots=config.max_num_seqs,
             device=device,
-            graphs=graphs,
+            graphs=decode_graphs(model, config, max_model_len=self.max_model_len, device=device),
         )
         self._intake = Intake(
             self._blocks,
@@ -143,21 +142,9 @@ class Engine:
         self._collector.weights_version = version
 
     @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
     def num_cache_tokens(self) -> int:
         """Tokens that the key-value cache holds."""
         return self.num_pages * self.config.page_size
-
-    @property
-    def num_replicas(self) -> int:
-        return 1
 
     @property
     def has_unfinished(self) -> bool:
@@ -197,8 +184,7 @@ class Engine:
                 self._scheduler.add(request)
         except BaseException:
             self._scheduler.withdraw(requests)
-            for request in requests:
-                self._intake.forget(request)
+            self._intake.forget(*requests)
             raise
         return [request.request_id for request in requests]
 
@@ -243,14 +229,11 @@ class Engine:
         ids: list[str | None] = expand("request_ids", request_ids, len(prompts))
         order: list[str] = []
         finished: dict[str, Sample] = {}
-        num_tokens_before, num_named_before = self._stepper.stats.num_tokens, self.num_named
+        num_tokens_before = self._stepper.stats.num_tokens
         try:
-            try:
+            with self._intake.names_taken_back():
                 for prompt, prompt_params, request_id in zip(prompts, params, ids):
                     order += self.add_request(prompt, prompt_params, request_id)
-            except BaseException:  # nothing is sampled, and later prompts get the names, and so the draws, of these
-                self.num_named = num_named_before
-                raise
             while self.has_unfinished:
                 interrupt.check()
                 finished.update((sample.request_id, sample) for sample in self.step())
@@ -263,20 +246,14 @@ class Engine:
             self.abort_all()  # only an error or an interrupt leaves anything to abort
         return [finished[request_id] for request_id in order]
 
-    def abort(self, request_ids: Iterable[str] | None = None) -> list[Sample]:
+    def abort(self, request_ids: Iterable[str] | None = None, *, by_sample: bool = False) -> list[Sample]:
         """Ends unfinished requests, these or all, where they are; their samples may have no token.
 
-        An id is that of a request, then all of its samples end, or of one of its samples. One may stand alone.
+        An id, which may stand alone, is a request's, which ends all of its samples, or a sample's; with ``by_sample``
+        a sample's only.
         """
-        asked = request_ids if request_ids is None else id_set(request_ids)
-        return self._abort(lambda one: asked is None or not asked.isdisjoint((one.request_id, one.name)))
-
-    def abort_samples(self, sample_ids: Collection[str]) -> list[Sample]:
-        """``abort`` of samples by their own ids alone, whatever other requests are called."""
-        return self._abort(lambda one: one.request_id in sample_ids)
-
-    def _abort(self, is_asked: Callable[[Request], bool]) -> list[Sample]:
-        return [self._collector.end(one, Ending("abort")) for one in self._scheduler.unfinished if is_asked(one)]
+        chosen = requests_of(self._scheduler.unfinished, request_ids, by_sample=by_sample)
+        return [self._collector.end(request, Ending("abort")) for request in chosen]
 
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""
@@ -310,8 +287,7 @@ class Engine:
     def resume_kv_cache(self) -> None:
         """Take memory for the KV cache again, at the addresses it had. Does nothing if it is not released.
 
-        Raises:
-            torch.OutOfMemoryError: others have taken the memory; the cache then stays released.
+        Raises torch.OutOfMemoryError if others have taken the memory; the cache then stays released.
         """
         self._runner.resume_kv()
 

@@ -185,7 +185,7 @@ class EngineThread:
     def _withdraw(self, order: Order) -> None:
         order.is_gone = True
         if order.unfinished:
-            self._resolve(self._engine.abort_samples(frozenset(order.unfinished)))
+            self._resolve(self._engine.abort(order.unfinished, by_sample=True))
         if order in self._held:
             self._held.remove(order)
         self._release(order, order.num_reserved)

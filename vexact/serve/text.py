@@ -12,6 +12,11 @@ _CONTEXT = 8  # characters before a token that fix how it reads
 _UNSETTLED = 4  # trailing U+FFFD that may still become a character; so many characters may a clean-up rewrite
 _MAX_WINDOW = 64  # tokens decoded at once
 _MAX_SPECIALS = 4  # in a stop string, each of which may be seen or not
+# GPT-2's characters for bytes: printable ones stand for themselves, the others come after the first 256
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -54,10 +59,21 @@ class TextReader:
         return next((one for one in letters if self.decode([one]) in ascii_letters), None)
 
     def token_bytes(self, token_id: int, text: str) -> list[int] | None:
-        """The UTF-8 bytes of a token of this text; None if it is no whole characters."""
+        """The bytes of a token of this text, which add up to characters where the token is a part of one; None if they
+        are not known."""
         if token_id in self.byte_ids:
             return [self.byte_ids[token_id]]
-        return None if INCOMPLETE in text else list(text.encode())
+        if INCOMPLETE not in text:
+            return list(text.encode())
+        spelt = self._spelt(token_id)
+        return list(spelt) if spelt is not None and spelt.decode(errors="replace") == text else None
+
+    def _spelt(self, token_id: int) -> bytes | None:
+        """The bytes that a token stands for in a byte-level vocabulary."""
+        piece = getattr(self.tokenizer, "convert_ids_to_tokens", lambda _: None)(token_id)
+        if not isinstance(piece, str) or not all(character in _BYTE_LEVEL for character in piece):
+            return None
+        return bytes(_BYTE_LEVEL[character] for character in piece)
 
 
 class TokenTexts:

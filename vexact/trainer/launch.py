@@ -70,6 +70,8 @@ def run(config: Config, layout: Layout | None = None) -> int:
         with advising(config, lambda: None):
             workers = build_workers(config, layout, inputs)
         stack.callback(workers.close)
+        if workers.sleeps:  # until the first sync
+            workers.release_memory()
         identity["environment"] = workers.environment()
         identity["model"]["weights"] = workers.weights_digest()
         check_before_training(config, workers)
@@ -117,6 +119,7 @@ def _drive(driver: Driver) -> None:
         driver.run()
     except WorkerError as error:
         if error.is_fault:
+            interrupt.note(interrupt.noted().removeprefix(f"{error}; "))  # from here on the error says it
             error.args = (f"{error}; {interrupt.noted()}",)
         raise
 

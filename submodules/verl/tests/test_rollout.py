@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -31,16 +33,27 @@ def weights_of(model_path, factor=1.0):
         return [(name, tensor * factor) for name, tensor in to_hf(model.config, model.named_parameters())]
 
 
-def test_an_aborted_response_goes_on_where_it_was_with_new_weights(model_path, rollout):
+def test_an_aborted_response_goes_on_where_it_was_with_new_weights(model_path, rollout, monkeypatch):
     """What verl's client for partial rollouts does: it sends the prompt again with what there is of the response."""
     server, prompt = rollout.server, make_prompts()[0]
+    runner, steps = server._engine._engine._runner, itertools.count()
+    execute, is_half_way, may_go_on = runner.execute, threading.Event(), threading.Event()
+
+    def held(inputs):
+        if next(steps) == LONGEST // 2:
+            is_half_way.set()
+            may_go_on.wait()
+        return execute(inputs)
+
+    monkeypatch.setattr(runner, "execute", held)
 
     async def scenario():
         running = asyncio.create_task(server.generate(prompt, dict(TRAINING), "first"))
-        while not await server._engine.run(lambda engine: engine.has_unfinished):
-            await asyncio.sleep(0)
-        ended = await server.abort_all_requests()
-        part = await running
+        await asyncio.to_thread(is_half_way.wait)
+        ending = asyncio.create_task(server.abort_all_requests())
+        await asyncio.sleep(0)  # it asks for the end
+        may_go_on.set()
+        ended, part = await ending, await running
         late = asyncio.create_task(server.generate(prompt, dict(TRAINING), "late"))
         await asyncio.sleep(0.05)
         assert not late.done(), "requests wait while the weights change"
@@ -55,6 +68,7 @@ def test_an_aborted_response_goes_on_where_it_was_with_new_weights(model_path, r
     ended, part, rest, late = asyncio.run(scenario())
     assert ended == {"aborted_count": 1, "request_ids": ["first"]}
     assert part.stop_reason == "aborted"
+    assert 0 < len(part.token_ids) < LONGEST
     assert len(part.token_ids) == len(part.log_probs) == len(part.extra_fields["vexact"]["weights_versions"])
     assert set(part.extra_fields["vexact"]["weights_versions"]) <= {0}
     assert rest.extra_fields["vexact"]["weights_versions"] == [7] * (LONGEST - len(part.token_ids))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from linear_support import DEVICE, randn, tensor_core  # noqa: F401
+from processes import PATIENCE_S
 from rowwise import same_bits
 from triton.runtime.interpreter import GridExecutor
 
@@ -196,7 +197,9 @@ def test_code_waits_before_it_touches_memory_and_computes_the_same(tmp_path: Pat
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = _SCRIPT.parents[3], _SCRIPT.parent / "linear"
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    run = subprocess.run([sys.executable, str(_SCRIPT)], env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, str(_SCRIPT)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert run.returncode == 0, run.stderr
     records = [json.loads(line) for line in run.stdout.splitlines()]
     kernels = {record["kernel"] for record in records}

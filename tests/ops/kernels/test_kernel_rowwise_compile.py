@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 _SCRIPT = Path(__file__).with_name("rowwise_compile.py")
 _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may use
@@ -19,7 +20,7 @@ def test_kernels_compile_within_shared_memory_and_without_contraction(arch: int,
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[3])}
     run = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert run.returncode == 0, run.stderr
     binaries = [json.loads(line) for line in run.stdout.splitlines()]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PATIENCE_S
 from rowwise import DEVICE, randn, same_bits
 from torch import Tensor
 from triton import knobs
@@ -251,7 +252,9 @@ def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("launches_release.py")
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[3])}
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert [kernel["name"] for kernel in kernels] == ["described", "pointers"]

@@ -75,7 +75,7 @@ def pools():
 
 @pytest.mark.parametrize("name", ["letters", "bytes", "merges", "pieces"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_prefix_matches_a_full_decode(name, data):
     tokenizer, pool, strings = pools()[name]
     tokens = data.draw(st.lists(st.sampled_from(pool), min_size=1, max_size=60))
@@ -84,7 +84,7 @@ def test_every_prefix_matches_a_full_decode(name, data):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_characters_spelt_in_bytes_go_on_reading_right(data):
     """A byte run must not be cut inside a character: the decoder joins all of it or nothing."""
     tokenizer = sentencepiece_like()

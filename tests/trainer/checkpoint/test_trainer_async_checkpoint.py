@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import until
 from saved_runs import flat
 
 from vexact import interrupt
@@ -71,13 +71,9 @@ def save(saver, tiny):
     return lambda step: saver.save(Progress(step, 10 * step), config, lambda path: None, {})
 
 
-def poll(saver, until=lambda: False):
-    """As at the boundaries of steps."""
-    for _ in range(500):
-        saver.poll()
-        if until():
-            return
-        time.sleep(0.01)
+def poll(saver, has_come=lambda: False):
+    """As at the boundaries of steps, until something has come or is raised."""
+    assert until(lambda: saver.poll() or has_come())
 
 
 def _names(saver):
@@ -115,7 +111,7 @@ def test_one_at_a_time_and_it_is_published_without_being_waited_for(saver, save,
     save(1)
     published = threading.Event()
     saver.on_saved = lambda path, step: (saver.saved.append(step), published.set())
-    poll(saver, until=published.is_set)
+    poll(saver, published.is_set)
     assert saver.saved == [1]
     save(2)
     _change(state)

@@ -24,8 +24,17 @@ def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
 
 
 def goes_on_after(step: int, directory: Path) -> str:
-    """What an interrupted run says last, as a regular expression."""
+    """What an interrupted run says last, as a regular expression; step 0: when none is saved."""
+    if step == 0:
+        return "no step is saved yet: the same command starts anew"
     return re.escape(f"step {step} is saved in {directory}: the same command goes on from there")
+
+
+def last_saved(output: str, directory: Path) -> int:
+    """The step that an interrupted run says it goes on after; 0: none is saved."""
+    said = [step for step in range(STEPS + 1) if re.search(goes_on_after(step, directory) + r"\n*\Z", output)]
+    assert len(said) == 1, output
+    return said[0]
 
 
 def assert_whole(directory: Path, *steps: int) -> None:

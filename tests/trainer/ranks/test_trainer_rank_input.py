@@ -73,12 +73,13 @@ def test_a_port_in_use_is_named(tiny, tmp_path):
 def test_the_ranks_of_a_torchrun_that_is_killed_end(tiny, tmp_path):
     mark, directory = uuid.uuid4().hex, tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vexact"]
-    command = [*launcher, "train", *arguments(tiny, directory, "trainer.total_training_steps=1000")]
+    command = [*launcher, "train", *arguments(tiny, directory, "trainer.total_training_steps=100000")]
     with processes.ending(mark):
         agent = processes.start(command, mark)
-        assert processes.until((directory / "checkpoints" / "step_1").exists, 120)
+        assert processes.until((directory / "checkpoints" / "step_2").exists)
         agent.send_signal(signal.SIGKILL)
-        output, _ = agent.communicate(timeout=60)
-        assert processes.until(lambda: processes.marked(mark) == [], 10)
-    assert "\ninterrupted; step " in output, output
+        output, _ = agent.communicate(timeout=processes.PATIENCE_S)
+        assert processes.until(lambda: processes.marked(mark) == [])
+    # what comes to rank 0 first, the signal or the end of the other rank
+    assert re.search(r"(\ninterrupted|: rank 1 .* died in .*); step \d+ is saved in ", output), output
     assert "Traceback" not in output

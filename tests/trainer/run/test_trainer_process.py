@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from processes import PATIENCE_S
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def train(overrides, tmp_path):
     return start
 
 
-def _wait_for_step(file, step, process, timeout=120):
+def _wait_for_step(file, step, process, timeout=PATIENCE_S):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if file.exists() and any(
@@ -41,7 +42,7 @@ def _wait_for_step(file, step, process, timeout=120):
     raise AssertionError(f"no step {step} within {timeout} s")
 
 
-def _group_is_empty(pgid, timeout=10):
+def _group_is_empty(pgid, timeout=PATIENCE_S):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -59,7 +60,7 @@ def _sha256(path):
 def test_kill_9_then_resume_ends_with_the_same_weights(train, metrics, tmp_path):
     common = ("trainer.total_training_steps=6", "trainer.save_freq=2", "trainer.logger=[jsonl,wandb]")
     whole = train(*common, f"trainer.default_local_dir={tmp_path / 'whole'}")
-    assert whole.wait(200) == 0, whole.communicate()[0]
+    assert whole.wait(PATIENCE_S) == 0, whole.communicate()[0]
 
     killed = train(*common, "trainer.total_training_steps=6")
     _wait_for_step(tmp_path / "run" / "metrics.jsonl", random.randint(2, 5), killed)
@@ -67,7 +68,7 @@ def test_kill_9_then_resume_ends_with_the_same_weights(train, metrics, tmp_path)
     killed.wait()
     run_id = [p for p in (tmp_path / "run").rglob("*") if "wandb" in p.name and p.is_file() and "id" in p.name]
     resumed = train(*common)
-    output = resumed.communicate(timeout=200)[0]
+    output = resumed.communicate(timeout=PATIENCE_S)[0]
     assert resumed.returncode == 0, output
 
     final = "checkpoints/step_6/model.safetensors"
@@ -84,15 +85,15 @@ def test_kill_9_then_resume_ends_with_the_same_weights(train, metrics, tmp_path)
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_cleanly(train, tmp_path, sent):
-    process = train("trainer.total_training_steps=1000", "trainer.save_freq=1")
+    process = train("trainer.total_training_steps=100000", "trainer.save_freq=1")
     _wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, process)
     process.send_signal(sent)
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 130, output
     assert re.search(r"\ninterrupted; step \d+ is saved in .*run: the same command goes on from there\n", output)
     assert "Traceback" not in output
     assert _group_is_empty(process.pid)
-    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    checkpoints = list((tmp_path / "run" / "checkpoints").glob("step_*"))  # what is made or removed has other names
     assert checkpoints
     assert all((c / "trainer_state").is_dir() and (c / "model.safetensors").is_file() for c in checkpoints)
 
@@ -123,8 +124,8 @@ sys.exit(main())
 )
 def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(train, tmp_path, method, when, saved):
     program = DROPPED.format(number=int(signal.SIGTERM), method=method, when=when)
-    process = train("trainer.total_training_steps=1000", "trainer.save_freq=1", program=("-c", program))
-    output = process.communicate(timeout=60)[0]
+    process = train("trainer.total_training_steps=100000", "trainer.save_freq=1", program=("-c", program))
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 130, output
     assert f"\ninterrupted; {saved}" in output
     assert "Traceback" not in output
@@ -142,7 +143,7 @@ def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(train, tmp_pat
 def test_a_reward_that_never_works_stops_the_run_by_name(train, tmp_path, reward, message):
     (tmp_path / "bad.py").write_text(f"def compute_score(*args, **kwargs):\n    {reward}\n")
     process = train(f"reward.custom_reward_function.path={tmp_path / 'bad.py'}", "reward.timeout_s=0.3")
-    output = process.communicate(timeout=100)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 2, output
     assert any(part in output for part in message.split("|")), output
     assert _group_is_empty(process.pid)
@@ -160,7 +161,7 @@ def test_a_reward_that_sometimes_fails_costs_samples_and_is_counted(train, metri
     )
     more = (f"reward.custom_reward_function.path={tmp_path / 'flaky.py'}", "reward.timeout_s=0.3")
     process = train(*more, "trainer.total_training_steps=2")
-    output = process.communicate(timeout=150)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
     assert all(0 < row["reward/error_ratio"] < 1 for row in metrics())
     assert output.count("KeyError: 'seven'") == 2  # message and traceback, once
@@ -168,7 +169,7 @@ def test_a_reward_that_sometimes_fails_costs_samples_and_is_counted(train, metri
 
 def test_mistakes_end_with_one_message_and_no_run(train, tmp_path):
     process = train("trainer.total_training_stepz=1")
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 2
     assert "total_training_stepz" in output
     assert "total_training_steps" in output

@@ -11,9 +11,7 @@ WRITER = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=f
 
 
 def git(root, *arguments):
-    result = subprocess.run(
-        ["git", "-C", str(root), *WRITER, *arguments], capture_output=True, text=True, check=True, timeout=60
-    )
+    result = subprocess.run(["git", "-C", str(root), *WRITER, *arguments], capture_output=True, text=True, check=True)
     return result.stdout.strip()
 
 

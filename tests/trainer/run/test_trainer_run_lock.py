@@ -40,7 +40,7 @@ def test_an_error_inside_releases_it(tmp_path):
 def test_a_killed_holder_does_not_keep_it(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from vexact.trainer.run.lock import run_lock\n"
-        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(6000)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"

@@ -3,7 +3,7 @@
     async_run.py FOLDER PLAN KEY=VALUE…
 
 In every process generation of step t touches FOLDER/gen-t as it begins, an update FOLDER/update-t. PLAN is JSON, from
-such a name to what is done then: ``wait NAME`` until another process has touched that, ``sleep``, ``kill`` or
+such a name to what is done then: ``wait NAME`` until another process has touched that, ``hang``, ``kill`` or
 ``interrupt`` (this process). ``"weights-v": "spoil X"`` adds X to a weight of the rollout once it has version v.
 """
 
@@ -19,7 +19,7 @@ from vexact.cli import main
 from vexact.trainer.workers import worker
 
 folder, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-PATIENCE_S = 60.0
+PATIENCE_S = 400.0  # only ends a run in which they are not at the same time
 
 
 def reached(name: str) -> None:
@@ -31,8 +31,9 @@ def reached(name: str) -> None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{name} waits for {argument}, and they are not at the same time")
             time.sleep(0.01)
-    elif action == "sleep":
-        time.sleep(PATIENCE_S)
+    elif action == "hang":
+        while True:
+            time.sleep(1.0)
     elif action:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[action])
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from moe_configs import MOONLIGHT
+from processes import PATIENCE_S
 from small_run import write_model
 
 from vexact.config import ConfigError, load_config
@@ -74,17 +73,14 @@ def arguments(tiny: Path, directory: Path, *more: str) -> list[str]:
 def torchrun(processes: int, folder: Path, plan: dict[str, str], arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of ``async_run.py`` in so many processes."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*command, str(SCRIPT), str(folder), json.dumps(plan), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=PATIENCE_S,
     )
     return done.returncode, done.stdout
 
@@ -189,13 +185,12 @@ def test_other_weights_in_the_engine_are_found_before_the_step_they_would_train(
 
 
 def test_a_rank_that_dies_while_it_generates_ahead_ends_the_run_at_once(tiny, tmp_path):
-    plan = {"gen-3": "kill", "update-2": "sleep"}
+    """And not after the update that runs beside it, which never ends."""
+    plan = {"gen-3": "kill", "update-2": "hang"}
     code, output = torchrun(2, tmp_path / "marks", plan, arguments(tiny, tmp_path / "run", "trainer.save_freq=1"))
     assert code != 0
-    assert "rank 1" in output
+    assert "rank 1" in output, output
     assert "in generation of step 3" in output, output
-    died = (tmp_path / "marks" / "gen-3").stat().st_mtime
-    assert time.time() - died < 50, "the update that ran beside it, and takes 60 s, was waited for"
     assert (tmp_path / "run" / "checkpoints" / "step_1" / "manifest.json").is_file()
 
 

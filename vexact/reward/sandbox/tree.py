@@ -30,6 +30,15 @@ def descendants(root: int) -> list[int]:
     return found
 
 
+def has_living(root: int) -> bool:
+    """Whether a process below ``root`` has not ended yet."""
+    for number in descendants(root):
+        with suppress(OSError), open(f"/proc/{number}/stat", "rb") as file:
+            if file.read().rpartition(b")")[2].split()[0] != b"Z":
+                return True
+    return False
+
+
 def end_descendants(seconds: float = 5.0) -> None:
     """Kill and reap all below this process, which must have adopted orphans; a child that keeps forking loses the race
     because its parents are killed with it, and each round sees what the last one missed."""

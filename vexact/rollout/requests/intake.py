@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import numpy as np
@@ -109,9 +110,19 @@ class Intake:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def forget(self, request: Request) -> None:
-        """Its id may be used again."""
-        self._in_use.discard(request.request_id)
+    @contextmanager
+    def names_taken_back(self) -> Iterator[None]:
+        """If an error ends it: later prompts then get the names, and so the draws, that these would have had."""
+        before = self.num_named
+        try:
+            yield
+        except BaseException:
+            self.num_named = before
+            raise
+
+    def forget(self, *requests: Request) -> None:
+        """Their ids may be used again."""
+        self._in_use.difference_update(request.request_id for request in requests)
 
     def _prompt_array(self, prompt: Sequence[int]) -> np.ndarray:
         try:

@@ -34,6 +34,14 @@ def id_set(request_ids: Iterable[str]) -> set[str]:
     return {request_ids} if isinstance(request_ids, str) else set(request_ids)
 
 
+def requests_of(requests: Iterable[Request], request_ids: Iterable[str] | None, *, by_sample: bool) -> list[Request]:
+    """Those of these ids, of their own or, unless ``by_sample``, of what they are samples of; all without ids."""
+    if request_ids is None:
+        return list(requests)
+    asked = id_set(request_ids)
+    return [one for one in requests if one.request_id in asked or (not by_sample and one.name in asked)]
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """Event-level state of a sequence. While it holds a slot, its tokens live in ``SlotState``; the arrays here are

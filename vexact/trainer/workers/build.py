@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,7 @@ class Workers:
     group: WorkerGroup | None = None
     frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
     sleeps: bool = False  # and so does the memory of the rollout's weights, which a sync brings anew
-
-    def __post_init__(self) -> None:
-        self._is_asleep = False
-        if self.sleeps:  # until the first sync
-            self.release_memory()
+    _is_asleep: bool = field(default=False, init=False)
 
     def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
         """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand

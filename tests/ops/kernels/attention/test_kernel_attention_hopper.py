@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import gluon_emulator
 import pytest
 import torch
 from attention_inputs import Batch, make_batch, make_pages, relative_error
@@ -214,7 +213,6 @@ def test_the_emulator_shows_a_tile_that_was_not_waited_for(monkeypatch):
 @emulated
 def test_the_emulator_shows_a_page_that_is_none(monkeypatch):
     monkeypatch.setattr(host, "forward_kernel", EmulatedKernel(host.forward_kernel))
-    monkeypatch.setattr(gluon_emulator, "TIMEOUT_S", 0.3)  # of the consumers, who wait in vain
     batch = make_batch([40], [40], heads=(1, 1), dims=(64, 64))
     pages = make_pages(batch, 16)
     pages.table[0, 2] = -1

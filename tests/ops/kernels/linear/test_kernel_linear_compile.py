@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 _SCRIPT = Path(__file__).with_name("linear_compile.py")
 _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may use
@@ -22,7 +23,7 @@ def test_tiles_compile_within_shared_memory_and_serve_every_batch(arch: int, tmp
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(_SCRIPT.parents[4])}
     run = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert run.returncode == 0, run.stderr
     records = {record["name"]: record for record in map(json.loads, run.stdout.splitlines())}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE_S
 
 _SCRIPT = Path(__file__).with_name("moe_compile.py")
 _SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may use
@@ -23,7 +24,7 @@ def test_kernels_compile_within_shared_memory_and_serve_every_batch(arch: int, t
     paths = os.pathsep.join((str(_SCRIPT.parents[4]), str(_SCRIPT.parents[1] / "linear")))
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
     run = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, str(_SCRIPT), str(arch)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert run.returncode == 0, run.stderr
     records = [json.loads(line) for line in run.stdout.splitlines()]
