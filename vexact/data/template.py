@@ -84,7 +84,7 @@ def warn_of_ended_prompts(rows: Sequence[Row], all_ids: Sequence[Sequence[int]],
     if ended:
         log.warning(
             "%d of %d prompts end with %r, the tokenizer's end of a text, the first of them %s: a response would begin "
-            "behind it. A chat template should open the answer (add_generation_prompt of data.apply_chat_template_kwargs)",
+            "behind it. A chat template should open it (add_generation_prompt of data.apply_chat_template_kwargs)",
             *(len(ended), len(rows), tokenizer.eos_token, ended[0].where),
         )
 
