@@ -200,7 +200,7 @@ def _inputs(work: Path) -> list[str]:
 
 def _handles_signals(pid: int) -> bool:
     """Whether the process catches SIGTERM, or ignores it at its very end."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # it may end while it is read
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(("SigCgt", "SigIgn")) and int(line.split()[1], 16) & (1 << (signal.SIGTERM - 1)):
                 return True

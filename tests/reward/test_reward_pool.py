@@ -62,7 +62,7 @@ def is_alive(pid):
     """False for a process that is gone or a zombie nobody will wait for."""
     try:
         return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or before it was read
         return False
 
 
