@@ -30,5 +30,5 @@ fi
 say "$("$python" --version) with $newer"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$python" -m mypy --no-error-summary
-"$python" -m pytest -n auto --dist loadfile "$@" tests/config tests/data tests/models tests/prepare tests/report tests/reward \
-  tests/trainer tests/test_*.py
+"$python" -m pytest -n auto --dist loadfile --max-worker-restart=0 "$@" tests/config tests/data tests/models \
+  tests/prepare tests/report tests/reward tests/trainer tests/test_*.py

@@ -15,9 +15,9 @@ stage() { # NAME COMMAND...
 stage lint "$python" -m ruff check --quiet .
 stage format "$python" -m ruff format --check --quiet .
 stage types "$python" -m mypy --no-error-summary
-# one process per core, one thread each: the tests are many and small
+# one process per core, one thread each: the tests are many and small; one that ends its process would do so again
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n auto --dist loadfile)
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n auto --dist loadfile --max-worker-restart=0)
 stage tests "$python" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"
 (($# > 0)) || stage newest bash scripts/newest.sh

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -323,3 +324,26 @@ def test_the_recipes_of_an_example_can_be_read(example: str) -> None:
     recipe, _, tiny = EXAMPLES[example]
     names = [load_config([f"recipe={name}"], checked=False).trainer.experiment_name for name in (recipe, tiny)]
     assert names == [recipe, tiny]
+
+
+STUCK = """import ctypes
+
+def test_stuck():
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_test_that_hangs_in_c_code_is_named_and_ends_the_suite(tmp_path: Path) -> None:
+    (tmp_path / "test_stuck.py").write_text(STUCK)
+    for script in ("test.sh", "newest.sh"):
+        parallel = re.search(r"-n auto( --[a-z-]+[ =]\w+)+", (ROOT / "scripts" / script).read_text(encoding="utf-8"))
+        assert parallel is not None
+        assert "--max-worker-restart=0" in parallel[0]
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", *parallel[0].replace("auto", "1").split()]
+    command += ["-o", "timeout=0", "-o", "faulthandler_timeout=1", "--rootdir", tmp_path, tmp_path]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 1, done.stdout
+    assert re.search(r"worker 'gw0' crashed while running '.*test_stuck\.py::test_stuck'", done.stdout), done.stdout

@@ -89,6 +89,8 @@ def test_bad_row_names_file_row_and_fix(tmp_path, record, message):
     ("extra", "message"),
     [
         ({"images": [{"path": "a.png"}]}, r"row 1: column 'images' holds .*a\.png.* would be left out of the prompt"),
+        ({"images": [{"bytes": None, "path": "a.png"}]}, "column 'images' holds"),
+        ({"images": [[[0, 0, 0]]]}, "column 'images' holds"),
         ({"videos": ["a.mp4"]}, "column 'videos' holds"),
         ({"tools": '[{"name": "search"}]'}, "column 'tools' holds"),
         ({"agent_name": "tool_agent"}, "column 'agent_name' asks for 'tool_agent', and only single_turn_agent"),
@@ -99,6 +101,21 @@ def test_what_a_prompt_holds_beside_its_text_is_refused(tmp_path, extra, message
     assert len(load_rows(write_jsonl(tmp_path / "text.jsonl", [VERL_ROW | nothing] * 2))) == 2
     with pytest.raises(ValueError, match=message):
         load_rows(write_jsonl(tmp_path / "more.jsonl", [VERL_ROW | nothing, VERL_ROW | extra]))
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"images": [None], "videos": [[]], "audios": {}, "tools": " "},
+        {"images": {"bytes": None, "path": None}, "videos": [{"bytes": None, "path": None}], "audios": False},
+        {"images": "None", "videos": "nan", "audios": float("nan"), "tools": "[ ]"},
+        {"images": 0, "agent_name": "None"},
+        {"agent_name": float("nan"), "extra_info": {"need_tools_kwargs": True, "tools_kwargs": {"calc": {}}}},
+    ],
+)
+def test_columns_that_say_in_any_way_that_there_is_none_are_taken(tmp_path, nothing):
+    """A table has its columns in every row, and each of its writers another way to leave one empty."""
+    assert len(load_rows(write_jsonl(tmp_path / "rows.jsonl", [VERL_ROW | nothing]))) == 1
 
 
 def test_missing_answer_column(tmp_path):

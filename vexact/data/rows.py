@@ -15,7 +15,7 @@ from vexact.data.messages import Message, check_text, plain_messages
 EXACT_MATCH = "exact_match"
 # Columns by which verl, or transformers' chat templates, put more into a prompt than its text
 _BESIDE_TEXT = ("images", "videos", "audios", "tools")
-_NOTHING = ("[]", "{}", "null")  # written into a text column
+_NOTHING = ("", "[]", "{}", "null", "none", "nan")  # in a column of text
 _SINGLE_TURN = "single_turn_agent"
 PROCEDURAL = "reasoning_gym/"  # these graders read the task's whole entry, not the ground truth
 
@@ -116,17 +116,28 @@ def _refuse_more_than_text(record: Mapping[str, Any], where: str, read: set[str 
     """Raises ValueError for a column, other than those that are ``read``, by which a prompt is not its text alone."""
     for column in (name for name in _BESIDE_TEXT if name not in read):
         held = record.get(column)
-        if isinstance(held, list | tuple | Mapping | str | bytes) and held and held not in _NOTHING:
+        if not isinstance(held, int | float) and not _is_nothing(held):  # a number is a count, or pandas' NaN
             raise ValueError(
                 f"{where}: column {column!r} holds {held!r:.60}, which would be left out of the prompt: only text is "
                 "supported; drop the column if the text alone is meant"
             )
     agent = record.get("agent_name")
-    if isinstance(agent, str) and agent not in ("", _SINGLE_TURN):
+    if isinstance(agent, str) and not _is_nothing(agent) and agent.strip() != _SINGLE_TURN:
         raise ValueError(
             f"{where}: column 'agent_name' asks for {agent!r:.60}, and only {_SINGLE_TURN} is supported: one response "
             "to the prompt; drop the column if that is meant"
         )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a row has no such thing, as files say it: null, a word for it, or a container of nothing else."""
+    if isinstance(value, str):
+        return "".join(value.split()).lower() in _NOTHING
+    if isinstance(value, Mapping):
+        return all(map(_is_nothing, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_nothing, value))
+    return value is None or (isinstance(value, bytes) and not value)
 
 
 def _is_written_chat(text: str) -> bool:

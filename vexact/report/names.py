@@ -164,7 +164,7 @@ METRICS: dict[str, dict[str, str]] = {
     "Validation": {
         "val-core/<data_source>/{acc,reward}/mean@<k>": "Mean over prompts of the mean over k samples; acc where the "
         "grader returns it, else the score.",
-        "val-aux/<data_source>/<key>/mean@<k>": "The same for the grader's other keys.",
+        "val-aux/<data_source>/<key>/mean@<k>": "The same for the grader's other keys; `extra_reward` is its `reward`.",
     },
 }
 

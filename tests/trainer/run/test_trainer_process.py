@@ -159,7 +159,7 @@ def test_a_reward_that_sometimes_fails_costs_samples_and_is_counted(train, metri
         "        time.sleep(100)\n"
         "    return {'score': len(solution_str), 'acc': float('1' in solution_str)}\n"
     )
-    more = (f"reward.custom_reward_function.path={tmp_path / 'flaky.py'}", "reward.timeout_s=0.3")
+    more = (f"reward.custom_reward_function.path={tmp_path / 'flaky.py'}", "reward.timeout_s=1.0")
     process = train(*more, "trainer.total_training_steps=2")
     output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == 0, output
