@@ -176,6 +176,8 @@ def test_a_date_of_today_in_prompts_is_told_unless_one_is_given(caplog):
     dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
     tokenizer = tokenizer_with(dated + "{{ date_string }} {{ messages[0].content }}")
     ChatTemplate(tokenizer, {"date_string": "26 Jul 2024"}).check()
+    unused = "{% set today = strftime_now('%d') %}{% if messages[0].role == 'system' %}{{ today }}{% endif %}"
+    ChatTemplate(tokenizer_with(unused + "{{ messages[0].content }}"), {}).check()
     assert not caplog.records
     ChatTemplate(tokenizer, {}).check()
     (told,) = caplog.messages

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +156,13 @@ class ChatTemplate:
         if "strftime_now" not in _source(self._tokenizer):
             return False
         message = [{"role": "user", "content": "x"}]
-        asked: list[str] = []
-
-        def strftime_now(form: str) -> str:
-            asked.append(form)
-            return form
-
+        render = partial(self._tokenizer.apply_chat_template, message, tokenize=False, **self._kwargs)
+        clock = "{{% macro strftime_now(form) %}}{}{{% endmacro %}}"  # as an argument it would be made a text
         try:
-            self._tokenizer.apply_chat_template(message, tokenize=False, **self._kwargs, strftime_now=strftime_now)
+            source = self._tokenizer.get_chat_template()
+            return render(chat_template=clock.format(1) + source) != render(chat_template=clock.format(2) + source)
         except Exception:  # of a template; its real rendering says what is wrong
             return True
-        return bool(asked)
 
     def _shape(self, roles: tuple[str, ...], where: str) -> set[str]:
         """The special tokens that a text must not hold inside a chat of these roles; checks the roles with a stand-in
