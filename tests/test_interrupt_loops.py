@@ -133,10 +133,15 @@ def test_grading_here_stops_at_the_next_sample(dropped: Dropped, tmp_path: Path)
         "        extra_info['drop']()\n"
         "    except BaseException:\n"
         "        pass\n"
-        "    return extra_info['seen'].append(1) or 0.0\n"
+        "    return 0.0\n"
     )
     seen: list[int] = []
-    request = GradeRequest("mine", "text", "truth", {"seen": seen, "drop": dropped})
+
+    def drop() -> None:  # a function, which the copies of a call's arguments have in common
+        seen.append(1)
+        dropped()
+
+    request = GradeRequest("mine", "text", "truth", {"drop": drop})
     with (
         RewardPool(0, RewardSpec(str(tmp_path / "grader.py"))) as pool,
         pytest.raises(KeyboardInterrupt),

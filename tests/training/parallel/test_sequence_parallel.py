@@ -35,7 +35,7 @@ LATENT = {
     **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 4},
     **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10},
     **{"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 12},
-    **{"first_k_dense_replace": 1, "routed_scaling_factor": 2.0},
+    **{"first_k_dense_replace": 1, "routed_scaling_factor": 2.0, "n_group": 1, "topk_group": 1},
 }
 KEPT = [(2, {}), (4, {}), (2, TWELVE_HEADS), (4, TWELVE_HEADS)]
 ALONE = ("fp32, tied", "bf16, untied, checkpointed")  # also on two ranks without the others
