@@ -302,3 +302,16 @@ def test_a_death_that_comes_just_after_the_launchers_signal_is_told(
     monkeypatch.setattr("vexact.interrupt._requested", True)
     group.close()
     assert "rank 1 (host a, pid 101) died in an idle moment" in caplog.text
+
+
+def test_a_second_signal_while_the_first_is_heeded_still_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Impatient(Script):
+        def receive(self, timeout_s: float) -> list[Arrival]:
+            raise KeyboardInterrupt
+
+    channel = Impatient()
+    group = RemoteGroup(channel, 30.0)
+    monkeypatch.setattr("vexact.interrupt._requested", True)
+    with pytest.raises(KeyboardInterrupt):
+        group.close()
+    assert len(channel.ended) == 1

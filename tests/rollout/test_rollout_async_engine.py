@@ -1,6 +1,7 @@
 """An engine behind an event loop: the samples of an engine called directly, whatever comes when."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from rollout_models import tiny_model
 
 from vexact.rollout import Engine, NonFiniteLogprobError, SamplingParams
 from vexact.rollout.async_engine import AsyncEngine
+from vexact.rollout.stream import EngineClosedError
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, ignore_eos=True)
@@ -154,3 +156,27 @@ def test_a_closed_engine_says_so():
             await engine.generate(PROMPTS[0], PARAMS)
 
     asyncio.run(scenario())
+
+
+def test_whoever_asked_while_the_thread_was_busy_is_told_of_the_close():
+    engine = AsyncEngine(make())
+    is_busy, may_go_on = threading.Event(), threading.Event()
+
+    def hold(_):
+        is_busy.set()
+        may_go_on.wait()
+
+    async def scenario():
+        holding = engine.submit(hold)
+        await asyncio.to_thread(is_busy.wait)
+        request = asyncio.create_task(engine.generate(PROMPTS[0], PARAMS, "late"))
+        waits = [request, *(asyncio.create_task(call) for call in (engine.run(lambda _: 1), engine.drain()))]
+        await asyncio.sleep(0)  # all have asked
+        engine._closed = True  # as close() begins
+        may_go_on.set()
+        await asyncio.to_thread(engine.close)
+        return holding.result(), await asyncio.gather(*waits, return_exceptions=True)
+
+    held, refused = asyncio.run(asyncio.wait_for(scenario(), timeout=60))
+    assert held is None
+    assert [type(error) for error in refused] == [EngineClosedError] * 3

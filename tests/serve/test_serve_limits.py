@@ -16,8 +16,9 @@ import pytest
 from processes import PATIENCE_S, until
 from serve_support import holding, serving, tiny_engine
 
+from vexact.serve.errors import ApiError
 from vexact.serve.prompts import LONG_TEXT, num_characters, prepare
-from vexact.serve.protocol import Body, ChatBody, CompletionBody
+from vexact.serve.protocol import Body, ChatBody, CompletionBody, _each_name_once
 from vexact.serve.server import Server
 from vexact.serve.settings import ServeSettings, is_loopback, listening_socket
 
@@ -76,6 +77,24 @@ def test_a_full_queue_is_429_and_the_client_may_try_again(narrow: Server) -> Non
         assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
         assert client.with_options(max_retries=1000).completions.create(**SHORT).choices
         running.join()
+
+
+def test_a_name_that_is_there_twice_is_found_in_one_pass() -> None:
+    """A body may hold a million names, and nobody else is answered while it is read."""
+
+    class Counting(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Counting.compared += 1
+            return str.__eq__(self, other)
+
+    names = [f"name{index}" for index in range(500)]
+    pairs = [(Counting(name), 0) for name in (*names, "twice", "twice")]
+    with pytest.raises(ApiError, match="'twice' is there twice in one object"):
+        _each_name_once(pairs)
+    assert Counting.compared < len(pairs)
 
 
 def test_a_body_that_is_too_large_or_no_json_is_refused(narrow: Server) -> None:

@@ -113,13 +113,15 @@ class RemoteGroup(WorkerGroup):
         if self._is_closed:
             return
         self._is_closed = True
-        if self._failure is None:
-            heeds = interrupt.requested() and not self._has_heeded_signal
-            failures = self._after_signal() if heeds else self._take(self._channel.receive(0.0))
-            if failures:  # of which nobody was told: the launcher's signal came first
-                self._failure = self._explain(failures)
-                log.error("%s", self._failure)
-        self._channel.end(politely=self._failure is None and not self._open)
+        try:
+            if self._failure is None:
+                heeds = interrupt.requested() and not self._has_heeded_signal
+                failures = self._after_signal() if heeds else self._take(self._channel.receive(0.0))
+                if failures:  # of which nobody was told: the launcher's signal came first
+                    self._failure = self._explain(failures)
+                    log.error("%s", self._failure)
+        finally:  # whoever presses Ctrl-C again meanwhile leaves no process behind either
+            self._channel.end(politely=self._failure is None and not self._open)
 
     def prepare(self, factory: Callable[[RankInfo], Any], address: str | None, start_timeout_s: float) -> None:
         """Joins the processes in the default group and makes their workers.

@@ -271,6 +271,7 @@ class EngineThread:
             for order in held:
                 self._release(order, order.num_reserved)
                 fail(order.added, error)
+            self._fail_calls(error)
             self._fail_waiters(error)
 
     def _die(self, cause: BaseException) -> None:
@@ -278,15 +279,20 @@ class EngineThread:
         failure = EngineFailedError(f"the engine has failed and takes no more requests: {cause}")
         with self._wake:
             self._failure = self._refusal = failure
-            calls, self._calls = self._calls, []
         for name in list(self._parts):
             self._conclude(name, error=failure)
         for order in self._held:
             self._release(order, order.num_reserved)
             fail(order.added, failure)
-        for _, on_failure in calls:
-            on_failure(failure)
+        self._fail_calls(failure)
         self._fail_waiters(failure)
+
+    def _fail_calls(self, error: BaseException) -> None:
+        """What was asked for and has not begun; nothing more can be asked for by now."""
+        with self._wake:
+            calls, self._calls = self._calls, []
+        for _, on_failure in calls:
+            on_failure(error)
 
     def _tell_waiters(self) -> None:
         if not self._waiters:

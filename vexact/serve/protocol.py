@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -185,8 +186,7 @@ def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ApiError for a name with two values, of which readers take the first or the last."""
     given = dict(pairs)
     if len(given) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ApiError(
             400,
             f"{twice!r:.80} is there twice in one object of the body; send it once",

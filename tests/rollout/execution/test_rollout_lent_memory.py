@@ -311,6 +311,17 @@ def test_the_state_follows_what_happened(no_gpu, monkeypatch):
     assert no_gpu == ["synchronize", "empty_cache"]
 
 
+def test_a_release_waits_for_the_gpu_that_was_current_when_the_memory_was_taken(no_gpu, monkeypatch):
+    waited = []
+    monkeypatch.setattr(lent_memory, "_region", lambda num_bytes, device, tenant: region(FakeLibrary()))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    memory = LentMemory(4, torch.device("cuda"), WEIGHTS)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    memory.release()
+    assert waited == [torch.device("cuda", 3)]
+
+
 def test_a_gpu_without_virtual_memory_keeps_its_cache(monkeypatch):
     monkeypatch.setattr(lent_memory, "_region", lambda num_bytes, device, tenant: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GRID V100D")

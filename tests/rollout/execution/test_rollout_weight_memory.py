@@ -185,6 +185,24 @@ def test_memory_that_others_took_is_said_and_the_weights_stay_away(engine, monke
     assert named_checksums(engine.model) == named_checksums(actor.model)
 
 
+def test_nothing_is_allocated_between_the_end_of_the_memory_and_the_end_of_its_parameters(engine, monkeypatch):
+    """What ran out of memory there would leave parameters that show addresses without memory."""
+
+    def no_memory(*sizes, **more):
+        raise torch.OutOfMemoryError
+
+    drop = type(engine.weights._memory).release
+
+    def dropping(memory):
+        drop(memory)
+        monkeypatch.setattr(torch, "empty", no_memory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.weights._memory), "release", dropping)
+        engine.release_weights()
+    assert all(isinstance(weight, AbsentWeight) for weight in engine.model.parameters())
+
+
 def test_who_cannot_give_weights_back_says_so(engine, tmp_path):
     with pytest.raises(ValueError, match="enable_sleep_mode=True needs model_path"):
         Engine(model=random_model(tiny_config(), 0), enable_sleep_mode=True)

@@ -53,6 +53,8 @@ class LentMemory:
 
     def __init__(self, num_bytes: int, device: torch.device, tenant: Tenant) -> None:
         """Raises torch.OutOfMemoryError if there is too little memory."""
+        if device.type == "cuda" and device.index is None:  # the current one may be another by the time of a release
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device, self._tenant = device, tenant
         self._region = _region(num_bytes, device, tenant)
         if self._region is None:
@@ -103,14 +105,13 @@ def _region(num_bytes: int, device: torch.device, tenant: Tenant) -> Region | No
     if device.type != "cuda":
         return HostRegion(num_bytes)
     torch.cuda.synchronize(device)  # the driver wants a context
-    index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        driver = CudaDriver(index)
+        driver = CudaDriver(device.index)
     except OSError:
         return None
     if not driver.supports_virtual_memory():
         return None
-    return CudaRegion(driver, num_bytes, torch.device("cuda", index), tenant)
+    return CudaRegion(driver, num_bytes, device, tenant)
 
 
 class HostRegion:

@@ -63,6 +63,7 @@ class WeightMemory:
         self._model = nn.Module()
         self._memory: LentMemory | None = None
         self._placed: dict[str, nn.Parameter] = {}
+        self._absent: dict[nn.Parameter, Tensor] = {}  # made beforehand: what gives memory back must not fail half way
         self._tables: list[tuple[dict[str, Any], str, nn.Parameter]] = []  # of a module, a name in it, what is there
         self.released = False  # the model does not have its parameters
         self.given_back: GivenBack | None = None  # the last time
@@ -79,11 +80,12 @@ class WeightMemory:
             self._placed[name] = placed[weight] = nn.Parameter(values, weight.requires_grad)
         for table in [module._parameters for module in model.modules()]:
             self._tables += [(table, name, placed[weight]) for name, weight in table.items() if weight is not None]
+        self._absent = {weight: AbsentWeight.like(weight) for weight in placed.values()}
         self._fill_tables({weight: weight for weight in placed.values()})
 
     def hide(self) -> None:
         """The model has ``AbsentWeight`` where it had parameters, whose values nobody needs; their memory stays."""
-        self._fill_tables({weight: AbsentWeight.like(weight) for weight in self._placed.values()})
+        self._fill_tables(self._absent)
         self.released = True
 
     def release(self, version: int) -> None:
