@@ -243,6 +243,13 @@ def test_a_deadline_names_who_is_silent_or_else_where_each_rank_is() -> None:
     assert "rank 2 (host a, pid 102) is in update, in all_reduce()" in str(error)
 
 
+def test_a_deadline_that_no_key_sets_names_none() -> None:
+    group = RemoteGroup(Script(), 30.0)
+    with pytest.raises(WorkerError, match=r"joining the process group has taken longer than 0\.1 s: rank 0 ") as found:
+        group.prepare(dummy_worker.make, None, 0.1)
+    assert "worker_timeout_s" not in str(found.value)
+
+
 def test_a_failure_elsewhere_ends_the_wait_for_another_call() -> None:
     group = RemoteGroup(Script([], [died(2)]), 30.0)
     generation = group.start("generate", ranks=[2], stage="generation")

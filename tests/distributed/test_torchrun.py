@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_is_named_and_ended(mark: str, port: int) -> None:
     output, _ = runs[0].communicate(timeout=processes.PATIENCE_S)
     assert runs[0].returncode == 2
     assert f"rank 1 (host {socket.gethostname()}, pid {runs[1].pid}) hangs in update" in output
-    assert "has not finished in 5 s (trainer.worker_timeout_s)" in output
+    assert "has not finished in 5 s; it is stopped" in output
     assert runs[1].wait(timeout=processes.PATIENCE_S) == -signal.SIGKILL
     assert processes.marked(mark) == []
 

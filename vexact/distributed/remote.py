@@ -65,10 +65,14 @@ class _Open:
     ranks: tuple[int, ...]
     deadline: float
     timeout_s: float
+    key: str  # that sets it, if one does
     values: dict[int, Any] = field(default_factory=dict)
 
     def missing(self) -> list[int]:
         return [rank for rank in self.ranks if rank not in self.values]
+
+    def limit(self) -> str:
+        return f"{self.timeout_s:g} s ({self.key})" if self.key else f"{self.timeout_s:g} s"
 
 
 class RemoteGroup(WorkerGroup):
@@ -131,7 +135,7 @@ class RemoteGroup(WorkerGroup):
         """
         everyone = tuple(range(self.size))
 
-        def on_host(method: str, stage: str, seconds: float, ranks: tuple[int, ...], *args: Any) -> list[Any]:
+        def on_host(method: str, stage: str, seconds: float | None, ranks: tuple[int, ...], *args: Any) -> list[Any]:
             call = Call(method, stage, args, {}, on_host=True)
             return self._send(ranks, [call] * len(ranks), seconds).result()
 
@@ -141,14 +145,15 @@ class RemoteGroup(WorkerGroup):
             port = on_host("serve_store", stage, start_timeout_s, (0,), address, start_timeout_s)[0]
         stage = "joining the process group"
         on_host("join", stage, start_timeout_s, everyone, address, port, start_timeout_s, self._timeout_s)
-        on_host("make", "set-up", max(self._timeout_s, start_timeout_s), everyone, factory)
+        on_host("make", "set-up", start_timeout_s if start_timeout_s > self._timeout_s else None, everyone, factory)
 
     def _send(self, ranks: tuple[int, ...], calls: Sequence[Call], timeout_s: float | None) -> Pending:
         self._look()
         assert not self._is_closed, "the group is closed"
         ticket, self._next = self._next, self._next + 1
         seconds = self._timeout_s if timeout_s is None else timeout_s
-        opened = _Open(calls[0].stage if calls else "", ranks, time.monotonic() + seconds, seconds)
+        key = TIMEOUT_KEY if timeout_s is None else ""
+        opened = _Open(calls[0].stage if calls else "", ranks, time.monotonic() + seconds, seconds, key)
         if ranks:
             self._channel.send(ticket, ranks, calls)
             self._open[ticket] = opened
@@ -236,11 +241,11 @@ class RemoteGroup(WorkerGroup):
         places = self._channel.where(missing, ANSWER_S)
         silent = [rank for rank in missing if rank not in places]
         if silent:
-            return self._silence(silent, opened.stage, opened.timeout_s)
+            return self._silence(silent, opened.stage, opened)
         found = "; ".join(f"{self.infos[rank]} is in {places[rank]}" for rank in missing)
+        remedy = f"; raise {opened.key} if it only was slow" if opened.key else ""
         return WorkerError(
-            f"{opened.stage} has taken longer than {opened.timeout_s:g} s ({TIMEOUT_KEY}): {found}; raise "
-            f"{TIMEOUT_KEY} if it only was slow",
+            f"{opened.stage} has taken longer than {opened.limit()}: {found}{remedy}",
             missing[0],
             opened.stage,
         )
@@ -250,9 +255,9 @@ class RemoteGroup(WorkerGroup):
         missing = {rank for opened in self._open.values() for rank in opened.missing()}
         return sorted(missing - {failure.rank for failure, _ in failures})
 
-    def _silence(self, ranks: Sequence[int], stage: str, timeout_s: float | None = None) -> Exception:
+    def _silence(self, ranks: Sequence[int], stage: str, late_for: _Open | None = None) -> Exception:
         names = " and ".join(str(self.infos[rank]) for rank in ranks)
-        late = f" and has not finished in {timeout_s:g} s ({TIMEOUT_KEY})" if timeout_s is not None else ""
+        late = f" and has not finished in {late_for.limit()}" if late_for is not None else ""
         return WorkerError(
             f"{names} hangs in {stage}: the process does not answer{late}; it is stopped, or its machine is gone or "
             "swapping",
