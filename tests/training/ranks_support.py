@@ -1,6 +1,7 @@
 """What ranks run in processes of their own, and how their results are compared with one process."""
 
 import contextlib
+import gc
 import hashlib
 from datetime import timedelta
 from pathlib import Path
@@ -88,6 +89,7 @@ def process_group(rank, world_size, directory, backend="gloo"):
         yield
     finally:
         dist.destroy_process_group()
+        gc.collect()  # groups in cycles: a thread of theirs that wants the interpreter at its end aborts the process
 
 
 def outcome(call, *args, **kwargs):

@@ -228,18 +228,22 @@ CHECKS = [
 def run(rank, directory):
     torch.set_num_threads(1)
     with process_group(rank, WORLD, directory):
-        groups = {count: dist.new_group(list(range(count))) for count in (1, 2, 3)}
-        layouts = [Colocated(rank, groups), *(Disaggregated(rank, groups, count) for count in (1, 2))]
-        layouts[1].alone = [dist.new_group([each]) for each in range(WORLD)][rank]
-        cases = [(check, layout) for layout in layouts for check in CHECKS] + [(roles_have_to_match, layouts[1])]
-        with open(f"{directory}/{rank}.log", "w", encoding="utf-8") as log:
-            for check, layout in cases:
-                try:
-                    check(layout)
-                except BaseException:
-                    log.write(f"{check.__name__} of {type(layout).__name__}:\n{traceback.format_exc()}")
-                    log.flush()
-                    raise
+        check_all(rank, directory)
+
+
+def check_all(rank, directory):
+    groups = {count: dist.new_group(list(range(count))) for count in (1, 2, 3)}
+    layouts = [Colocated(rank, groups), *(Disaggregated(rank, groups, count) for count in (1, 2))]
+    layouts[1].alone = [dist.new_group([each]) for each in range(WORLD)][rank]
+    cases = [(check, layout) for layout in layouts for check in CHECKS] + [(roles_have_to_match, layouts[1])]
+    with open(f"{directory}/{rank}.log", "w", encoding="utf-8") as log:
+        for check, layout in cases:
+            try:
+                check(layout)
+            except BaseException:
+                log.write(f"{check.__name__} of {type(layout).__name__}:\n{traceback.format_exc()}")
+                log.flush()
+                raise
 
 
 def test_weights_between_three_processes(tmp_path):

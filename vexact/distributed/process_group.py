@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -64,11 +65,16 @@ def new_group(ranks: Sequence[int], timeout_s: float) -> Any:
 
 
 def leave_process_group() -> None:
-    """Ends the default group if there is one. All ranks call it."""
+    """Ends the default group if there is one, and what is left of others. All ranks call it.
+
+    A group's threads end with its last reference. One of them that wants the interpreter while that ends would abort
+    the process of a run that is done, so groups that wait for the garbage collector go now.
+    """
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _limit(timeout_s: float) -> timedelta:
