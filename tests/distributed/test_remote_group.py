@@ -243,6 +243,13 @@ def test_a_deadline_names_who_is_silent_or_else_where_each_rank_is() -> None:
     assert "rank 2 (host a, pid 102) is in update, in all_reduce()" in str(error)
 
 
+def test_a_death_between_two_calls_names_the_call_before_it() -> None:
+    group = RemoteGroup(Script([Arrival(2, 0, "done")], [died(2)]), 30.0)
+    assert group.call("generate", ranks=[2], stage="generation") == ["done"]
+    with pytest.raises(WorkerError, match=r"rank 2 .* died in an idle moment after generation: its process is gone"):
+        group.start("update", ranks=[0], stage="the update")
+
+
 def test_a_deadline_that_no_key_sets_names_none() -> None:
     group = RemoteGroup(Script(), 30.0)
     with pytest.raises(WorkerError, match=r"joining the process group has taken longer than 0\.1 s: rank 0 ") as found:

@@ -7,6 +7,7 @@ import torch
 
 from vexact.models import ModelConfig, random_model
 from vexact.ops import PackedMetadata, linear_cross_entropy
+from vexact.rollout import SamplingParams
 
 GPU_SIZES = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 VOCAB = 97
@@ -77,6 +78,15 @@ def training_logprobs(model, samples):
 def bits(array):
     """fp32 as int32: NaN-proof, sign-of-zero-proof equality."""
     return np.ascontiguousarray(array, dtype=np.float32).view(np.int32).tolist()
+
+
+def sampled_by_graphs(engine, prompts):
+    """Token ids and the bits of their log-probabilities, of two samples of each prompt that captured graphs decode."""
+    params = SamplingParams(n=2, max_tokens=24, temperature=0.8, top_p=0.9, ignore_eos=True)
+    engine.stats()
+    found = engine.generate(prompts, params, [f"r{number}" for number in range(len(prompts))])
+    assert engine.stats()["rollout/graph_ratio"] > 0.8
+    return [(s.token_ids, bits(s.logprobs)) for s in found]
 
 
 class LetterTokenizer:

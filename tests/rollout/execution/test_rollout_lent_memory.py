@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rollout_models import VOCAB, bits, tiny_model
+from rollout_models import VOCAB, bits, sampled_by_graphs, tiny_model
 
 from vexact.models import ModelConfig
 from vexact.rollout import Engine, SamplingParams
@@ -342,15 +342,7 @@ def test_graphs_captured_before_a_release_give_the_same_bits_after_it():
     engine = Engine(model=model, max_model_len=6000, max_num_seqs=64, kv_cache_bytes=1 << 30)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 17, 90, 2030)]
-    params = SamplingParams(n=2, max_tokens=24, temperature=0.8, top_p=0.9, ignore_eos=True)
-
-    def generate(engine):
-        engine.stats()
-        found = engine.generate(prompts, params, ["a", "b", "c", "d"])
-        assert engine.stats()["rollout/graph_ratio"] > 0.8
-        return [(s.token_ids, bits(s.logprobs)) for s in found]
-
-    first = generate(engine)
+    first = sampled_by_graphs(engine, prompts)
     replays = dict(engine._runner.graphs._replays)
     held = engine.num_pages * kv_page_bytes(model, engine.config.page_size)
     for fill in (0xFF, 0x7F):
@@ -367,7 +359,7 @@ def test_graphs_captured_before_a_release_give_the_same_bits_after_it():
         engine.resume_kv_cache()
         assert [tensor.data_ptr() for pair in engine._runner.kv_caches for tensor in pair] == addresses
         assert not any(tensor.any() for pair in engine._runner.kv_caches for tensor in pair)
-        assert generate(engine) == first
+        assert sampled_by_graphs(engine, prompts) == first
         assert dict(engine._runner.graphs._replays) == replays
     del engine, replays
     gc.collect()

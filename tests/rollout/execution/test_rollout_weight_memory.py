@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from moe_configs import FAMILIES
-from rollout_models import VOCAB, bits, tiny_config
+from rollout_models import VOCAB, bits, sampled_by_graphs, tiny_config
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.models.checkpoint import CheckpointReader
@@ -236,15 +236,7 @@ def test_graphs_captured_before_weights_went_away_give_the_bits_of_the_new_ones(
     engine, plain = (Engine(path, enable_sleep_mode=mode, **options) for mode in (True, False))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, VOCAB, length).tolist() for length in (3, 17, 90, 400)]
-    params = SamplingParams(n=2, max_tokens=24, temperature=0.8, top_p=0.9, ignore_eos=True)
-
-    def generate(one):
-        one.stats()
-        found = one.generate(prompts, params, ["a", "b", "c", "d"])
-        assert one.stats()["rollout/graph_ratio"] > 0.8
-        return [(s.token_ids, bits(s.logprobs)) for s in found]
-
-    assert generate(engine) == generate(plain)
+    assert sampled_by_graphs(engine, prompts) == sampled_by_graphs(plain, prompts)
     replays = dict(engine._runner.graphs._replays)
     size = sum(weight.nbytes for weight in engine.model.parameters())
     seen = set()
@@ -267,8 +259,8 @@ def test_graphs_captured_before_weights_went_away_give_the_bits_of_the_new_ones(
         engine.resume_kv_cache()
         assert [weight.data_ptr() for weight in engine.model.parameters()] == addresses
         assert named_checksums(engine.model) == named_checksums(plain.model)
-        found = generate(engine)
-        assert found == generate(plain)
+        found = sampled_by_graphs(engine, prompts)
+        assert found == sampled_by_graphs(plain, prompts)
         assert dict(engine._runner.graphs._replays) == replays
         seen.add(str(found))
         del actor

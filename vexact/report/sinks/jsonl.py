@@ -13,10 +13,8 @@ from typing import Any
 from vexact.report.sinks.sink import RunInfo, Sink
 from vexact.types import StepStats
 
-FILE_NAME = "metrics.jsonl"
-
-
 log = logging.getLogger(__name__)
+FILE_NAME = "metrics.jsonl"
 
 
 class JsonlSink(Sink):
