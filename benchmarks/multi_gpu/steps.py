@@ -36,7 +36,7 @@ from benchmarks.multi_gpu.offload import least_offload
 from benchmarks.shared.clock import machine
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.trainer import digests, unsaved
-from benchmarks.trainer.grpo_run import ACTOR, SHAPES, figures, inputs, train
+from benchmarks.trainer.grpo_run import ACTOR, SHAPES, OutOfTime, figures, inputs, train
 from vexact.config import load_config
 from vexact.config.memory import Machine
 
@@ -47,7 +47,8 @@ CONTEXT_BYTES = 1 << 30  # that is never free on a GPU
 
 def efficiency(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
     """Of every colocated run beside the one on fewest GPUs, by stage: GPU-seconds of that one over its own."""
-    colocated = {name: run for name, run in runs.items() if run["layout"] == "colocated"}
+    whole = {name: run for name, run in runs.items() if "unfinished" not in run}
+    colocated = {name: run for name, run in whole.items() if run["layout"] == "colocated"}
     base = min(colocated.values(), key=lambda run: run["gpus"], default=None)
     if base is None:
         return {}
@@ -67,6 +68,7 @@ def problems(runs: dict[str, dict]) -> list[str]:
         f"{name}: {run['tokens_different']} tokens differ" for name, run in runs.items() if run["tokens_different"]
     ]
     found += [f"{name}: {n} routes differ" for name, run in runs.items() if (n := run.get("routes_different", 0))]
+    found += [f"{name}: {run['unfinished']}" for name, run in runs.items() if "unfinished" in run]
     found += [f"{name}: no token was compared" for name, run in runs.items() if not run["tokens_compared"]]
     for key in ("weights_sha256", "moments_sha256"):
         for ahead in (False, True):
@@ -91,20 +93,26 @@ def measured(
     timeout_s: float,
     arguments: argparse.Namespace,
 ) -> dict:
-    """Figures of one run. Raises RuntimeError when it fails."""
+    """Figures of one run, ``unfinished`` where its time was up after a step or later. RuntimeError: it failed."""
     more = [*layout.overrides, f"{ACTOR}.fsdp_config.expert_parallel_size={groups}"]
     offload = least_offload([*overrides, *more, *arguments.more], this_machine(layout.gpus))
-    run = train(
-        layout.gpus,
-        arguments.launcher,
-        [*overrides, *more, *offload, *arguments.more],
-        directory,
-        timeout_s,
-        stop_after=arguments.steps if arguments.digest == "none" else None,
-        program="benchmarks.trainer.unsaved" if arguments.digest == "memory" else "vexact",
-    )
+    unfinished = {}
+    try:
+        run = train(
+            layout.gpus,
+            arguments.launcher,
+            [*overrides, *more, *offload, *arguments.more],
+            directory,
+            timeout_s,
+            stop_after=arguments.steps if arguments.digest == "none" else None,
+            program="vexact" if arguments.digest == "checkpoint" else "benchmarks.trainer.unsaved",
+        )
+    except OutOfTime as stopped:
+        run, unfinished = stopped.run, {"unfinished": str(stopped)}
     found = {"gpus": layout.gpus, "layout": layout.kind, "rollout_gpus": layout.rollouts, "expert_groups": groups}
-    found |= {"offload": [key for key in offload if key.endswith("=true")], **figures(run)}
+    found |= {"offload": [key for key in offload if key.endswith("=true")], **figures(run), **unfinished}
+    if unfinished:
+        return found
     if arguments.digest == "checkpoint":
         found |= digests.of_checkpoint(directory)
     elif arguments.digest == "memory":

@@ -17,7 +17,8 @@ from vexact.training import Actor
 from vexact.training.parallel.ranks import local, unsharded
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-THREADS, WAITING = 8, 12  # of a rank: tensors hashed at once, and tensors on the host at most
+THREADS, WAITING = 8, 10  # of a rank: tensors hashed at once, and whole tensors on the device at most
+PIECE = 1 << 25  # bytes on their way from the device to a thread
 
 Hashes = Mapping[str, Mapping[str, str]]
 """SHA-256 of whole tensors, by parameter and by kind."""
@@ -50,9 +51,9 @@ def share(actor: Actor) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     room = BoundedSemaphore(WAITING)
 
-    def hash_one(name: str, kind: str, whole: Tensor) -> None:
+    def hash_one(name: str, kind: str, whole: Tensor, ready: torch.cuda.Event | None) -> None:
         try:
-            found.setdefault(name, {})[kind] = _sha256(whole)
+            found.setdefault(name, {})[kind] = _sha256(whole) if ready is None else _sha256_on_device(whole, ready)
         finally:
             room.release()
 
@@ -61,7 +62,9 @@ def share(actor: Actor) -> dict[str, dict[str, str]]:
         for index, (name, kind, whole) in enumerate(_whole_tensors(actor)):
             if index % actor.ranks.world_size == actor.ranks.rank:
                 room.acquire()
-                futures.append(pool.submit(hash_one, name, kind, whole.cpu()))
+                ready = torch.cuda.current_stream(whole.device).record_event() if whole.is_cuda else None
+                futures.append(pool.submit(hash_one, name, kind, whole, ready))
+            del whole
     for future in futures:
         future.result()
     return found
@@ -78,4 +81,21 @@ def _whole_tensors(actor: Actor) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()
+
+
+def _sha256_on_device(tensor: Tensor, ready: torch.cuda.Event) -> str:
+    """Of a tensor that is whole at ``ready``, in pieces on a stream of its own: the other ranks wait for no copy."""
+    digest, stream = hashlib.sha256(), torch.cuda.Stream(tensor.device)
+    with torch.cuda.stream(stream):  # and on its device, which a new thread has not got
+        room = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+        ready.wait(stream)
+        for piece in _bytes(tensor).split(PIECE):
+            room[: len(piece)].copy_(piece, non_blocking=True)
+            stream.synchronize()
+            digest.update(room[: len(piece)].numpy())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

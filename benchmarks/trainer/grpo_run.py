@@ -27,6 +27,7 @@ from benchmarks.trainer.end_to_end import random_checkpoint, reward_file
 from vexact.prepare.shapes import SHAPES as CHECKPOINTS
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+NO_TIME = "none before the time was up"
 CHAT_TOKENS = 18  # of the byte tokenizer's chat template around a prompt
 TIMES = ("gen", "gen_ahead", "old_log_prob", "adv", "update_actor", "update_weights", "audit", "step")
 TINY = CHECKPOINTS["qwen3-0.6b"] | {
@@ -136,13 +137,21 @@ def command(gpus: int, launcher: str, overrides: Sequence[str], program: str = "
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run that has ended well."""
+    """A run that has ended well, or what one has to show that ran out of time."""
 
     rows: list[dict]  # of metrics.jsonl, one per step
     directory: Path
     wall_s: float
     peak_bytes: int | None  # of the fullest GPU, as the driver sees it; None without a GPU
     attention: str  # what the rollout attends with, by name
+
+
+class OutOfTime(RuntimeError):
+    """The time of ``run`` was up after its first step or later; its rows are all that it finished."""
+
+    def __init__(self, run: Finished) -> None:
+        super().__init__(f"the time was up after step {len(run.rows)}")
+        self.run = run
 
 
 def train(
@@ -160,8 +169,9 @@ def train(
         program: the module that trains, with the command line of ``vexact``.
 
     Raises:
-        RuntimeError: the run failed or ran out of time; the message ends with its last lines. None of its processes
-            is left.
+        OutOfTime: the time was up after its first step or later.
+        RuntimeError: the run failed, or the time was up before that; the message ends with its last lines. None of its
+            processes is left.
     """
     environment, devices = dict(os.environ), None
     if torch.cuda.is_available():
@@ -176,13 +186,22 @@ def train(
         subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment) as process,
     ):
         code = wait(process, directory / "metrics.jsonl", started + timeout_s, stop_after)
+    seconds, said = time.monotonic() - started, log.read_text(errors="replace")
+    steps = _steps(directory / "metrics.jsonl")
+    finished = Finished(steps, directory, seconds, max(peak, default=0) or None, attention(said))
+    if code == NO_TIME and steps:
+        raise OutOfTime(finished)
     if code != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        tail = "\n".join(said.splitlines()[-30:])
         raise RuntimeError(f"{' '.join(line)}\nexit code {code}; the end of {log}:\n{tail}")
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "timing_s/step" in row and "actor/loss" in row]
-    seconds = time.monotonic() - started
-    return Finished(steps, directory, seconds, max(peak, default=0) or None, attention(log.read_text(errors="replace")))
+    return finished
+
+
+def _steps(metrics: Path) -> list[dict]:
+    """Rows of whole training steps; a last line that is cut is none."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if "timing_s/step" in row and "actor/loss" in row]
 
 
 def attention(log: str) -> str:
@@ -201,7 +220,7 @@ def wait(process: subprocess.Popen, rows: Path, deadline: float, stop_after: int
     while process.poll() is None:
         if time.monotonic() > deadline:
             end_family(process)
-            return "none before the time was up"
+            return NO_TIME
         if stop_after is not None and not has_stopped and rows.is_file():
             has_stopped = rows.read_text().count('"actor/loss"') >= stop_after
             if has_stopped:

@@ -55,6 +55,37 @@ def test_efficiency_is_beside_the_run_on_fewest_gpus() -> None:
     assert efficiency({"2+2": runs["2+2"]}) == {}
 
 
+def test_a_run_that_is_out_of_time_keeps_the_steps_it_finished(tmp_path, monkeypatch) -> None:
+    row = {f"timing_s/{name}": 2.0 for name in ("gen", "update_actor", "step")}
+    row |= {"actor/loss": 0.0, "actor/grad_norm": 1.5, "bitwise/tokens_compared": 7, "rollout/num_tokens": 7}
+    row |= {"prompt_length/mean": 3.0, "response_length/mean": 4.0}
+    told = tmp_path / "run" / "metrics.jsonl"
+    lines = f"{json.dumps({'data/rows': 9})}\n{json.dumps(row)}\n{json.dumps(row)}\n{json.dumps(row)[:20]}"
+    script = f"import pathlib, time; pathlib.Path({str(told)!r}).write_text({lines!r}); time.sleep({PATIENCE_S})"
+    monkeypatch.setattr(grpo_run, "command", lambda *given: [sys.executable, "-c", script])
+
+    def until_told(process, rows, deadline, stop_after) -> int | str:
+        until(lambda: told.is_file() and told.read_text() == lines)
+        return wait(process, rows, 0.0, stop_after)
+
+    wait = grpo_run.wait
+    monkeypatch.setattr(grpo_run, "wait", until_told)
+    with pytest.raises(grpo_run.OutOfTime, match="the time was up after step 2") as stopped:
+        grpo_run.train(1, "torchrun", [], tmp_path / "run", 1.0)
+    figures = grpo_run.figures(stopped.value.run)
+    assert (figures["steps"], figures["tokens_compared"], figures["step_s"]) == (2, 14, [2.0, 2.0])
+    run = entry(4, "colocated", 1.0) | {"unfinished": str(stopped.value)}
+    assert problems({"4": run}) == ["4: the time was up after step 2"]
+    assert efficiency({"4": run, "2": entry(2, "colocated", 4.0)}) == {}
+
+    lines = ""  # before its first step there is nothing to keep
+    told.unlink()
+    script = f"import pathlib, time; pathlib.Path({str(told)!r}).touch(); time.sleep({PATIENCE_S})"
+    with pytest.raises(RuntimeError, match="exit code none before the time was up") as failed:
+        grpo_run.train(1, "torchrun", [], tmp_path / "run", 1.0)
+    assert not isinstance(failed.value, grpo_run.OutOfTime)
+
+
 @pytest.mark.parametrize(
     ("layout", "offloaded"),
     [("4", ""), ("3+1", ""), ("2+2", "moments"), ("2", "moments"), ("1", "moments, sleeps")],
