@@ -26,11 +26,13 @@ import argparse
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from benchmarks.multi_gpu.scale_shapes import MODELS, ScaleModel
 from vexact.config import load_config
 from vexact.config.memory import Placement, memory_plan, size_text
+from vexact.training.batches.packing import idle_share, pack
 
 RESULTS = Path(__file__).parents[1] / "results"
 GPUS_PER_NODE = 8
@@ -62,9 +64,17 @@ class Measured:
     def tokens(self) -> int:
         return self.sequences * (self.prompt_tokens + self.new_tokens)
 
-    @property
-    def micro_batches(self) -> int:
-        return math.ceil(self.tokens / self.token_budget)
+    def rounds(self, gpus: int) -> tuple[int, float]:
+        """Rounds of micro-batches of an update when so many GPUs have this work each, and the share of them that is
+        idle."""
+        return _rounds(self.sequences * gpus, self.prompt_tokens + self.new_tokens, self.token_budget, gpus)
+
+
+@lru_cache
+def _rounds(sequences: int, length: int, budget: int, gpus: int) -> tuple[int, float]:
+    lengths = [length] * sequences
+    groups = pack(lengths, budget, balance=True)
+    return math.ceil(len(groups) / gpus), idle_share(groups, lengths, gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +123,13 @@ def ring(gpus: int, size: float) -> float:
 def predict(base: Measured, model: ScaleModel, gpus: int, *, exact: bool = True) -> Predicted:
     """A step of ``gpus`` GPUs with the measured sequences on each; not exact: a ring, and a pass for old log-probs."""
     flops = model.flops(base.tokens, base.prompt_tokens + base.new_tokens)
-    compute = base.update * flops / base.model.flops(base.tokens, base.prompt_tokens + base.new_tokens)
+    rounds, idle = base.rounds(gpus)
+    busy = base.update * flops / base.model.flops(base.tokens, base.prompt_tokens + base.new_tokens)
     parameters = model.shape.num_parameters
     gather = ring(gpus, 2 * parameters)
     reduce = all_to_all(gpus, 4 * parameters) if exact else ring(gpus, 4 * parameters)
-    gathers, gradients = base.micro_batches * 2 * gather, base.micro_batches * reduce
+    compute = busy / (1.0 - idle)
+    gathers, gradients = rounds * 2 * gather, rounds * reduce
     update = compute + max(0.0, gathers + gradients - HIDDEN * compute)
     recompute = 0.0 if exact else FORWARD_SHARE * compute + max(0.0, gathers / 2 - HIDDEN * FORWARD_SHARE * compute)
     generation = base.generation * model.decode_bytes(base) / base.model.decode_bytes(base)

@@ -66,7 +66,7 @@ def train(actor, case, steps, group=None):
 
 
 def without_times(metrics):
-    return {name: value for name, value in metrics.items() if not name.startswith("timing")}
+    return {name: value for name, value in metrics.items() if not name.startswith(("timing", "perf/"))}
 
 
 def digest(state):

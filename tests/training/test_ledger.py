@@ -107,7 +107,7 @@ def test_samples_mixed_up_on_the_way_to_the_actor_stop_it(change, message, confi
         assert_same_bits(weights_of(actor), before)
 
 
-@pytest.mark.parametrize("config", [{}, {"ppo_max_token_len_per_gpu": 20}, {"ppo_mini_batch_size": 4, "shuffle": True}])
+@pytest.mark.parametrize("config", [{}, {"ppo_max_token_len_per_gpu": 24}, {"ppo_mini_batch_size": 4, "shuffle": True}])
 @pytest.mark.parametrize("change", [_swap_advantages, _flip, _flip_one_token, _rotate_references, _other_tokens])
 def test_samples_mixed_up_while_packing_stop_it_too(monkeypatch, change, config):
     """Behind the check of what came to the actor: in the tensors that the loss reads."""

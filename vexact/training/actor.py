@@ -22,7 +22,7 @@ from vexact.training.batches.batch import PackedBatch, PolicyTargets, policy_tar
 from vexact.training.batches.checks import check_sequences
 from vexact.training.batches.ledger import Ledger, checksums
 from vexact.training.batches.mini_batches import mini_batches
-from vexact.training.batches.packing import pack
+from vexact.training.batches.packing import idle_share, pack
 from vexact.training.config import ActorConfig
 from vexact.training.optim.offload import park
 from vexact.training.optim.optimizer import Optimizer
@@ -238,7 +238,9 @@ class Actor:
                 audit = redraw = None
         self.num_updates += 1
         health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
-        means = mean_metrics(steps) | health | {"timing_s/audit_forward": audit_seconds}
+        means = mean_metrics(steps)
+        means["perf/idle_share/actor"] = means.pop("actor/idle_share")
+        means |= health | {"timing_s/audit_forward": audit_seconds}
         means |= {} if correction is None else correction.metrics()
         return means | {"actor/lr": lr} | self._coefficients()
 
@@ -313,7 +315,7 @@ class Actor:
             sums |= load_metrics(loads)
             if math.isfinite(norm) and self.config.router_bias_update_rate:
                 update_router_bias(self.model, loads, self.config.router_bias_update_rate, self.ranks)
-        return sums | {"grad_norm": norm}
+        return sums | {"grad_norm": norm, "idle_share": idle_share(groups, lengths, self.ranks.at_once)}
 
     def _watch_experts(self, num_sequences: int) -> ExpertWatch | None:
         if not self.model.chooses_experts:

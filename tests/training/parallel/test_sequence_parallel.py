@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from moe_configs import QWEN3_MOE
-from ranks_support import WEIGHED
+from ranks_support import WEIGHED, without_times
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
 from vexact.config.memory import ModelShape
@@ -94,7 +94,7 @@ def outcome(case, size, group=None, **more):
         "routes": scored.routes,
         "audited": audited,
         "redrawn": redraw.take(),
-        "metrics": metrics,
+        "metrics": without_times(metrics),
         "gradients": {name: unsharded(gradient).float() for name, gradient in gradients.items()},
         "weights": weights_of(actor),
     }

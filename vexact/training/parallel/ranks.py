@@ -90,9 +90,13 @@ class Ranks:
         As many on every rank: where others have one more, an empty group stands at the end. Ranks that compute
         micro-batches together count as one.
         """
-        at_once = self.world_size // self.per_batch
-        rounds = range(self.rank // self.per_batch, -(-len(groups) // at_once) * at_once, at_once)
+        rounds = range(self.rank // self.per_batch, -(-len(groups) // self.at_once) * self.at_once, self.at_once)
         return [groups[i] if i < len(groups) else [] for i in rounds]
+
+    @property
+    def at_once(self) -> int:
+        """Micro-batches in a round."""
+        return self.world_size // self.per_batch
 
     @property
     def budget_key(self) -> str:

@@ -86,7 +86,8 @@ def score(
     one whose forward is observed.
     """
     lengths = [s.num_input_tokens for s in sequences]
-    groups = ranks.share(pack(lengths, budget, balance=True, names=names, key=ranks.budget_key))
+    groups = pack(lengths, budget, balance=True, ranks=ranks.at_once, names=names, key=ranks.budget_key)
+    groups = ranks.share(groups)
     values, routes = [], []
     try:
         for group in groups:
