@@ -23,8 +23,9 @@ from torch import Tensor
 
 from benchmarks.shared.clock import environment
 from benchmarks.shared.options import needs_gpu, out_file
-from vexact.ops.kernels import embedding, qk_norm_rope, rms_norm, rope, sampling, swiglu
-from vexact.ops.qk_norm_rope import qk_norm_rope_reference
+from vexact.ops.kernels import embedding, rms_norm, sampling, swiglu
+from vexact.ops.kernels.rotary import qk_norm_rope, rope
+from vexact.ops.rotary.qk_norm_rope import qk_norm_rope_reference
 
 TOKENS = 16384
 HIDDEN = (2048, 4096)

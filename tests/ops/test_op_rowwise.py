@@ -6,7 +6,7 @@ from vexact.models.rotary import cos_sin_table
 from vexact.ops import add_rms_norm, embedding, qk_norm_rope, rms_norm, rope, swiglu
 from vexact.ops.cpu.reduce import tree_sum
 from vexact.ops.rms_norm import rms_norm_reference
-from vexact.ops.rope import rope_reference
+from vexact.ops.rotary.rope import rope_reference
 from vexact.ops.swiglu import swiglu_reference
 
 DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]

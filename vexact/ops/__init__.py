@@ -12,7 +12,6 @@ from vexact.ops.attention import (
     write_kv,
 )
 from vexact.ops.embedding import embedding
-from vexact.ops.latent_rope import latent_rope
 from vexact.ops.linear import linear
 from vexact.ops.linear_cross_entropy import (
     linear_cross_entropy,
@@ -31,10 +30,11 @@ from vexact.ops.moe import (
     route,
     route_and_group,
 )
-from vexact.ops.qk_norm_rope import qk_norm_rope
 from vexact.ops.rms_norm import add_rms_norm, rms_norm
-from vexact.ops.rope import rope
-from vexact.ops.rope_to_cache import HeadNorms, rope_to_cache
+from vexact.ops.rotary.latent_rope import latent_rope
+from vexact.ops.rotary.qk_norm_rope import qk_norm_rope
+from vexact.ops.rotary.rope import rope
+from vexact.ops.rotary.rope_to_cache import HeadNorms, rope_to_cache
 from vexact.ops.sampling import SamplingTensors, sample
 from vexact.ops.swiglu import swiglu
 

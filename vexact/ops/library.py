@@ -84,12 +84,12 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
 def qk_norm_rope_forward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, positions: Tensor, cos_sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return module("qk_norm_rope", q).forward(q, k, q_weight, k_weight, eps, positions, cos_sin)
+    return module("rotary.qk_norm_rope", q).forward(q, k, q_weight, k_weight, eps, positions, cos_sin)
 
 
 @_opaque(lambda q, k, positions, cos_sin, inverse: _same(q, k))
 def rope_forward(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return module("rope", q).forward(q, k, positions, cos_sin, inverse)
+    return module("rotary.rope", q).forward(q, k, positions, cos_sin, inverse)
 
 
 @_opaque(lambda q, *others: _same(q)[0], mutates=("k_cache", "v_cache"))
@@ -107,14 +107,14 @@ def rope_to_cache_forward(
     slot_mapping: Tensor,
 ) -> Tensor:
     cache = k_cache, v_cache, slot_mapping
-    return module("rope_to_cache", q).forward(q, k, v, q_weight, k_weight, eps, positions, cos_sin, *cache)
+    return module("rotary.rope_to_cache", q).forward(q, k, v, q_weight, k_weight, eps, positions, cos_sin, *cache)
 
 
 @_opaque(lambda q, *others: _same(q, q))
 def latent_rope_forward(
     q: Tensor, k_plain: Tensor, k_rotated: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    return module("latent_rope", q).forward(q, k_plain, k_rotated, positions, cos_sin, interleaved)
+    return module("rotary.latent_rope", q).forward(q, k_plain, k_rotated, positions, cos_sin, interleaved)
 
 
 @_opaque(lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)))
@@ -344,7 +344,7 @@ OPS = {
         write_kv=attention_write_kv,
     ),
     "embedding": SimpleNamespace(forward=embedding_forward, backward=embedding_backward),
-    "latent_rope": SimpleNamespace(forward=latent_rope_forward),
+    "rotary.latent_rope": SimpleNamespace(forward=latent_rope_forward),
     "linear": SimpleNamespace(
         forward=linear_forward,
         grad_input=linear_grad_input,
@@ -366,10 +366,10 @@ OPS = {
     "moe.router": SimpleNamespace(
         forward=moe_router_forward, grouped_forward=moe_router_grouped_forward, backward=moe_router_backward
     ),
-    "qk_norm_rope": SimpleNamespace(forward=qk_norm_rope_forward),
+    "rotary.qk_norm_rope": SimpleNamespace(forward=qk_norm_rope_forward),
     "rms_norm": SimpleNamespace(forward=rms_norm_forward, add_forward=rms_norm_add_forward, backward=rms_norm_backward),
-    "rope": SimpleNamespace(forward=rope_forward),
-    "rope_to_cache": SimpleNamespace(forward=rope_to_cache_forward),
+    "rotary.rope": SimpleNamespace(forward=rope_forward),
+    "rotary.rope_to_cache": SimpleNamespace(forward=rope_to_cache_forward),
     "swiglu": SimpleNamespace(forward=swiglu_forward, backward=swiglu_backward),
 }
 """By operator: the functions of its kernel module and of its CPU twin, under the same names."""

@@ -17,11 +17,12 @@ import torch
 from linear_compile import FP32, compile_launches, meta
 from torch import Tensor
 
-from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, rope_to_cache, swiglu
+from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, swiglu
 from vexact.ops.kernels.attention import paged_forward
 from vexact.ops.kernels.chain import Chain
 from vexact.ops.kernels.linear.tile_table import TUNED
 from vexact.ops.kernels.linear.tiles import Tile
+from vexact.ops.kernels.rotary import rope_to_cache
 
 ARCH = 90
 ROWS = 64

@@ -15,17 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vexact.ops.kernels import (
-    checksum,
-    latent_rope,
-    qk_norm_rope,
-    rms_norm,
-    rope,
-    rope_to_cache,
-    square_sums,
-    swiglu,
-)
+from vexact.ops.kernels import checksum, rms_norm, square_sums, swiglu
 from vexact.ops.kernels.embedding import gather, grad
+from vexact.ops.kernels.rotary import latent_rope, qk_norm_rope, rope, rope_to_cache
 from vexact.ops.kernels.sampling import draw, threshold
 from vexact.ops.kernels.sizes import column_blocks, next_power_of_2
 

@@ -19,7 +19,7 @@ from processes import PATIENCE_S
 from rowwise import same_bits
 from triton.runtime.interpreter import GridExecutor
 
-from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, rope_to_cache, swiglu
+from vexact.ops.kernels import chain, linear, linear_swiglu, rms_norm, swiglu
 from vexact.ops.kernels.attention import paged
 from vexact.ops.kernels.chain import Chain
 from vexact.ops.kernels.launches import forget
@@ -27,6 +27,7 @@ from vexact.ops.kernels.linear import launch as linear_launch
 from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.moe import combine, few, grouped_linear, router
 from vexact.ops.kernels.moe import tma as moe_tma
+from vexact.ops.kernels.rotary import rope_to_cache
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 _SCRIPT = Path(__file__).with_name("chain_compile.py")

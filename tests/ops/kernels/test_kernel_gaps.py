@@ -11,8 +11,9 @@ import torch
 from rowwise import DEVICE, randn, same_bits
 from torch import Tensor
 
-from vexact.ops.kernels import linear, logprob, qk_norm_rope, rms_norm, rope_to_cache, sampling
+from vexact.ops.kernels import linear, logprob, rms_norm, sampling
 from vexact.ops.kernels.attention import write_kv
+from vexact.ops.kernels.rotary import qk_norm_rope, rope_to_cache
 
 TOKENS, HEADS, KV_HEADS, DIM = 5, 4, 2, 16
 Spread = Callable[[Tensor], Tensor]

@@ -22,8 +22,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vexact.ops.kernels import launches, linear, rms_norm, rope_to_cache, swiglu
+from vexact.ops.kernels import launches, linear, rms_norm, swiglu
 from vexact.ops.kernels.launches import Call, Launches
+from vexact.ops.kernels.rotary import rope_to_cache
 
 STREAM = 77
 FUNCTION = 4242

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vexact.ops.attention.interface import KVCache, write_kv
 from vexact.ops.attention.metadata import PackedMetadata, PagedMetadata
-from vexact.ops.latent_rope import rotated_and_joined
+from vexact.ops.rotary.latent_rope import rotated_and_joined
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:

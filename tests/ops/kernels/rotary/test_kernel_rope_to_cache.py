@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vexact.ops import HeadNorms
 from vexact.ops import rope_to_cache as rope_to_cache_op
-from vexact.ops.cpu import rope_to_cache as twin
-from vexact.ops.kernels import qk_norm_rope, rope
-from vexact.ops.kernels import rope_to_cache as kernel
+from vexact.ops.cpu.rotary import rope_to_cache as twin
 from vexact.ops.kernels.attention import write_kv
+from vexact.ops.kernels.rotary import qk_norm_rope, rope
+from vexact.ops.kernels.rotary import rope_to_cache as kernel
 
 EPS = 1e-6
 SLOTS = (17, 3, -1, 0, 31, 16, -1, 8, 25, 9, 1)

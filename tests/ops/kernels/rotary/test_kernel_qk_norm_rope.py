@@ -7,9 +7,9 @@ import torch
 from rowwise import DEVICE, poisoned_outputs, randn, relative_error, same_bits
 from torch import Tensor
 
-from vexact.ops.cpu import qk_norm_rope as twin
-from vexact.ops.kernels import qk_norm_rope as kernel
-from vexact.ops.qk_norm_rope import qk_norm_rope_reference
+from vexact.ops.cpu.rotary import qk_norm_rope as twin
+from vexact.ops.kernels.rotary import qk_norm_rope as kernel
+from vexact.ops.rotary.qk_norm_rope import qk_norm_rope_reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 EPS = 1e-6

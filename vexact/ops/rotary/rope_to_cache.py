@@ -11,8 +11,8 @@ from vexact.ops.attention.checks import check_pages
 from vexact.ops.attention.interface import KVCache, write_kv
 from vexact.ops.checks import check_per_row
 from vexact.ops.dispatch import backend
-from vexact.ops.qk_norm_rope import check_norms, qk_norm_rope
-from vexact.ops.rope import check_rope, rope
+from vexact.ops.rotary.qk_norm_rope import check_norms, qk_norm_rope
+from vexact.ops.rotary.rope import check_rope, rope
 
 
 class HeadNorms(NamedTuple):
@@ -56,7 +56,7 @@ def rope_to_cache(
     check_pages("rope_to_cache", k, v, kv_cache)
     check_per_row("rope_to_cache", q.shape[0], torch.int64, slot_mapping=slot_mapping)
     q_weight, k_weight, eps = norms or (None, None, 0.0)
-    out: Tensor = backend("rope_to_cache", q).forward(
+    out: Tensor = backend("rotary.rope_to_cache", q).forward(
         q, k, v, q_weight, k_weight, eps, positions, cos_sin, *kv_cache, slot_mapping
     )
     return out

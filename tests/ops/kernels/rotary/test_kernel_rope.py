@@ -7,9 +7,9 @@ import torch
 from rowwise import DEVICE, poisoned_outputs, randn, relative_error, same_bits
 from torch import Tensor
 
-from vexact.ops.cpu import rope as twin
-from vexact.ops.kernels import rope as kernel
-from vexact.ops.rope import rope_reference
+from vexact.ops.cpu.rotary import rope as twin
+from vexact.ops.kernels.rotary import rope as kernel
+from vexact.ops.rotary.rope import rope_reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

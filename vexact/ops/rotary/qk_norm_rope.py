@@ -12,7 +12,7 @@ from vexact.ops.checks import alike, check_floats
 from vexact.ops.differentiate import apply
 from vexact.ops.dispatch import backend
 from vexact.ops.rms_norm import rms_norm_reference
-from vexact.ops.rope import check_rope, rope_reference
+from vexact.ops.rotary.rope import check_rope, rope_reference
 
 
 def qk_norm_rope(
@@ -64,7 +64,7 @@ class _QkNormRope(torch.autograd.Function):
         positions: Tensor,
         cos_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        op = backend("qk_norm_rope", q)
+        op = backend("rotary.qk_norm_rope", q)
         q_out, k_out, q_rstd, k_rstd = op.forward(q, k, q_weight, k_weight, eps, positions, cos_sin)
         ctx.save_for_backward(q, k, q_weight, k_weight, q_rstd, k_rstd, positions, cos_sin)
         return q_out, k_out
@@ -73,7 +73,7 @@ class _QkNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
         q, k, q_weight, k_weight, q_rstd, k_rstd, positions, cos_sin = ctx.saved_tensors
-        dq, dk = backend("rope", dq).forward(dq, dk, positions, cos_sin, True)
+        dq, dk = backend("rotary.rope", dq).forward(dq, dk, positions, cos_sin, True)
         dq, dq_weight = _norm_backward(dq, q, q_weight, q_rstd)
         dk, dk_weight = _norm_backward(dk, k, k_weight, k_rstd)
         return dq, dk, dq_weight, dk_weight, None, None, None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vexact.ops.cpu import rms_norm, rope
+from vexact.ops.cpu import rms_norm
+from vexact.ops.cpu.rotary import rope
 
 
 def forward(

@@ -59,11 +59,11 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(positions, cos_sin)
-        return backend("rope", q).forward(q, k, positions, cos_sin, False)
+        return backend("rotary.rope", q).forward(q, k, positions, cos_sin, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None]:
         positions, cos_sin = ctx.saved_tensors
-        dq, dk = backend("rope", dq).forward(dq, dk, positions, cos_sin, True)
+        dq, dk = backend("rotary.rope", dq).forward(dq, dk, positions, cos_sin, True)
         return dq, dk, None, None

@@ -6,8 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from vexact.ops.cpu import rope
-from vexact.ops.latent_rope import rotated_and_joined
+from vexact.ops.cpu.rotary import rope
+from vexact.ops.rotary.latent_rope import rotated_and_joined
 
 
 def forward(

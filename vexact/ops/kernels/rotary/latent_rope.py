@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vexact.ops.kernels.launches import Call, Launches
-from vexact.ops.kernels.rope import store_rotated, token_angles
+from vexact.ops.kernels.rotary.rope import store_rotated, token_angles
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK_HEADS = 8

@@ -13,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vexact.ops.kernels.launches import Call, Launches
-from vexact.ops.kernels.rope import head_tile, launch_config, load_halves, packed_heads, store_rotated, token_angles
+from vexact.ops.kernels.rotary.rope import (
+    head_tile,
+    launch_config,
+    load_halves,
+    packed_heads,
+    store_rotated,
+    token_angles,
+)
 
 _launches = Launches()
 

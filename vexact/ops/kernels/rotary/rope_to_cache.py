@@ -13,8 +13,15 @@ from vexact.ops.kernels import chain
 from vexact.ops.kernels.chain import follow
 from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.launch import overlaps
-from vexact.ops.kernels.qk_norm_rope import normalize, readable
-from vexact.ops.kernels.rope import head_tile, launch_config, load_halves, packed_heads, store_rotated, token_angles
+from vexact.ops.kernels.rotary.qk_norm_rope import normalize, readable
+from vexact.ops.kernels.rotary.rope import (
+    head_tile,
+    launch_config,
+    load_halves,
+    packed_heads,
+    store_rotated,
+    token_angles,
+)
 from vexact.ops.kernels.sizes import next_power_of_2
 
 _launches = Launches()

@@ -8,9 +8,9 @@ from rowwise import DEVICE, poisoned_outputs, randn, same_bits
 from torch import Tensor
 
 from vexact.ops import latent_rope, rope, stock
-from vexact.ops.cpu import latent_rope as twin
-from vexact.ops.kernels import latent_rope as kernel
-from vexact.ops.latent_rope import rotated_and_joined
+from vexact.ops.cpu.rotary import latent_rope as twin
+from vexact.ops.kernels.rotary import latent_rope as kernel
+from vexact.ops.rotary.latent_rope import rotated_and_joined
 
 POSITIONS = torch.tensor([0, 1, 2, 40, 99, 0, 63])
 # heads, plain, rotated

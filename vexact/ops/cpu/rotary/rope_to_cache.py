@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vexact.ops.cpu import qk_norm_rope, rope
 from vexact.ops.cpu.attention import write_kv
+from vexact.ops.cpu.rotary import qk_norm_rope, rope
 
 
 def forward(

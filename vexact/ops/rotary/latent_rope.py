@@ -89,7 +89,7 @@ class _LatentRope(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(positions, cos_sin)
         ctx.rotated, ctx.interleaved = k_rotated.shape[1], interleaved
-        return backend("latent_rope", q).forward(q, k_plain, k_rotated, positions, cos_sin, interleaved)
+        return backend("rotary.latent_rope", q).forward(q, k_plain, k_rotated, positions, cos_sin, interleaved)
 
     @staticmethod
     @once_differentiable
@@ -98,7 +98,7 @@ class _LatentRope(torch.autograd.Function):
         sizes = dq.shape[2] - ctx.rotated, ctx.rotated
         (dq_plain, dq_rotated), (dk_plain, dk_rotated) = dq.split(sizes, dim=2), dk.split(sizes, dim=2)
         dk_rotated = dk_rotated.sum(1, keepdim=True)
-        dq_rotated, dk_rotated = backend("rope", dq).forward(dq_rotated, dk_rotated, positions, cos_sin, True)
+        dq_rotated, dk_rotated = backend("rotary.rope", dq).forward(dq_rotated, dk_rotated, positions, cos_sin, True)
         if ctx.interleaved:
             dq_rotated, dk_rotated = _pairs(dq_rotated), _pairs(dk_rotated)
         return torch.cat((dq_plain, dq_rotated), dim=2), dk_plain, dk_rotated.squeeze(1), None, None, None

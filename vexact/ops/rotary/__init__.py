@@ -1,0 +1,1 @@
+"""Rotary position embeddings, alone and together with what stands beside them in a layer."""
