@@ -155,8 +155,8 @@ METRICS: dict[str, dict[str, str]] = {
         "need, without recomputation, per second of timing_s/update_actor, over the GPUs' peak. Absent where the peak "
         "is not known, and for float32 (vexact/models/flops.py, vexact/trainer/step/mfu.py).",
         "perf/idle_share/actor": "Share of the tokens that the GPUs could compute in the update's rounds of "
-        "micro-batches, and do not, as there are too few for all GPUs or uneven ones; 0 on one GPU. Where it is high, "
-        "lower actor.ppo_max_token_len_per_gpu or take fewer GPUs.",
+        "micro-batches, and do not, as there are too few for all GPUs or uneven ones; absent on one GPU. Where it is "
+        "high, lower actor.ppo_max_token_len_per_gpu or train on fewer GPUs.",
         "perf/{max_memory_allocated_gb,max_memory_reserved_gb}": "Most memory (GiB) that one of the run's processes "
         "has had on its GPU since the start; absent on CPUs.",
         "perf/cpu_memory_used_gb": "Memory in use (GiB), of the machine of the process where it is most.",

@@ -80,6 +80,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("throughput", ("perf/throughput",), "tokens / s / GPU", smooth=True),
         Panel("tokens sampled per second", ("rollout/decode_tokens_per_s",), "tokens / s", smooth=True),
         Panel("model FLOPs utilisation", ("perf/mfu/*",), "share of the peak", smooth=True),
+        Panel("idle GPUs in the update", ("perf/idle_share/*",), "share"),
         Panel("memory", ("perf/*memory*_gb",), "GiB"),
         Panel("grading one sample", ("reward/time_s/mean", "reward/time_s/max"), "seconds"),
         Panel("key-value pages in use", ("rollout/kv_usage",), "share, at the peak"),

@@ -239,7 +239,8 @@ class Actor:
         self.num_updates += 1
         health = {"actor/skipped_in_a_row": float(longest), "actor/nonfinite_tensors": self._num_nonfinite()}
         means = mean_metrics(steps)
-        means["perf/idle_share/actor"] = means.pop("actor/idle_share")
+        idle = means.pop("actor/idle_share")
+        means |= {"perf/idle_share/actor": idle} if self.ranks.at_once > 1 else {}
         means |= health | {"timing_s/audit_forward": audit_seconds}
         means |= {} if correction is None else correction.metrics()
         return means | {"actor/lr": lr} | self._coefficients()

@@ -272,6 +272,17 @@ def test_health_names_what_it_saw_once_per_kind(caplog):
     assert (caplog.text.count("norm.weight holds 1"), caplog.text.count("the loss was nan")) == (1, 1)
 
 
+def test_gpus_that_wait_for_others_in_an_update_are_told_of_once(caplog):
+    caplog.set_level(logging.WARNING)
+    health = UpdateHealth("strict", 0)
+    fine = {"actor/nonfinite_tensors": 0.0, "actor/skipped_steps": 0.0, "actor/skipped_in_a_row": 0.0}
+    for share in ({}, {"perf/idle_share/actor": 0.2}, {"perf/idle_share/actor": 0.375}, {"perf/idle_share/actor": 0.5}):
+        health.check(fine | share, [])
+    assert len(caplog.records) == 1
+    assert "in the update 38 % of what the GPUs could compute is waiting" in caplog.text
+    assert "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu" in caplog.text
+
+
 def test_a_training_forward_without_numbers_stops_at_the_audit_and_says_why(inline, metrics, monkeypatch):
     by_sequence = actor_module.by_sequence
 

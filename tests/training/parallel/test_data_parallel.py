@@ -34,6 +34,7 @@ def run(rank, directory, results):
                 metrics = train(actor, case, range(STEPS), group)
                 found[world, case] = digest(actor.state_dict()), metrics, actor.rescore(batch_of(case, 9, group))
             found[world, "no step"] = before_a_step(group)
+            found[world, "idle"] = actor_of("plain", group).update(batch_of("plain", 0)).get("perf/idle_share/actor")
         if rank < 2:
             found["moved"] = save_states(groups[2], directory)
             found["by round"] = summed_by_round(groups[2])
@@ -175,6 +176,14 @@ def test_weights_moments_and_metrics_have_the_bits_of_one_process(ranks, alone, 
         assert [values.tobytes() for values in scored.routes or ()] == [
             values.tobytes() for values in ours.routes or ()
         ]
+
+
+def test_how_much_ranks_wait_for_each_other_is_told_by_all_of_them(ranks):
+    assert ranks[0][1, "idle"] is None
+    for world in WORLDS[1:]:
+        shares = {ranks[rank][world, "idle"] for rank in range(world)}
+        assert len(shares) == 1
+        assert 0 < shares.pop() < 0.5
 
 
 def test_offload_and_checkpointing_change_no_bit(alone):

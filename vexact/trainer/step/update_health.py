@@ -1,4 +1,4 @@
-"""Updates that changed nothing, and updates after which there is nothing to go on with."""
+"""Updates that changed nothing, updates after which there is nothing to go on with, and GPUs that wait for others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
+MUCH_IDLE = 0.25
 
 
 class UpdateError(RuntimeError):
@@ -28,6 +29,7 @@ class UpdateHealth:
             UpdateError: exactness is strict, and a weight or moment is not finite, or more than
                 ``max_skipped_updates`` optimizer steps in a row were skipped.
         """
+        self._tell_of_idle_gpus(metrics.get("perf/idle_share/actor", 0.0))
         cause = "; ".join(problems[-3:])
         if metrics["actor/nonfinite_tensors"]:
             self._tell("weights", f"weights or optimizer moments are not finite after this update: {cause}", True)
@@ -39,6 +41,17 @@ class UpdateHealth:
                 f"gradient were not finite ({cause}). The weights are as they were before them; "
                 f"trainer.max_skipped_updates={self.max_skipped} in a row are let pass",
                 in_a_row > self.max_skipped,
+            )
+
+    def _tell_of_idle_gpus(self, share: float) -> None:
+        if share > MUCH_IDLE and "idle" not in self._warned:
+            self._warned.add("idle")
+            log.warning(
+                "in the update %.0f %% of what the GPUs could compute is waiting: a mini-batch has too few "
+                "micro-batches for all of them, or uneven ones; lower "
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, or train on fewer GPUs (perf/idle_share/actor says "
+                "how it goes on)",
+                100 * share,
             )
 
     def _tell(self, kind: str, text: str, is_too_much: bool) -> None:
