@@ -4,8 +4,8 @@ All W ranks keep weights as FSDP2 would, rank r the experts r * ceil(E / W) and 
 computes with the experts of its own ranks, gathered among them, for tokens of all ranks.
 
 No bit depends on S. A row of a grouped product knows no other rows, and a token's are added at home. The owner keeps
-the rows of every rank apart, so that the gradient of a matrix comes in the pieces that these ranks would have computed;
-they are added as ``gradient_sum`` adds.
+the rows of every rank together, one rank's behind another's, so that the gradient of a matrix comes in the pieces that
+these ranks would have computed; they are added as ``gradient_sum`` adds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from vexact.models import ModelConfig
 from vexact.models.layers.moe import Experts
+from vexact.ops.dispatch import backend
 from vexact.ops.moe import ExpertGroups
 from vexact.training.parallel.ordered_sum import OrderedSum
 from vexact.training.parallel.sequence_parallel import either
@@ -30,7 +31,6 @@ from vexact.training.parallel.subgroup import subgroup
 
 KEY = "actor_rollout_ref.actor.fsdp_config.expert_parallel_size"
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
-_ALIGNMENT = 64  # bytes, which BLAS and compiled kernels tell apart
 
 
 def check_expert_size(size: int, num_ranks: int, model: ModelConfig) -> None:
@@ -114,15 +114,14 @@ class ExpertRanks:
         leaving = _padded(groups.offsets.diff(), self.size * width)
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, group=self.exchange)
-        own = arriving.view(self.size, width)[:, : num_experts - self.index * width]
+        own = arriving.view(self.size, width)[:, : num_experts - self.index * width]  # (S, experts of this group)
         sent, received = torch.stack([leaving, arriving]).view(2, self.size, width).sum(2).tolist()
-        ramp = torch.arange(max(received), dtype=torch.int32, device=own.device)
-        offsets = pad(own.cumsum(1), (1, 0)).int()
-        places = [
-            ExpertGroups(ramp[:count], ramp[:count].view(-1, 1), ends.clone())
-            for count, ends in zip(received, offsets, strict=True)
-        ]
-        return Journey(self.exchange, sent, received, places)
+        ends = pad(own.T.flatten().cumsum(0), (1, 0))  # of the rows for an expert from a rank, by expert and rank
+        moved = ends[:-1].view(-1, self.size).T.flatten() - pad(own.flatten().cumsum(0), (1, 0))[:-1]
+        ramp = torch.arange(sum(received), device=own.device)
+        places = ramp + moved.repeat_interleave(own.flatten(), output_size=len(ramp))
+        arrivals = torch.empty_like(ramp).scatter_(0, places, ramp)
+        return Journey(self.exchange, sent, received, places, arrivals, ends.int())
 
     def _per_rank(self, parameter: DTensor) -> int:
         return -(-len(parameter) // (self.size * self.num_neighbours))
@@ -130,22 +129,36 @@ class ExpertRanks:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Journey:
-    """How many rows go to each of S ranks and come from each, those for one expert after those for another."""
+    """How many rows go to each of S ranks and come from each, and where those that come are put: by expert, and for an
+    expert by the rank that they are from."""
 
     group: dist.ProcessGroup
     sent: list[int]
     received: list[int]
-    places: list[ExpertGroups]  # of the rows from each rank, in the order in which they arrive
+    places: Tensor  # (n,) int64, of the rows as they arrive: by rank, and from a rank by expert
+    arrivals: Tensor  # (n,) int64, the other way round
+    ends: Tensor  # (S * experts of the group + 1,) int32, from 0 on: where an expert's rows from a rank end
+
+    @property
+    def offsets(self) -> Tensor:
+        """(experts of the group + 1,) int32: where the rows for an expert begin and end."""
+        return self.ends[:: len(self.received)].contiguous()
 
     def there(self, rows: Tensor) -> Tensor:
-        """Rows of this rank's pairs, by expert -> the rows that all ranks have for its experts, by rank and expert."""
-        out: Tensor = _Trade.apply(rows, self.group, self.sent, self.received)
+        """Rows of this rank's pairs, by expert -> the rows that all ranks have for its experts, by expert and rank."""
+        out: Tensor = _Trip.apply(rows, self._out, self._back)
         return out
 
     def home(self, rows: Tensor) -> Tensor:
         """The way back."""
-        out: Tensor = _Trade.apply(rows, self.group, self.received, self.sent)
+        out: Tensor = _Trip.apply(rows, self._back, self._out)
         return out
+
+    def _out(self, rows: Tensor) -> Tensor:
+        return _traded(rows, self.group, self.sent, self.received).index_select(0, self.arrivals)
+
+    def _back(self, rows: Tensor) -> Tensor:
+        return _traded(rows.index_select(0, self.places), self.group, self.received, self.sent)
 
 
 class DistributedExperts(Experts):
@@ -162,32 +175,50 @@ class DistributedExperts(Experts):
         """(T, H) -> (P, H) as ``Experts`` does it, bit for bit. All ranks call it together."""
         journey = self.ranks.journey(groups)
         pairs = _Pairs.apply(x, groups, sum(journey.sent), self.ops.combine)
-        arrived = journey.there(pairs).split(journey.received)
-        # a name for every source's matrices, so that autograd gives every source's gradient
-        gate_up, down = map(self._matrices, (self.gate_up_proj, self.down_proj), self.sums, (x.dtype, x.dtype))
-        out = []
-        for rows, places, first, second in zip(arrived, journey.places, gate_up, down, strict=True):
-            inner = self.ops.swiglu(self.ops.grouped_linear(_aligned(rows), first, places, gather=False))
-            out.append(self.ops.grouped_linear(inner, second, places, gather=False))
-        return _padded(journey.home(torch.cat(out)), len(groups.rows))
+        offsets, ends = journey.offsets, journey.ends
+        inner = self.ops.swiglu(_Product.apply(journey.there(pairs), self._matrices(0, x.dtype), offsets, ends))
+        out = _Product.apply(inner, self._matrices(1, x.dtype), offsets, ends)
+        return _padded(journey.home(out), len(groups.rows))
 
-    def _matrices(self, parameter: Any, total: OrderedSum, dtype: torch.dtype) -> Sequence[Tensor]:
+    def _matrices(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Of both products, one for every rank whose rows come, so that autograd gives every rank's gradient."""
+        parameter: Any = (self.gate_up_proj, self.down_proj)[index]
         rows = parameter.to_local(grad_placements=[Shard(0)])
-        matrices: Sequence[Tensor] = _Matrices.apply(rows, parameter.detach(), dtype, self.ranks, total)
+        matrices: Tensor = _Matrices.apply(rows, parameter.detach(), dtype, self.ranks, self.sums[index])
         return matrices
 
 
-class _Trade(torch.autograd.Function):
+class _Trip(torch.autograd.Function):
+    """Rows go one way, their gradients the other."""
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> Tensor:
-        ctx.way = group, sent, received
-        return _traded(rows, group, sent, received)
+    def forward(ctx: Any, rows: Tensor, go: Callable[[Tensor], Tensor], go_back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.go_back = go_back
+        return go(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        group, sent, received = ctx.way
-        return _traded(gradient, group, received, sent), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.go_back(gradient), None, None
+
+
+class _Product(torch.autograd.Function):
+    """``grouped_linear`` of rows (n, K) by expert and rank with matrices (E, S, N, K), the same for all S ranks, each
+    of which gets its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrices: Tensor, offsets: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, matrices, offsets, ends)
+        out: Tensor = backend("moe.grouped_linear", rows).forward(rows, matrices[:, 0], None, offsets, 1)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        rows, matrices, offsets, ends = ctx.saved_tensors
+        op, dy = backend("moe.grouped_linear", rows), gradient.contiguous()
+        dx = op.grad_input(dy, matrices[:, 0], offsets) if ctx.needs_input_grad[0] else None
+        return dx, op.grad_weight(dy, rows, None, ends, 1).view(matrices.shape), None, None
 
 
 class _Pairs(torch.autograd.Function):
@@ -208,7 +239,8 @@ class _Pairs(torch.autograd.Function):
 
 
 class _Matrices(torch.autograd.Function):
-    """This rank's rows of a parameter -> S times the matrices of its group, in the dtype that computes.
+    """This rank's rows (e, N, K) of a parameter -> the matrices (E, S, N, K) of its group in the dtype that computes,
+    the same for all S.
 
     The gradients of the S are those of as many ranks' rows; what comes out is the sum over all ranks, for this rank's
     rows, onto that of the rounds before.
@@ -217,15 +249,15 @@ class _Matrices(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, parameter: DTensor, dtype: torch.dtype, ranks: ExpertRanks, total: OrderedSum
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         ctx.parameter, ctx.ranks, ctx.total = parameter, ranks, total
-        whole = ranks.gather(rows.to(dtype), parameter)
-        return tuple(whole.view_as(whole) for _ in range(ranks.size))
+        return ranks.gather(rows.to(dtype), parameter).unsqueeze(1).expand(-1, ranks.size, -1, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *pieces: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         # source s is rank s * G + p of all, where p is the neighbour that has computed its piece
+        pieces = gradient.unbind(1)
         every: Iterator[Tensor] = (part for piece in pieces for part in ctx.ranks.scatter(piece, ctx.parameter))
         return ctx.total.add(every), None, None, None, None
 
@@ -240,8 +272,3 @@ def _padded(rows: Tensor, count: int) -> Tensor:
     """Zeros behind the rows up to ``count``."""
     missing = count - len(rows)
     return pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows.contiguous()
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Memory that begins where memory of its own would."""
-    return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()
