@@ -200,7 +200,7 @@ class Actor:
 
     def blank_state(self, moments: bool) -> dict[str, Tensor]:
         """Memory on the host for a sharded state, with or without ``moments``, to be read from a checkpoint."""
-        return blank_state(self.model, self.ranks, moments)
+        return blank_state(self.model, self.optimizer, self.ranks, moments)
 
     def load_sharded_state(self, state: dict[str, Tensor]) -> None:
         """Puts back what ``sharded_state`` gave, here or on another number of ranks. All ranks call it together.

@@ -125,6 +125,57 @@ def test_a_restored_optimizer_begins_its_offloaded_moments_anew():
     assert optimizer.state_of(weight).num_steps == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_moments_that_are_read_for_an_offloading_optimizer_are_not_copied(device):
+    """Nor lost, where the memory is the optimizer's own already; one that has moments gives none of its memory away."""
+    weights = [Parameter(random(*shape, device=device)) for shape in ((37, 11), (0, 4), (64, 64))]
+    optimizer, plain = Optimizer(weights, CONFIG, offload=True), Optimizer(weights, CONFIG)
+    for seed in (1, 5):
+        kept = [[values.clone() for values in moments_of(optimizer, weight)] for weight in weights]
+        for weight in weights:
+            read = optimizer.blank_moments(weight)
+            read[0].copy_(random(*weight.shape, seed=seed))
+            read[1].copy_(random(*weight.shape, seed=seed + 1).square())
+        for weight, before in zip(weights, kept, strict=True):
+            assert all(map(torch.equal, moments_of(optimizer, weight), before)), "read, and not given back yet"
+        given = [optimizer.blank_moments(weight) for weight in weights]
+        if seed == 1:
+            held = [[part.data_ptr() for part in parts] for parts in given]
+        for weight, parts in zip(weights, given, strict=True):
+            parts[0].copy_(random(*weight.shape, seed=seed))
+            parts[1].copy_(random(*weight.shape, seed=seed + 1).square())
+        optimizer.forget()
+        for weight, parts in zip(weights, given, strict=True):
+            optimizer.restore(weight, *parts, 3)
+            plain.restore(weight, *parts, 3)
+        for weight, addresses in zip(weights, held, strict=True):
+            found = moments_of(optimizer, weight)
+            assert [part.data_ptr() for part in found] == addresses
+            assert torch.equal(found[0], random(*weight.shape, seed=seed))
+            assert torch.equal(found[1], random(*weight.shape, seed=seed + 1).square())
+            assert all(torch.equal(ours.cpu(), other.cpu()) for ours, other in zip(found, moments_of(plain, weight)))
+            assert optimizer.state_of(weight).num_steps == 3
+
+
+def test_what_was_read_and_refused_leaves_no_moments():
+    weight = Parameter(random(3, 4))
+    used, untouched = Optimizer([weight], CONFIG, offload=True), Optimizer([weight], CONFIG, offload=True)
+    for part in used.blank_moments(weight):
+        part.fill_(torch.nan)
+    found = []
+    for optimizer in (used, untouched):
+        assert optimizer.state_of(weight) is None
+        weight.grad = random(3, 4, seed=1)
+        optimizer.step(1.0)
+        found.append(moments_of(optimizer, weight))
+    assert all(map(torch.equal, *found))
+
+
+def moments_of(optimizer, parameter):
+    state = optimizer.state_of(parameter)
+    return [] if state is None else [state.exp_avg, state.exp_avg_sq]
+
+
 MIB = 1 << 20
 QUARTER_OF_30B = [
     *[299 * MIB, 299 * MIB],  # embedding and head

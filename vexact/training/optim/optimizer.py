@@ -104,12 +104,25 @@ class Optimizer:
         else:
             yield from (moments.exp_avg_sq for moments in self._moments.values())
 
+    def blank_moments(self, parameter: Parameter) -> tuple[Tensor, Tensor]:
+        """Host memory for this rank's rows of both moments, to be read into and given to ``restore``.
+
+        Before the first step it is the one that offloaded moments will have: there is no second copy of them then.
+        """
+        if self.offload and parameter not in self._moments:
+            return self._room(parameter)
+        rows = local(parameter)
+        return torch.empty_like(rows, device="cpu"), torch.empty_like(rows, device="cpu")
+
     def restore(self, parameter: Parameter, exp_avg: Tensor, exp_avg_sq: Tensor, num_steps: int) -> None:
-        """Takes copies of this rank's rows of the moments (any device), and the step count."""
-        moments = self._begin(parameter)
-        moments.exp_avg.copy_(exp_avg)
-        moments.exp_avg_sq.copy_(exp_avg_sq)
+        """Takes this rank's rows of the moments (any device) and the step count: copies, or what ``blank_moments``
+        gave."""
+        moments = self._moments.get(parameter) or Moments(*self._room(parameter))
+        for held, given in ((moments.exp_avg, exp_avg), (moments.exp_avg_sq, exp_avg_sq)):
+            if held.data_ptr() != given.data_ptr():
+                held.copy_(given)
         moments.num_steps = num_steps
+        self._moments[parameter] = moments
 
     def forget(self) -> None:
         """Back to the state before the first step."""
@@ -122,14 +135,18 @@ class Optimizer:
         return self._moments[parameter]
 
     def _blank(self, parameter: Parameter) -> Moments:
+        first, second = self._room(parameter)
+        return Moments(first.zero_(), second.zero_())
+
+    def _room(self, parameter: Parameter) -> tuple[Tensor, Tensor]:
+        """For both moments, of unknown values."""
         if not self.offload:
-            return Moments(torch.zeros_like(local(parameter)), torch.zeros_like(local(parameter)))
+            return torch.empty_like(local(parameter)), torch.empty_like(local(parameter))
         if parameter not in self._host:  # for all at once, and for as long as there is an optimizer
             new = [each for each in dict.fromkeys((*self.parameters, parameter)) if each not in self._host]
             rows = host_rows([local(each) for each in new for _ in MOMENTS])
             self._host |= dict(zip(new, zip(rows[::2], rows[1::2], strict=True), strict=True))
-        first, second = self._host[parameter]
-        return Moments(first.zero_(), second.zero_())
+        return self._host[parameter]
 
 
 def like(full: Tensor, parameter: Tensor) -> Tensor:

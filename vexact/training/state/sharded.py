@@ -30,15 +30,15 @@ def sharded_state(
     return state
 
 
-def blank_state(model: nn.Module, ranks: Ranks, moments: bool) -> dict[str, Tensor]:
+def blank_state(model: nn.Module, optimizer: Optimizer, ranks: Ranks, moments: bool) -> dict[str, Tensor]:
     """Host memory for ``sharded_state``, to be read into: what is wrong in a file then never touches the actor."""
     state = {"num_updates": torch.zeros((), dtype=torch.int64)}
     for name, parameter in model.named_parameters():
-        for key in ("weight", *MOMENTS) if moments else ("weight",):
-            rows = torch.empty_like(local(parameter), device="cpu")
-            state[f"{key}.{name}"] = _whole(rows, parameter, ranks)
+        parts = {"weight": torch.empty_like(local(parameter), device="cpu")}
         if moments:
+            parts |= zip(MOMENTS, optimizer.blank_moments(parameter), strict=True)
             state[f"num_steps.{name}"] = torch.zeros((), dtype=torch.int64)
+        state |= {f"{key}.{name}": _whole(rows, parameter, ranks) for key, rows in parts.items()}
     return state
 
 
