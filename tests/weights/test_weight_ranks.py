@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from weight_ranks import (
     EXPERTS,
     GREEDY,
@@ -246,9 +246,15 @@ def check_all(rank, directory):
                 raise
 
 
-def test_weights_between_three_processes(tmp_path):
+def test_weights_between_three_processes(tmp_path_factory):
+    made = []
+
+    def directory():
+        made.append(tmp_path_factory.mktemp("ranks"))
+        return (str(made[-1]),)
+
     try:
-        mp.spawn(run, args=(str(tmp_path),), nprocs=WORLD, join=True)
+        spawn(run, WORLD, directory)
     finally:
-        failures = "".join((tmp_path / f"{rank}.log").read_text("utf-8") for rank in range(WORLD))
+        failures = "".join(log.read_text("utf-8") for log in made[-1].glob("*.log"))
         assert failures == ""

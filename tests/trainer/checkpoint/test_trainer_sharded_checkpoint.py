@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from saved_runs import flat, rewrite
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from training_support import assert_same_bits, random_sequences, tiny_actor, weights_of
@@ -124,17 +124,20 @@ def two_ranks(rank, root):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """A directory with what two ranks wrote and read, and the state of the one process whose they read."""
-    root = tmp_path_factory.mktemp("two")
-    alone = trained(seed=4)
-    for step in (7, 8):
-        save(root, step, alone)
-    rewrite(root / "checkpoints" / "step_8", 2)
-    wide = tiny_actor(seed=1, **CONFIG)
+    alone, wide = trained(seed=4), tiny_actor(seed=1, **CONFIG)
     state = wide.state_dict()
     state["parameters"]["norm.weight"]["weight"] = torch.zeros(33)
-    save(root / "wide", 1, wide, ShardWriter(lambda: flat(state)))
-    mp.spawn(two_ranks, args=(str(root),), nprocs=2, join=True)
-    return root, alone.state_dict()
+
+    def saved():
+        root = tmp_path_factory.mktemp("two")
+        for step in (7, 8):
+            save(root, step, alone)
+        rewrite(root / "checkpoints" / "step_8", 2)
+        save(root / "wide", 1, wide, ShardWriter(lambda: flat(state)))
+        return (str(root),)
+
+    (root,) = spawn(two_ranks, 2, saved)
+    return Path(root), alone.state_dict()
 
 
 def test_one_process_reads_what_two_ranks_wrote(ranks):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from moe_configs import with_router_biases
+from ranks import spawn
 from ranks_support import CASES, STEPS, actor_of, batch_of, digest, outcome, process_group, train
 from training_support import tiny_model
 
@@ -146,9 +146,10 @@ def read_shards(group, directory):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory, results = tmp_path_factory.mktemp("ranks"), tmp_path_factory.mktemp("results")
-    mp.spawn(run, args=(str(directory), str(results)), nprocs=max(WORLDS), join=True)
-    return [torch.load(results / f"{rank}.pt", weights_only=False) for rank in range(max(WORLDS))]
+    _, results = spawn(
+        run, max(WORLDS), lambda: tuple(str(tmp_path_factory.mktemp(name)) for name in ("ranks", "results"))
+    )
+    return [torch.load(f"{results}/{rank}.pt", weights_only=False) for rank in range(max(WORLDS))]
 
 
 @pytest.fixture(scope="module")

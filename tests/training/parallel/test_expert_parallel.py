@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from moe_configs import MIXTRAL, QWEN3_MOE
+from ranks import spawn
 from ranks_support import SHARED_CASES, actor_of, batch_of, digest, outcome, process_group, train
 from training_support import TINY, tiny_model
 
@@ -155,9 +155,8 @@ def reference(size):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory, results = tmp_path_factory.mktemp("ranks"), tmp_path_factory.mktemp("results")
-    mp.spawn(run, args=(str(directory), str(results)), nprocs=WORLD, join=True)
-    return [torch.load(results / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    _, results = spawn(run, WORLD, lambda: tuple(str(tmp_path_factory.mktemp(name)) for name in ("ranks", "results")))
+    return [torch.load(f"{results}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from moe_configs import QWEN3_MOE
+from ranks import spawn
 from ranks_support import WEIGHED, without_times
 from training_support import assert_same_bits, gradients_of_update, kept_bytes, tiny_model, weights_of
 
@@ -152,9 +152,8 @@ def work(rank, directory):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("sequence_parallel")
-    mp.spawn(work, args=(str(directory),), nprocs=WORLD, join=True)
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    (directory,) = spawn(work, WORLD, lambda: (str(tmp_path_factory.mktemp("sequence_parallel")),))
+    return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")
