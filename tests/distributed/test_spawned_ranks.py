@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 def end(rank: int, directory: str, number: int | None) -> None:
     (Path(directory) / str(rank)).touch()
     if number is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.kill(os.getpid(), number)
 
 
