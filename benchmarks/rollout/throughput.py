@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 
 from benchmarks.rollout.sides import ENVIRONMENT, SIDES, Batch, Side
-from benchmarks.shared.clock import machine
+from benchmarks.shared.clock import covered, machine
 from benchmarks.shared.options import at_least_one, checkpoint, none_or_more, out_file
 from benchmarks.shared.roofline import BYTES, Traffic
 from benchmarks.trainer.end_to_end import random_checkpoint
@@ -169,19 +168,6 @@ def kernel_ms(side: Side, prompts: list[list[int]], tokens: int) -> float:
         if event.device_type == DeviceType.CUDA
     ]
     return 1e-3 * covered(ranges)
-
-
-def covered(ranges: Sequence[tuple[float, float]]) -> float:
-    """Length of the union.
-
-    >>> covered([(0, 2), (5, 6), (1, 3)])
-    4.0
-    """
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(ranges):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def compare(arguments: argparse.Namespace, work: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from statistics import median
 from typing import Any
@@ -32,6 +32,19 @@ def median_ms(calls: list[Callable[[], object]], target_ms: float = 4.0, replays
         if sum(times) * len(calls) > target_ms * 20 and len(times) >= 3:
             break
     return median(times)
+
+
+def covered(ranges: Iterable[tuple[float, float]]) -> float:
+    """Length of the union.
+
+    >>> covered([(0, 2), (5, 6), (1, 3)])
+    4.0
+    """
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def environment() -> dict[str, str | None]:

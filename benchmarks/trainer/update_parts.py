@@ -17,14 +17,13 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.shared.clock import environment
+from benchmarks.shared.clock import covered, environment
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.trainer.grpo_run import SHAPES
 from vexact.device import resolve_device
@@ -53,19 +52,6 @@ def sequences(count: int, length: int, vocab_size: int) -> list[TrainSequence]:
     return made
 
 
-def covered_us(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of spans (start, end).
-
-    >>> covered_us([(5, 7), (0, 2), (1, 3)])
-    5.0
-    """
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
 def parts(trace: profile, seconds: float) -> dict:
     """Milliseconds of an update by kernel, of the host by call that waits, and by what it does itself."""
     kernels: Counter[str] = Counter()
@@ -81,7 +67,7 @@ def parts(trace: profile, seconds: float) -> dict:
     host = sorted(trace.key_averages(), key=lambda row: -row.self_cpu_time_total)
     return {
         "profiled_s": round(seconds, 4),
-        "busy": round(covered_us(spans) / 1e6 / seconds, 4),
+        "busy": round(covered(spans) / 1e6 / seconds, 4),
         "kernels": calls,
         "kernel_ms": {name[:90]: round(us / 1e3, 3) for name, us in kernels.most_common(TOP)},
         "other_kernel_ms": round(sum(us for _, us in kernels.most_common()[TOP:]) / 1e3, 3),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rollout import throughput
+from benchmarks.shared.clock import covered
 from benchmarks.shared.roofline import HBM_BYTES_PER_S, Traffic
 from benchmarks.trainer.grpo_run import SHAPES
 
@@ -38,8 +39,8 @@ def test_experts_are_read_as_often_as_they_are_expected_to_be_chosen() -> None:
 
 
 def test_time_covered_by_kernels() -> None:
-    assert throughput.covered([]) == 0
-    assert throughput.covered([(10, 12), (0, 4), (1, 2), (3, 5)]) == 7
+    assert covered([]) == 0
+    assert covered([(10, 12), (0, 4), (1, 2), (3, 5)]) == 7
 
 
 def test_a_batch_beside_the_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import faulthandler
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from vexact.distributed.process_group import leave_process_group
 
 NATIVE = ("SIGSEGV", "SIGABRT")
 
@@ -32,6 +39,18 @@ def spawn(run: Callable[..., None], num_ranks: int, prepare: Callable[[], tuple[
         arguments = prepare()
         mp.spawn(_traced, args=(run, arguments), nprocs=num_ranks, join=True)
     return arguments
+
+
+@contextmanager
+def process_group(rank: int, num_ranks: int, directory: str, backend: str = "gloo") -> Iterator[None]:
+    """The default group of ranks that meet in ``directory``, one thread each."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(directory) / "store"), num_ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=600))
+    try:
+        yield
+    finally:
+        leave_process_group()
 
 
 def _traced(rank: int, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -1,13 +1,8 @@
 """What ranks run in processes of their own, and how their results are compared with one process."""
 
-import contextlib
-import gc
 import hashlib
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from moe_configs import DEEPSEEK_V3, MOONLIGHT, QWEN3_MOE, with_router_biases
 from training_support import random_sequences, tiny_model
 
@@ -19,7 +14,7 @@ SMALL = {"vocab_size": 53, "num_hidden_layers": 2, "initializer_range": 0.2}
 FIVE = ({"num_experts": 5}, {"n_routed_experts": 5})  # of four ranks the last one has no expert
 WEIGHED = CorrectionConfig("sequence", 2.0, batch_normalize=True, rejections=(Rejection("token_k2", 0.5),))
 COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": True}
-# The mini-batches of 7 and 5 sequences have 3 to 6 micro-batches: no two numbers of ranks divide them alike.
+# The mini-batches of 7 and 5 sequences have 4 or 7 micro-batches: 2, 3 and 4 ranks divide them in different ways.
 CASES = {
     "plain": ({"tie_word_embeddings": False}, {"loss_agg_mode": "seq-mean-token-mean"}),
     "reference": ({}, {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_mode": "gspo"}),
@@ -78,18 +73,6 @@ def digest(state):
             if key != "num_steps":
                 sha.update(value.contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest() if state["parameters"] else None
-
-
-@contextlib.contextmanager
-def process_group(rank, world_size, directory, backend="gloo"):
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(directory) / "store"), world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        gc.collect()  # groups in cycles: a thread of theirs that wants the interpreter at its end aborts the process
 
 
 def outcome(call, *args, **kwargs):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from moe_configs import MOONLIGHT, with_router_biases
 
 from vexact.models import ModelConfig, random_model
@@ -51,17 +47,6 @@ def engine(seed, dtype=torch.float32, **changes):
 def trainer(seed, group, dtype=torch.float32, tied=True, changes=None, **config):
     config = ActorConfig(dtype=str(dtype).removeprefix("torch."), **config)
     return Actor(model(seed, tied=tied, **(changes or {})), config, "cpu", group)
-
-
-@contextlib.contextmanager
-def process_group(rank, world_size, directory):
-    store = dist.FileStore(str(Path(directory) / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        gc.collect()  # groups in cycles: a thread of theirs that wants the interpreter at its end aborts the process
 
 
 def holds(held, seed, dtype, tied=True, **changes):

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from moe_configs import with_router_biases
-from ranks import spawn
-from ranks_support import CASES, STEPS, actor_of, batch_of, digest, outcome, process_group, train
+from ranks import process_group, spawn
+from ranks_support import CASES, STEPS, actor_of, batch_of, digest, outcome, train
 from training_support import tiny_model
 
 from vexact.models import load_model, save_hf

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from moe_configs import MIXTRAL, QWEN3_MOE
-from ranks import spawn
-from ranks_support import SHARED_CASES, actor_of, batch_of, digest, outcome, process_group, train
+from ranks import process_group, spawn
+from ranks_support import SHARED_CASES, actor_of, batch_of, digest, outcome, train
 from training_support import TINY, tiny_model
 
 from vexact.models import ModelConfig, load_model, save_hf

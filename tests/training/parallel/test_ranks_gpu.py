@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from moe_configs import MOONLIGHT, QWEN3_MOE
-from ranks_support import digest, process_group, without_times
+from ranks import process_group
+from ranks_support import digest, without_times
 from training_support import TINY
 
 from vexact.models import ModelConfig, random_model
