@@ -3,8 +3,8 @@
     python -m benchmarks.moe.few --out few.json
 
 Rows of many routings are compared first; exit 1 if one differs. Then µs of the layer, medians of graph replays over
-routings, so that weights are cold: by operator, in two launches with and without the fetch of ``down`` ahead, and with
-every candidate tile of ``vexact/ops/kernels/moe/few.py``. ``few.PROVEN`` says whether layers take them unasked.
+routings, so that weights are cold: by operator, in two launches, and with every candidate tile of
+``vexact/ops/kernels/moe/few.py``. ``few.UNASKED`` says for how many tokens layers take them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def count_rows(layer: Layer, routings: int) -> tuple[int, int]:
         at = seed // few.TOKENS
         tiles = {"gated_tile": few.GATED_TILES[at % len(few.GATED_TILES)]}
         tiles["down_tile"] = few.DOWN_TILES[at // len(few.GATED_TILES) % len(few.DOWN_TILES)]
-        for found in (layer.few_forward(x, logits), layer.few_forward(x, logits, **tiles, prefetch=False)):
+        for found in (layer.few_forward(x, logits), layer.few_forward(x, logits, **tiles)):
             rows += tokens
             different += (found.view(torch.int16) != expected.view(torch.int16)).any(1).sum()
     return rows, int(different)
@@ -75,7 +75,7 @@ def count_rows_in_a_graph(layer: Layer, replays: int = 50) -> tuple[int, int]:
 def variants() -> dict[str, dict[str, Any]]:
     """Names and tuning of what is timed."""
     first = few.GATED_TILES[0], few.DOWN_TILES[0]
-    found: dict[str, dict[str, Any]] = {"two launches": {}, "without the fetch": {"prefetch": False}}
+    found: dict[str, dict[str, Any]] = {"two launches": {}}
     found |= {f"gated {tile}": {"gated_tile": tile} for tile in few.GATED_TILES if tile != first[0]}
     return found | {f"down {tile}": {"down_tile": tile} for tile in few.DOWN_TILES if tile != first[1]}
 

@@ -173,7 +173,7 @@ def test_experts_wait_among_kernels_that_are_chained(padded: bool, monkeypatch: 
         normed = rms_norm.forward(x, gate[0], 1e-6)[0]
         logits = linear.forward(normed, gate, None, torch.float32)
         if in_two:
-            out = few.forward(normed, logits, None, None, padding, gate_up, down, None, *settings, prefetch=False)
+            out = few.forward(normed, logits, None, None, padding, gate_up, down, None, *settings)
         else:
             _, weights, rows, slots, offsets = router.grouped_forward(logits, None, None, padding, *settings)
             act = grouped_linear.swiglu_forward(normed, gate_up, rows, offsets, top_k)

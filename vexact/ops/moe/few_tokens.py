@@ -14,17 +14,17 @@ _MOST_CHOSEN = 16  # experts of a token: their rows are one tile
 def takes_few(x: Tensor, top_k: int, down: Tensor) -> bool:
     """Whether :func:`few_tokens` has kernels of its own for rows ``x`` (T, H) and matrices ``down`` (E, H, I).
 
-    They are for 16-bit numbers and few tokens, without gradients or a compiler, once they are proven on a GPU.
+    They are for 16-bit numbers and one or two tokens, without gradients or a compiler.
     """
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     from vexact.ops.kernels.moe import few
 
-    return few.PROVEN and fits(x, top_k, down)
+    return x.shape[0] <= few.UNASKED and fits(x, top_k, down)
 
 
 def fits(x: Tensor, top_k: int, down: Tensor) -> bool:
-    """The part of :func:`takes_few` that sizes decide."""
+    """Whether :func:`few_tokens` can be called."""
     from vexact.ops.kernels.moe import few
 
     return (
@@ -65,7 +65,7 @@ def few_tokens(
         (T, H).
 
     Raises:
-        ValueError: as these operators do; or for what does not fit (``takes_few`` tells).
+        ValueError: as these operators do; or for what does not fit (``fits`` tells).
     """
     settings = top_k, scoring, num_groups, top_groups, normalize, float(scale), round_to, salt
     from vexact.ops.kernels.moe import few
@@ -73,7 +73,7 @@ def few_tokens(
     if not fits(x, top_k, down):
         raise ValueError(
             f"few_tokens takes 1 to {few.TOKENS} rows of 16-bit numbers and at most {_MOST_CHOSEN} experts a token, "
-            f"not x {tuple(x.shape)} of {x.dtype} and top_k={top_k}; ask takes_few first"
+            f"not x {tuple(x.shape)} of {x.dtype} and top_k={top_k}; take the operators one by one"
         )
     check_route("few_tokens", logits, bias, digest, *settings)
     _check_layer(x, logits, gate_up, down, shared)

@@ -10,6 +10,7 @@ import torch
 from linear_support import tensor_core  # noqa: F401
 from rowwise import DEVICE, poisoned_outputs, randn, same_bits
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from vexact.models.config import MoeConfig
 from vexact.models.layers import moe as layers_moe
@@ -115,7 +116,7 @@ def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
-def test_a_layer_takes_them_where_they_are_proven(monkeypatch):
+def test_a_layer_takes_them_where_it_can(monkeypatch):
     config = MoeConfig(12, 3, 24, frozenset({3}), scoring="sigmoid", correction_bias=True, shared_intermediate_size=16)
     with torch.device(DEVICE):
         moe = MoE(72, config, 3, op_set()).to(BF16)
@@ -133,7 +134,7 @@ def test_a_layer_takes_them_where_they_are_proven(monkeypatch):
             return moe(x, digest, Routing(padding=padding, loads=held)), digest
 
     expected = run()
-    assert not taken  # proven on no GPU yet
+    assert not taken  # on a CPU it has no launches to save
     for module in (few_tokens, layers_moe):
         monkeypatch.setattr(module, "takes_few", few_tokens.fits)
     found, with_loads = run(), run(loads=True)
@@ -156,6 +157,16 @@ def test_what_fits(rows, top_k, dtype, fits):
     x, down = torch.empty(rows, 16, dtype=dtype), torch.empty(32, 16, 8, dtype=dtype)
     assert few_tokens.fits(x, top_k, down) == fits
     assert not few_tokens.fits(x, top_k, down.double())
+
+
+def test_a_gpu_takes_them_for_one_and_two_tokens_without_gradients():
+    with FakeTensorMode():
+        down = torch.empty(32, 16, 8, dtype=BF16, device="cuda")
+        rows = [torch.empty(number, 16, dtype=BF16, device="cuda") for number in (1, 2, 3, 4)]
+    with torch.no_grad():
+        assert [few_tokens.takes_few(x, 8, down) for x in rows] == [True, True, False, False]
+        assert not few_tokens.takes_few(rows[0], 17, down)
+    assert not few_tokens.takes_few(rows[0], 8, down)
 
 
 def test_what_does_not_fit_together():

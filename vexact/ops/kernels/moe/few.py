@@ -2,8 +2,8 @@
 
 Nothing is grouped: a program of the first kernel takes one pair of token and expert, one of the second the same columns
 of all experts of a token. Each routes its token again from the logits, which takes less than to wait for a kernel that
-does, and the second knows its matrices before the first has ended, and has them fetched. The bits are those of
-``router``, ``grouped_linear`` and ``combine``: K in order, the same roundings, experts added by index.
+does, and the second knows its matrices before the first has ended. The bits are those of ``router``,
+``grouped_linear`` and ``combine``: K in order, the same roundings, experts added by index.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from vexact.ops.kernels.moe.epilogue import gated
 from vexact.ops.kernels.moe.router import add_to_digest, choose, constants
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
-# Whether layers take these kernels unasked: not before bits and time have been compared on a GPU.
-PROVEN = False
 TOKENS = 4  # more of them share experts, whose matrices would be read more than once
+UNASKED = 2  # layers take these kernels for up to so many: with more, the operators one by one are faster on an H100
 WARPS = 4  # each routes the program's token, so that no reduction leaves a warp
 ROWS = 16  # of a tensor core's tile: of the first product one is a token's, of the second as many as it has experts
 # Columns of gate and of up, depth, stages; columns of all experts of a token together, depth, stages. The first of each
 # is taken; the others are candidates of benchmarks/moe/few.py.
 GATED_TILES = ((32, 128, 4), (32, 64, 6), (64, 128, 3), (32, 256, 3), (16, 128, 4))
 DOWN_TILES = ((128, 128, 4), (128, 64, 6), (64, 128, 4), (128, 256, 2), (256, 64, 4))
-FETCH = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], %d; mov.u32 $0, 0; }"
 
 
 @triton.jit
@@ -161,7 +159,6 @@ def few_down_kernel(
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    FETCH: tl.constexpr,  # the instruction that brings a row of a matrix into the cache, or none
     OVERLAP: tl.constexpr,
 ):
     """WIDTH columns of one token: one tile holds these columns of all its experts, each times the rows of all pairs, of
@@ -189,9 +186,6 @@ def few_down_kernel(
     if HAS_PADDING:
         taken = tl.load(padding_ptr + token) == 0
     if OVERLAP:
-        if FETCH != "":
-            here = (in_w & taken).to(tl.int32)
-            tl.inline_asm_elementwise(FETCH, "=r,l,r", [w_rows, here], dtype=tl.int32, is_pure=False, pack=1)
         gdc_wait()
     pairs = tl.arange(0, ROWS)
     x_ptrs = act_ptr + (token * TOP_K + pairs).to(tl.int64)[:, None] * K + depth[None, :]
@@ -234,10 +228,9 @@ def forward(
     *,
     gated_tile: tuple[int, int, int] = GATED_TILES[0],
     down_tile: tuple[int, int, int] = DOWN_TILES[0],
-    prefetch: bool = True,
 ) -> Tensor:
     """x (T, H), logits (T, E) fp32, gate_up (E, 2I, H), down (E, H, I), shared (T, H) or None, contiguous -> (T, H);
-    adds to ``digest`` (T,). The tiles and ``prefetch`` are for tuning: no bit depends on them."""
+    adds to ``digest`` (T,). The tiles are for tuning: no bit depends on them."""
     (num_tokens, hidden), width = x.shape, down.shape[2]
     route = constants(logits.shape[1], bias, digest, top_k, scoring, num_groups, top_groups, normalize, round_to)
     overlap = overlaps(x.device)
@@ -268,7 +261,7 @@ def forward(
         **options,
     )
     columns, depth, stages = down_tile
-    experts, row_bytes = next_power_of_2(top_k), width * down.element_size()
+    experts = next_power_of_2(top_k)
     together = max(1, columns // experts)
     few_down_kernel[(cdiv(hidden, together), num_tokens)](
         logits,
@@ -292,7 +285,6 @@ def forward(
         WIDTH=together,
         BLOCK_K=depth,
         EVEN_K=width % depth == 0,
-        FETCH=FETCH % row_bytes if prefetch and row_bytes % 16 == 0 and down.data_ptr() % 16 == 0 else "",
         num_stages=stages,
         **options,
     )
