@@ -86,7 +86,7 @@ class Ours:
 
     def forward_backward(self, work: MicroBatch, recompute: bool) -> Tensor:
         """Log-probabilities (R,); the gradients are in the model."""
-        self.model.gradient_checkpointing = recompute
+        self.model.recomputed_layers = len(self.model.layers) if recompute else 0
         batch = work.batch
         if one_pass.applies(work.config, self.model.config):
             batch = one_pass.with_derivative(batch, work.targets, work.config, work.denominators)

@@ -79,6 +79,7 @@ def _actor(rng, longest, model, dtype):
         balance_micro_batches=rng.random() < 0.5,
         shuffle=rng.random() < 0.5,
         enable_gradient_checkpointing=rng.random() < 0.5,
+        recompute_num_layers=rng.choice([None, 0, 1]),
         router_aux_loss_coef=0.1 if model.chooses_experts and rng.random() < 0.3 else 0.0,
         optim=OptimConfig(lr=1e-2),
     )

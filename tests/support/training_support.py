@@ -85,7 +85,7 @@ def assert_same_bits(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
-def kept_bytes(model, batch, recomputed=False):
+def kept_bytes(model, batch, recomputed=0):
     """What autograd keeps of one training forward, beside weights and the batch itself."""
     storages = {}
     given = [*model.parameters(), *model.buffers(), batch.input_ids, batch.positions]
@@ -97,7 +97,7 @@ def kept_bytes(model, batch, recomputed=False):
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor  # held, so that no address is used twice
 
-    model.gradient_checkpointing = recomputed
+    model.recomputed_layers = recomputed
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         scores = token_scores(model, batch)
     return sum(storages.values()) if scores.logprobs.requires_grad else 0

@@ -17,7 +17,11 @@ COMMON = {"ppo_mini_batch_size": 7, "ppo_max_token_len_per_gpu": 16, "shuffle": 
 # The mini-batches of 7 and 5 sequences have 4 or 7 micro-batches: 2, 3 and 4 ranks divide them in different ways.
 CASES = {
     "plain": ({"tie_word_embeddings": False}, {"loss_agg_mode": "seq-mean-token-mean"}),
-    "reference": ({}, {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_mode": "gspo"}),
+    "reference": (
+        {},
+        {"use_kl_loss": True, "kl_loss_coef": 0.3, "entropy_coeff": 0.01, "loss_mode": "gspo"}
+        | {"enable_gradient_checkpointing": True, "recompute_num_layers": 1},
+    ),
     "corrected": ({"num_hidden_layers": 1}, {"loss_mode": "reinforce", "correction": WEIGHED}),
     "bfloat16": (
         {"num_hidden_layers": 1},

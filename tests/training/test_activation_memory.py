@@ -1,5 +1,6 @@
 """Predicted activations against what autograd keeps, to the byte, and on a GPU against the allocator's peak."""
 
+import itertools
 import sys
 
 import pytest
@@ -42,10 +43,24 @@ def test_every_further_layer_keeps_what_is_predicted(dtype, recomputed):
     models = [tiny_model(dtype=dtype, num_hidden_layers=layers) for layers in (2, 5)]
     batch = pack_tokens([TokenSequence([1] * 50, [2] * 37), TokenSequence([3], [4] * 10)])
     assert len(batch.input_ids) == 96, "CPU products in fp32 are views of blocks of 48 rows"
-    few, many = (kept_bytes(model, batch, recomputed) for model in models)
+    few, many = (kept_bytes(model, batch, len(model.layers) * recomputed) for model in models)
     sizes, width = ModelShape.of(models[0].config.raw), dtype.itemsize
     per_layer = 2 * width * sizes.hidden_size if recomputed else layer_bytes_per_token(sizes, width)
     assert many - few == 3 * per_layer * len(batch.input_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_layer_that_is_not_recomputed_keeps_what_is_predicted(dtype):
+    batch = pack_tokens([TokenSequence([1] * 50, [2] * 37), TokenSequence([3], [4] * 10)])
+    model = tiny_model(dtype=dtype, num_hidden_layers=5)
+    sizes, width, tokens = ModelShape.of(model.config.raw), dtype.itemsize, len(batch.input_ids)
+    found = [kept_bytes(model, batch, recomputed) for recomputed in range(6)]
+    predicted = [activation_bytes(sizes, tokens, width, recomputed=recomputed) for recomputed in range(6)]
+    stream = width * sizes.hidden_size * tokens
+    more = layer_bytes_per_token(sizes, width) * tokens - 2 * stream
+    assert [a - b for a, b in itertools.pairwise(found)] == [more + stream, *[more] * 4]  # one stream enters the first
+    # to recompute the last layer as well saves nothing: it is needed at once
+    assert [a - b for a, b in itertools.pairwise(predicted)] == [*[more] * 4, -2 * stream]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,11 +83,11 @@ def test_a_layer_of_experts_keeps_what_is_predicted(name, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 4, 7, 8])
 @pytest.mark.parametrize(("shape", "least"), [(QWEN3, 0.85), (EXPERTS, 0.75)], ids=["dense", "experts"])
 def test_the_peak_of_a_forward_and_backward_is_predicted(shape, least, recomputed):
     model = random_model(ModelConfig.from_hf_dict(shape), 0, torch.bfloat16, "cuda")
-    model.gradient_checkpointing = recomputed
+    model.recomputed_layers = recomputed
     sequences = [TokenSequence([1] * 8000, [2] * 16), TokenSequence([3] * 200, [4])] * 2
     batch, num_tokens = pack_tokens(sequences, "cuda"), sum(s.num_input_tokens for s in sequences)
 
@@ -85,8 +100,7 @@ def test_the_peak_of_a_forward_and_backward_is_predicted(shape, least, recompute
 
     step()  # compiles the kernels, and leaves gradients that the next one adds to
     measured, predicted = step(), activation_bytes(ModelShape.of(shape), num_tokens, 2, recomputed=recomputed)
-    report = (
-        f"{num_tokens} tokens, recomputed={recomputed}: {measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB"
-    )
+    sizes = f"{measured / 1e6:.1f} MB, predicted {predicted / 1e6:.1f} MB"
+    report = f"{num_tokens} tokens, {recomputed} layers recomputed: {sizes}"
     sys.stderr.write(f"\n{report}\n")
     assert predicted * least < measured < predicted * 1.1, report

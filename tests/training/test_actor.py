@@ -107,10 +107,19 @@ def test_what_the_audit_raises_leaves_weights_and_counters_untouched():
 
 def test_gradient_checkpointing_changes_no_bit():
     sequences = random_sequences(6)
-    plain, recomputed = tiny_actor(), tiny_actor(enable_gradient_checkpointing=True)
+    plain = tiny_actor()
+    others = [tiny_actor(enable_gradient_checkpointing=True, recompute_num_layers=n) for n in (None, 0, 1)]
+    assert [actor.model.recomputed_layers for actor in (plain, *others)] == [0, len(plain.model.layers), 0, 1]
     for _ in range(2):
-        assert plain.update(sequences) == recomputed.update(sequences)
-    assert_same_bits(weights_of(plain), weights_of(recomputed))
+        metrics = plain.update(sequences)
+        assert all(actor.update(sequences) == metrics for actor in others)
+    for actor in others:
+        assert_same_bits(weights_of(plain), weights_of(actor))
+
+
+def test_no_more_layers_are_recomputed_than_there_are():
+    with pytest.raises(ValueError, match=r"recompute_num_layers=9, but the model has 2 layers; set at most that"):
+        tiny_actor(enable_gradient_checkpointing=True, recompute_num_layers=9)
 
 
 def test_sharding_over_one_rank_changes_no_bit():

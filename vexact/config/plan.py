@@ -17,6 +17,7 @@ from vexact.config.memory import (
     memory_notes,
     memory_plan,
     memory_rows,
+    with_recomputation,
 )
 from vexact.config.schema import Config
 
@@ -52,7 +53,8 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
     shape = shape or ModelShape.read(config.model.path)
     machine = Machine(machine) if isinstance(machine, str) else machine
     device, placement = machine.device, Placement.of(config, machine.gpus)
-    memory = memory_plan(config, shape, placement, device, machine.device_bytes)
+    settled = with_recomputation(config, shape, machine)
+    memory = memory_plan(settled, shape, placement, device, machine.device_bytes)
     rows = (
         ("run directory", str(config.run_dir)),
         ("model", f"{config.model.path} ({_parameters(shape)}, {config.dtype(device)}, {device})"),
@@ -61,6 +63,7 @@ def build_plan(config: Config, machine: Machine | str, shape: ModelShape | None 
         *_step_rows(config),
         ("lengths", f"prompt {config.data.max_prompt_length} + response {config.data.max_response_length} tokens"),
         ("attention", _attention_row(config, device, shape)),
+        *_recomputation_rows(config, settled, shape.num_layers),
         ("exactness", _exactness_row(config)),
         ("placement", _placement_row(config, placement, device)),
         ("key-value cache", _cache_row(config, device, shape)),
@@ -127,6 +130,15 @@ def _attention_row(config: Config, device: str, shape: ModelShape) -> str:
         found = baseline_attention(rollout, device, dtype, key_dim=shape.key_dim, value_dim=shape.value_dim)
         rollout = f"{found}, with all other operators stock"
     return f"{rollout} (rollout), {config.actor.attn_implementation} (trainer)"
+
+
+def _recomputation_rows(config: Config, settled: Config, num_layers: int) -> list[tuple[str, str]]:
+    """Of layers that do not all do the same."""
+    number, given = settled.model.recomputed_of(num_layers), config.model.recompute_num_layers
+    if given is None or config.trainer.val_only or not config.model.enable_gradient_checkpointing:
+        return []
+    chosen = ", as few as fit" if given == "auto" else ""
+    return [("recomputed", f"{number} of {num_layers} layers in the backward{chosen}")]
 
 
 def _cache_row(config: Config, device: str, shape: ModelShape) -> str:

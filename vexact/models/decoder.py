@@ -85,7 +85,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.ops = op_set(ops, attn_impl)
-        self.gradient_checkpointing = False
+        self.recomputed_layers = 0  # the first so many are computed again in the backward (gradient checkpointing)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, self.ops) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.ops)
@@ -140,10 +140,10 @@ class CausalLM(nn.Module):
         x: Tensor = self.ops.embedding(input_ids, self.embed_tokens.weight, self.config.padding_idx)
         residual: Tensor | None = None
         caches = kv_caches if kv_caches is not None else [None] * len(self.layers)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for layer, kv_cache in zip(self.layers, caches, strict=True):
+        recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
+        for number, (layer, kv_cache) in enumerate(zip(self.layers, caches, strict=True)):
             args = (x, residual, positions, self.cos_sin, metadata, kv_cache)
-            if not recompute:
+            if number >= recomputed:
                 x, residual = layer(*args, route_digest, routing)
                 continue
             own = None if route_digest is None else torch.zeros_like(route_digest)

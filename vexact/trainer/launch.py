@@ -9,6 +9,7 @@ from typing import Any
 from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
+from vexact.config.memory import ModelShape, with_recomputation
 from vexact.config.plan import build_plan
 from vexact.data import PromptDataset
 from vexact.distributed import Layout, WorkerError
@@ -64,11 +65,12 @@ def run(config: Config, layout: Layout | None = None) -> int:
                 source.path,
             )
             return 0
-        plan = build_plan(config, machine_of(layout))
+        machine, shape = machine_of(layout), ModelShape.read(config.model.path)
+        plan = build_plan(config, machine, shape)
         for name, value in plan.memory:
             log.info("%s: %s", name, value)
         with advising(config, lambda: None):
-            workers = build_workers(config, layout, inputs)
+            workers = build_workers(with_recomputation(config, shape, machine), layout, inputs)
         stack.callback(workers.close)
         if workers.sleeps:  # until the first sync
             workers.release_memory()

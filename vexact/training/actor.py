@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vexact import interrupt
 from vexact.algorithms import Denominators, LossScales
+from vexact.config.sections.model import recomputed_layers
 from vexact.models import CausalLM, parameter_dtype
 from vexact.ops.linear_cross_entropy import TrainedCrossEntropy
 from vexact.training.batches.batch import PackedBatch, PolicyTargets, policy_targets, token_sequence
@@ -68,7 +69,8 @@ class Actor:
         Raises:
             ValueError: sharding is off but needed, several ranks are to train weights that are not float32, the
                 ranks or the attention heads cannot be divided into ``ulysses_sequence_parallel_size``, or the ranks or
-                the experts into ``expert_parallel_size``, or experts are to be balanced that the model does not have.
+                the experts into ``expert_parallel_size``, or experts are to be balanced or layers recomputed that the
+                model does not have.
         """
         self.config, self.model = config, model
         self.one_pass = one_pass.applies(config, model.config)
@@ -83,7 +85,9 @@ class Actor:
         if config.agg_mode != config.loss_agg_mode:
             given, fixed = config.loss_agg_mode, config.agg_mode
             log.warning("actor.loss_agg_mode=%s is not used: %s aggregates by %s", given, config.loss_mode, fixed)
-        model.gradient_checkpointing = config.enable_gradient_checkpointing
+        model.recomputed_layers = recomputed_layers(
+            config.enable_gradient_checkpointing, config.recompute_num_layers, model.config.num_layers
+        )
         prepare(model, self.ranks, config.torch_dtype, config.fsdp, config.expert_parallel_size)
         self.optimizer = Optimizer(model.parameters(), config.optim, self.ranks, config.optimizer_offload)
         self.gradients = GradientSum(model, self.ranks.world_size)

@@ -78,6 +78,7 @@ class ActorConfig(OffloadSettings, ActorSettings):
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     loss_scale_factor: int | None = None
     enable_gradient_checkpointing: bool = False
+    recompute_num_layers: int | None = None  # of a model's first layers; None: all
     dtype: str = "float32"  # of the forward, the backward and the weights that the rollout receives
     expert_parallel_size: int = 1  # groups of ranks that share the experts
     fsdp: bool | None = None  # None: shard when there are several ranks or the model's dtype is not ``dtype``

@@ -24,6 +24,7 @@ PLAIN = {"enable_gradient_checkpointing": False}
 RUNS = {  # ranks, case, groups of ranks, settings
     "one rank a group": (4, "eight", 4, {}),
     "recomputed": (4, "eight", 4, {"enable_gradient_checkpointing": True}),
+    "one layer recomputed": (4, "eight", 4, {"enable_gradient_checkpointing": True, "recompute_num_layers": 1}),
     "two ranks a group": (4, "eight", 2, {}),
     "latent": (4, "eight latent", 4, {}),
     "latent, not recomputed": (4, "eight latent", 2, PLAIN),

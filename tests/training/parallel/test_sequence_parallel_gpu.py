@@ -69,9 +69,7 @@ def outcome(case, size, device):
     peak = torch.cuda.max_memory_allocated(device) - before
     lengths = [prompt + response - 1 for prompt, response in LENGTHS]
     num_tokens = max(sum(lengths[i] for i in group) for group in pack(lengths, BUDGET, balance=True))
-    predicted = activation_bytes(
-        model.config, num_tokens, 2, recomputed=config.enable_gradient_checkpointing, sharing=size
-    )
+    predicted = activation_bytes(model.config, num_tokens, 2, recomputed=model.recomputed_layers, sharing=size)
     return {
         "logprobs": logprobs,
         "audited": audited,

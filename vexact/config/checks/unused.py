@@ -94,6 +94,11 @@ def _switches(config: Config) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         "no KL term is on, so there is no reference policy",
     )
     yield (
+        ("actor_rollout_ref.model.recompute_num_layers",),
+        not config.model.enable_gradient_checkpointing,
+        "actor_rollout_ref.model.enable_gradient_checkpointing=false recomputes none",
+    )
+    yield (
         (f"{_ROLLOUT}.kv_cache_bytes",),
         config.rollout.num_pages is not None,
         f"{_ROLLOUT}.num_pages={config.rollout.num_pages} says it already",

@@ -12,6 +12,7 @@ from vexact.config.memory.kv_cache import BYTES, kv_cache_tokens
 from vexact.config.memory.model_shape import ExpertShape, ModelShape
 from vexact.config.memory.placement import Placement
 from vexact.config.memory.plan import MemoryPlan, memory_plan, memory_rows, size_text
+from vexact.config.memory.recomputation import with_recomputation
 
 __all__ = [
     "BYTES",
@@ -29,4 +30,5 @@ __all__ = [
     "memory_rows",
     "out_of_memory_advice",
     "size_text",
+    "with_recomputation",
 ]

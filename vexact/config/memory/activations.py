@@ -12,7 +12,7 @@ def activation_bytes(
     num_tokens: int,
     width: int,
     *,
-    recomputed: bool = False,
+    recomputed: int = 0,
     sharing: int = 1,
     rows_travel: bool = False,
 ) -> int:
@@ -21,7 +21,7 @@ def activation_bytes(
     Args:
         num_tokens: of the micro-batch, over all ranks that share it.
         width: bytes of a number of the compute type.
-        recomputed: whether layers are computed again in the backward (gradient checkpointing).
+        recomputed: layers, the first ones, that are computed again in the backward (gradient checkpointing).
         sharing: ranks that share the micro-batch (Ulysses sequence parallelism).
         rows_travel: whether experts are on other ranks. One that gets more than its share of the rows needs more.
     """
@@ -31,12 +31,12 @@ def activation_bytes(
         row = width * sizes.experts.top_k * sizes.hidden_size
         layers[True] += row  # as it has arrived
         passing += 2 * row  # gradients, before they leave and as they arrive
-    if recomputed:
-        # The two streams that enter each layer, and all of the one that is computed again.
-        kept = 2 * sizes.num_layers * width * sizes.hidden_size + max(layers.values())
-    else:
-        kept = sum(count * layers[experts] for experts, count in _kinds(sizes).items())
-    return -(-num_tokens // sharing) * (kept + passing)
+    # The two streams that enter each layer that is computed again, and what the others keep, which is gone when the
+    # first of those is computed: there is always room for one. Which layers have experts is not asked: the largest do.
+    streams = 2 * recomputed * width * sizes.hidden_size
+    by_size = sorted((size for kind, size in layers.items() for _ in range(_kinds(sizes)[kind])), reverse=True)
+    kept = sum(by_size[: max(1, sizes.num_layers - recomputed)])
+    return -(-num_tokens // sharing) * (streams + kept + passing)
 
 
 def _kinds(sizes: ModelShape) -> dict[bool, int]:

@@ -185,6 +185,9 @@ def _remedies(config: Config, excess: Callable[[Config], int]) -> Iterator[tuple
     for key, is_on in switches.items():
         if not is_on:
             yield key, True, with_value(config, key, True)
+    if config.model.enable_gradient_checkpointing and isinstance(config.model.recompute_num_layers, int):
+        key = f"{MODEL}.recompute_num_layers"
+        yield key, None, with_value(config, key, None)
     for key, now, least, step in _numbers(config):
         if now > least:
             tried = range(least, now, step)
@@ -221,7 +224,7 @@ def with_value(config: Any, key: str, value: Any) -> Any:
 
 
 def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _cache_knobs(config: Config) -> Iterator[str]:
@@ -257,6 +260,8 @@ def _token_knobs(config: Config) -> Iterator[str]:
         yield f"a lower {ACTOR}.ppo_max_token_len_per_gpu (now {tokens}, at least {least})"
     if not config.model.enable_gradient_checkpointing:
         yield f"{MODEL}.enable_gradient_checkpointing=true"
+    elif config.model.recompute_num_layers is not None:
+        yield f"{MODEL}.recompute_num_layers=null (now {config.model.recompute_num_layers})"
 
 
 def _offload_knobs(config: Config) -> Iterator[str]:

@@ -145,25 +145,29 @@ class Parts:
         return self.shape.experts is not None and self.config.actor.fsdp_config.expert_parallel_size > 1
 
     def _shared_experts(self) -> int:
-        """A group's experts of one layer, of all where none is computed again; their gradients for every source, and
+        """A group's experts of one layer, or of all that are not computed again; their gradients for every source, and
         those of one source on their way to the ranks of the group."""
         shape, moe = self.shape, self.shape.experts
         assert moe is not None, "asked of a mixture only"
         groups = self.config.actor.fsdp_config.expert_parallel_size
         every = shape.expert_layer_parameters(moe.num_experts) - shape.expert_layer_parameters(0)
-        kept = 1 if self.config.model.enable_gradient_checkpointing else shape.num_expert_layers
+        kept = max(1, min(shape.num_expert_layers, shape.num_layers - self._recomputed))
         travelling = 2 if groups < self.placement.trainers else 0
         return self._width * (every + (kept + travelling) * -(-every // groups))
+
+    @property
+    def _recomputed(self) -> int:
+        """Layers that are computed again in the backward."""
+        return self.config.model.recomputed_of(self.shape.num_layers)
 
     def _activations(self) -> int:
         """What one rank's part of a full forward keeps for its backward."""
         tokens, sharing = self.config.actor.ppo_max_token_len_per_gpu, self.config.actor.ulysses_sequence_parallel_size
-        recomputed = self.config.model.enable_gradient_checkpointing
         layers = activation_bytes(
             self.shape,
             tokens * sharing,
             self._width,
-            recomputed=recomputed,
+            recomputed=self._recomputed,
             sharing=sharing,
             rows_travel=self._shares_experts,
         )

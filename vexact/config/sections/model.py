@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from vexact.config.fields import opt
+from vexact.config.fields import ConfigError, opt
 
 
 @dataclass(frozen=True)
@@ -19,3 +20,32 @@ class ModelSection:
     enable_gradient_checkpointing: bool = opt(
         True, "Recompute activations in the backward pass: less memory, same bits."
     )
+    recompute_num_layers: int | Literal["auto"] | None = opt(
+        None,
+        "Layers whose activations are recomputed, the first ones; the others keep theirs, which is faster. Never "
+        "changes results. null: all. auto: as few as fit, by the memory plan.",
+        ge=0,
+    )
+
+    def recomputed_of(self, num_layers: int) -> int:
+        """How many of a model's layers are recomputed; while "auto" is not settled, the most that it may be."""
+        given = num_layers - 1 if self.recompute_num_layers == "auto" else self.recompute_num_layers
+        return recomputed_layers(self.enable_gradient_checkpointing, given, num_layers)
+
+
+def recomputed_layers(enabled: bool, given: int | None, num_layers: int) -> int:
+    """The first so many of ``num_layers``: ``given``, or all of them where it is None; none where not ``enabled``.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    if not enabled:
+        return 0
+    if given is None:
+        return num_layers
+    if given > num_layers:
+        raise ConfigError(
+            f"actor_rollout_ref.model.recompute_num_layers={given}, but the model has {num_layers} layers; set at most "
+            "that, or null for all of them"
+        )
+    return given

@@ -40,6 +40,7 @@ _FREE = (
     "data.val_files",
     "data.val_max_samples",
     f"{MODEL}.enable_gradient_checkpointing",
+    f"{MODEL}.recompute_num_layers",
     f"{ACTOR}.strategy",
     f"{ACTOR}.fsdp_config",
     f"{ACTOR}.checkpoint",

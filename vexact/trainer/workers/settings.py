@@ -23,7 +23,7 @@ def engine_settings(config: Config) -> dict[str, Any]:
 
 
 def actor_config(config: Config, device: torch.device, total_steps: int) -> ActorConfig:
-    actor = config.actor
+    actor, recomputed = config.actor, config.model.recompute_num_layers
     return ActorConfig(
         **actor.actor_settings(),
         **actor.fsdp_config.offload_settings(),
@@ -37,6 +37,7 @@ def actor_config(config: Config, device: torch.device, total_steps: int) -> Acto
         correction=correction_config(config),
         loss_scale_factor=actor.loss_scale_factor or config.data.max_response_length,
         enable_gradient_checkpointing=config.model.enable_gradient_checkpointing,
+        recompute_num_layers=None if recomputed == "auto" else recomputed,
         dtype=config.dtype(device.type),
         optim=OptimConfig(**vars(actor.optim), total_training_steps=total_steps),
     )
