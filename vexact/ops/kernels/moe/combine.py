@@ -9,8 +9,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from vexact.ops.kernels.chain import overlapping
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.sizes import cdiv, column_blocks, next_power_of_2
+
+_forward, _backward = Launches(), Launches()
 
 
 @triton.jit
@@ -85,41 +88,32 @@ def total(dx: Tensor, slots: Tensor) -> Tensor:
 def backward(dout: Tensor, y: Tensor, weights: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """dout (T, H) -> dy (P, H) in the dtype of ``y``, dweights (T, k) fp32; every tensor contiguous."""
     width, dy, dweights = y.shape[1], torch.empty_like(y), torch.empty_like(weights)
-    block = next_power_of_2(width)
-    combine_backward_kernel[(slots.numel(),)](
-        dout,
-        y,
-        weights,
-        slots,
-        dy,
-        dweights,
-        H=width,
-        TOP_K=slots.shape[1],
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-        enable_fp_fusion=False,
-    )
+    tensors = dout, y, weights, slots, dy, dweights
+    _backward((slots.shape, width, dout.dtype, y.dtype), tensors, lambda: _backward_call(tensors, width))
     return dy, dweights
 
 
+def _backward_call(tensors: tuple[Tensor, ...], width: int) -> Call:
+    slots, block = tensors[3], next_power_of_2(width)
+    constants = {"H": width, "TOP_K": slots.shape[1], "BLOCK": block}
+    options = {"num_warps": min(16, max(1, block // 512)), "enable_fp_fusion": False}
+    return Call(combine_backward_kernel, (slots.numel(),), tensors, constants | options)
+
+
 def _launch(y: Tensor, weights: Tensor | None, slots: Tensor, shared: Tensor | None) -> Tensor:
-    (num_tokens, top_k), width = slots.shape, y.shape[1]
-    out = torch.empty(num_tokens, width, dtype=y.dtype, device=y.device)
-    config = column_blocks(width, widest=1024)
-    overlap = overlaps(y.device)
-    combine_kernel[(num_tokens, cdiv(width, config["BLOCK"]))](
-        y,
-        y if weights is None else weights,
-        slots,
-        y if shared is None else shared,
-        out,
-        H=width,
-        TOP_K=top_k,
-        WEIGHTED=weights is not None,
-        HAS_SHARED=shared is not None,
-        **config,
-        OVERLAP=overlap,
-        enable_fp_fusion=False,
-        **overlapping(overlap),
-    )
+    out = y.new_empty(slots.shape[0], y.shape[1])
+    kinds = y.dtype, weights is not None, None if shared is None else shared.dtype
+    given = [tensor for tensor in (y, weights, slots, shared, out) if tensor is not None]
+    _forward((slots.shape, y.shape[1], *kinds), given, lambda: _forward_call(y, weights, slots, shared, out))
     return out
+
+
+def _forward_call(y: Tensor, weights: Tensor | None, slots: Tensor, shared: Tensor | None, out: Tensor) -> Call:
+    (num_tokens, top_k), width, overlap = slots.shape, y.shape[1], overlaps(y.device)
+    config = column_blocks(width, widest=1024)
+    constants = {
+        **{"H": width, "TOP_K": top_k, "WEIGHTED": weights is not None, "HAS_SHARED": shared is not None},
+        **{**config, "OVERLAP": overlap, "enable_fp_fusion": False, **overlapping(overlap)},
+    }
+    args = y, y if weights is None else weights, slots, y if shared is None else shared, out
+    return Call(combine_kernel, (num_tokens, cdiv(width, config["BLOCK"])), args, constants)

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vexact.ops.kernels.chain import overlapping
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.launch import capability, multiprocessors, overlaps, strip_descriptor
 from vexact.ops.kernels.linear.tiles import Tile
 from vexact.ops.kernels.moe.grad_weight import grouped_grad_weight_kernel
@@ -18,6 +19,8 @@ from vexact.ops.kernels.moe.pointer import grouped_pointer_kernel
 from vexact.ops.kernels.moe.tiles import grad_weight_tile, product_tile
 from vexact.ops.kernels.moe.tma import grouped_tma_kernel
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
+_products, _grad_weights = Launches(), Launches()
 
 SWIZZLED_SPAN = 128  # bytes of a row that stay together in shared memory
 
@@ -50,32 +53,29 @@ def grad_weight(
     out = x.new_empty(num_experts, n, k)
     if tile is None:
         tile = grad_weight_tile(x.dtype, _has_descriptors(dy, x))
-    descriptors = tile.kernel == "tma"
-    gather = rows is not None
-    grouped_grad_weight_kernel[(num_experts * cdiv(n, tile.block_m) * cdiv(k, tile.block_n),)](
-        strip_descriptor(dy, tile.block_k, tile.block_m) if descriptors else dy,
-        strip_descriptor(x, tile.block_k, tile.block_n) if descriptors and not gather else x,
-        dy,
-        x,
-        out,
-        rows if gather else offsets,
-        offsets,
-        n,
-        k,
-        dy.stride(0),
-        x.stride(0),
-        TOP_K=top_k,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GATHER=gather,
-        DESCRIPTORS=descriptors,
-        PRECISION="ieee",
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,  # as the launches of linear
+    _grad_weights(
+        (dy.shape, dy.stride(), x.shape, x.stride(), dy.dtype, x.dtype, num_experts, rows is None, top_k, tile),
+        _once(dy, x, out, rows, offsets),
+        lambda: _grad_weight_call(dy, x, out, rows, offsets, top_k, tile),
     )
     return out
+
+
+def _grad_weight_call(
+    dy: Tensor, x: Tensor, out: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, tile: Tile
+) -> Call:
+    (num_experts, n, k), gather, descriptors = out.shape, rows is not None, tile.kernel == "tma"
+    args = (
+        strip_descriptor(dy, tile.block_k, tile.block_m) if descriptors else dy,
+        strip_descriptor(x, tile.block_k, tile.block_n) if descriptors and not gather else x,
+        *(dy, x, out, offsets if rows is None else rows, offsets, n, k, dy.stride(0), x.stride(0)),
+    )
+    constants = {
+        **{"TOP_K": top_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+        **{"GATHER": gather, "DESCRIPTORS": descriptors, "PRECISION": "ieee", **_options(tile)},
+    }
+    grid = (num_experts * cdiv(n, tile.block_m) * cdiv(k, tile.block_n),)
+    return Call(grouped_grad_weight_kernel, grid, args, constants)
 
 
 def product(
@@ -99,8 +99,33 @@ def product(
     if tile is None:
         descriptors = x.shape[1] > 0 and n % 8 == 0 and _has_descriptors(x) and _whole_matrices(weight, gated)
         tile = product_tile(num_places, weight.shape[0], x.dtype, descriptors, rows is not None, gated)
-    launch = _launch_tma if tile.kernel == "tma" else _launch_pointer
-    return launch(x, weight, rows, offsets, top_k, num_places, n, gated, tile)
+    above = tile.block_m if tile.kernel == "tma" else 0  # rows in front of the first place, see own_rows
+    stored = x.new_empty(above + num_places, n)
+    half = _half(tile)
+    tail = None if half in (0, above) else stored[above - half :]
+    kinds = x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, num_places, rows is None
+    make = _tma_call if above else _pointer_call
+    _products(
+        (*kinds, top_k, gated, tile),
+        _once(x, weight, stored, tail, rows, offsets),
+        lambda: make(x, weight, stored, rows, offsets, top_k, gated, tile),
+    )
+    return stored[above:] if above else stored
+
+
+def _once(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _half(tile: Tile) -> int:
+    """Rows of the tile that may end an expert; 0 where nothing is stored by descriptors."""
+    if tile.kernel != "tma":
+        return 0
+    return tile.block_m // 2 if _has_halves(tile) else tile.block_m
+
+
+def _has_halves(tile: Tile) -> bool:
+    return tile.waves == 0 and tile.block_m >= 128
 
 
 def own_rows(out: Tensor, block_m: int, width: int) -> TensorDescriptor:
@@ -145,98 +170,53 @@ def _whole_matrices(weight: Tensor, gated: bool) -> bool:
     return stored.stride(2) == 1 and weight.data_ptr() % 16 == 0 and all(s % unit == 0 and s > 0 for s in strides)
 
 
-def _launch_tma(
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    top_k: int,
-    num_places: int,
-    n: int,
-    gated: bool,
-    tile: Tile,
-) -> Tensor:
-    num_experts, k, k_major, gather = weight.shape[0], x.shape[1], weight.stride(2) == 1, rows is not None
-    height, width = tile.block_m, tile.block_n // tile.splits
-    tiles = most_tiles(num_places, num_experts, height) * cdiv(n, tile.block_n)
+def _tma_call(
+    x: Tensor, weight: Tensor, stored: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, gated: bool, tile: Tile
+) -> Call:
+    """``stored`` (block_m + P, N)."""
+    num_experts, k, n, gather = weight.shape[0], x.shape[1], stored.shape[1], rows is not None
+    height, half, width = tile.block_m, _half(tile), tile.block_n // tile.splits
+    tiles = most_tiles(stored.shape[0] - height, num_experts, height) * cdiv(n, tile.block_n)
     grid = min(tiles, tile.waves * multiprocessors(x.device)) if tile.waves else tiles
-    halves, overlap = tile.waves == 0 and height >= 128, height < 128 and overlaps(x.device)
-    half = height // 2 if halves else height
+    overlap = height < 128 and overlaps(x.device)
     # since sm_100 the sums of gate and up pass through shared memory
     stages = tile.stages - 1 if gated and tile.stages > 3 and capability(x.device)[0] >= 10 else tile.stages
-    stored = x.new_empty(height + num_places, n)
-    grouped_tma_kernel[(grid,)](
+    args = (
         x if gather else strip_descriptor(x, height, tile.block_k),
         x if gather else strip_descriptor(x, half, tile.block_k),
         matrix_descriptor(weight, gated, tile),
         own_rows(stored, height, width),
         own_rows(stored[height - half :], half, width),
-        rows if gather else offsets,
-        offsets,
-        num_experts,
-        n,
-        k,
-        x.stride(0),
-        TOP_K=top_k,
-        EXPERTS=next_power_of_2(num_experts),
-        BLOCK_M=height,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        SPLITS=tile.splits,
-        SWAP=tile.swap,
-        FLATTEN=tile.waves > 0,
-        HALVES=halves,
-        K_MAJOR=k_major,
-        EVEN_K=k % tile.block_k == 0,
-        GATHER=gather,
-        GATED=gated,
-        JOINT=gated and _is_joint(weight, tile),
-        OVERLAP=overlap,
-        num_warps=tile.warps,
-        num_stages=stages,
-        enable_fp_fusion=True,  # as the launches of linear
-        **overlapping(overlap),
+        *(offsets if rows is None else rows, offsets, num_experts, n, k, x.stride(0)),
     )
-    return stored[height:]
+    constants = {
+        **{"TOP_K": top_k, "EXPERTS": next_power_of_2(num_experts), "BLOCK_M": height, "BLOCK_N": tile.block_n},
+        **{"BLOCK_K": tile.block_k, "SPLITS": tile.splits, "SWAP": tile.swap, "FLATTEN": tile.waves > 0},
+        **{"HALVES": _has_halves(tile), "K_MAJOR": weight.stride(2) == 1, "EVEN_K": k % tile.block_k == 0},
+        **{"GATHER": gather, "GATED": gated, "JOINT": gated and _is_joint(weight, tile), "OVERLAP": overlap},
+        **(_options(tile) | {"num_stages": stages} | overlapping(overlap)),
+    }
+    return Call(grouped_tma_kernel, (grid,), args, constants)
 
 
-def _launch_pointer(
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    offsets: Tensor,
-    top_k: int,
-    num_places: int,
-    n: int,
-    gated: bool,
-    tile: Tile,
-) -> Tensor:
-    num_experts, k = weight.shape[0], x.shape[1]
-    out = x.new_empty(num_places, n)
-    tiles = most_tiles(num_places, num_experts, tile.block_m) * cdiv(n, tile.block_n)
-    grouped_pointer_kernel[(tiles,)](
-        x,
-        weight,
-        out,
-        offsets if rows is None else rows,
-        offsets,
-        num_experts,
-        n,
-        k,
-        *x.stride(),
-        *weight.stride(),
-        TOP_K=top_k,
-        EXPERTS=next_power_of_2(num_experts),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        SWAP=tile.swap,
-        EVEN_K=k % tile.block_k == 0,
-        GATHER=rows is not None,
-        GATED=gated,
-        PRECISION="ieee",
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,  # as the launches of linear
+def _pointer_call(
+    x: Tensor, weight: Tensor, out: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, gated: bool, tile: Tile
+) -> Call:
+    """``out`` (P, N)."""
+    num_experts, k, (num_places, n) = weight.shape[0], x.shape[1], out.shape
+    args = (
+        *(x, weight, out, offsets if rows is None else rows, offsets, num_experts, n, k),
+        *(*x.stride(), *weight.stride()),
     )
-    return out
+    constants = {
+        **{"TOP_K": top_k, "EXPERTS": next_power_of_2(num_experts), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
+        **{"BLOCK_K": tile.block_k, "SWAP": tile.swap, "EVEN_K": k % tile.block_k == 0, "GATHER": rows is not None},
+        **{"GATED": gated, "PRECISION": "ieee", **_options(tile)},
+    }
+    grid = (most_tiles(num_places, num_experts, tile.block_m) * cdiv(n, tile.block_n),)
+    return Call(grouped_pointer_kernel, grid, args, constants)
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    # as the launches of linear: the default of contraction differs between releases
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
+_rank, _scan, _place = Launches(), Launches(), Launches()
 
 CHUNK, STEP = 128, 32  # pairs of a chunk; compared at a time
 FEW_CHUNKS = 32  # whose counts every program adds up by itself
@@ -116,8 +119,9 @@ def forward(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     slots, chunks, bins = torch.empty_like(experts), cdiv(experts.numel(), CHUNK), bins_of(num_experts)
     counts = experts.new_empty(chunks, bins)
     if chunks:
-        at = experts, slots, counts, experts.numel(), num_experts
-        rank_kernel[(chunks,)](*at, CHUNK=CHUNK, STEP=STEP, BINS=bins, num_warps=4)
+        at, constants = (experts.numel(), num_experts), {"CHUNK": CHUNK, "STEP": STEP, "BINS": bins, "num_warps": 4}
+        tensors = experts, slots, counts
+        _rank(at, tensors, lambda: Call(rank_kernel, (chunks,), (*tensors, *at), constants))
     rows, offsets = place(experts, slots, counts, num_experts, CHUNK)
     return rows, slots, offsets
 
@@ -134,23 +138,13 @@ def place(experts: Tensor, slots: Tensor, counts: Tensor, num_experts: int, chun
     rows, offsets, totals = (experts.new_empty(n) for n in (num_pairs, num_experts + 1, bins))
     scanned = chunks > FEW_CHUNKS
     if scanned:
-        scan = {"SCAN_CHUNKS": SCAN_CHUNKS, "SCAN_EXPERTS": SCAN_EXPERTS}
-        scan_chunks_kernel[(bins // SCAN_EXPERTS,)](counts, totals, chunks, BINS=bins, **scan, num_warps=4)
-    place_kernel[(max(1, chunks),)](
-        experts,
-        counts,
-        totals,
-        slots,
-        rows,
-        offsets,
-        num_pairs,
-        chunks,
-        num_experts,
-        CHUNK=chunk,
-        PAIRS=next_power_of_2(chunk),
-        BINS=bins,
-        FEW_CHUNKS=FEW_CHUNKS,
-        SCANNED=scanned,
-        num_warps=4,
-    )
+        scan = {"BINS": bins, "SCAN_CHUNKS": SCAN_CHUNKS, "SCAN_EXPERTS": SCAN_EXPERTS, "num_warps": 4}
+        grid = (bins // SCAN_EXPERTS,)
+        _scan((chunks, bins), (counts, totals), lambda: Call(scan_chunks_kernel, grid, (counts, totals, chunks), scan))
+    tensors, at = (experts, counts, totals, slots, rows, offsets), (num_pairs, chunks, num_experts)
+    constants = {
+        **{"CHUNK": chunk, "PAIRS": next_power_of_2(chunk), "BINS": bins, "FEW_CHUNKS": FEW_CHUNKS},
+        **{"SCANNED": scanned, "num_warps": 4},
+    }
+    _place((*at, chunk), tensors, lambda: Call(place_kernel, (max(1, chunks),), (*tensors, *at), constants))
     return rows, offsets

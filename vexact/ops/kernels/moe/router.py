@@ -10,10 +10,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.launch import overlaps
 from vexact.ops.kernels.moe import groups
 from vexact.ops.kernels.moe.scores import LEFT_OUT, in_best_groups, largest, mixed, order_key, scores_of
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
+
+_backward = Launches()
 
 ROWS = 4  # tokens of a program, one a warp
 FEW_TOKENS = 8  # one program routes and groups them, a warp each; several programs rank as many each
@@ -244,22 +247,13 @@ def backward(
 ) -> Tensor:
     """dweights (T, k) fp32 -> dlogits (T, E) fp32; every tensor contiguous."""
     (num_tokens, num_experts), dlogits = logits.shape, torch.empty_like(logits)
-    route_backward_kernel[(cdiv(num_tokens, ROWS),)](
-        dweights,
-        logits,
-        experts,
-        dlogits,
-        num_tokens,
-        scale,
-        E=num_experts,
-        LEVELS=next_power_of_2(num_experts).bit_length() - 1,
-        TOP_K=top_k,
-        ROWS=ROWS,
-        SIGMOID=scoring == "sigmoid",
-        NORMALIZE=normalize,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    constants = {
+        **{"E": num_experts, "LEVELS": next_power_of_2(num_experts).bit_length() - 1, "TOP_K": top_k, "ROWS": ROWS},
+        **{"SIGMOID": scoring == "sigmoid", "NORMALIZE": normalize, "num_warps": 4, "enable_fp_fusion": False},
+    }
+    tensors, grid = (dweights, logits, experts, dlogits), (cdiv(num_tokens, ROWS),)
+    key = num_tokens, num_experts, top_k, scoring, normalize, scale
+    _backward(key, tensors, lambda: Call(route_backward_kernel, grid, (*tensors, num_tokens, scale), constants))
     return dlogits
 
 
