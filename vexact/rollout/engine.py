@@ -205,6 +205,20 @@ class Engine:
         chosen = requests_of(self._scheduler.unfinished, request_ids, by_sample=by_sample)
         return [self._collector.end(request, Ending("abort")) for request in chosen]
 
+    def abort_unbegun(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        draw_id: str | None = None,
+    ) -> list[Sample]:
+        """What ``abort`` would return right after ``add_request``; nothing begins, so weights and cache may be away.
+
+        Raises ValueError as ``add_request``, but for an id in use.
+        """
+        requests = self._intake.make(prompt_token_ids, sampling_params, request_id, draw_id, claims=False)
+        return [self._collector.unbegun(request, Ending("abort")) for request in requests]
+
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""
         return [sample.request_id for sample in self.abort()]
