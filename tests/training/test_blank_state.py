@@ -38,6 +38,7 @@ def test_a_state_is_read_into_few_pieces_and_is_the_state(offload):
     pieces = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors.values()}
     assert len(pieces) < 24, "of 144 tensors"
     needed = sum(tensor.nbytes for tensor in tensors.values())
+    assert needed == 12 * sum(p.numel() for p in read.parameters()), "what the memory plan counts"
     assert needed <= sum(piece.nbytes() for piece in pieces.values()) <= needed + 512 * len(tensors)
     for key, tensor in blank.items():
         assert (tensor.shape, tensor.dtype) == (state[key].shape, state[key].dtype)
