@@ -325,10 +325,11 @@ def test_a_plan_that_barely_fits_says_so() -> None:
 def test_rows_name_every_stage_and_gpu() -> None:
     plan = memory_plan(configured(*LENGTHS), shape("qwen3-1.7b"), Placement(1, 1, False), "cuda", H100)
     rows = memory_rows(plan, H100)
-    assert [name for name, _ in rows] == ["memory", "memory"]
+    assert [name for name, _ in rows] == ["memory"] * 3
     assert re.match(r"update \d+\.\d GiB of 78.5 GiB on a trainer GPU: moments 12.8 GiB, ", rows[0][1])
     assert re.match(r"generation \d+\.\d GiB of 78.5 GiB on a rollout GPU: rollout weights 3.2 GiB, ", rows[1][1])
     assert "up to 37.5 GiB more of key-value cache" in rows[1][1]
+    assert rows[2][1] == "19.2 GiB per trainer GPU in the machine's own while a resume reads its checkpoint"
 
 
 @pytest.mark.parametrize("stage", ["start-up", "generation", "update", "sync"])

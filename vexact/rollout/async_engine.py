@@ -94,16 +94,15 @@ class AsyncEngine(EngineThread):
         """Ends these requests, or all: their callers get what was sampled so far. Returns the ids of the samples ended.
 
         An id is that of a request or of one of its samples; one may stand alone. All does not mean those that a pause
-        holds back.
+        holds back; named, they end at once, and the other samples of their requests go on after ``resume``.
         """
         asked = request_ids if request_ids is None else id_set(request_ids)
 
         def end(engine: Engine) -> list[str]:
-            if asked is not None:
-                self._start_held(asked)
             samples = engine.abort(asked)
             self._resolve(samples)
-            return [sample.request_id for sample in samples]
+            held = [] if asked is None else self._abort_held(asked)
+            return [*(sample.request_id for sample in samples), *held]
 
         return await self.run(end)
 

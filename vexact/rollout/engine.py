@@ -13,23 +13,17 @@ from torch import Tensor
 from vexact import interrupt
 from vexact.models.decoder import CausalLM
 from vexact.ops.sampling import SamplingTensors
+from vexact.rollout.assembly import assemble
 from vexact.rollout.engine_config import EngineConfig
-from vexact.rollout.execution.decode_graphs import decode_graphs
-from vexact.rollout.execution.runner import ModelRunner, kv_page_bytes
-from vexact.rollout.loading import Loaded, load
-from vexact.rollout.requests.finish import Ending, Finisher
-from vexact.rollout.requests.intake import Intake, expand
+from vexact.rollout.loading import load
+from vexact.rollout.requests.finish import Ending
+from vexact.rollout.requests.intake import expand
 from vexact.rollout.requests.request import requests_of
 from vexact.rollout.requests.stop_strings import Tokenizer
-from vexact.rollout.sampling.prompt_scores import PromptScorer
 from vexact.rollout.sampling.sampler import NonFiniteLogprobError
 from vexact.rollout.sampling.sampling_params import SamplingParams
-from vexact.rollout.scheduling.block_manager import BlockManager
-from vexact.rollout.scheduling.scheduler import Scheduler
-from vexact.rollout.scheduling.state import SlotState
 from vexact.rollout.stats import EngineStats
-from vexact.rollout.stepping.collector import Collector, TokenObserver
-from vexact.rollout.stepping.stepper import Stepper
+from vexact.rollout.stepping.collector import TokenObserver
 from vexact.rollout.weights import copy_weights
 from vexact.types import Sample
 
@@ -82,55 +76,11 @@ class Engine:
         self.attention, self._own_attention = loaded.attention, loaded.own_attention  # the name of what runs
         self.tokenizer, self.eos_token_ids = loaded.tokenizer, loaded.eos_token_ids
         self.seed, self.vocab_size, self.num_replicas = self.config.seed, self.model.config.vocab_size, 1
-        self._build(loaded)
-
-    def _build(self, loaded: Loaded) -> None:
-        config, model, device = self.config, loaded.model, loaded.device
-        self.max_model_len = config.resolve_model_len(model.config.max_position_embeddings)
-        self.num_pages = config.resolve_num_pages(
-            page_bytes=kv_page_bytes(model, config.page_size),
-            max_model_len=self.max_model_len,
-            free_device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-        )
-        self._state = SlotState(
-            config.max_num_seqs, self.max_model_len, config.page_size, has_routes=model.chooses_experts
-        )
-        self._blocks = BlockManager(self.num_pages, config.page_size)
-        self._scheduler = Scheduler(
-            self._state,
-            self._blocks,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            enable_chunked_prefill=config.enable_chunked_prefill,
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
-        self._runner = ModelRunner(
-            model,
-            num_pages=self.num_pages,
-            page_size=config.page_size,
-            num_slots=config.max_num_seqs,
-            device=device,
-            graphs=decode_graphs(model, config, max_model_len=self.max_model_len, device=device),
-        )
-        self._intake = Intake(
-            self._blocks,
-            seed=config.seed,
-            max_model_len=self.max_model_len,
-            vocab_size=model.config.vocab_size,
-            eos_token_ids=loaded.eos_token_ids,
-            tokenizer=loaded.tokenizer,
-            hash_pages=config.enable_prefix_caching,
-            prompt_scorer=PromptScorer(model, config),
-        )
-        finisher = Finisher(self._state, loaded.tokenizer)
-        self._collector = Collector(model, self._state, self._scheduler, self._intake, finisher)
-        self._stepper = Stepper(
-            self._state,
-            self._blocks,
-            self._scheduler,
-            self._runner,
-            self._collector,
-            runs_ahead=config.resolve_async_scheduling(device.type),
-        )
+        parts = assemble(loaded)
+        self.max_model_len, self.num_pages = parts.max_model_len, parts.num_pages
+        self._intake, self._scheduler, self._state = parts.intake, parts.scheduler, parts.state
+        self._blocks, self._runner = parts.blocks, parts.runner
+        self._stepper, self._collector = parts.stepper, parts.collector
 
     @property
     def weights_version(self) -> int:
@@ -254,6 +204,20 @@ class Engine:
         """
         chosen = requests_of(self._scheduler.unfinished, request_ids, by_sample=by_sample)
         return [self._collector.end(request, Ending("abort")) for request in chosen]
+
+    def abort_unbegun(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling_params: SamplingParams,
+        request_id: str | None = None,
+        draw_id: str | None = None,
+    ) -> list[Sample]:
+        """What ``abort`` would return right after ``add_request``; nothing begins, so weights and cache may be away.
+
+        Raises ValueError as ``add_request``, but for an id in use.
+        """
+        requests = self._intake.make(prompt_token_ids, sampling_params, request_id, draw_id, claims=False)
+        return [self._collector.unbegun(request, Ending("abort")) for request in requests]
 
     def abort_all(self) -> list[str]:
         """Drop every unfinished request; returns their ids."""

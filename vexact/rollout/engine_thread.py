@@ -159,12 +159,36 @@ class EngineThread:
         else:
             self._start(order)
 
-    def _start_held(self, request_ids: Collection[str]) -> None:
-        """Those of these requests that a pause holds back, so that they can be aborted as others are."""
-        named = [order for order in self._held if order.ask.request_id in request_ids]
-        self._held = [order for order in self._held if order not in named]
-        for order in named:
-            self._start(order)
+    def _abort_held(self, request_ids: Collection[str]) -> list[str]:
+        """Ends samples of requests that a pause holds back, by their ids or their requests'; the others stay held."""
+        ended = []
+        for order in list(self._held):
+            names = set(order.ask.names)
+            if names and order.ask.request_id not in request_ids:
+                names.intersection_update(request_ids)
+            if names - order.aborted:
+                ended += self._end_held(order, names - order.aborted)
+        return ended
+
+    def _end_held(self, order: Order, names: Collection[str]) -> list[str]:
+        try:
+            samples = self._engine.abort_unbegun(*order.ask)
+        except BaseException as error:  # it could not have begun either
+            self._held.remove(order)
+            self._release(order, order.num_reserved)
+            fail(order.added, error)
+            return []
+        ended = []
+        for index, sample in enumerate(samples, order.first_index):
+            if sample.request_id in names:
+                order.aborted.add(sample.request_id)
+                self._tell(order, index, sample=sample)
+                ended.append(sample.request_id)
+        if len(order.aborted) == len(samples):
+            self._held.remove(order)
+            if order.added.set_running_or_notify_cancel():
+                order.added.set_result(None)
+        return ended
 
     def _start(self, order: Order) -> None:
         if not order.added.set_running_or_notify_cancel():
@@ -175,8 +199,12 @@ class EngineThread:
             self._release(order, order.num_reserved)
             order.added.set_exception(error)
             return
+        if order.aborted:  # the others draw what they would have drawn beside them
+            self._engine.abort(order.aborted, by_sample=True)
+        parts = {name: (order, index) for index, name in enumerate(names, order.first_index)}
+        names = [name for name in names if name not in order.aborted]
         order.unfinished.update(names)
-        self._parts |= {name: (order, index) for index, name in enumerate(names, order.first_index)}
+        self._parts |= {name: parts[name] for name in names}
         self._unstarted.update(names)
         if order.stream.live:
             self._live.update(names)
@@ -240,6 +268,18 @@ class EngineThread:
         self._unstarted.discard(name)
         self._live.discard(name)
         order.unfinished.discard(name)
+        self._tell(order, index, sample=sample, error=error, shown=shown)
+
+    def _tell(
+        self,
+        order: Order,
+        index: int,
+        *,
+        sample: Sample | None = None,
+        error: BaseException | None = None,
+        shown: bool = False,
+    ) -> None:
+        """A sample of the request has ended; ``shown`` are its tokens if they came one by one."""
         self._release(order, 1)
         if order.is_gone:
             return

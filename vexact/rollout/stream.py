@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vexact.rollout.requests.intake import sample_ids
 from vexact.rollout.sampling.sampling_params import SamplingParams
 from vexact.types import Sample
 
@@ -60,6 +61,11 @@ class Ask(NamedTuple):
     def num_samples(self) -> int:
         return self.sampling_params.n if isinstance(self.sampling_params, SamplingParams) else 1
 
+    @property
+    def names(self) -> list[str]:
+        """Of its samples; none before the engine has named the request itself."""
+        return sample_ids(self.request_id, self.num_samples) if isinstance(self.request_id, str) else []
+
 
 @dataclass(slots=True, eq=False)
 class Order:
@@ -70,6 +76,7 @@ class Order:
     first_index: int  # of its samples in the stream
     added: Future[None] = field(default_factory=Future)
     unfinished: set[str] = field(default_factory=set)  # ids of its samples that are in the engine
+    aborted: set[str] = field(default_factory=set)  # ids of its samples that ended while a pause held it
     num_reserved: int = 0  # places in the queue that it holds
     is_gone: bool = False  # its caller left
 

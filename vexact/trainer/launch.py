@@ -9,7 +9,7 @@ from typing import Any
 from vexact import interrupt
 from vexact.audit import Audit
 from vexact.config import Config
-from vexact.config.memory import ModelShape, with_recomputation
+from vexact.config.memory import ModelShape, resume_note, with_recomputation
 from vexact.config.plan import build_plan
 from vexact.data import PromptDataset
 from vexact.distributed import Layout, WorkerError
@@ -69,6 +69,9 @@ def run(config: Config, layout: Layout | None = None) -> int:
         plan = build_plan(config, machine, shape)
         for name, value in plan.memory:
             log.info("%s: %s", name, value)
+        note = None if source is None else resume_note(config, shape, machine)
+        if note is not None:  # before it is read: whom the kernel ends for its memory has no last word
+            log.warning("%s", note)
         with advising(config, lambda: None):
             workers = build_workers(with_recomputation(config, shape, machine), layout, inputs)
         stack.callback(workers.close)

@@ -91,6 +91,45 @@ def test_a_server_that_leaves_the_rotation_sends_requests_away(rollout):
     assert len(served.token_ids) == LONGEST
 
 
+@pytest.mark.parametrize("asleep", [False, True])
+def test_a_request_that_waits_is_aborted_like_one_that_runs(model_path, rollout, asleep):
+    """By its id; with all that wait, once nothing comes back soon; and by who has sent it and goes away."""
+    server = rollout.server
+
+    def ask(name):
+        return asyncio.create_task(server.generate([1, 2], dict(TRAINING), name))
+
+    async def scenario():
+        await server.abort_all_requests()
+        if asleep:
+            await server.sleep()
+        waiting = [ask(name) for name in ("named", "gone", "sent away", "sent away, too")]
+        await asyncio.sleep(0)
+        assert len(server._held) == 4
+        assert await server.abort_request("named") == {"aborted": True, "request_id": "named"}
+        assert await server.abort_request("named") == {"aborted": False, "request_id": "named"}
+        ended = [await asyncio.wait_for(waiting[0], 60)]
+        waiting[1].cancel()
+        await asyncio.wait(waiting[1:2])
+        left = ["sent away", "sent away, too"]
+        assert await server.abort_all_requests(reject_request=True) == {"aborted_count": 2, "request_ids": left}
+        ended += [await asyncio.wait_for(task, 60) for task in waiting[2:]]
+        assert not server._held
+        if asleep:
+            await rollout.adapter.resume(["weights"])
+            await rollout.adapter.update_weights(iter(weights_of(model_path)), global_steps=0)
+            await server.wake_up(["kv_cache"])
+        await server.abort_all_requests()
+        last = ask("last")
+        await asyncio.sleep(0)
+        await server.resume_generation()
+        return ended, await last
+
+    ended, served = asyncio.run(scenario())
+    assert [(each.token_ids, each.stop_reason) for each in ended] == [([], "aborted")] * 3
+    assert len(served.token_ids) == LONGEST
+
+
 def test_samples_do_not_depend_on_sleeping_or_on_company(model_path, rollout):
     prompts = make_prompts()
     together = rollout.generate(prompts, 0)

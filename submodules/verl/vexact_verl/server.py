@@ -34,8 +34,8 @@ class VexactServer:
         self._requests = Requests(config, engine.max_model_len, carries=mode == RolloutMode.HYBRID)
         self._engine = AsyncEngine(engine)
         self._arrival: Arrival | None = None
-        self._open, self._rejects = asyncio.Event(), False
-        self._open.set()
+        self._is_open, self._rejects = True, False
+        self._held: dict[asyncio.Future[bool], str] = {}  # requests that wait to be let in, or not
 
     async def ready(self) -> None:
         """Answers once the model is loaded."""
@@ -59,10 +59,8 @@ class VexactServer:
         """
         if image_data or video_data or audio_data or mm_processor_kwargs:
             raise ValueError("rollout.name=vexact generates from text; the request holds images, video or audio")
-        while not self._open.is_set():
-            if self._rejects:
-                return TokenOutput(token_ids=[], stop_reason="aborted")
-            await self._open.wait()
+        if not await self._let_in(request_id):
+            return TokenOutput(token_ids=[], stop_reason="aborted")
         params = self._requests.params(sampling_params, len(prompt_ids))
         sample = (await self._engine.generate(prompt_ids, params, request_id))[0]
         return TokenOutput(
@@ -73,18 +71,42 @@ class VexactServer:
         )
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
-        """Ends what runs; what comes waits until ``resume_generation``, or with ``reject_request`` is sent away."""
-        self._open.clear()
-        self._rejects = reject_request
-        ended = await self._engine.abort()
+        """Ends what runs; what comes waits until ``resume_generation``, or with ``reject_request`` is sent away, as is
+        what has waited since an earlier call."""
+        self._is_open, self._rejects = False, reject_request
+        held = self._answer_held(False) if reject_request else []
+        ended = [*await self._engine.abort(), *held]
         return {"aborted_count": len(ended), "request_ids": ended}
 
     async def abort_request(self, request_id: str) -> dict[str, Any]:
-        return {"aborted": bool(await self._engine.abort({request_id})), "request_id": request_id}
+        """Ends it where it is: it may be one that waits for ``resume_generation``."""
+        held = self._answer_held(False, request_id)
+        return {"aborted": bool([*await self._engine.abort({request_id}), *held]), "request_id": request_id}
 
     async def resume_generation(self) -> None:
-        self._rejects = False
-        self._open.set()
+        self._is_open, self._rejects = True, False
+        self._answer_held(True)
+
+    async def _let_in(self, request_id: str) -> bool:
+        """Whether the request may begin, once that is known."""
+        while not self._is_open:
+            if self._rejects:
+                return False
+            answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._held[answer] = request_id
+            try:
+                if not await answer:
+                    return False
+            finally:
+                del self._held[answer]
+        return True
+
+    def _answer_held(self, may_begin: bool, request_id: str | None = None) -> list[str]:
+        """Answers this request or all that wait; returns whom."""
+        waiting = [each for each, name in self._held.items() if not each.done() and request_id in (None, name)]
+        for answer in waiting:
+            answer.set_result(may_begin)
+        return [self._held[answer] for answer in waiting]
 
     async def begin_update(self, version: int) -> None:
         """The next ``receive`` calls bring weights of this version. An update that was broken off is forgotten."""

@@ -14,7 +14,7 @@ from vexact.audit import ExactnessError
 from vexact.config import load_config
 from vexact.models import load_model
 from vexact.prepare.tokenizers import character_tokenizer
-from vexact.rollout import engine as engine_module
+from vexact.rollout.scheduling.state import SlotState
 from vexact.trainer.launch import run
 from vexact.trainer.workers.groups import gathered
 from vexact.training.passes.forward import Scored
@@ -73,12 +73,12 @@ def test_a_run_is_exact_in_bits_and_routes_and_goes_on_after_a_break(name, model
 
 def test_experts_that_differ_stop_a_strict_run(models, overrides, metrics, monkeypatch, tmp_path):
     """The engine says other experts than it chose; every log-probability is right."""
-    append = engine_module.SlotState.append_sampled
+    append = SlotState.append_sampled
 
     def wrong(self, slots, token_ids, logprobs, min_logits, route_digests):
         append(self, slots, token_ids, logprobs, min_logits, route_digests ^ (token_ids == 5))
 
-    monkeypatch.setattr(engine_module.SlotState, "append_sampled", wrong)
+    monkeypatch.setattr(SlotState, "append_sampled", wrong)
     given = overrides(f"actor_rollout_ref.model.path={models['moonlight']}", "trainer.exactness=warn")
     assert run(load_config(given)) == 0
     rows = metrics()

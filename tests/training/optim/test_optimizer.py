@@ -132,13 +132,12 @@ def test_moments_that_are_read_for_an_offloading_optimizer_are_not_copied(device
     optimizer, plain = Optimizer(weights, CONFIG, offload=True), Optimizer(weights, CONFIG)
     for seed in (1, 5):
         kept = [[values.clone() for values in moments_of(optimizer, weight)] for weight in weights]
-        for weight in weights:
-            read = optimizer.blank_moments(weight)
+        for weight, read in zip(weights, optimizer.blank_moments(weights), strict=True):
             read[0].copy_(random(*weight.shape, seed=seed))
             read[1].copy_(random(*weight.shape, seed=seed + 1).square())
         for weight, before in zip(weights, kept, strict=True):
             assert all(map(torch.equal, moments_of(optimizer, weight), before)), "read, and not given back yet"
-        given = [optimizer.blank_moments(weight) for weight in weights]
+        given = optimizer.blank_moments(weights)
         if seed == 1:
             held = [[part.data_ptr() for part in parts] for parts in given]
         for weight, parts in zip(weights, given, strict=True):
@@ -160,7 +159,7 @@ def test_moments_that_are_read_for_an_offloading_optimizer_are_not_copied(device
 def test_what_was_read_and_refused_leaves_no_moments():
     weight = Parameter(random(3, 4))
     used, untouched = Optimizer([weight], CONFIG, offload=True), Optimizer([weight], CONFIG, offload=True)
-    for part in used.blank_moments(weight):
+    for part in used.blank_moments([weight])[0]:
         part.fill_(torch.nan)
     found = []
     for optimizer in (used, untouched):

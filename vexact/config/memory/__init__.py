@@ -7,6 +7,7 @@ from vexact.config.memory.advice import (
     memory_notes,
     memory_problems,
     out_of_memory_advice,
+    resume_note,
 )
 from vexact.config.memory.kv_cache import BYTES, kv_cache_tokens
 from vexact.config.memory.model_shape import ExpertShape, ModelShape
@@ -29,6 +30,7 @@ __all__ = [
     "memory_problems",
     "memory_rows",
     "out_of_memory_advice",
+    "resume_note",
     "size_text",
     "with_recomputation",
 ]

@@ -56,11 +56,31 @@ def memory_problems(config: Config, shape: ModelShape, machine: Machine) -> list
         if machine.device == "cpu" and machine.gpus > 1:
             fix = f"{fix}; or start fewer than {machine.gpus} processes, which share the machine's memory"
         problems.append(MemoryProblem(what, fix))
-    if machine.host_bytes is not None and plan.host > machine.host_bytes:
-        what = f"what is offloaded or copied takes {size_text(plan.host)} per GPU of the machine's memory"
+    host = _host_bytes(placement, machine)
+    if host is not None and plan.host > host:
+        what = f"what is offloaded or copied takes {size_text(plan.host)} per {plan.trainer} of the machine's memory"
         fix = f"set {' or '.join(_host_remedies(config))}, or use more GPUs"
-        problems.append(MemoryProblem(f"{what} and {size_text(machine.host_bytes)} are free for each", fix))
+        problems.append(MemoryProblem(f"{what} and {size_text(host)} are free for each", fix))
     return problems
+
+
+def resume_note(config: Config, shape: ModelShape, machine: Machine) -> str | None:
+    """That the run would fit, and a resume of it would not: it holds what it reads beside what is there."""
+    placement = Placement.of(config, machine.gpus)
+    plan, host = _plan(config, shape, placement, machine), _host_bytes(placement, machine)
+    if host is None or plan.host_at_resume <= host or plan.host > host:
+        return None
+    return (
+        f"reading a checkpoint to go on from takes {size_text(plan.host_at_resume)} per {plan.trainer} of the "
+        f"machine's memory, and {size_text(host)} are free for each: to resume, use more GPUs or a machine with more"
+    )
+
+
+def _host_bytes(placement: Placement, machine: Machine) -> int | None:
+    """For each GPU that trains, in the machine that has most of them: the first ones do."""
+    if machine.host_bytes is None:
+        return None
+    return machine.host_bytes * machine.gpus // min(machine.gpus, placement.trainers)
 
 
 def memory_notes(config: Config, shape: ModelShape, machine: Machine) -> list[str]:
@@ -68,7 +88,7 @@ def memory_notes(config: Config, shape: ModelShape, machine: Machine) -> list[st
     if machine.device_bytes is None:
         return []
     plan, free = _plan(config, shape, Placement.of(config, machine.gpus), machine), machine.device_bytes
-    notes = []
+    notes = list(filter(None, [resume_note(config, shape, machine)]))
     worst = plan.worst()
     if worst.total > free:
         return []
@@ -250,6 +270,8 @@ def _host_remedies(config: Config) -> Iterator[str]:
     for name in ("param_offload", "optimizer_offload"):
         if getattr(actor.fsdp_config, name):
             yield f"{ACTOR}.fsdp_config.{name}=false"
+    if config.needs_reference and config.ref.fsdp_config.param_offload:
+        yield "actor_rollout_ref.ref.fsdp_config.param_offload=false"
     if trainer.async_steps and trainer.async_audit_freq > 0:
         yield "trainer.async_audit_freq=-1 (past samples are not compared then)"
 

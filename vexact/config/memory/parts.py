@@ -66,10 +66,22 @@ class Parts:
     @property
     def host(self) -> int:
         """What one trainer keeps in the memory of its machine."""
-        offloaded = 4 * self._share * self.offloads_weights + 8 * self._share * self.offloads_moments
+        moments = 8 * self._share * self.offloads_moments
         on_its_way = 12 * self._share * (self.device == "cuda" and self.config.actor.checkpoint.async_save)
         past = self._num_past_versions  # and the present weights, while earlier ones are in their place
-        return offloaded + on_its_way + self._share * (self._width * past + 4 * (past > 0))
+        return self._parked + moments + on_its_way + self._share * (self._width * past + 4 * (past > 0))
+
+    @property
+    def host_at_resume(self) -> int:
+        """The same while it reads a checkpoint: weights and moments of its own rows, before they go where they belong.
+        Offloaded moments are read in place; no checkpoint is on its way yet, and no earlier weights are kept."""
+        return self._parked + 12 * self._share if self.device == "cuda" else 0
+
+    @property
+    def _parked(self) -> int:
+        """Weights that are on the host from the start, the reference's included."""
+        reference = self._width * self._share * self._offloads_reference
+        return 4 * self._share * self.offloads_weights + reference
 
     @property
     def _num_past_versions(self) -> int:
@@ -127,8 +139,11 @@ class Parts:
         return self.device == "cuda" and self.config.rollout.free_cache_engine
 
     def _reference_is_away(self, stage: Stage) -> bool:
-        offloaded = self.device == "cuda" and self.config.ref.fsdp_config.param_offload
-        return not self.config.needs_reference or (offloaded and stage != "update")
+        return not self.config.needs_reference or (self._offloads_reference and stage != "update")
+
+    @property
+    def _offloads_reference(self) -> bool:
+        return self.device == "cuda" and self.config.needs_reference and self.config.ref.fsdp_config.param_offload
 
     def _gathered(self) -> int:
         """Whole weights of the root and of two layers, and the gradients of the largest of them before they are shared;

@@ -52,13 +52,19 @@ class MemoryPlan:
     """Every stage of every kind of GPU."""
 
     stages: tuple[StageMemory, ...]
-    host: int  # bytes that the process of a GPU keeps in the memory of its machine
+    host: int  # bytes that the process of a GPU that trains keeps in the memory of its machine
+    host_at_resume: int  # the same while it reads a checkpoint
     kv_cache_bytes: int | None  # of an elastic cache: what fits beside all else; None: a key or the device fixes it
 
     @property
     def rollout_weights(self) -> int:
         """Bytes of one replica's."""
         return max(stage.parts.get(ROLLOUT_WEIGHTS, 0) for stage in self.stages)
+
+    @property
+    def trainer(self) -> Role:
+        """What trains."""
+        return self.stages[0].role
 
     def worst(self) -> StageMemory:
         """The stage that needs most."""
@@ -78,15 +84,15 @@ def memory_plan(
     roles: tuple[Role, ...] = ("GPU",) if placement.is_colocated else ("trainer GPU", "rollout GPU")
     stages = [_stage(parts, role, stage) for role in roles for stage in STAGES[role]]
     if parts.fixed_kv_cache is not None:
-        return MemoryPlan(tuple(stages), parts.host, None)
+        return MemoryPlan(tuple(stages), parts.host, parts.host_at_resume, None)
     least = parts.least_kv_cache
     if device_bytes is None:
-        return MemoryPlan(tuple(stages), parts.host, least)
+        return MemoryPlan(tuple(stages), parts.host, parts.host_at_resume, least)
     wanted = max(least, parts.wanted_kv_cache(device_bytes))
     holders = [stage for stage in stages if KV_CACHE in stage.parts]
     room = least + min(device_bytes - stage.total for stage in holders)
     stages = [replace(stage, elastic=wanted - least) if stage in holders else stage for stage in stages]
-    return MemoryPlan(tuple(stages), parts.host, max(least, min(wanted, room)))
+    return MemoryPlan(tuple(stages), parts.host, parts.host_at_resume, max(least, min(wanted, room)))
 
 
 def _stage(parts: Parts, role: Role, stage: Stage) -> StageMemory:
@@ -112,9 +118,11 @@ def memory_rows(plan: MemoryPlan, device_bytes: int | None) -> list[tuple[str, s
         cache = f", and up to {size_text(stage.elastic)} more of key-value cache" if stage.elastic else ""
         where = "" if stage.role == "GPU" else f" on a {stage.role}"
         rows.append(("memory", f"{stage.stage} {size_text(stage.total)}{free}{where}: {stage.text}{cache}"))
-    if plan.host:
-        rows.append(("memory", f"{size_text(plan.host)} per GPU in the machine's own"))
-    return rows
+    held = [f"{size_text(plan.host)} per {plan.trainer} in the machine's own"] if plan.host else []
+    if plan.host_at_resume > plan.host:
+        where = "" if held else f" per {plan.trainer} in the machine's own"
+        held.append(f"{size_text(plan.host_at_resume)}{where} while a resume reads its checkpoint")
+    return [*rows, ("memory", ", ".join(held))] if held else rows
 
 
 def size_text(size: int) -> str:

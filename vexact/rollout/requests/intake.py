@@ -45,9 +45,17 @@ class Intake:
         self.num_named = 0  # prompts that came without an id
 
     def make(
-        self, prompt: Sequence[int], params: SamplingParams, request_id: str | None, draw_id: str | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None,
+        draw_id: str | None = None,
+        *,
+        claims: bool = True,
     ) -> list[Request]:
         """The n requests of one prompt; their ids are taken from now on. ``draw_id``: see ``Engine.add_request``.
+
+        Without ``claims`` no id is taken, and none refused because another has it.
 
         Raises ValueError for one that could never run; then no id is taken, and the counter stands where it stood.
         """
@@ -68,7 +76,7 @@ class Intake:
             self._prompt_scorer.check(name, len(token_ids))
             prompt_logprobs = PromptLogprobs(self._prompt_scorer, token_ids)
         ids = sample_ids(name, params.n)
-        used = self._in_use.intersection(ids)
+        used = self._in_use.intersection(ids if claims else ())
         if used:
             raise ValueError(f"request id {sorted(used)[0]!r} is already running; ids must be unique")
         keys: list[bytes] = []
@@ -79,8 +87,9 @@ class Intake:
             self._request(sample_id, draw, prompt_token_ids, token_ids, params, list(keys), prompt_logprobs)
             for sample_id, draw in zip(ids, sample_ids(drawn, params.n))
         ]
-        self._in_use.update(ids)
-        self.num_named += request_id is None
+        if claims:
+            self._in_use.update(ids)
+            self.num_named += request_id is None
         return requests
 
     def _request(

@@ -51,6 +51,10 @@ class Collector:
         self._drop(request)
         return self._finisher.sample(request, ending, self.weights_version)
 
+    def unbegun(self, request: Request, ending: Ending) -> Sample:
+        """The sample, without a token, of a request that never came here."""
+        return self._finisher.sample(request, ending, self.weights_version)
+
     def _append(self, slots: np.ndarray, output: StepOutput) -> list[Sample]:
         self._state.append_sampled(slots, *output)
         if self.on_tokens is not None:

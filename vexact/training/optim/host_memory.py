@@ -26,12 +26,14 @@ def host_memory(sizes: Sequence[int], pinned: bool) -> list[Tensor]:
     return [found[index] for index in range(len(sizes))]
 
 
-def host_rows(like: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None) -> list[Tensor]:
+def host_rows(
+    like: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None, *, pinned: bool | None = None
+) -> list[Tensor]:
     """Contiguous tensors on the host, of unknown values, with the shapes of those given and their dtypes, or others;
-    page-locked where those are on a GPU."""
+    page-locked where those are on a GPU, or as ``pinned`` says."""
     dtypes = [rows.dtype for rows in like] if dtypes is None else dtypes
     sizes = [rows.numel() * dtype.itemsize for rows, dtype in zip(like, dtypes, strict=True)]
-    memory = host_memory(sizes, any(rows.is_cuda for rows in like))
+    memory = host_memory(sizes, any(rows.is_cuda for rows in like) if pinned is None else pinned)
     return [held.view(dtype).view(rows.shape) for held, rows, dtype in zip(memory, like, dtypes, strict=True)]
 
 

@@ -104,15 +104,16 @@ class Optimizer:
         else:
             yield from (moments.exp_avg_sq for moments in self._moments.values())
 
-    def blank_moments(self, parameter: Parameter) -> tuple[Tensor, Tensor]:
-        """Host memory for this rank's rows of both moments, to be read into and given to ``restore``.
+    def blank_moments(self, parameters: Sequence[Parameter]) -> list[tuple[Tensor, Tensor]]:
+        """Host memory for this rank's rows of both moments of each, to be read into and given to ``restore``.
 
         Before the first step it is the one that offloaded moments will have: there is no second copy of them then.
         """
-        if self.offload and parameter not in self._moments:
-            return self._room(parameter)
-        rows = local(parameter)
-        return torch.empty_like(rows, device="cpu"), torch.empty_like(rows, device="cpu")
+        stays = {p: self._room(p) for p in parameters if self.offload and p not in self._moments}
+        others = [p for p in parameters if p not in stays]
+        rows = host_rows([local(p) for p in others for _ in MOMENTS], pinned=False)
+        blank = stays | dict(zip(others, zip(rows[::2], rows[1::2], strict=True), strict=True))
+        return [blank[p] for p in parameters]
 
     def restore(self, parameter: Parameter, exp_avg: Tensor, exp_avg_sq: Tensor, num_steps: int) -> None:
         """Takes this rank's rows of the moments (any device) and the step count: copies, or what ``blank_moments``

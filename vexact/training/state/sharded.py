@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vexact.training.optim.host_memory import host_rows
 from vexact.training.optim.optimizer import MOMENTS, Optimizer
 from vexact.training.parallel.ranks import Ranks, local
 from vexact.training.state.gathered import check_moments, check_tensor, listed, unstepped
@@ -31,14 +32,20 @@ def sharded_state(
 
 
 def blank_state(model: nn.Module, optimizer: Optimizer, ranks: Ranks, moments: bool) -> dict[str, Tensor]:
-    """Host memory for ``sharded_state``, to be read into: what is wrong in a file then never touches the actor."""
+    """Host memory for ``sharded_state``, to be read into: what is wrong in a file then never touches the actor.
+
+    In few large pieces, which go back to the machine once they are read: malloc keeps what is smaller for later.
+    """
     state = {"num_updates": torch.zeros((), dtype=torch.int64)}
-    for name, parameter in model.named_parameters():
-        parts = {"weight": torch.empty_like(local(parameter), device="cpu")}
+    parameters = list(model.parameters())
+    weights = host_rows([local(parameter) for parameter in parameters], pinned=False)
+    blank = optimizer.blank_moments(parameters) if moments else [()] * len(parameters)
+    for (name, parameter), rows, pair in zip(model.named_parameters(), weights, blank, strict=True):
+        parts = {"weight": rows}
         if moments:
-            parts |= zip(MOMENTS, optimizer.blank_moments(parameter), strict=True)
+            parts |= zip(MOMENTS, pair, strict=True)
             state[f"num_steps.{name}"] = torch.zeros((), dtype=torch.int64)
-        state |= {f"{key}.{name}": _whole(rows, parameter, ranks) for key, rows in parts.items()}
+        state |= {f"{key}.{name}": _whole(part, parameter, ranks) for key, part in parts.items()}
     return state
 
 
