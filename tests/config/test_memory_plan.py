@@ -22,7 +22,7 @@ from vexact.config.memory import (
     memory_rows,
     out_of_memory_advice,
 )
-from vexact.config.memory.activations import activation_bytes, layer_bytes_per_token
+from vexact.config.memory.activations import layer_bytes_per_token
 from vexact.config.memory.advice import with_value
 from vexact.config.memory.plan import BUCKET_BYTES, CONTEXT_BYTES, NCCL_BYTES
 from vexact.config.plan import build_plan
@@ -152,13 +152,6 @@ def test_experts_take_memory_for_rows_and_for_all_of_their_weights() -> None:
     assert update["activations"] - plain["activations"] == 32 * (rows + passing)
     generation, without = (plan.stages[0].parts["rollout workspace"] for plan in plans)
     assert generation - without == 16 * 4 * (3 * 92 - 120) + 2 * config.max_model_len * 8
-
-
-@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 4}, {"mlp_only_layers": [0, 1, 2]}])
-def test_a_mixture_without_a_layer_of_experts_is_a_dense_model(changes: dict[str, Any]) -> None:
-    shape, dense = ModelShape.of(QWEN3_MOE | changes), ModelShape.of(QWEN3_MOE | {"num_experts": None})
-    assert shape == dense
-    assert activation_bytes(shape, 8, 4, rows_travel=True) == activation_bytes(dense, 8, 4)
 
 
 def test_experts_that_groups_share_by_hand() -> None:
