@@ -1,11 +1,15 @@
-"""Where the scripts in examples/moe say that their models fit, the memory plan agrees."""
+"""Where the scripts in examples/moe say that their models fit, the memory plan agrees; and without experts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from moe_configs import QWEN3_MOE
 
 from vexact.config import load_config
 from vexact.config.memory import Machine, ModelShape, Placement, memory_plan, memory_problems, out_of_memory_advice
+from vexact.config.memory.activations import activation_bytes
 from vexact.config.plan import build_plan
 from vexact.prepare.shapes import SHAPES
 
@@ -115,3 +119,10 @@ def test_the_plan_says_how_experts_are_used(recipe: str, row: str) -> None:
     arch = "qwen3-30b-a3b" if "moe" in recipe or "30b" in recipe else "moonlight-16b-a3b"
     plan = build_plan(load_config([f"recipe={recipe}"], checked=False), "cpu", ModelShape.of(SHAPES[arch]))
     assert dict(plan.rows)["experts"] == row
+
+
+@pytest.mark.parametrize("changes", [{"decoder_sparse_step": 4}, {"mlp_only_layers": [0, 1, 2]}])
+def test_a_mixture_without_a_layer_of_experts_is_a_dense_model(changes: dict[str, Any]) -> None:
+    shape, dense = ModelShape.of(QWEN3_MOE | changes), ModelShape.of(QWEN3_MOE | {"num_experts": None})
+    assert shape == dense
+    assert activation_bytes(shape, 8, 4, rows_travel=True) == activation_bytes(dense, 8, 4)

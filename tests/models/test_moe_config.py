@@ -161,6 +161,7 @@ REFUSED = [
     (DEEPSEEK_V3, {"q_lora_rank": 0}, "q_lora_rank=0"),
     (DEEPSEEK_V3, {"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 must be even"),
     (DEEPSEEK_V3, {"qk_head_dim": 24}, "qk_head_dim=24 must be qk_nope_head_dim + qk_rope_head_dim, 20"),
+    (DEEPSEEK_V3, {"head_dim": 4}, "head_dim=4 must be qk_rope_head_dim, 8, or absent"),
     (DEEPSEEK_V3, {"num_key_value_heads": 2}, "num_key_value_heads=2 must be num_attention_heads, 4"),
     (DEEPSEEK_V3, {"attention_bias": True}, "attention_bias=true"),
     (DEEPSEEK_V3, {"rope_interleave": None}, "rope_interleave=null must be true or false"),

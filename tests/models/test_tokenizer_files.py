@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from checkpoint_support import LLAMA
+from transformers import AutoConfig
 
 from vexact.models import ModelConfig, random_model, save_hf
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
@@ -68,6 +69,27 @@ def test_json_that_is_no_tokenizer(folder, content):
 def test_settings_of_the_wrong_type(folder, settings):
     (folder / "tokenizer_config.json").write_bytes(settings)
     with pytest.raises(ValueError, match=rf"the tokenizer in {folder} cannot be loaded \(.+\); copy its files again"):
+        read_tokenizer(folder)
+
+
+def test_a_config_that_transformers_does_not_take_is_not_the_tokenizers_fault(folder, monkeypatch):
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')
+
+    def refuse(*args, **kwargs):
+        raise TypeError("Validation error for field 'router_aux_loss_coef':\n    expected float, got int (value: 0)")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(
+        ValueError, match=r"config\.json: transformers, .*'router_aux_loss_coef': expected float, got int"
+    ):
+        read_tokenizer(folder)
+
+
+def test_a_config_of_no_known_architecture_does_not_matter(folder):
+    (folder / "config.json").write_text('{"model_type": "none_such"}')
+    assert read_tokenizer(folder)("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be loaded"):
         read_tokenizer(folder)
 
 

@@ -27,6 +27,8 @@ def write_model(path: Path, **changes) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "initializer_range": 0.15,
     } | changes
+    if "kv_lora_rank" in raw:  # whose heads have widths of their own
+        del raw["head_dim"]
     config = ModelConfig.from_hf_dict(raw)
     save_hf(random_model(config, seed=0).named_parameters(), config, path)
     return path

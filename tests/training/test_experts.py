@@ -180,9 +180,9 @@ def test_a_dense_model_reports_nothing_of_experts():
     ("raw", "config", "message"),
     [
         (None, {"router_aux_loss_coef": 0.1}, r"router_aux_loss_coef=0.1: Qwen3ForCausalLM has no experts to balance"),
-        (None, {"router_bias_update_rate": 0.1}, r"router_bias_update_rate=0.1: Qwen3ForCausalLM has no bias"),
-        (DENSE, {"router_aux_loss_coef": 0.1}, r"DeepseekV3ForCausalLM has no experts to balance"),
-        (DENSE, {"router_bias_update_rate": 0.1}, r"DeepseekV3ForCausalLM has no bias"),
+        (None, {"router_bias_update_rate": 0.1}, r"router_bias_update_rate=0.1: Qwen3ForCausalLM has no experts"),
+        (DENSE, {"router_aux_loss_coef": 0.1}, r"coef=0.1: DeepseekV3ForCausalLM with this config.json has no experts"),
+        (DENSE, {"router_bias_update_rate": 0.1}, r"DeepseekV3ForCausalLM with this config.json has no experts"),
         (MIXTRAL, {"router_bias_update_rate": 0.1}, r"MixtralForCausalLM has no bias.*set it to 0 and use actor_roll"),
         (
             QWEN3_MOE | {"output_router_logits": True, "router_aux_loss_coef": "much"},

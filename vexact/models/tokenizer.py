@@ -42,5 +42,27 @@ def read_tokenizer(path: str | Path) -> Any:
         for name in ("tokenizer.json", "vocab.json"):
             if is_there(directory / name):
                 read_json(directory / name)
+        _refuse_config(directory)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer in {directory} cannot be loaded ({first}); copy its files again") from error
+
+
+def _refuse_config(directory: Path) -> None:
+    """
+    Raises:
+        ValueError: transformers, which looks for the tokenizer's class there, does not take config.json.
+    """
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    try:
+        if is_there(file):
+            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError):  # of an architecture that it does not know: it goes on without the file
+        return
+    except Exception as error:  # of any class, as above
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{file}: transformers, which reads the tokenizer beside it, does not take this file ({why}); correct that "
+            "value, or copy config.json of the original checkpoint"
+        ) from error

@@ -112,6 +112,14 @@ def test_the_shapes_of_a_model_with_experts_are_probed(tmp_path, family):
         assert "4 heads over 2 of 20 (values 10)" in text or "2 heads over 2 of 20 (values 10)" in text
 
 
+def test_experts_that_no_layer_has_are_not_probed(tmp_path):
+    config = ModelConfig.from_hf_dict(FAMILIES["qwen3-moe"] | {"mlp_only_layers": [0, 1, 2]})
+    save_hf(random_model(config, seed=0).named_parameters(), config, tmp_path)
+    names = [str(result) for result in model_probes.model_probe_checks(str(tmp_path), "cpu")]
+    assert len(names) == 3
+    assert not any("expert" in name or "grouped" in name for name in names)
+
+
 def test_many_experts_are_cut_to_those_that_repeat():
     moe = dataclasses.replace(expert_probes.TINY, num_experts=64, top_k=6, num_groups=4, top_groups=1)
     assert expert_probes._fewer(moe).num_experts == 4 * 6

@@ -18,6 +18,7 @@ from vexact.audit.explain.checkpoint import explain_report
 from vexact.audit.verify import VerifyOptions, run, verify
 from vexact.audit.verify.gradients import compare_named
 from vexact.audit.verify.routes import RouteTap, layer_of
+from vexact.cli import main
 from vexact.models import ModelConfig, load_model, random_model, save_hf
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
@@ -32,6 +33,15 @@ def checkpoint(path: Path, family: str, **changes: object) -> Path:
     config = ModelConfig.from_hf_dict(raw)
     save_hf(with_router_biases(random_model(config, seed=3)).named_parameters(), config, path)
     return path
+
+
+def test_a_model_that_transformers_fails_to_compute_is_named(tmp_path, capsys):
+    """Its router of DeepSeek-V3 asks every group for two experts."""
+    path = checkpoint(tmp_path, "moonlight", n_routed_experts=1, num_experts_per_tok=1)
+    assert main(["verify", f"--model_path={path}", "--device=cpu", "--num_prompts=2", "--max_new_tokens=2"]) == 2
+    said = capsys.readouterr().err
+    assert "fails to compute with it" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

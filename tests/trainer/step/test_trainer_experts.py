@@ -100,7 +100,7 @@ def test_routes_that_one_rank_does_not_give_are_missing_for_all():
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("router_bias_update_rate=0.01", "has no bias that is added"),
+        ("router_bias_update_rate=0.01", "router_bias_update_rate=0.01: Qwen3ForCausalLM has no experts to balance"),
         ("fsdp_config.expert_parallel_size=2", "expert_parallel_size=2: Qwen3ForCausalLM has no experts to share"),
     ],
 )

@@ -279,7 +279,7 @@ def test_gpus_that_wait_for_others_in_an_update_are_told_of_once(caplog):
     for share in ({}, {"perf/idle_share/actor": 0.2}, {"perf/idle_share/actor": 0.375}, {"perf/idle_share/actor": 0.5}):
         health.check(fine | share, [])
     assert len(caplog.records) == 1
-    assert "in the update 38 % of what the GPUs could compute is waiting" in caplog.text
+    assert "in the update 38 % of what the training processes could compute is waiting" in caplog.text
     assert "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu" in caplog.text
 
 

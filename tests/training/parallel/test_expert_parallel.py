@@ -226,6 +226,12 @@ def test_the_reference_is_shared_alike(ranks):
     [
         (TINY, 2, 4, "Qwen3ForCausalLM has no experts to share; set it to 1"),
         (
+            QWEN3_MOE | {"mlp_only_layers": [0, 1, 2]},
+            2,
+            4,
+            "Qwen3MoeForCausalLM with this config.json has no experts to share; set it to 1",
+        ),
+        (
             QWEN3_MOE,
             3,
             4,

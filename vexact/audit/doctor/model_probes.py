@@ -66,7 +66,7 @@ def model_probe_checks(path: str, device: str) -> Iterator[CheckResult]:
                 probes.check_logprob, device, dtype, shapes.hidden, shapes.vocab_size, "model logprob"
             ),
         }
-        if config.moe is not None:
+        if config.moe is not None and config.chooses_experts:
             for title, probe in (
                 ("model experts", expert_probes.check_experts),
                 ("model grouped products", expert_probes.check_expert_products),

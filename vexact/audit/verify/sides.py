@@ -137,7 +137,7 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
     """A stock transformers model in evaluation mode.
 
     Raises:
-        ValueError: transformers cannot load the checkpoint, or would read other weights than we do.
+        ValueError: transformers cannot load the checkpoint, would read other weights than we do, or fails with them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +148,17 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
         )
     except Exception as error:  # of any class: what our loader takes, transformers may still refuse
         raise ValueError(f"transformers cannot load {path}: {error}") from error
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except Exception as error:  # its code has limits of its own, such as two experts in a group of DeepSeek-V3's router
+        raise ValueError(
+            f"transformers loads {path}, but fails to compute with it ({type(error).__name__}: {error}); it is no "
+            "reference for this model"
+        ) from error
+    return model
 
 
 def hf_logits(hf: Any, batch: PackedBatch) -> Tensor:

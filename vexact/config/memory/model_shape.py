@@ -52,7 +52,7 @@ class ExpertShape:
 
     @classmethod
     def of(cls, sizes: dict[str, Any]) -> ExpertShape | None:
-        """From the keys of config.json, under the names of any family; None without experts. Raises KeyError."""
+        """From the keys of config.json, under the names of any family; None where no layer has any. Raises KeyError."""
         names = ("num_experts", "num_local_experts", "n_routed_experts")
         num_experts = next((sizes[name] for name in names if sizes.get(name)), None)
         if num_experts is None:
@@ -60,9 +60,11 @@ class ExpertShape:
         width, layers = sizes.get("moe_intermediate_size") or sizes["intermediate_size"], sizes["num_hidden_layers"]
         step, first = sizes.get("decoder_sparse_step") or 1, sizes.get("first_k_dense_replace") or 0
         every, dense = sizes.get("moe_layer_freq") or 1, sizes.get("mlp_only_layers") or ()
-        routed = (i for i in range(first, layers) if (i + 1) % step == 0 and i % every == 0 and i not in dense)
+        routed = [i for i in range(first, layers) if (i + 1) % step == 0 and i % every == 0 and i not in dense]
+        if not routed:
+            return None
         shared = (sizes.get("n_shared_experts") or 0) * width
-        return cls(num_experts, sizes["num_experts_per_tok"], width, shared, sum(1 for _ in routed))
+        return cls(num_experts, sizes["num_experts_per_tok"], width, shared, len(routed))
 
     def parameters(self, hidden_size: int, num_experts: int) -> int:
         """Of one layer's feed-forward with so many of the experts, its router and what all tokens share."""

@@ -43,6 +43,11 @@ def read_mla(config: Fields, rope: RopeConfig, heads: int, v3: bool) -> MlaConfi
         config.refuse("qk_rope_head_dim", "must be even for rotary embedding")
     if config.values.get("qk_head_dim", nope + rotated) != nope + rotated:
         config.refuse("qk_head_dim", f"must be qk_nope_head_dim + qk_rope_head_dim, {nope + rotated}, or absent")
+    # transformers makes the angles of version 3 of it: with 2, say, all pairs would turn alike
+    if v3 and config.values.get("head_dim") is not None and config.values["head_dim"] not in (rotated, nope + rotated):
+        config.refuse(
+            "head_dim", f"must be qk_rope_head_dim, {rotated}, or absent: heads have widths of their own here"
+        )
     interleaved = config.flag("rope_interleave", True)
     if not (interleaved or v3):
         config.refuse("rope_interleave", "is not what DeepseekV2ForCausalLM computes; it must be true or absent")

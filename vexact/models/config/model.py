@@ -92,6 +92,16 @@ class ModelConfig:
         """What dot products of queries and keys are multiplied by."""
         return self.head_dim**-0.5 if self.mla is None else self.mla.softmax_scale
 
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether there is a layer with experts: an architecture that has them may be dense in all of its layers."""
+        return self.moe is not None and bool(self.moe.layers)
+
+    @property
+    def described(self) -> str:
+        """The architecture, as a subject of "has no experts"."""
+        return self.architecture if self.moe is None else f"{self.architecture} with this config.json"
+
     def has_experts(self, layer: int) -> bool:
         """Whether the feed-forward of a layer is a mixture of experts."""
         return self.moe is not None and layer in self.moe.layers

@@ -47,10 +47,10 @@ class UpdateHealth:
         if share > MUCH_IDLE and "idle" not in self._warned:
             self._warned.add("idle")
             log.warning(
-                "in the update %.0f %% of what the GPUs could compute is waiting: a mini-batch has too few "
-                "micro-batches for all of them, or uneven ones; lower "
-                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, or train on fewer GPUs (perf/idle_share/actor says "
-                "how it goes on)",
+                "in the update %.0f %% of what the training processes could compute is waiting: a mini-batch has too "
+                "few micro-batches for all of them, or uneven ones; lower "
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, or train with fewer of them (perf/idle_share/actor "
+                "says how it goes on)",
                 100 * share,
             )
 

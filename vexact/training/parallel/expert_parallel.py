@@ -44,8 +44,8 @@ def check_expert_size(size: int, num_ranks: int, model: ModelConfig) -> None:
     """
     if size == 1:
         return
-    if model.moe is None:
-        raise ValueError(f"{KEY}={size}: {model.architecture} has no experts to share; set it to 1")
+    if model.moe is None or not model.chooses_experts:
+        raise ValueError(f"{KEY}={size}: {model.described} has no experts to share; set it to 1")
     experts = model.moe.num_experts
     fitting = [n for n in range(1, num_ranks + 1) if _fits(n, num_ranks, experts)]
     if size in fitting:

@@ -26,13 +26,15 @@ def check_experts(config: ActorConfig, model: ModelConfig) -> float:
         ValueError: a setting asks for what the model does not have; or config.json's coefficient is none.
     """
     coefficient, rate = config.router_aux_loss_coef, config.router_bias_update_rate
-    moe = model.moe if model.moe is not None and model.moe.layers else None
-    if moe is None and coefficient:
-        raise ValueError(f"{AUX_KEY}={coefficient:g}: {model.architecture} has no experts to balance; set it to 0")
-    if rate and (moe is None or not moe.correction_bias):
+    moe = model.moe if model.chooses_experts else None
+    if moe is None:
+        for key, value in ((AUX_KEY, coefficient), (RATE_KEY, rate)):
+            if value:
+                raise ValueError(f"{key}={value:g}: {model.described} has no experts to balance; set it to 0")
+    elif rate and not moe.correction_bias:
         raise ValueError(
             f"{RATE_KEY}={rate:g}: {model.architecture} has no bias that is added to the scores of experts, as "
-            f"DeepseekV3ForCausalLM has; set it to 0{f' and use {AUX_KEY}' if moe else ''}"
+            f"DeepseekV3ForCausalLM has; set it to 0 and use {AUX_KEY}"
         )
     if coefficient is not None:
         return coefficient
