@@ -68,6 +68,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("learning rate", ("actor/lr",)),
         Panel("skipped optimizer steps", ("actor/skipped_steps",)),
         Panel("load of the busiest expert over the mean", ("actor/moe_load_max_over_mean",)),
+        Panel("experts without a token", ("actor/moe_idle_experts",), "share of the experts"),
         Panel("balance loss of the experts", ("actor/router_aux_loss",)),
     ),
     "Lengths": (
