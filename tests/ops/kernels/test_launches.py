@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import PATIENCE_S
+from releases import handed_over
 from rowwise import DEVICE, randn, same_bits
 from torch import Tensor
 from triton import knobs
@@ -250,14 +246,7 @@ def test_a_call_that_cannot_be_described_is_not_launched() -> None:
 
 
 def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("launches_release.py")
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[3])}
-    run = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert run.returncode == 0, run.stderr
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    kernels = handed_over(Path(__file__).with_name("launches_release.py"), tmp_path)
     assert [kernel["name"] for kernel in kernels] == ["described", "pointers"]
     for kernel in kernels:
         first, second = kernel["first"], kernel["second"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -16,7 +12,7 @@ import pytest
 import torch
 from attention_inputs import cumulative, make_batch, make_pages, same_bits
 from hopper_inputs import LATENT, on_a_hopper
-from processes import PATIENCE_S
+from releases import handed_over
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -32,14 +28,7 @@ _SCRIPT = Path(__file__).with_name("hopper_release.py")
 
 
 def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = str(_SCRIPT.parents[4]), str(_SCRIPT.parents[1])
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-    run = subprocess.run(
-        [sys.executable, str(_SCRIPT)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert run.returncode == 0, run.stderr
-    calls = [json.loads(line) for line in run.stdout.splitlines()]
+    calls = handed_over(_SCRIPT, tmp_path)
     assert len(calls) == 7
     for call in calls:
         first, second = call["first"], call["second"]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import PATIENCE_S
+from releases import handed_over
 from rowwise import randn, same_bits
 from torch import Tensor
 
@@ -22,14 +18,7 @@ _LAUNCHES = {"groups": {6: 2, 700: 2, 3000: 3}}  # ranks and places; counts of m
 
 
 def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = str(_SCRIPT.parents[4]), str(_SCRIPT.parents[1])
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-    run = subprocess.run(
-        [sys.executable, str(_SCRIPT)], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert run.returncode == 0, run.stderr
-    calls = [json.loads(line) for line in run.stdout.splitlines()]
+    calls = handed_over(_SCRIPT, tmp_path)
     assert len(calls) == 3 * 12
     for call in calls:
         name, tokens = call["name"].removesuffix(" tokens").rsplit(", ", 1)
