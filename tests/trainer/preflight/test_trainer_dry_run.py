@@ -143,6 +143,7 @@ OF_MODEL_OR_MACHINE = (
     "rank",
     "experts",
     "none to train",
+    "but the model has 2 layers",
 )
 
 
