@@ -118,8 +118,11 @@ def test_gradient_checkpointing_changes_no_bit():
 
 
 def test_no_more_layers_are_recomputed_than_there_are():
-    with pytest.raises(ValueError, match=r"recompute_num_layers=9, but the model has 2 layers; set at most that"):
-        tiny_actor(enable_gradient_checkpointing=True, recompute_num_layers=9)
+    for number in (-1, 3):
+        with pytest.raises(
+            ValueError, match=rf"recompute_num_layers={number}, but the model has 2 layers; set a number"
+        ):
+            tiny_actor(enable_gradient_checkpointing=True, recompute_num_layers=number)
 
 
 def test_sharding_over_one_rank_changes_no_bit():

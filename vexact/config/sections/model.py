@@ -37,15 +37,15 @@ def recomputed_layers(enabled: bool, given: int | None, num_layers: int) -> int:
     """The first so many of ``num_layers``: ``given``, or all of them where it is None; none where not ``enabled``.
 
     Raises:
-        ConfigError: the model has fewer layers.
+        ConfigError: the model has not so many layers.
     """
     if not enabled:
         return 0
     if given is None:
         return num_layers
-    if given > num_layers:
+    if not 0 <= given <= num_layers:
         raise ConfigError(
-            f"actor_rollout_ref.model.recompute_num_layers={given}, but the model has {num_layers} layers; set at most "
-            "that, or null for all of them"
+            f"actor_rollout_ref.model.recompute_num_layers={given}, but the model has {num_layers} layers; set a number "
+            "of them, or null for all"
         )
     return given
