@@ -45,7 +45,7 @@ def recomputed_layers(enabled: bool, given: int | None, num_layers: int) -> int:
         return num_layers
     if not 0 <= given <= num_layers:
         raise ConfigError(
-            f"actor_rollout_ref.model.recompute_num_layers={given}, but the model has {num_layers} layers; set a number "
-            "of them, or null for all"
+            f"actor_rollout_ref.model.recompute_num_layers={given}, but the model has {num_layers} layers; set a "
+            "number of them, or null for all"
         )
     return given
