@@ -34,6 +34,7 @@ TWELVE_HEADS = {"num_attention_heads": 12, "num_key_value_heads": 3}  # groups o
 LATENT = {
     **{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_key_value_heads": 4},
     **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 10},
+    "head_dim": None,
     **{"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 12},
     **{"first_k_dense_replace": 1, "routed_scaling_factor": 2.0, "n_group": 1, "topk_group": 1},
 }

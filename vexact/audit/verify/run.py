@@ -19,7 +19,7 @@ from vexact.audit.verify.cache_rollout import CacheRollout
 from vexact.audit.verify.native import NativeComparisons, compare_native
 from vexact.audit.verify.report import VerifyReport
 from vexact.audit.verify.routes import RouteTap
-from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_side
+from vexact.audit.verify.sides import HfSide, TrainingSide, load_hf, load_reference, load_side
 from vexact.audit.verify.workload import Round, rounds
 from vexact.models import ModelConfig, load_model
 from vexact.models.tokenizer import has_tokenizer, read_tokenizer
@@ -70,18 +70,18 @@ def verify(options: VerifyOptions) -> VerifyReport:
     side = load_side(options.model_backend, path, dtype, device, options.attn_impl)
     tally, samples, scheduling = _bits(options, side, config)
     log.info("comparing with transformers")
-    hf = load_hf(path, dtype, device, "sdpa")
+    hf = load_reference(path, dtype, device)
     num_parameters = sum(p.numel() for p in hf.parameters())
     same = compare_native(side, hf, samples, options.use_fused_lce, dtype, device)
     float32 = yardstick = None
     if dtype != torch.float32:
         log.info("comparing with transformers in float32")
         del hf
-        reference = load_hf(path, torch.float32, device, "sdpa")
+        reference = load_reference(path, torch.float32, device)
         float32 = compare_native(side, reference, samples, options.use_fused_lce, dtype, device)
         log.info("comparing transformers with its own float32")
         del side
-        hf = load_hf(path, dtype, device, "sdpa")
+        hf = load_reference(path, dtype, device)
         yardstick = compare_native(HfSide(hf), reference, samples, False, dtype, device)
     return VerifyReport(
         options=options,

@@ -137,7 +137,7 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
     """A stock transformers model in evaluation mode.
 
     Raises:
-        ValueError: transformers cannot load the checkpoint, would read other weights than we do, or fails with them.
+        ValueError: transformers cannot load the checkpoint, or would read other weights than we do.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +148,16 @@ def load_hf(path: Path, dtype: torch.dtype, device: torch.device, attn_impl: str
         )
     except Exception as error:  # of any class: what our loader takes, transformers may still refuse
         raise ValueError(f"transformers cannot load {path}: {error}") from error
-    model = model.to(device).eval()
+    return model.to(device).eval()
+
+
+def load_reference(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """:func:`load_hf`, to compare with as it is.
+
+    Raises:
+        ValueError: as it does, or transformers fails to compute with what it has loaded.
+    """
+    model = load_hf(path, dtype, device, "sdpa")
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
