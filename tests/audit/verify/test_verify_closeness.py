@@ -194,7 +194,7 @@ def test_no_more_than_two_models_are_in_memory(checkpoints, monkeypatch):
         return wrapper
 
     load_side = run.load_side
-    for name in ("load_model", "load_side", "load_hf"):
+    for name in ("load_model", "load_side", "load_reference"):
         monkeypatch.setattr(run, name, counted(getattr(run, name)))
     options = VerifyOptions(checkpoints / "right", dtype="bfloat16", num_prompts=2, max_new_tokens=2)
     verify(options)
