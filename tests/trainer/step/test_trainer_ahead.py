@@ -14,6 +14,8 @@ from vexact.report import Timers
 from vexact.trainer.ahead import Ahead, PastAudit, StaleSamplesError, read_collected, write_collected
 from vexact.trainer.checkpoint import CheckpointError, manifest
 from vexact.trainer.step.collect import Collected
+from vexact.training.optim.host_memory import host_rows
+from vexact.training.state import past_weights
 from vexact.training.state.past_weights import PastWeights
 from vexact.types import Prompt, Sample, SampleGroup, Score
 
@@ -174,3 +176,19 @@ def test_past_weights_are_there_bit_for_bit_and_go_again(device):
     for gone in (0, 1):
         with pytest.raises(KeyError), past.in_place(gone):
             pass
+
+
+def test_versions_that_are_forgotten_leave_their_memory_to_the_next(monkeypatch):
+    made = []
+    monkeypatch.setattr(past_weights, "host_rows", lambda *given: made.append(host_rows(*given)) or made[-1])
+    model = nn.Linear(5, 3)
+    past = PastWeights(model, torch.bfloat16)
+    for version in range(7):
+        past.advance(version, keep=version % 3 != 1)
+        with torch.no_grad():
+            model.weight.fill_(version)
+            if version % 3 != 1:
+                with past.in_place(version):
+                    assert torch.equal(model.weight, torch.full_like(model.weight, max(0, version - 1))) or not version
+                assert (model.weight == version).all()
+    assert len(made) == 3, "two versions that are kept, and the weights that step aside"

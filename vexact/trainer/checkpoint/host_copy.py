@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_MOST_BYTES = 1 << 28  # of one buffer; page-locked memory is handed out in powers of two
+from vexact.training.optim.page_locked import page_locked
+
+_MOST_BYTES = 1 << 28  # of one buffer
 
 
 class HostCopy:
@@ -30,7 +32,7 @@ class HostCopy:
             pieces.append([])
             while len(tensor):
                 if number == len(self._buffers):
-                    self._buffers.append(torch.empty(size, dtype=torch.uint8, pin_memory=cuda is not None))
+                    self._buffers.append(torch.empty(size, dtype=torch.uint8) if cuda is None else page_locked(size))
                 buffer = self._buffers[number]
                 count = min(len(tensor), len(buffer) - used)
                 piece = buffer[used : used + count]

@@ -61,6 +61,8 @@ class Parked:
         storages = {s.data_ptr(): s for s in (part.untyped_storage() for part in rows) if s.size()}
         if [storage.size() for storage in storages.values()] != [len(host) for host in self._hosts]:
             pinned = any(storage.device.type == "cuda" for storage in storages.values())
+            if pinned:
+                torch.cuda.synchronize()  # the last values may be on their way still, from memory that goes now
             self._hosts = host_memory([storage.size() for storage in storages.values()], pinned)
         self._waiting = list(zip(storages.values(), self._hosts, strict=True))
         for storage, host in self._waiting:

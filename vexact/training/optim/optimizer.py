@@ -50,6 +50,7 @@ class Optimizer:
         self._ranks = Ranks(None, self.parameters[0].device) if ranks is None else ranks
         self._moments: dict[Parameter, Moments] = {}
         self._host: dict[Parameter, tuple[Tensor, Tensor]] = {}  # memory of offloaded moments
+        self._untouched: set[Parameter] = set()  # parameters whose memory there holds zeros
         self._seen: list[Tensor] = []  # extremes of the second moments that the last step has streamed
 
     def zero_grad(self) -> None:
@@ -136,18 +137,28 @@ class Optimizer:
         return self._moments[parameter]
 
     def _blank(self, parameter: Parameter) -> Moments:
+        if self.offload:
+            self._reserve(parameter)
+        is_zero = parameter in self._untouched
         first, second = self._room(parameter)
-        return Moments(first.zero_(), second.zero_())
+        return Moments(first, second) if is_zero else Moments(first.zero_(), second.zero_())
 
     def _room(self, parameter: Parameter) -> tuple[Tensor, Tensor]:
         """For both moments, of unknown values."""
         if not self.offload:
             return torch.empty_like(local(parameter)), torch.empty_like(local(parameter))
-        if parameter not in self._host:  # for all at once, and for as long as there is an optimizer
-            new = [each for each in dict.fromkeys((*self.parameters, parameter)) if each not in self._host]
-            rows = host_rows([local(each) for each in new for _ in MOMENTS])
-            self._host |= dict(zip(new, zip(rows[::2], rows[1::2], strict=True), strict=True))
+        self._reserve(parameter)
+        self._untouched.discard(parameter)
         return self._host[parameter]
+
+    def _reserve(self, parameter: Parameter) -> None:
+        """Memory on the host for a parameter: for all at once, and for as long as there is an optimizer."""
+        if parameter in self._host:
+            return
+        new = [each for each in dict.fromkeys((*self.parameters, parameter)) if each not in self._host]
+        rows = host_rows([local(each) for each in new for _ in MOMENTS])
+        self._host |= dict(zip(new, zip(rows[::2], rows[1::2], strict=True), strict=True))
+        self._untouched.update(new)
 
 
 def like(full: Tensor, parameter: Tensor) -> Tensor:

@@ -26,22 +26,29 @@ class PastWeights:
         self._model = model
         self._dtypes = [parameter_dtype(name, dtype) for name, _ in model.named_parameters()]
         self._kept: dict[int, list[Tensor]] = {}
+        self._spare: list[list[Tensor]] = []  # memory of versions that are forgotten: the next ones need no new
+        self._present: list[Tensor] = []  # the same for what steps aside
 
     def advance(self, version: int, keep: bool) -> None:
         """The weights are now ``version``: copies them, if they are to be kept, and forgets what is too old."""
-        self._kept = {old: parts for old, parts in self._kept.items() if version - DEPTH < old < version}
+        for old in [old for old in self._kept if not version - DEPTH < old < version]:
+            self._spare.append(self._kept.pop(old))
         if keep:
-            self._kept[version] = _on_host(self._parts(), self._dtypes)
+            parts = self._parts()
+            self._kept[version] = self._spare.pop() if self._spare else host_rows(parts, self._dtypes)
+            _copy(parts, self._kept[version])
 
     @contextmanager
     def in_place(self, version: int) -> Iterator[None]:
         """Within it the model has the weights of ``version``, which must have been kept."""
-        past, present = self._kept[version], _on_host(self._parts())
+        past, parts = self._kept[version], self._parts()
+        self._present = self._present or host_rows(parts)
+        _copy(parts, self._present)
         try:
             self._put(past)
             yield
         finally:
-            self._put(present)
+            self._put(self._present)
 
     def _parts(self) -> list[Tensor]:
         return [local(parameter.detach()) for parameter in self._model.parameters()]
@@ -51,12 +58,9 @@ class PastWeights:
             part.copy_(value.to(part.device, non_blocking=True))  # cast where the weights are
 
 
-def _on_host(parts: list[Tensor], dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
-    """Copies in host memory, cast where the parts are; a GPU's in pinned memory, which torch keeps for the next copies:
-    a copy to new pageable memory takes seconds, most of them in page faults."""
-    held = host_rows(parts, dtypes)
+def _copy(parts: list[Tensor], held: list[Tensor]) -> None:
+    """Into host memory, cast where the parts are."""
     for host, part in zip(held, parts, strict=True):
         host.copy_(part.to(host.dtype), non_blocking=True)
     for device in {part.device for part in parts if part.is_cuda}:
         torch.cuda.synchronize(device)
-    return held
