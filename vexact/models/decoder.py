@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -148,7 +148,8 @@ class CausalLM(nn.Module):
                 continue
             own = None if route_digest is None else torch.zeros_like(route_digest)
             # bound, since an argument must still have its value when it is needed again
-            x, residual = checkpoint(partial(layer, route_digest=own, routing=routing), *args, use_reentrant=False)
+            bound = partial(layer, route_digest=own, routing=replace(routing or Routing(), again={}))
+            x, residual = checkpoint(bound, *args, use_reentrant=False)
             if route_digest is not None and own is not None:
                 route_digest += own  # a layer that runs again in the backward adds to its own alone
         assert residual is not None, "a decoder has at least one layer"

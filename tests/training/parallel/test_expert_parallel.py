@@ -13,7 +13,7 @@ from training_support import TINY, tiny_model
 from vexact.models import ModelConfig, load_model, save_hf
 from vexact.models.layers import MoE
 from vexact.training import Actor, ActorConfig, Ranks, Reference, load_sharded_model
-from vexact.training.parallel.expert_parallel import DistributedExperts, check_expert_size
+from vexact.training.parallel.expert_parallel import DistributedExperts, ExpertRanks, check_expert_size
 from vexact.training.parallel.ordered_sum import OrderedSum
 from vexact.training.parallel.ranks import local
 
@@ -74,6 +74,7 @@ def run(rank, directory, results):
         found["read"] = read(rank, directory)
         found["other order"] = other_order()
         found["reference"] = reference(2)
+        found["journeys"] = [journeys(recomputed) for recomputed in (False, True)]
         pair = dist.new_group([0, 1])
         for name, (world, case, size, settings) in RUNS.items():
             if rank < world == 2:
@@ -147,6 +148,19 @@ def other_order():
         OrderedSum.add = add
 
 
+def journeys(recomputed):
+    """How often a rank asks the others where rows go."""
+    asked, ask = [], ExpertRanks.journey
+    ExpertRanks.journey = lambda *given: asked.append(given) or ask(*given)
+    try:
+        train(
+            actor_of("eight", expert_parallel_size=4, enable_gradient_checkpointing=recomputed), "eight", range(STEPS)
+        )
+    finally:
+        ExpertRanks.journey = ask
+    return len(asked)
+
+
 def reference(size):
     """Log-probabilities of the frozen policy, in bf16."""
     model = tiny_model(5, torch.bfloat16, **SHARED_CASES["eight"][0])
@@ -210,6 +224,11 @@ def test_every_rank_reads_its_own_experts(ranks):
         )
     assert ranks[0]["read"]["nowhere"].startswith("PeerStopped 1: ")
     assert all(found["read"]["nowhere"].startswith("FileNotFoundError") for found in ranks[1:])
+
+
+def test_a_layer_that_runs_again_asks_nobody_a_second_time(ranks):
+    for found in ranks:
+        assert found["journeys"][0] == found["journeys"][1] > 0
 
 
 def test_another_order_of_additions_is_noticed(ranks, alone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -63,3 +64,4 @@ class Routing:
     padding: Tensor | None = None  # (T,) bool: rows that nobody reads; no expert is loaded for them
     loads: Tensor | None = None  # (layers, E) int64; a layer overwrites its row with the tokens of each expert
     balance: Balance | None = None  # a loss that is added in the backward
+    again: dict[str, Any] | None = None  # of a layer that runs again in the backward: what need not be asked twice

@@ -41,7 +41,10 @@ class MoE(nn.Module):
         if routing.loads is not None:
             routing.loads[self.router.layer] = groups.offsets[1:] - groups.offsets[:-1]
         out: Tensor = self.ops.combine(
-            self.experts(x, groups), routes.weights, groups, None if self.shared is None else self.shared(x)
+            self.experts(x, groups, routing.again),
+            routes.weights,
+            groups,
+            None if self.shared is None else self.shared(x),
         )
         return out
 
@@ -115,8 +118,11 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.intermediate_size))
 
-    def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
-        """(T, H) -> (P, H), a row for every pair of token and expert, in the order of ``groups``."""
+    def forward(self, x: Tensor, groups: ExpertGroups, again: dict[str, Any] | None = None) -> Tensor:
+        """(T, H) -> (P, H), a row for every pair of token and expert, in the order of ``groups``.
+
+        ``again`` is for experts that live elsewhere, and their notes.
+        """
         activated = self.ops.grouped_swiglu(x, self.gate_up_proj, groups, gather=True)
         out: Tensor = self.ops.grouped_linear(activated, self.down_proj, groups, gather=False)
         return out

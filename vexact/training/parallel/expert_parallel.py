@@ -171,9 +171,16 @@ class DistributedExperts(Experts):
         self.gate_up_proj, self.down_proj = sharded(experts.gate_up_proj), sharded(experts.down_proj)
         self.sums = OrderedSum(), OrderedSum()  # of their gradients
 
-    def forward(self, x: Tensor, groups: ExpertGroups) -> Tensor:
-        """(T, H) -> (P, H) as ``Experts`` does it, bit for bit. All ranks call it together."""
-        journey = self.ranks.journey(groups)
+    def forward(self, x: Tensor, groups: ExpertGroups, again: dict[str, Any] | None = None) -> Tensor:
+        """(T, H) -> (P, H) as ``Experts`` does it, bit for bit. All ranks call it together.
+
+        A layer that runs again in the backward finds its journey in ``again``: nothing is asked, nobody is waited for.
+        """
+        journey = None if again is None else again.get("journey")
+        if journey is None:
+            journey = self.ranks.journey(groups)
+            if again is not None:
+                again["journey"] = journey
         pairs = _Pairs.apply(x, groups, sum(journey.sent), self.ops.combine)
         offsets, ends = journey.offsets, journey.ends
         inner = self.ops.swiglu(_Product.apply(journey.there(pairs), self._matrices(0, x.dtype), offsets, ends))
