@@ -215,16 +215,17 @@ def attention(log: str) -> str:
 
 
 def wait(process: subprocess.Popen, rows: Path, deadline: float, stop_after: int | None) -> int | str:
-    """The exit code; 0 for a run that was interrupted where it was to stop."""
+    """The exit code; 0 for a run that was interrupted where it was to stop, and has no step to lose if the time is up
+    while it is still leaving."""
     has_stopped = False
     while process.poll() is None:
-        if time.monotonic() > deadline:
-            end_family(process)
-            return NO_TIME
-        if stop_after is not None and not has_stopped and rows.is_file():
-            has_stopped = rows.read_text().count('"actor/loss"') >= stop_after
+        if stop_after is not None and not has_stopped:
+            has_stopped = len(_steps(rows)) >= stop_after
             if has_stopped:
                 process.send_signal(signal.SIGINT)
+        if time.monotonic() > deadline:
+            end_family(process)
+            return 0 if has_stopped else NO_TIME
         time.sleep(0.2)
     return 0 if has_stopped else process.returncode
 

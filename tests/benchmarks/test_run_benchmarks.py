@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-from processes import PATIENCE_S
+from processes import PATIENCE_S, until
 
 from benchmarks.multi_gpu import scale_model
 from benchmarks.multi_gpu.scale_shapes import MODELS
@@ -31,7 +33,7 @@ def test_a_plot_has_the_steps_that_have_the_metric(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 while True:
-    with open(sys.argv[1], "a") as file: file.write('{"actor/loss": 0}\\n')
+    with open(sys.argv[1], "a") as file: file.write('{"actor/loss": 0, "timing_s/step": 1}\\n')
     time.sleep(0.1)
 """
 
@@ -43,6 +45,30 @@ def test_a_run_is_stopped_after_its_steps_or_when_the_time_is_up(tmp_path: Path)
             assert grpo_run.wait(process, rows, time.monotonic() + more, stop_after) == expected
             assert process.wait(PATIENCE_S) < 0
     assert len(rows.read_text().splitlines()) >= 3
+
+
+LEAVER = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: pathlib.Path(sys.argv[2]).touch())
+row = '{"actor/loss": 0, "timing_s/step": 1}'
+pathlib.Path(sys.argv[1]).write_text(f"{row}\\n{row}")
+while True:
+    time.sleep(0.1)
+"""
+
+
+def test_a_run_that_has_its_steps_is_done_though_the_time_is_up_while_it_leaves(tmp_path: Path, monkeypatch) -> None:
+    """It may have to free a lot of page-locked memory."""
+    rows, leaving = tmp_path / "metrics.jsonl", tmp_path / "leaving"
+    clock = SimpleNamespace(monotonic=lambda: float(leaving.exists()), sleep=time.sleep)
+    monkeypatch.setattr(grpo_run, "time", clock)
+    for deadline, stop_after, expected in ((0.5, 1, 0), (-1.0, 1, 0), (-1.0, 2, "none before the time was up")):
+        leaving.unlink(missing_ok=True)
+        rows.unlink(missing_ok=True)
+        with subprocess.Popen([sys.executable, "-c", LEAVER, str(rows), str(leaving)]) as process:
+            assert until(lambda: rows.is_file() and rows.stat().st_size > 0)
+            assert grpo_run.wait(process, rows, deadline, stop_after) == expected, "half a row is no step"
+            assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
 
 def ran(script: str, out: Path, *arguments: str) -> dict:
