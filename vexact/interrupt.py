@@ -38,7 +38,9 @@ _unwinding = False
 _owns_process = False
 _grace_s = GRACE_S
 _note = ""
+_cause = ""
 _is_said = False
+_is_withdrawn = False
 _ending = threading.Lock()
 
 
@@ -64,11 +66,23 @@ def noted() -> str:
     return _note
 
 
+def cause(text: str) -> None:
+    """What the user should read first if a signal ends the process before an error has said it."""
+    global _cause
+    _cause = text
+
+
+def withdraw() -> None:
+    """The signal was a launcher's, for something that is known by now: the error that tells it ends the process."""
+    global _requested, _is_withdrawn
+    _requested, _is_withdrawn = False, True
+
+
 def message() -> str:
     """The line to leave behind; empty from the second call on."""
     global _is_said
     first, _is_said = not _is_said, True
-    return f"\ninterrupted{'; ' if _note else ''}{_note}\n" if first else ""
+    return "\n" + "; ".join(filter(None, ("interrupted", _cause, _note))) + "\n" if first else ""
 
 
 @contextmanager
@@ -110,10 +124,10 @@ def borrowed() -> Iterator[None]:
 
     Nothing changes inside another such call, nor in a process that has installed them.
     """
-    global _requested, _note, _is_said
     if _owns_process or _unwinding or threading.current_thread() is not threading.main_thread():
         yield
         return
+    _forget()
     hook = sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     _take_over()
@@ -125,7 +139,13 @@ def borrowed() -> Iterator[None]:
             if handler is not None:  # None: not set from Python
                 signal.signal(number, handler)
         sys.unraisablehook = hook
-        _requested, _note, _is_said = False, "", False
+        _forget()
+
+
+def _forget() -> None:
+    global _requested, _note, _cause, _is_said, _is_withdrawn
+    _requested = _is_said = _is_withdrawn = False
+    _note = _cause = ""
 
 
 def _take_over() -> list[int]:
@@ -155,8 +175,10 @@ def _handle(_signal: int, _frame: FrameType | None) -> None:
 def _watch(descriptor: int) -> None:
     first = 0.0
     while True:
-        patience = max(0.0, first + _grace_s - time.monotonic()) if first else None
+        patience = max(0.0, first + _grace_s - time.monotonic()) if first and not _is_withdrawn else None
         if not select.select([descriptor], [], [], patience)[0]:
+            if _is_withdrawn:
+                continue
             _end()
         if os.read(descriptor, 1)[0] not in SIGNALS:
             continue

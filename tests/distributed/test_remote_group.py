@@ -300,27 +300,15 @@ def test_a_failure_keeps_what_the_error_held() -> None:
 def test_a_signal_that_ends_the_process_before_the_failure_is_told_leaves_word_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vexact.interrupt._note", "step 2 is saved")
+    for name, value in (("_note", "step 2 is saved"), ("_cause", ""), ("_is_said", False)):
+        monkeypatch.setattr(f"vexact.interrupt.{name}", value)
     error = error_after([died(1)])
-    assert interrupt.noted() == f"{error}; step 2 is saved"
-
-
-def test_a_death_that_comes_just_after_the_launchers_signal_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Late(Script):
-        def receive(self, timeout_s: float) -> list[Arrival]:
-            return [died(1)] if timeout_s else []
-
-    group = RemoteGroup(Late(), 30.0)
-    monkeypatch.setattr("vexact.interrupt._requested", True)
-    group.close()
-    assert "rank 1 (host a, pid 101) died in an idle moment" in caplog.text
+    assert interrupt.message() == f"\ninterrupted; {error}; step 2 is saved\n"
 
 
 def test_a_second_signal_while_the_first_is_heeded_still_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Impatient(Script):
-        def receive(self, timeout_s: float) -> list[Arrival]:
+        def lost(self, timeout_s: float) -> list[Failure]:
             raise KeyboardInterrupt
 
     channel = Impatient()

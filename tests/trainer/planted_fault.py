@@ -18,7 +18,8 @@ import torch
 
 from vexact.config import Config
 from vexact.distributed import RankInfo, versions
-from vexact.distributed.remote import RemoteGroup
+from vexact.distributed.on_torchrun.driver import TorchrunChannel
+from vexact.distributed.remote import Arrival, RemoteGroup
 from vexact.models.opset import set_ops
 from vexact.ops import stock
 from vexact.rollout import Engine
@@ -46,6 +47,7 @@ class Fault:
         version: of the weights that the rollout has then.
         call: which call of the stage's function since that version came, from 1.
         rank: on which.
+        is_hidden: rank 0 gets torchrun's signal in the moment in which it hears of the death.
     """
 
     stage: str
@@ -53,6 +55,7 @@ class Fault:
     version: int = 1
     call: int = 3
     rank: int = 1
+    is_hidden: bool = False
 
     def plant(self) -> None:
         """Puts the fault into this process."""
@@ -116,6 +119,22 @@ def find_stopped_ranks_late() -> None:
         original(self, wait_s)
 
     RemoteGroup._look = looking  # type: ignore[method-assign]
+
+
+def hide_deaths() -> None:
+    """Has SIGTERM come to this process, rank 0 of torchrun, when it has taken the news of a death from its queue and
+    nobody has them yet."""
+    original = TorchrunChannel.receive
+
+    def receiving(self: TorchrunChannel, timeout_s: float) -> list[Arrival]:
+        arrivals = original(self, timeout_s)
+        if any(arrival.failure is not None and arrival.failure.kind == "died" for arrival in arrivals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):  # bytecodes, for the handler to run
+                pass
+        return arrivals
+
+    TorchrunChannel.receive = receiving  # type: ignore[method-assign]
 
 
 def _is_stopped(pid: int) -> bool:

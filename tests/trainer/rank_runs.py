@@ -113,6 +113,8 @@ def _rank(variables: dict[str, str], arguments: list[str], fault: planted_fault.
         planted_fault.plant_in_workers(fault)
     if fault is not None and fault.kind == "SIGSTOP" and variables.get("RANK", "0") == "0":
         planted_fault.find_stopped_ranks_late()
+    if fault is not None and fault.is_hidden and variables.get("RANK") == "0":
+        planted_fault.hide_deaths()
     from vexact.cli import main
 
     sys.exit(main())

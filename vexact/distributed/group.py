@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+from vexact import interrupt
 from vexact.distributed.layout import RankInfo
 
 
@@ -89,11 +91,30 @@ class WorkerGroup(ABC):
         """``start(…).result()``."""
         return self.start(method, *args, ranks=ranks, timeout_s=timeout_s, stage=stage, **kwargs).result()
 
+    @abstractmethod
+    def tell_lost(self) -> None:
+        """After a signal: raises WorkerError if a launcher may have sent it because a rank has died. Looks for that for
+        a moment, once."""
+
+    @contextmanager
+    def heeding(self) -> Iterator[None]:
+        """Around what works with the group: ``tell_lost`` when a signal ends it, wherever that has landed."""
+        try:
+            yield
+        except BaseException:
+            if interrupt.requested():
+                self.tell_lost()
+            raise
+
     def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            if interrupt.requested():
+                self.tell_lost()
+        finally:
+            self.close()
 
     def _ranks(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
         chosen = tuple(range(self.size)) if ranks is None else tuple(ranks)

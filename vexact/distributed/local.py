@@ -55,6 +55,9 @@ class LocalGroup(WorkerGroup):
         assert self._ranks(ranks) == (0,)
         return _Done(getattr(self._worker, method)(*args, **kwargs))
 
+    def tell_lost(self) -> None:
+        """Its only process is this one."""
+
     def close(self) -> None:
         worker, self._worker = self._worker, None
         if hasattr(worker, "close"):

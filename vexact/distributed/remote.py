@@ -52,6 +52,11 @@ class Channel(ABC):
     def where(self, ranks: Sequence[int], timeout_s: float) -> Mapping[int, str]:
         """What ranks are doing, of those that answer in time."""
 
+    def lost(self, timeout_s: float) -> list[Failure]:
+        """After a signal: the deaths that the launcher may have sent it for, after waiting for the first. None where
+        launchers send no signal for a death: the signal is the user's then, whoever else has gone."""
+        return []
+
     @abstractmethod
     def end(self, politely: bool) -> None:
         """Ends all processes, letting workers close first if ``politely``; idempotent, raises nothing."""
@@ -118,14 +123,22 @@ class RemoteGroup(WorkerGroup):
             return
         self._is_closed = True
         try:
+            if interrupt.requested():
+                self._find_lost()
             if self._failure is None:
-                heeds = interrupt.requested() and not self._has_heeded_signal
-                failures = self._after_signal() if heeds else self._take(self._channel.receive(0.0))
-                if failures:  # of which nobody was told: the launcher's signal came first
+                failures = self._take(self._channel.receive(0.0))
+                if failures:  # of which nobody was told
                     self._failure = self._explain(failures)
                     log.error("%s", self._failure)
         finally:  # whoever presses Ctrl-C again meanwhile leaves no process behind either
             self._channel.end(politely=self._failure is None and not self._open)
+
+    def tell_lost(self) -> None:
+        if self._find_lost():
+            self._channel.end(politely=False)
+            interrupt.withdraw()
+            assert self._failure is not None
+            raise self._failure
 
     def prepare(self, factory: Callable[[RankInfo], Any], address: str | None, start_timeout_s: float) -> None:
         """Joins the processes in the default group and makes their workers.
@@ -172,7 +185,7 @@ class RemoteGroup(WorkerGroup):
             if failures:
                 error = self._explain(failures)
         except KeyboardInterrupt:  # torchrun ends all ranks when one has died
-            failures += self._after_signal()
+            self.tell_lost()
             failures = [one for one in failures if one[0].kind == "died"]
             if not failures:
                 raise
@@ -184,14 +197,15 @@ class RemoteGroup(WorkerGroup):
             if now > opened.deadline:
                 self._fail(self._hung(opened))
 
-    def _after_signal(self) -> list[tuple[Failure, str]]:
-        """The failures that come just after a signal, up to the first death."""
+    def _find_lost(self) -> bool:
+        """After a signal: whether a rank has died that it may have been sent for, which is the failure then."""
+        waits = self._failure is None and not self._has_heeded_signal
         self._has_heeded_signal = True
-        failures: list[tuple[Failure, str]] = []
-        deadline = time.monotonic() + SIGNAL_S
-        while (left := deadline - time.monotonic()) > 0 and all(failure.kind != "died" for failure, _ in failures):
-            failures += self._take(self._channel.receive(left))
-        return failures
+        lost = self._channel.lost(SIGNAL_S if waits else 0.0)
+        if lost and self._failure is None:
+            self._failure = self._explain([(failure, self._stage_of(failure.rank)) for failure in lost])
+            interrupt.cause(str(self._failure))
+        return bool(lost)
 
     def _take(self, arrivals: Sequence[Arrival]) -> list[tuple[Failure, str]]:
         """Files results; the failures among the arrivals, each with its stage, in order."""
@@ -268,7 +282,7 @@ class RemoteGroup(WorkerGroup):
     def _fail(self, error: Exception) -> None:
         self._failure = error
         if getattr(error, "is_fault", False):  # the launcher's signal may end this process before the error is told
-            interrupt.note("; ".join(filter(None, (str(error), interrupt.noted()))))
+            interrupt.cause(str(error))
         self._channel.end(politely=False)
         raise error
 

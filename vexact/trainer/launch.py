@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from vexact import interrupt
@@ -45,7 +46,8 @@ def run(config: Config, layout: Layout | None = None) -> int:
         ValueError, FileNotFoundError and the named errors of this package: what the user has to fix.
     """
     layout = layout_of(config) if layout is None else layout
-    with interrupt.borrowed(), interrupt.unwinding(), ExitStack() as stack:  # a signal closes workers and sinks
+    # a signal closes workers and sinks
+    with interrupt.borrowed(), interrupt.unwinding(), _saying_how_to_go_on(), ExitStack() as stack:
         stack.enter_context(open_run_directory(config.run_dir, checkpoint_bytes(config)))
         best = BestPointer(config.run_dir, config.trainer.best_metric, config.trainer.best_metric_mode)
         store = CheckpointStore(config.run_dir, config.trainer.keep_last, best)
@@ -75,6 +77,7 @@ def run(config: Config, layout: Layout | None = None) -> int:
         with advising(config, lambda: None):
             workers = build_workers(with_recomputation(config, shape, machine), layout, inputs)
         stack.callback(workers.close)
+        stack.enter_context(workers.heeding())
         if workers.sleeps:  # until the first sync
             workers.release_memory()
         identity["environment"] = workers.environment()
@@ -112,20 +115,21 @@ def run(config: Config, layout: Layout | None = None) -> int:
         redraw_ratio = config.trainer.audit_redraw_ratio if config.rollout.is_own else 0.0  # it knows our draws only
         audit = Audit(config.trainer.exactness, redraw_ratio)
         driver = Driver(shown, workers, reporter, store, audit, total_steps, progress, identity, ready)
-        with final_report(shown, reporter), advising(config, lambda: driver.stage):
-            _drive(driver)
+        with final_report(shown, reporter), advising(config, lambda: driver.stage), workers.heeding():
+            driver.run()
         interrupt.check()
     return 0
 
 
-def _drive(driver: Driver) -> None:
-    """Trains; a worker that is lost leaves word of how to go on."""
+@contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    """A worker that is lost leaves word of it, once there is something to go on from."""
     try:
-        driver.run()
+        yield
     except WorkerError as error:
         if error.is_fault:
-            interrupt.note(interrupt.noted().removeprefix(f"{error}; "))  # from here on the error says it
-            error.args = (f"{error}; {interrupt.noted()}",)
+            interrupt.cause("")  # from here on the error says it
+            error.args = ("; ".join(filter(None, (str(error), interrupt.noted()))),)
         raise
 
 

@@ -48,6 +48,7 @@ def goes_on(command: list[str], directory: Path, ranks: int, undisturbed: str) -
     [
         (Fault("generation", "SIGKILL"), (), "generation", (1,), 2),
         (Fault("the update", "SIGKILL", version=2, call=1), (BACKGROUND,), "the update", (1, 2), 1),
+        (Fault("the update", "SIGKILL", version=2, call=1, is_hidden=True), (), "the update", (2,), 1),
         (Fault("the weight sync", "SIGSTOP", call=1), (), "the weight sync", (1,), 1),
         (Fault("a checkpoint", "SIGKILL", version=2, call=20), (), "a checkpoint", (1,), 1),
         (Fault("a checkpoint", "SIGKILL", version=2, call=20), (BACKGROUND,), MEANWHILE, (0, 1), 2),

@@ -11,16 +11,20 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
+from vexact import interrupt
 from vexact.distributed.failure import Failure
 from vexact.distributed.host import Call, WorkerHost
 from vexact.distributed.layout import RankInfo
+from vexact.distributed.on_torchrun.agent import has_lost_agent
 from vexact.distributed.on_torchrun.logs import OfAllRanks
 from vexact.distributed.remote import Arrival, Channel
 
 CLOSE_S = 30.0  # for workers to close, when all is well
 END_S = 2.0  # for processes to end when they are told to
+POLL_S = 0.02
+BUSY = 3  # times as long is waited for news that have come and that no thread has read: the machine is busy
 GONE = "its process is gone (killed, for instance by the kernel for want of memory, or crashed in native code)"
 
 
@@ -40,12 +44,14 @@ class TorchrunChannel(Channel):
         self._outgoing: dict[int, queue.SimpleQueue[list[bytes]]] = {}
         self._places: dict[tuple[int, int], str] = {}
         self._asked = 0
+        self._connections = dict(enumerate(connections, start=1))
+        self._lost: dict[int, Failure] = {}  # an interrupt may drop what ``receive`` has taken out of the queue
         self._gone = {rank: threading.Event() for rank in range(len(self.infos))}
         self._is_ended = False
         self._said = OfAllRanks()
         self._worker = threading.Thread(target=self._work, name="worker 0", daemon=True)
         self._worker.start()
-        for rank, connection in enumerate(connections, start=1):
+        for rank, connection in self._connections.items():
             self._outgoing[rank] = queue.SimpleQueue()
             for target in (self._read, self._write):
                 threading.Thread(target=target, args=(rank, connection), daemon=True).start()
@@ -78,8 +84,16 @@ class TorchrunChannel(Channel):
                 self._outgoing[rank].put([pickle.dumps(("where", self._asked))])
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and any((rank, self._asked) not in self._places for rank in ranks):
-            time.sleep(0.02)
+            time.sleep(POLL_S)
         return {rank: self._places[rank, self._asked] for rank in ranks if (rank, self._asked) in self._places}
+
+    def lost(self, timeout_s: float) -> list[Failure]:
+        start = time.monotonic()
+        while not self._lost:
+            if time.monotonic() - start >= timeout_s * (BUSY if self._has_unread() else 1):
+                break
+            time.sleep(POLL_S)
+        return list(self._lost.values())
 
     def end(self, politely: bool) -> None:
         if self._is_ended:
@@ -102,6 +116,9 @@ class TorchrunChannel(Channel):
             self._own.put(None)
             self._worker.join(END_S)
         self._said.close()
+
+    def _has_unread(self) -> bool:
+        return bool(wait([each for rank, each in self._connections.items() if not self._gone[rank].is_set()], 0.0))
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -131,9 +148,12 @@ class TorchrunChannel(Channel):
                 value = None if news is not None else pickle.loads(connection.recv_bytes())
                 self._arrived.put(Arrival(rank, ticket, value, news))
         except (EOFError, OSError):
+            if not (self._is_ended or has_lost_agent()):
+                failure = Failure(rank, "died", GONE)
+                self._lost[rank] = failure
+                interrupt.cause(f"{self.infos[rank]} died: {GONE}")
+                self._arrived.put(Arrival(rank, None, failure=failure))
             self._gone[rank].set()
-            if not self._is_ended:
-                self._arrived.put(Arrival(rank, None, failure=Failure(rank, "died", GONE)))
 
     def _write(self, rank: int, connection: Connection) -> None:
         with suppress(OSError):  # the other end has gone: the reading thread says so

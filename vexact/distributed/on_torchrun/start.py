@@ -51,7 +51,8 @@ def start_ranks(
     channel = TorchrunChannel(infos, WorkerHost(infos[0], store), connections)
     group = RemoteGroup(channel, timeout_s)
     try:
-        group.prepare(factory, address=None, start_timeout_s=max(1.0, deadline - time.monotonic()))
+        with group.heeding():
+            group.prepare(factory, address=None, start_timeout_s=max(1.0, deadline - time.monotonic()))
     except BaseException:
         channel.end(politely=False)
         raise

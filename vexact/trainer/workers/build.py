@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -146,6 +146,10 @@ class Workers:
         """Puts the state of a verified checkpoint into the actor. Raises CheckpointError."""
         return self.actor.restore(path) if isinstance(self.actor, ActorGroup) else restore(path, self.actor)
 
+    def heeding(self) -> AbstractContextManager[None]:
+        """Around what works with them: see ``WorkerGroup.heeding``."""
+        return nullcontext() if self.group is None else self.group.heeding()
+
     def close(self) -> None:
         """Ends the reward processes, the worker processes and what a foreign rollout has started."""
         self.rewards.close()
@@ -191,19 +195,20 @@ def build_workers(config: Config, layout: Layout, inputs: Inputs) -> Workers:
     factory = partial(_worker, config, roles, total_steps)
     group = start_workers(layout, factory, timeout_s=config.trainer.worker_timeout_s)
     try:
-        actors = ActorGroup(config, group, roles, total_steps)
-        return Workers(
-            **common,
-            engine=EngineGroup(config, group, roles),
-            actor=actors,
-            reference=ReferenceGroup(group, roles) if config.needs_reference else None,
-            shards=actors,
-            profiler=StageProfiler(config.run_dir),
-            rewards=start_rewards(config),
-            group=group,
-            frees_cache=frees_cache and roles.colocated,
-            sleeps=config.rollout.enable_sleep_mode,
-        )
+        with group.heeding():
+            actors = ActorGroup(config, group, roles, total_steps)
+            return Workers(
+                **common,
+                engine=EngineGroup(config, group, roles),
+                actor=actors,
+                reference=ReferenceGroup(group, roles) if config.needs_reference else None,
+                shards=actors,
+                profiler=StageProfiler(config.run_dir),
+                rewards=start_rewards(config),
+                group=group,
+                frees_cache=frees_cache and roles.colocated,
+                sleeps=config.rollout.enable_sleep_mode,
+            )
     except BaseException:
         group.close()
         raise
