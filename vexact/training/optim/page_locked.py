@@ -2,7 +2,8 @@
 
 ``cudaHostAlloc``, which is what torch calls, clears and locks page after page of 4 KiB in one thread: 2 GiB/s, so that
 the first step of a run with offloaded moments takes minutes. Here the kernel is asked for pages of 2 MiB, several
-threads touch them, and CUDA is told of them: 10 to 20 GiB/s (``benchmarks/trainer/page_locking.py``).
+threads touch them, and CUDA is told of them: 22 GiB/s, 10 to 17 in each of four processes
+(``benchmarks/trainer/page_locking.py``).
 """
 
 from __future__ import annotations
