@@ -159,6 +159,10 @@ METRICS: dict[str, dict[str, str]] = {
         "high, lower actor.ppo_max_token_len_per_gpu or train on fewer GPUs.",
         "perf/{max_memory_allocated_gb,max_memory_reserved_gb}": "Most memory (GiB) that one of the run's processes "
         "has had on its GPU since the start; absent on CPUs.",
+        "perf/num_alloc_retries": "How often since the last step's weight sync PyTorch found no room on a GPU, gave "
+        "back all memory it cached and tried again, in the process where it was most; absent on CPUs. Each time the "
+        "GPU stops. Above 0 in step after step, its memory is nearly full: lower actor.ppo_max_token_len_per_gpu or "
+        "rollout.gpu_memory_utilization, or offload.",
         "perf/cpu_memory_used_gb": "Memory in use (GiB), of the machine of the process where it is most.",
         "training/global_step": "The step.",
         "training/epoch": "Epoch of the step's first prompt.",

@@ -83,6 +83,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("model FLOPs utilisation", ("perf/mfu/*",), "share of the peak", smooth=True),
         Panel("idle GPUs in the update", ("perf/idle_share/*",), "share"),
         Panel("memory", ("perf/*memory*_gb",), "GiB"),
+        Panel("allocations tried again on a full GPU", ("perf/num_alloc_retries",), "in the step"),
         Panel("grading one sample", ("reward/time_s/mean", "reward/time_s/max"), "seconds"),
         Panel("key-value pages in use", ("rollout/kv_usage",), "share, at the peak"),
         Panel("requests pushed out and recomputed", ("rollout/preemptions",), "requests"),

@@ -13,6 +13,7 @@ _KEPT = (  # the first that fits; the last value of all others
     ("reward/error_ratio", "max"),
     ("reward/timeout_ratio", "max"),
     ("perf/*memory*_gb", "max"),
+    ("perf/num_alloc_retries", "max"),
     ("perf/throughput", "mean"),
     ("perf/mfu/*", "mean"),
     ("rollout/decode_tokens_per_s", "mean"),

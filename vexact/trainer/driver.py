@@ -21,6 +21,7 @@ from vexact.trainer.step.advantages import train_sequences
 from vexact.trainer.step.collect import Collected, Collector
 from vexact.trainer.step.diagnose import diagnose
 from vexact.trainer.step.evaluate import evaluate
+from vexact.trainer.step.memory_health import MemoryHealth
 from vexact.trainer.step.mfu import UpdateUtilisation
 from vexact.trainer.step.old_log_probs import recompute_old_log_probs
 from vexact.trainer.step.samples import keep_samples
@@ -56,6 +57,7 @@ class Driver:
         self.audit, self.total_steps, self.progress = audit, total_steps, progress
         self.identity, self.pending = identity, PendingStep(config.run_dir)
         self.health = UpdateHealth(config.trainer.exactness, config.trainer.max_skipped_updates)
+        self.memory_health = MemoryHealth(config, progress.step + 1)
         self.saver = Saver(store, workers.shards, config.actor.checkpoint.async_save, self._saved)
         self.utilisation = UpdateUtilisation(config, workers)
         self.stage = "gen"  # that began last
@@ -143,6 +145,7 @@ class Driver:
             # 8: the rollout gets version step, checksummed
             with self.timers("update_weights"):
                 sync_metrics = self._sync(step)
+            self.memory_health.check(step, sync_metrics)
             self.progress = Progress(step, cursor)
             # 9: the checkpoint, then validation, when due: whatever validation does, the trained weights are on disk
             validate = self._is_validation_due(step)

@@ -73,7 +73,8 @@ def test_memory_is_that_of_the_rank_with_most():
     results = [
         {"timing_s/weights_cast": 1.0, "perf/max_memory_allocated_gb": 2.0, "perf/cpu_memory_used_gb": 9.0},
         {"timing_s/weights_cast": 3.0, "perf/max_memory_allocated_gb": 5.0, "perf/cpu_memory_used_gb": 7.0},
-        {"perf/max_memory_allocated_gb": 4.0, "perf/max_memory_reserved_gb": 6.0},
+        {"perf/max_memory_allocated_gb": 4.0, "perf/max_memory_reserved_gb": 6.0, "perf/num_alloc_retries": 2.0},
+        {"perf/num_alloc_retries": 0.0},
     ]
     workers = workers_with(None)
     workers.group = SimpleNamespace(call=lambda method, version, keep, stage: results)
@@ -82,6 +83,7 @@ def test_memory_is_that_of_the_rank_with_most():
         "timing_s/weights_cast": 1.0,
         "perf/max_memory_allocated_gb": 5.0,
         "perf/max_memory_reserved_gb": 6.0,
+        "perf/num_alloc_retries": 2.0,
         "perf/cpu_memory_used_gb": 9.0,
     }
     assert workers.engine.weights_version == 4
@@ -93,5 +95,6 @@ def test_a_run_on_a_gpu_says_both(overrides, metrics):
     last = metrics()[-1]
     assert 0 < last["perf/max_memory_allocated_gb"] <= last["perf/max_memory_reserved_gb"]
     known = peak_flops(GPU, "bfloat16") is not None
+    assert last["perf/num_alloc_retries"] == 0
     assert ("perf/mfu/actor" in last) == known
     assert 0 < last.get("perf/mfu/actor", 0.5) < 1

@@ -16,7 +16,7 @@ MODEL, ACTOR, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.actor", "a
 TIGHT = 0.92  # of a GPU: the estimate may be off by as much
 MOST_GPUS = 4096
 
-MemoryStage = Literal["start-up", "generation", "update", "sync"]
+MemoryStage = Literal["start-up", "generation", "update", "sync", "any"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +122,14 @@ def out_of_memory_advice(config: Config, stage: MemoryStage) -> str:
             "more GPUs",
         ],
         "sync": [*_release_knobs(config), *_offload_knobs(config), *_cache_knobs(config)],
+        "any": [
+            *_release_knobs(config),
+            *_sleep_knobs(config),
+            *_token_knobs(config),
+            *_cache_knobs(config),
+            *_offload_knobs(config),
+            "more GPUs",
+        ],
     }[stage]
     return "; ".join(knobs)
 

@@ -24,7 +24,7 @@ from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup, largest
 from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
 from vexact.trainer.workers.memory import advising
-from vexact.trainer.workers.memory_use import memory_metrics
+from vexact.trainer.workers.memory_use import MemoryUse
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.peak_flops import peak_flops
 from vexact.trainer.workers.roles import Roles, roles_of
@@ -54,6 +54,7 @@ class Workers:
     group: WorkerGroup | None = None
     frees_cache: bool = False  # the key-value cache's memory serves the training while nothing is generated
     sleeps: bool = False  # and so does the memory of the rollout's weights, which a sync brings anew
+    _memory: MemoryUse = field(default_factory=MemoryUse, init=False)
     _is_asleep: bool = field(default=False, init=False)
 
     def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
@@ -61,7 +62,8 @@ class Workers:
         for ``rescore_at`` over two more versions.
 
         Returns:
-            Times and sizes of the sync, and ``perf/…_gb``: of all processes the one with most memory in use.
+            Times and sizes of the sync, ``perf/…_gb`` of the process with most memory in use, and
+            ``perf/num_alloc_retries`` since the last sync of the one with most.
 
         Raises:
             WeightSyncError: what arrived is not what was sent.
@@ -69,7 +71,7 @@ class Workers:
         if self.group is None:
             assert not isinstance(self.engine, EngineGroup)
             assert isinstance(self.actor, Actor)
-            metrics = sync_weights(self.actor, self.engine, version) | memory_metrics()
+            metrics = sync_weights(self.actor, self.engine, version) | self._memory.metrics()
         else:
             assert isinstance(self.engine, EngineGroup)
             results: list[dict[str, float]] = self.group.call("sync", version, keep, stage="the weight sync")

@@ -27,7 +27,7 @@ from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.memory import memory_advice
-from vexact.trainer.workers.memory_use import memory_metrics
+from vexact.trainer.workers.memory_use import MemoryUse
 from vexact.trainer.workers.parts import build_actor, build_engine, build_reference
 from vexact.trainer.workers.peak_flops import peak_flops
 from vexact.trainer.workers.roles import Roles
@@ -69,6 +69,7 @@ class Worker:
         self.config, self.roles, self.info, device = config, roles, info, torch.device(info.device)
         self.memory_advice = memory_advice(config)  # the host of this worker asks for it
         self._profiler = StageProfiler.of(config, info.rank)
+        self._memory = MemoryUse()
         self._engine: Engine | ForeignRollout | None = None
         self._actor: Actor | None = None
         self._reference: Reference | None = None
@@ -136,7 +137,7 @@ class Worker:
             metrics = send_weights(self._actor, version)
         else:
             metrics = receive_weights(self.engine, version)
-        return metrics | memory_metrics()
+        return metrics | self._memory.metrics()
 
     def update(
         self,
