@@ -81,6 +81,12 @@ def violations() -> list[str]:
     return found
 
 
+def test_only_a_run_touches_the_garbage_collector() -> None:
+    """An engine in a user's program leaves it alone."""
+    users = {top for _, top, tree in sources() if "gc" in imported_modules(tree)}
+    assert users == {"distributed", "trainer"}
+
+
 def test_imports_point_one_way() -> None:
     assert violations() == []
 

@@ -68,12 +68,13 @@ def leave_process_group() -> None:
     """Ends the default group if there is one, and what is left of others. All ranks call it.
 
     A group's threads end with its last reference. One of them that wants the interpreter while that ends would abort
-    the process of a run that is done, so groups that wait for the garbage collector go now.
+    the process of a run that is done, so groups that wait for the garbage collector go now, frozen ones too.
     """
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.unfreeze()
         gc.collect()
 
 

@@ -80,6 +80,7 @@ class Driver:
         if self.progress.step >= self.total_steps:
             return
         self._self_test()
+        self.workers.freeze_heap()
         first, rewards = self.progress.step + 1, []
         with self.saver:
             for step in range(first, self.total_steps + 1):

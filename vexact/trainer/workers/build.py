@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from vexact.trainer.checkpoint import Progress, ShardGroup, ShardWriter, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.groups import ActorGroup, EngineGroup, ReferenceGroup, largest
+from vexact.trainer.workers.heap import freeze_heap
 from vexact.trainer.workers.inputs import Inputs, num_steps, start_rewards
 from vexact.trainer.workers.memory import advising
 from vexact.trainer.workers.memory_use import MemoryUse
@@ -56,6 +58,7 @@ class Workers:
     sleeps: bool = False  # and so does the memory of the rollout's weights, which a sync brings anew
     _memory: MemoryUse = field(default_factory=MemoryUse, init=False)
     _is_asleep: bool = field(default=False, init=False)
+    _is_frozen: bool = field(default=False, init=False)
 
     def sync_weights(self, version: int, keep: bool = False) -> dict[str, float]:
         """The rollout gets the actor's weights as ``version``, compared bit for bit; with ``keep`` they stay at hand
@@ -152,8 +155,18 @@ class Workers:
         """Around what works with them: see ``WorkerGroup.heeding``."""
         return nullcontext() if self.group is None else self.group.heeding()
 
+    def freeze_heap(self) -> None:
+        """Has the garbage collector of every process pass over what it holds when the first step begins; until
+        ``close`` in this one, which may have a life after the run."""
+        if self.group is not None:
+            self.group.call("freeze_heap", stage="set-up")
+        self._is_frozen = True
+        freeze_heap()
+
     def close(self) -> None:
         """Ends the reward processes, the worker processes and what a foreign rollout has started."""
+        if self._is_frozen:
+            gc.unfreeze()
         self.rewards.close()
         if not isinstance(self.engine, Engine | EngineGroup):
             self.engine.close()

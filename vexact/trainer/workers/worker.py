@@ -25,6 +25,7 @@ from vexact.trainer.checkpoint import Progress, ShardWriter, Written, restore
 from vexact.trainer.resume.identity import weights_digest
 from vexact.trainer.step.profile import StageProfiler
 from vexact.trainer.workers.explain import Question, explain_here, give_weights, take_weights
+from vexact.trainer.workers.heap import freeze_heap
 from vexact.trainer.workers.inputs import load_tokenizer
 from vexact.trainer.workers.memory import memory_advice
 from vexact.trainer.workers.memory_use import MemoryUse
@@ -201,6 +202,10 @@ class Worker:
         """Of the whole model, on every rank that trains."""
         with self.actor.resident():
             return weights_digest(self.actor.model)
+
+    def freeze_heap(self) -> None:
+        """As ``heap.freeze_heap``, until this process leaves the process group."""
+        freeze_heap()
 
     def sees(self, file: Path) -> bool:
         return file.is_file()
