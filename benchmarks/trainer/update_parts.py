@@ -6,7 +6,8 @@
 The actor as the trainer builds it (fp32 masters, bf16 compute, FSDP2, activations computed again), random weights, one
 optimizer step over sequences of equal length in --micro_batches groups for each rank. ``update_s`` is without a
 profiler, the median of --rounds; ``busy`` is the share of a profiled update in which a kernel ran on rank 0's GPU.
-``waits_ms`` are the runtime's calls that stop the host, ``host_ms`` what its operations take themselves. Peer: the
+``waits_ms`` are the runtime's calls that stop the host, ``host_ms`` what its operations take themselves, ``places``
+where Python was in another update, by samples, and ``kernel_calls`` how often the most frequent kernels ran. Peer: the
 update's own floating point operations at the GPU's peak (``mfu``). A CPU run with ``--shape tiny`` is a rehearsal.
 """
 
@@ -25,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shared.clock import covered, environment
 from benchmarks.shared.options import at_least_one, out_file
+from benchmarks.shared.samples import sampled, shares
 from benchmarks.trainer.grpo_run import SHAPES
 from vexact.device import resolve_device
 from vexact.models import CausalLM, ModelConfig
@@ -72,19 +74,21 @@ def parts(trace: profile, seconds: float) -> dict:
     """Milliseconds of an update by kernel, of the host by call that waits, and by what it does itself."""
     kernels: Counter[str] = Counter()
     waits: Counter[str] = Counter()
-    calls, spans = 0, []
+    calls: Counter[str] = Counter()
+    spans = []
     for event in trace.events() or []:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             kernels[event.name] += event.time_range.elapsed_us()
             spans.append((event.time_range.start, event.time_range.end))
-            calls += 1
+            calls[event.name] += 1
         elif event.name in WAITS:
             waits[event.name] += event.time_range.elapsed_us()
     host = sorted(trace.key_averages(), key=lambda row: -row.self_cpu_time_total)
     return {
         "profiled_s": round(seconds, 4),
         "busy": round(covered(spans) / 1e6 / seconds, 4),
-        "kernels": calls,
+        "kernels": calls.total(),
+        "kernel_calls": {name[:90]: count for name, count in calls.most_common(TOP)},
         "kernel_ms": {name[:90]: round(us / 1e3, 3) for name, us in kernels.most_common(TOP)},
         "other_kernel_ms": round(sum(us for _, us in kernels.most_common()[TOP:]) / 1e3, 3),
         "host_ms": {row.key[:90]: round(row.self_cpu_time_total / 1e3, 3) for row in host[:TOP]},
@@ -139,6 +143,8 @@ def main() -> int:
     first = update()
     rounds = [update() for _ in range(arguments.rounds)]
     seconds = statistics.median(rounds)
+    with sampled() as places:
+        update()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as trace:
         profiled = update()
@@ -150,7 +156,7 @@ def main() -> int:
     peak = peak_flops(device, settings.dtype)
     report |= {"update_s": round(seconds, 4), "micro_batch_ms": round(1e3 * seconds / arguments.micro_batches, 3)}
     report |= {"mfu": None if peak is None else round(flops / seconds / peak / ranks, 4)}
-    report |= parts(trace, profiled)
+    report |= {"places": shares(places, TOP), **parts(trace, profiled)}
     if group is None or dist.get_rank() == 0:
         print(json.dumps(report, indent=2))
         if arguments.out is not None:
