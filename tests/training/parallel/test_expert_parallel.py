@@ -13,7 +13,7 @@ from training_support import TINY, tiny_model
 from vexact.models import ModelConfig, load_model, save_hf
 from vexact.models.layers import MoE
 from vexact.training import Actor, ActorConfig, Ranks, Reference, load_sharded_model
-from vexact.training.parallel.expert_parallel import DistributedExperts, ExpertRanks, check_expert_size
+from vexact.training.parallel.expert_parallel import DistributedExperts, ExpertRanks, check_expert_size, roomy
 from vexact.training.parallel.ordered_sum import OrderedSum
 from vexact.training.parallel.ranks import local
 
@@ -224,6 +224,12 @@ def test_every_rank_reads_its_own_experts(ranks):
         )
     assert ranks[0]["read"]["nowhere"].startswith("PeerStopped 1: ")
     assert all(found["read"]["nowhere"].startswith("FileNotFoundError") for found in ranks[1:])
+
+
+def test_few_numbers_of_rows_are_launched_and_none_is_much_larger_than_it_must_be():
+    rooms = {count: roomy(count) for count in range(1 << 17)}
+    assert all(count <= room <= max(count + 15, count * 17 // 16) for count, room in rooms.items())
+    assert len(set(rooms.values())) < 180
 
 
 def test_a_layer_that_runs_again_asks_nobody_a_second_time(ranks):

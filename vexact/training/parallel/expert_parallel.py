@@ -120,7 +120,7 @@ class ExpertRanks:
         moved = ends[:-1].view(-1, self.size).T.flatten() - pad(own.flatten().cumsum(0), (1, 0))[:-1]
         ramp = torch.arange(sum(received), device=own.device)
         places = ramp + moved.repeat_interleave(own.flatten(), output_size=len(ramp))
-        arrivals = torch.empty_like(ramp).scatter_(0, places, ramp)
+        arrivals = ramp.new_zeros(roomy(len(ramp))).scatter_(0, places, ramp)
         return Journey(self.exchange, sent, received, places, arrivals, ends.int())
 
     def _per_rank(self, parameter: DTensor) -> int:
@@ -136,7 +136,7 @@ class Journey:
     sent: list[int]
     received: list[int]
     places: Tensor  # (n,) int64, of the rows as they arrive: by rank, and from a rank by expert
-    arrivals: Tensor  # (n,) int64, the other way round
+    arrivals: Tensor  # (roomy(n),) int64, the other way round, and then 0
     ends: Tensor  # (S * experts of the group + 1,) int32, from 0 on: where an expert's rows from a rank end
 
     @property
@@ -145,7 +145,8 @@ class Journey:
         return self.ends[:: len(self.received)].contiguous()
 
     def there(self, rows: Tensor) -> Tensor:
-        """Rows of this rank's pairs, by expert -> the rows that all ranks have for its experts, by expert and rank."""
+        """Rows of this rank's pairs, by expert -> the rows that all ranks have for its experts, by expert and rank;
+        behind them copies of some row, which no expert computes with."""
         out: Tensor = _Trip.apply(rows, self._out, self._back)
         return out
 
@@ -159,6 +160,17 @@ class Journey:
 
     def _back(self, rows: Tensor) -> Tensor:
         return _traded(rows.index_select(0, self.places), self.group, self.received, self.sent)
+
+
+def roomy(count: int) -> int:
+    """A number of rows at least as large, of which there are 16 in an octave: every layer gets another number, and a
+    kernel is launched far sooner for a number that it has had before.
+
+    >>> [roomy(count) for count in (0, 1, 100, 27_000, 27_649)]
+    [0, 16, 112, 27648, 28672]
+    """
+    step = max(16, 1 << count.bit_length() >> 5)
+    return -(-count // step) * step
 
 
 class DistributedExperts(Experts):
