@@ -149,16 +149,23 @@ def other_order():
 
 
 def journeys(recomputed):
-    """How often a rank asks the others where rows go."""
-    asked, ask = [], ExpertRanks.journey
+    """How often a rank asks the others where rows go, and whether a rank's gradients lie in one piece each."""
+    asked, ask, in_one, add = [], ExpertRanks.journey, [], OrderedSum.add
     ExpertRanks.journey = lambda *given: asked.append(given) or ask(*given)
+
+    def seen(self, pieces):
+        every = list(pieces)
+        in_one.extend(piece.is_contiguous() for piece in every)
+        return add(self, every)
+
+    OrderedSum.add = seen
     try:
         train(
             actor_of("eight", expert_parallel_size=4, enable_gradient_checkpointing=recomputed), "eight", range(STEPS)
         )
     finally:
-        ExpertRanks.journey = ask
-    return len(asked)
+        ExpertRanks.journey, OrderedSum.add = ask, add
+    return len(asked), in_one
 
 
 def reference(size):
@@ -234,7 +241,10 @@ def test_few_numbers_of_rows_are_launched_and_none_is_much_larger_than_it_must_b
 
 def test_a_layer_that_runs_again_asks_nobody_a_second_time(ranks):
     for found in ranks:
-        assert found["journeys"][0] == found["journeys"][1] > 0
+        (first, in_one), (again, _) = found["journeys"]
+        assert first == again > 0
+        assert len(in_one) > 8
+        assert all(in_one)
 
 
 def test_another_order_of_additions_is_noticed(ranks, alone):

@@ -237,7 +237,8 @@ class _Product(torch.autograd.Function):
         rows, matrices, offsets, ends = ctx.saved_tensors
         op, dy = backend("moe.grouped_linear", rows), gradient.contiguous()
         dx = op.grad_input(dy, matrices[:, 0], offsets) if ctx.needs_input_grad[0] else None
-        return dx, op.grad_weight(dy, rows, None, ends, 1).view(matrices.shape), None, None
+        by_rank = op.grad_weight(dy, rows, None, ends, 1, matrices.shape[1])  # so that what is added is in one piece
+        return dx, by_rank.unflatten(0, (-1, len(matrices))).transpose(0, 1), None, None
 
 
 class _Pairs(torch.autograd.Function):

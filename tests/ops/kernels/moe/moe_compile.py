@@ -73,10 +73,10 @@ def product(tile: tiles.Tile, gated: bool, gather: bool, transposed: bool, token
     grouped_linear.product(x, weight, rows, integers(129), 8, gated=gated, tile=tile)
 
 
-def grad_weight(tile: tiles.Tile, gather: bool, tokens: int) -> None:
+def grad_weight(tile: tiles.Tile, gather: bool, ranks: int, tokens: int) -> None:
     dtype = FP32 if tile == tiles.FLOAT32_GRAD_WEIGHT else BF16
     x, rows = meta(tokens if gather else tokens * 8, 2048, dtype=dtype), integers(tokens * 8) if gather else None
-    grouped_linear.grad_weight(meta(tokens * 8, 1536, dtype=dtype), x, rows, integers(129), 8, tile=tile)
+    grouped_linear.grad_weight(meta(tokens * 8, 1536, dtype=dtype), x, rows, integers(129), 8, ranks, tile=tile)
 
 
 def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
@@ -106,7 +106,8 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
     sums = (tiles.GRAD_WEIGHT,) if arch >= 90 else (tiles.POINTER_GRAD_WEIGHT, tiles.FLOAT32_GRAD_WEIGHT)
     for tile in sums:
         for gather in (True, False):
-            yield f"grad_weight {gather} {tile}", lambda tokens, one=(tile, gather): grad_weight(*one, tokens)
+            yield f"grad_weight {gather} {tile}", lambda tokens, one=(tile, gather, 1): grad_weight(*one, tokens)
+        yield f"grad_weight by rank {tile}", lambda tokens, one=(tile, False, 4): grad_weight(*one, tokens)
 
 
 def records(arch: int) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,9 @@ class Layer:
             "gradient of tokens": partial(grouped_linear.grad_input, self.both, self.gate_up, self.offsets),
             "gradient of gate and up": partial(grouped_linear.grad_weight, self.both, self.x, *gathered),
             "gradient of down": partial(grouped_linear.grad_weight, self.y, self.act, None, self.offsets, 1),
+            "gradient of down, by rank": partial(
+                grouped_linear.grad_weight, self.y, self.act, None, self.offsets, 1, EXPERTS // 2
+            ),
             "combine": partial(combine.forward, self.y, self.weights, self.slots, self.dout),
             "total": partial(combine.total, self.y, self.slots),
             "gradient of combine": partial(combine.backward, self.dout, self.y, self.weights, self.slots),

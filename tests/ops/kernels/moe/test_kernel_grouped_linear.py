@@ -131,6 +131,23 @@ def test_weight_gradients_have_the_bits_of_linear_for_every_tile(gather):
             assert same_bits(found[expert], part), tile
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_weight_gradients_of_several_ranks_lie_together_by_rank(ranks, dtype):
+    x, dy = randn(120, 80, seed=1, dtype=dtype), randn(120, 72, seed=2, dtype=dtype)
+    _, offsets = group("skewed", 40)
+    with poisoned_outputs():
+        found = grouped_linear.grad_weight(dy, x, None, offsets, 1, ranks)
+        apart = grouped_linear.grad_weight(dy, x, None, offsets, 1)
+    assert found.is_contiguous()
+    for rank in range(ranks):
+        for expert in range(EXPERTS // ranks):
+            assert same_bits(found[rank * (EXPERTS // ranks) + expert], apart[expert * ranks + rank])
+    expected = twin.grad_weight(dy.cpu(), x.cpu(), None, offsets.cpu(), 1, ranks)
+    torch.testing.assert_close(found.cpu().float(), expected.float(), atol=0.2, rtol=0.02)
+    assert twin.grad_weight(dy.cpu(), x.cpu(), None, offsets.cpu(), 1, ranks).is_contiguous()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_an_expert_does_not_see_what_is_not_its_own():
     """Infinities and NaN in another expert's rows and matrix, in rows of nobody, and behind the last column."""
@@ -156,7 +173,10 @@ def test_no_tokens():
     rows, offsets = group("uniform", 0)
     assert grouped_linear.forward(empty, weight, rows, offsets, TOP_K).shape == (0, 16)
     assert grouped_linear.grad_input(empty[:, :16], weight, offsets).shape == (0, 32)
-    assert bool((grouped_linear.grad_weight(empty[:, :16], empty, rows, offsets, TOP_K) == 0).all())
+    for ranks in (1, 3):
+        dweight = grouped_linear.grad_weight(empty[:, :16], empty, rows, offsets, TOP_K, ranks)
+        assert dweight.shape == (EXPERTS, 16, 32)
+        assert bool((dweight == 0).all())
 
 
 def test_weights_of_any_stride():

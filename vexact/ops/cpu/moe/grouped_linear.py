@@ -33,12 +33,13 @@ def grad_input(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def grad_weight(dy: Tensor, x: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int) -> Tensor:
-    """(E, N, K); zeros for an expert without places."""
+def grad_weight(dy: Tensor, x: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, ranks: int = 1) -> Tensor:
+    """(E, N, K); zeros for an expert without places. With ``ranks``, (ranks * E, N, K) by rank and expert, where
+    ``offsets`` are by expert and rank."""
     out = x.new_zeros(offsets.shape[0] - 1, dy.shape[1], x.shape[1])
     for expert, places in _experts(offsets):
         out[expert] = dy[places].float().T @ _rows_of(x, rows, places, top_k)
-    return out
+    return out.unflatten(0, (-1, ranks)).transpose(0, 1).flatten(0, 1)
 
 
 def _experts(offsets: Tensor) -> Iterator[tuple[int, slice]]:

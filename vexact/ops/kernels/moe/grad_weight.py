@@ -21,7 +21,7 @@ def grouped_grad_weight_kernel(
     x_desc,  # (P, K) when DESCRIPTORS and not GATHER
     dy_ptr,  # (P, N)
     x_ptr,  # (P, K), or (T, K) when GATHER
-    out_ptr,  # (E, N, K) contiguous
+    out_ptr,  # (RANKS, E / RANKS, N, K) contiguous
     rows_ptr,  # (P,) pair of a place, or any pointer unless GATHER
     offsets_ptr,  # (E + 1,)
     N,
@@ -34,10 +34,12 @@ def grouped_grad_weight_kernel(
     BLOCK_K: tl.constexpr,
     GATHER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M x BLOCK_N of the gradient of one expert, BLOCK_K places a step. Descriptors reach across experts, so the
-    ragged last step goes through pointers."""
+    ragged last step goes through pointers. With RANKS > 1 so many neighbours among the E are the same expert, with
+    places of as many ranks."""
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N)
     expert = tl.program_id(0) // (tiles_n * tiles_k)
     tile = tl.program_id(0) % (tiles_n * tiles_k)
@@ -71,5 +73,7 @@ def grouped_grad_weight_kernel(
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
+    if RANKS > 1:
+        expert = expert % RANKS * (tl.num_programs(0) // (tiles_n * tiles_k * RANKS)) + expert // RANKS
     out_ptrs = out_ptr + expert.to(tl.int64) * N * K + rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < K)[None, :])

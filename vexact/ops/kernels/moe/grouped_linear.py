@@ -41,9 +41,19 @@ def grad_input(dy: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grad_weight(
-    dy: Tensor, x: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, *, tile: Tile | None = None
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    top_k: int,
+    ranks: int = 1,
+    *,
+    tile: Tile | None = None,
 ) -> Tensor:
     """dy (P, N), x (T, K) gathered or (P, K) -> (E, N, K) in the dtype of ``x``: places are added in order.
+
+    With ``ranks`` the places of an expert are those of one rank behind those of another, with an offset for each; each
+    gets a gradient of its own, and those of a rank lie together: (ranks * E, N, K), by rank and expert.
 
     ``tile`` overrides the table (for tuning and for tests); the bits do not depend on it.
     """
@@ -54,15 +64,15 @@ def grad_weight(
     if tile is None:
         tile = grad_weight_tile(x.dtype, _has_descriptors(dy, x))
     _grad_weights(
-        (dy.shape, dy.stride(), x.shape, x.stride(), dy.dtype, x.dtype, num_experts, rows is None, top_k, tile),
+        (dy.shape, dy.stride(), x.shape, x.stride(), dy.dtype, x.dtype, num_experts, rows is None, top_k, ranks, tile),
         _once(dy, x, out, rows, offsets),
-        lambda: _grad_weight_call(dy, x, out, rows, offsets, top_k, tile),
+        lambda: _grad_weight_call(dy, x, out, rows, offsets, top_k, ranks, tile),
     )
     return out
 
 
 def _grad_weight_call(
-    dy: Tensor, x: Tensor, out: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, tile: Tile
+    dy: Tensor, x: Tensor, out: Tensor, rows: Tensor | None, offsets: Tensor, top_k: int, ranks: int, tile: Tile
 ) -> Call:
     (num_experts, n, k), gather, descriptors = out.shape, rows is not None, tile.kernel == "tma"
     args = (
@@ -72,7 +82,7 @@ def _grad_weight_call(
     )
     constants = {
         **{"TOP_K": top_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
-        **{"GATHER": gather, "DESCRIPTORS": descriptors, "PRECISION": "ieee", **_options(tile)},
+        **{"GATHER": gather, "DESCRIPTORS": descriptors, "RANKS": ranks, "PRECISION": "ieee", **_options(tile)},
     }
     grid = (num_experts * cdiv(n, tile.block_m) * cdiv(k, tile.block_n),)
     return Call(grouped_grad_weight_kernel, grid, args, constants)
