@@ -67,6 +67,9 @@ def _cases(shape: MoeShape, gate_up: Tensor, down: Tensor, kind: str, tokens: in
         for tile in (tiles.GRAD_WEIGHT, tiles.POINTER_GRAD_WEIGHT, Tile("tma", 64, 128, 32, 4, 4)):
             found = grouped_linear.grad_weight(expected, x, rows, offsets, top_k, tile=tile)
             yield found[hit].flatten(0, 1), dweight.flatten(0, 1)
+        # as if every second expert were the one before it, with places of another rank
+        found = grouped_linear.grad_weight(expected, gathered, None, offsets, 1, 2)
+        yield found.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)[hit].flatten(0, 1), dweight.flatten(0, 1)
 
 
 def sample(entries: tiles.Entries, count: int) -> list[Tile]:
