@@ -1,8 +1,8 @@
 """Page-locked memory of the host, which a GPU copies from and to at the speed of the bus.
 
-``cudaHostAlloc``, which is what torch calls, clears and locks page after page of 4 KiB in one thread: 2 GiB/s, so that
-the first step of a run with offloaded moments takes minutes. Here the kernel is asked for pages of 2 MiB, several
-threads touch them, and CUDA is told of them: 22 GiB/s, 10 to 17 in each of four processes
+``cudaHostAlloc``, which is what torch calls, clears and locks page after page of 4 KiB in one thread: 2 GiB/s, or 78 s
+of the first step of a run with 61 GiB of moments a rank. Here the kernel is asked for pages of 2 MiB, several threads
+touch them, and CUDA is told of them: 22 GiB/s, 10 to 17 in each of four processes
 (``benchmarks/trainer/page_locking.py``).
 """
 
