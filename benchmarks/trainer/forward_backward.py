@@ -4,7 +4,7 @@
 
 Qwen3-1.7B shapes with random bf16 weights, 16k tokens as 2 x 8k and as 8 x 2k, all of them with a policy loss; no
 optimizer, no fp32 copy of the weights. ``kept``: all activations are kept for the backward; ``again``: layers are
-computed again in it, which is the trainer's default (``enable_gradient_checkpointing``). It is the same on both sides.
+computed again in it, as where memory is short (``recompute_num_layers``). It is the same on both sides.
 
 * ``triton``, ``specialised``: what the actor calls, with the warp-specialised attention of sm_90 off and on. Their
   log-probabilities and gradients must be the same bits. A line says which of the two is chosen unasked; where it is

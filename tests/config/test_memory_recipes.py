@@ -86,7 +86,7 @@ def test_sleep_is_advised_where_it_makes_room() -> None:
 def test_where_both_sides_do_not_fit_one_gpu_the_rollout_sleeps_or_has_its_own() -> None:
     (problem,) = problems("qwen3_30b_a3b", 8, H100)
     assert "update needs" in problem
-    assert problem.endswith(f"; set {SLEEP} (47.9 GiB less)")
+    assert problem.endswith(f"; set {SLEEP} (47.8 GiB less)")
     (problem,) = problems("qwen3_30b_a3b", 8, H100, "actor_rollout_ref.rollout.name=another")
     assert problem.endswith("; set trainer.rollout_gpus=2"), "it keeps its weights in its own way"
     (problem,) = problems("qwen3_30b_a3b", 2, H100)

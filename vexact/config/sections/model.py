@@ -21,9 +21,9 @@ class ModelSection:
         True, "Recompute activations in the backward pass: less memory, same bits."
     )
     recompute_num_layers: int | Literal["auto"] | None = opt(
-        None,
+        "auto",
         "Layers whose activations are recomputed, the first ones; the others keep theirs, which is faster. Never "
-        "changes results. null: all. auto: as few as fit, by the memory plan.",
+        "changes results. auto: as few as fit, by the memory plan. null: all.",
         ge=0,
     )
 
