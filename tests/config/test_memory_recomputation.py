@@ -19,7 +19,8 @@ from vexact.config.memory import (
     with_recomputation,
 )
 from vexact.config.memory.activations import activation_bytes, layer_bytes_per_token
-from vexact.config.memory.advice import TIGHT
+from vexact.config.memory.advice import with_value
+from vexact.config.memory.recomputation import ROOMY
 from vexact.config.plan import build_plan
 from vexact.prepare.shapes import SHAPES
 
@@ -63,12 +64,13 @@ def test_kept_layers_are_taken_to_be_those_with_most_to_keep() -> None:
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_auto_is_the_smallest_number_that_leaves_a_margin(shape: ModelShape, gpus: int) -> None:
     layers, tried = shape.num_layers, set()
-    for gib in (*range(10, 120, 2), 200, 600, 900):
+    fixed = [with_value(configured(), KEY, n) for n in range(layers)]
+    for gib in (*range(10, 120, 2), 200, 650, 980):
         machine = Machine("cuda", gpus, gib * GIB)
         number = settled(machine, shape)
         tried.add(number)
-        needed = [update(configured(f"{KEY}={n}"), shape, machine).total for n in range(layers)]
-        fits = [n for n in range(layers) if needed[n] <= TIGHT * machine.device_bytes]
+        needed = [update(config, shape, machine).total for config in fixed]
+        fits = [n for n in range(layers) if needed[n] <= ROOMY * machine.device_bytes]
         assert number == min(fits, default=layers - 1)
     assert {0, layers - 1} < tried
 
@@ -80,7 +82,7 @@ def test_auto_leaves_room_for_a_cache_that_stays() -> None:
     assert settled(machine) < number < 27
     stage = update(configured(f"{KEY}={number}", *stays), QWEN3, machine)
     assert stage.elastic > 0
-    assert stage.total + stage.elastic <= TIGHT * machine.device_bytes
+    assert stage.total + stage.elastic <= ROOMY * machine.device_bytes
 
 
 def test_auto_keeps_the_last_layer_where_nothing_is_known_or_nothing_fits() -> None:
