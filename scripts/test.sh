@@ -19,5 +19,5 @@ stage types "$python" -m mypy --no-error-summary
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n auto --dist loadfile --max-worker-restart=0)
-stage tests "$python" -m pytest ${parallel[@]+"${parallel[@]}"} "$@"
+stage tests "$python" -m pytest --durations=15 --durations-min=10 ${parallel[@]+"${parallel[@]}"} "$@"
 (($# > 0)) || stage newest bash scripts/newest.sh
