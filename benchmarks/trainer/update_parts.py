@@ -3,7 +3,7 @@
     python -m benchmarks.trainer.update_parts --shape qwen3-30b-a3b --layers 2 --token_budget 2048 --out …
     torchrun --nproc-per-node=2 -m benchmarks.trainer.update_parts --shape qwen3-30b-a3b --layers 4 --expert_groups 2
 
-The actor as the trainer builds it (fp32 masters, bf16 compute, FSDP2, activations computed again), random weights, one
+The actor as the trainer builds it (fp32 masters, bf16 compute, FSDP2), all layers computed again, random weights, one
 optimizer step over sequences of equal length in --micro_batches groups for each rank. ``update_s`` is without a
 profiler, the median of --rounds; ``busy`` is the share of a profiled update in which a kernel ran on rank 0's GPU.
 ``waits_ms`` are the runtime's calls that stop the host, ``host_ms`` what its operations take themselves, ``places``
