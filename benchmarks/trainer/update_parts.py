@@ -5,10 +5,11 @@
 
 The actor as the trainer builds it (fp32 masters, bf16 compute, FSDP2), all layers computed again, random weights, one
 optimizer step over sequences of equal length in --micro_batches groups for each rank. ``update_s`` is without a
-profiler, the median of --rounds; ``busy`` is the share of a profiled update in which a kernel ran on rank 0's GPU.
-``waits_ms`` are the runtime's calls that stop the host, ``host_ms`` what its operations take themselves, ``places``
-where Python was in another update, by samples, and ``kernel_calls`` how often the most frequent kernels ran. Peer: the
-update's own floating point operations at the GPU's peak (``mfu``). A CPU run with ``--shape tiny`` is a rehearsal.
+profiler, the median of --rounds; one more update gives its stages (``update_stages.py``), as rank 0 sees them; ``busy``
+is the share of a profiled update in which a kernel ran on rank 0's GPU. ``waits_ms`` are the runtime's calls that stop
+the host, ``host_ms`` what its operations take themselves, ``places`` where Python was in another update, by samples,
+and ``kernel_calls`` how often the most frequent kernels ran; --only_times leaves these out. Peer: the update's own
+floating point operations at the GPU's peak (``mfu``). A CPU run with ``--shape tiny`` is a rehearsal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,14 +30,18 @@ from benchmarks.shared.clock import covered, environment
 from benchmarks.shared.options import at_least_one, out_file
 from benchmarks.shared.samples import sampled, shares
 from benchmarks.trainer.grpo_run import SHAPES
+from benchmarks.trainer.update_stages import stages
 from vexact.device import resolve_device
 from vexact.models import CausalLM, ModelConfig
 from vexact.models.flops import training_flops
 from vexact.trainer.workers.peak_flops import peak_flops
 from vexact.training import Actor, ActorConfig, OptimConfig
-from vexact.training.parallel.ranks import close_process_group
+from vexact.training.parallel.expert_parallel import ExpertRanks
+from vexact.training.parallel.ranks import Ranks, close_process_group, local
+from vexact.training.parallel.sharding import shard
 from vexact.types import Sample, TrainSequence
 
+EXPERTS = ("actor/moe_load_max_over_mean", "actor/moe_idle_experts")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "aten::item")
 TOP = 24
 
@@ -54,19 +60,28 @@ def sequences(count: int, length: int, vocab_size: int) -> list[TrainSequence]:
     return made
 
 
-def drawn_model(config: ModelConfig, device: torch.device) -> CausalLM:
-    """fp32, drawn on the device, where billions of numbers take no time; the same on every rank."""
+def drawn_model(config: ModelConfig, ranks: Ranks, settings: ActorConfig, even: bool) -> CausalLM:
+    """fp32, every rank's rows drawn on its device, where billions of numbers take no time.
+
+    ``even``: what layers add to a token's embedding is little, so that tokens choose experts on their own, about as
+    evenly as those of a trained model; all else being random, most would choose the same.
+    """
     with torch.device("meta"):
         model = CausalLM(config).float()
-    model.to_empty(device=device)
-    model.init_rope(device)
-    generator = torch.Generator(device).manual_seed(0)
+    if ranks.mesh is not None:
+        shard(model, ranks, settings.torch_dtype, ExpertRanks.of_process(settings.expert_parallel_size, ranks.group))
+    model.to_empty(device=ranks.device)
+    model.init_rope(ranks.device)
+    generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                local(parameter).fill_(1.0)
+            elif name.endswith(".bias"):
+                local(parameter).zero_()
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                little = even and name.endswith(("o_proj.weight", "down_proj", "down_proj.weight"))
+                local(parameter).normal_(0.0, 2e-4 if little else 0.02, generator=generator)
     return model
 
 
@@ -96,6 +111,25 @@ def parts(trace: profile, seconds: float) -> dict:
     }
 
 
+def looked_into(update: Callable[[], float], device: torch.device) -> dict:
+    """Where Python was in one update, and the parts of another."""
+    with sampled() as places:
+        update()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as trace:
+        profiled = update()
+    return {"places": shares(places, TOP), **parts(trace, profiled)}
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """The most that torch has held on a GPU so far, and how often it had to give memory back first."""
+    if device.type != "cuda":
+        return {}
+    held = torch.cuda.memory_stats(device)
+    peaks = {f"max_{kind}_gib": round(held[f"{kind}_bytes.all.peak"] / 2**30, 2) for kind in ("allocated", "reserved")}
+    return peaks | {"alloc_retries": held["num_alloc_retries"]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
@@ -106,6 +140,10 @@ def main() -> int:
     parser.add_argument("--expert_groups", type=at_least_one, default=1)
     parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--offload", action="store_true", help="weights and moments wait in host memory")
+    parser.add_argument(
+        "--even_experts", action="store_true", help="tokens choose experts about evenly, as trained ones do"
+    )
+    parser.add_argument("--only_times", action="store_true", help="neither samples nor a profile")
     parser.add_argument("--out", type=out_file)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
@@ -130,7 +168,15 @@ def main() -> int:
         optimizer_offload=arguments.offload,
         optim=OptimConfig(lr=1e-6),
     )
-    actor = Actor(drawn_model(config, device), settings, device, group=group)
+    ranks_of = Ranks.of_process(device, group)
+    actor = Actor(drawn_model(config, ranks_of, settings, arguments.even_experts), settings, device, group=group)
+    seen: dict[str, float] = {}
+
+    first_rank = group is None or dist.get_rank() == 0
+
+    def say(text: str) -> None:
+        if first_rank:
+            print(text, flush=True)
 
     def update() -> float:
         started = time.perf_counter()
@@ -138,26 +184,29 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
         assert metrics["actor/grad_norm"] > 0
-        return time.perf_counter() - started
+        seen.update({key: round(metrics[key], 2) for key in EXPERTS if key in metrics})
+        took = time.perf_counter() - started
+        say(f"update {took:.2f} s")
+        return took
 
-    first = update()
+    first_stages = stages(actor, update)
+    say(f"the first one: {first_stages}")
     rounds = [update() for _ in range(arguments.rounds)]
     seconds = statistics.median(rounds)
-    with sampled() as places:
-        update()
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as trace:
-        profiled = update()
+    staged = stages(actor, update)
+    say(f"the last one: {staged}, {memory(device)}")
+    inside = {} if arguments.only_times else looked_into(update, device)
     report = environment() | {"shape": arguments.shape, "layers": layers, "ranks": ranks, "length": length}
-    report |= {"offload": arguments.offload, "first_update_s": round(first, 3)}
-    report |= {"rounds_s": [round(each, 3) for each in rounds]}
+    report |= {"offload": arguments.offload, "first_update": first_stages}
+    report |= {"rounds_s": [round(each, 3) for each in rounds], **staged, **seen}
+    report |= memory(device)
     report |= {"token_budget": budget, "expert_groups": arguments.expert_groups, "sequences": len(given)}
     flops = training_flops(config, [(length // 3, length + 1 - length // 3)] * len(given))
     peak = peak_flops(device, settings.dtype)
     report |= {"update_s": round(seconds, 4), "micro_batch_ms": round(1e3 * seconds / arguments.micro_batches, 3)}
     report |= {"mfu": None if peak is None else round(flops / seconds / peak / ranks, 4)}
-    report |= {"places": shares(places, TOP), **parts(trace, profiled)}
-    if group is None or dist.get_rank() == 0:
+    report |= inside
+    if first_rank:
         print(json.dumps(report, indent=2))
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(report, indent=2) + "\n")
