@@ -72,9 +72,10 @@ def run(rank, directory, results):
         found["stopped"] = stopped(rank)
         found["moved"] = moved()
         found["read"] = read(rank, directory)
-        found["other order"] = other_order()
+        found["other order"] = [other_order(size) for size in (2, 4)]
         found["reference"] = reference(2)
         found["journeys"] = [journeys(recomputed) for recomputed in (False, True)]
+        found["pieces"] = {size: pieces(size) for size in (2, 4)}
         pair = dist.new_group([0, 1])
         for name, (world, case, size, settings) in RUNS.items():
             if rank < world == 2:
@@ -130,42 +131,48 @@ def read(rank, directory):
     }
 
 
-def other_order():
+def other_order(size):
     """The digest when the gradients of a round are added to each other before they are added to those before."""
-    add = OrderedSum.add
+    add, accumulate = OrderedSum.add, OrderedSum.accumulate
 
-    def summed(self, pieces):
-        every = [piece.float() for piece in pieces]
-        before, self._total = self._total, None
-        round_sum = add(self, every)
-        self._total = round_sum if before is None else before + round_sum
-        return self._total
+    def apart(method):
+        def summed(self, *given):
+            before, self._total = self._total, None
+            round_sum = method(self, *given)
+            self._total = round_sum if before is None else before + round_sum
+            return self._total
 
-    OrderedSum.add = summed
+        return summed
+
+    OrderedSum.add, OrderedSum.accumulate = apart(add), apart(accumulate)
     try:
-        return trained("eight", expert_parallel_size=4)[0]
+        return trained("eight", expert_parallel_size=size)[0]
     finally:
-        OrderedSum.add = add
+        OrderedSum.add, OrderedSum.accumulate = add, accumulate
 
 
 def journeys(recomputed):
-    """How often a rank asks the others where rows go, and whether a rank's gradients lie in one piece each."""
-    asked, ask, in_one, add = [], ExpertRanks.journey, [], OrderedSum.add
+    """How often a rank asks the others where rows go."""
+    asked, ask = [], ExpertRanks.journey
     ExpertRanks.journey = lambda *given: asked.append(given) or ask(*given)
-
-    def seen(self, pieces):
-        every = list(pieces)
-        in_one.extend(piece.is_contiguous() for piece in every)
-        return add(self, every)
-
-    OrderedSum.add = seen
     try:
         train(
             actor_of("eight", expert_parallel_size=4, enable_gradient_checkpointing=recomputed), "eight", range(STEPS)
         )
     finally:
-        ExpertRanks.journey, OrderedSum.add = ask, add
-    return len(asked), in_one
+        ExpertRanks.journey = ask
+    return len(asked)
+
+
+def pieces(size):
+    """Whether a rank's gradients lie in one piece each when they travel."""
+    in_one, scatter = [], ExpertRanks.scatter
+    ExpertRanks.scatter = lambda self, piece, of: in_one.append(piece.is_contiguous()) or scatter(self, piece, of)
+    try:
+        train(actor_of("eight", expert_parallel_size=size), "eight", range(STEPS))
+    finally:
+        ExpertRanks.scatter = scatter
+    return in_one
 
 
 def reference(size):
@@ -241,14 +248,19 @@ def test_few_numbers_of_rows_are_launched_and_none_is_much_larger_than_it_must_b
 
 def test_a_layer_that_runs_again_asks_nobody_a_second_time(ranks):
     for found in ranks:
-        (first, in_one), (again, _) = found["journeys"]
+        first, again = found["journeys"]
         assert first == again > 0
-        assert len(in_one) > 8
-        assert all(in_one)
+
+
+def test_gradients_travel_in_one_piece_and_only_where_a_group_has_several_ranks(ranks):
+    for found in ranks:
+        assert len(found["pieces"][2]) > 8
+        assert all(found["pieces"][2])
+        assert not found["pieces"][4]
 
 
 def test_another_order_of_additions_is_noticed(ranks, alone):
-    assert ranks[0]["other order"] != alone["eight", False][0]
+    assert alone["eight", False][0] not in ranks[0]["other order"]
 
 
 def test_the_reference_is_shared_alike(ranks):

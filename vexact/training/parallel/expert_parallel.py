@@ -10,7 +10,7 @@ these ranks would have computed; they are added as ``gradient_sum`` adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,17 +194,15 @@ class DistributedExperts(Experts):
             if again is not None:
                 again["journey"] = journey
         pairs = _Pairs.apply(x, groups, sum(journey.sent), self.ops.combine)
-        offsets, ends = journey.offsets, journey.ends
-        inner = self.ops.swiglu(_Product.apply(journey.there(pairs), self._matrices(0, x.dtype), offsets, ends))
-        out = _Product.apply(inner, self._matrices(1, x.dtype), offsets, ends)
-        return _padded(journey.home(out), len(groups.rows))
+        inner = self.ops.swiglu(self._product(0, journey.there(pairs), journey))
+        return _padded(journey.home(self._product(1, inner, journey)), len(groups.rows))
 
-    def _matrices(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Of both products, one for every rank whose rows come, so that autograd gives every rank's gradient."""
+    def _product(self, index: int, rows: Tensor, journey: Journey) -> Tensor:
         parameter: Any = (self.gate_up_proj, self.down_proj)[index]
-        rows = parameter.to_local(grad_placements=[Shard(0)])
-        matrices: Tensor = _Matrices.apply(rows, parameter.detach(), dtype, self.ranks, self.sums[index])
-        return matrices
+        own = parameter.to_local(grad_placements=[Shard(0)])
+        at = journey.offsets, journey.ends
+        out: Tensor = _Product.apply(rows, own, *at, parameter.detach(), self.ranks, self.sums[index])
+        return out
 
 
 class _Trip(torch.autograd.Function):
@@ -222,23 +220,51 @@ class _Trip(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """``grouped_linear`` of rows (n, K) by expert and rank with matrices (E, S, N, K), the same for all S ranks, each
-    of which gets its own gradient."""
+    """``grouped_linear`` of rows (n, K) by expert and rank with the matrices of a group, of which this rank has its own
+    (e, N, K) of a parameter.
+
+    Every rank's rows give a gradient of their own. What comes out is the sum over all ranks, for this rank's matrices,
+    onto that of the rounds before.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrices: Tensor, offsets: Tensor, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        own: Tensor,
+        offsets: Tensor,
+        ends: Tensor,
+        parameter: DTensor,
+        ranks: ExpertRanks,
+        total: OrderedSum,
+    ) -> Tensor:
+        matrices = ranks.gather(own.to(rows.dtype), parameter)
         ctx.save_for_backward(rows, matrices, offsets, ends)
-        out: Tensor = backend("moe.grouped_linear", rows).forward(rows, matrices[:, 0], None, offsets, 1)
+        ctx.parameter, ctx.ranks, ctx.total = parameter, ranks, total
+        out: Tensor = backend("moe.grouped_linear", rows).forward(rows, matrices, None, offsets, 1)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, matrices, offsets, ends = ctx.saved_tensors
         op, dy = backend("moe.grouped_linear", rows), gradient.contiguous()
-        dx = op.grad_input(dy, matrices[:, 0], offsets) if ctx.needs_input_grad[0] else None
-        by_rank = op.grad_weight(dy, rows, None, ends, 1, matrices.shape[1])  # so that what is added is in one piece
-        return dx, by_rank.unflatten(0, (-1, len(matrices))).transpose(0, 1), None, None
+        dx = op.grad_input(dy, matrices, offsets) if ctx.needs_input_grad[0] else None
+        total = _total(op, dy, rows, ends, matrices, ctx) if ctx.needs_input_grad[1] else None
+        return dx, total, None, None, None, None, None
+
+
+def _total(op: Any, dy: Tensor, rows: Tensor, ends: Tensor, matrices: Tensor, ctx: Any) -> Tensor:
+    ranks, total = ctx.ranks, ctx.total
+
+    def add(into: Tensor, leaves: int, fresh: bool) -> None:
+        op.add_grad_weight(into, dy, rows, ends, ranks.size, leaves, fresh)
+
+    if ranks.neighbours is None:  # no piece is on anyone's way
+        return total.accumulate(matrices, add)
+    pieces = op.grad_weight(dy, rows, None, ends, 1, ranks.size).unflatten(0, (ranks.size, -1))
+    # source s is rank s * G + p of all, where p is the neighbour that has computed its piece
+    return total.add(part for piece in pieces for part in ranks.scatter(piece, ctx.parameter))
 
 
 class _Pairs(torch.autograd.Function):
@@ -256,30 +282,6 @@ class _Pairs(torch.autograd.Function):
         groups = ExpertGroups(*ctx.saved_tensors)
         ones = torch.ones_like(groups.slots, dtype=torch.float32)
         return ctx.combine(_padded(gradient, len(groups.rows)), ones, groups), None, None, None
-
-
-class _Matrices(torch.autograd.Function):
-    """This rank's rows (e, N, K) of a parameter -> the matrices (E, S, N, K) of its group in the dtype that computes,
-    the same for all S.
-
-    The gradients of the S are those of as many ranks' rows; what comes out is the sum over all ranks, for this rank's
-    rows, onto that of the rounds before.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, parameter: DTensor, dtype: torch.dtype, ranks: ExpertRanks, total: OrderedSum
-    ) -> Tensor:
-        ctx.parameter, ctx.ranks, ctx.total = parameter, ranks, total
-        return ranks.gather(rows.to(dtype), parameter).unsqueeze(1).expand(-1, ranks.size, -1, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        # source s is rank s * G + p of all, where p is the neighbour that has computed its piece
-        pieces = gradient.unbind(1)
-        every: Iterator[Tensor] = (part for piece in pieces for part in ctx.ranks.scatter(piece, ctx.parameter))
-        return ctx.total.add(every), None, None, None, None
 
 
 def _traded(rows: Tensor, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> Tensor:

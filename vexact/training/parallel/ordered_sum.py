@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ class OrderedSum:
         assert self._leaves > 0, "a backward outside an update, or a second one of a module in one round"
         leaves, self._leaves = self._leaves, 0
         return leaves
+
+    def accumulate(self, like: Tensor, add: Callable[[Tensor, int, bool], None]) -> Tensor:
+        """``add(total, leaves, fresh)`` adds a round's first ``leaves`` pieces to the sum where it lies; when it is
+        ``fresh``, the sum's values are unknown, and it becomes theirs. Returns the sum so far, of the shape and on the
+        device of ``like``."""
+        leaves, fresh = self.take(), self._total is None
+        total = torch.empty_like(like, dtype=torch.float32) if self._total is None else self._total
+        add(total, leaves, fresh)
+        self._total = total
+        return total
 
     def add(self, pieces: Iterable[Tensor]) -> Tensor:
         """Adds a round and returns the sum so far, which it goes on to use. All pieces are taken, some not added."""

@@ -79,6 +79,14 @@ def grad_weight(tile: tiles.Tile, gather: bool, ranks: int, tokens: int) -> None
     grouped_linear.grad_weight(meta(tokens * 8, 1536, dtype=dtype), x, rows, integers(129), 8, ranks, tile=tile)
 
 
+def add_grad_weight(tile: tiles.Tile, fresh: bool, tokens: int) -> None:
+    dtype = FP32 if tile == tiles.FLOAT32_GRAD_WEIGHT else BF16
+    dy, x = meta(tokens * 8, 1536, dtype=dtype), meta(tokens * 8, 2048, dtype=dtype)
+    total = meta(32, 1536, 2048, dtype=FP32)
+    for counted in (1, 3, 4):
+        grouped_linear.add_grad_weight(total, dy, x, integers(129), 4, counted, fresh, tile=tile)
+
+
 def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
     """Name and launch, given the number of tokens: all tiles of sm_90, a few of the newest."""
     for name, model in (("qwen3", QWEN3), ("deepseek-v3", DEEPSEEK_V3))[: 2 if arch == 90 else 1]:
@@ -108,6 +116,9 @@ def cases(arch: int) -> Iterator[tuple[str, Callable[[int], None]]]:
         for gather in (True, False):
             yield f"grad_weight {gather} {tile}", lambda tokens, one=(tile, gather, 1): grad_weight(*one, tokens)
         yield f"grad_weight by rank {tile}", lambda tokens, one=(tile, False, 4): grad_weight(*one, tokens)
+    for tile in (tiles.GRAD_WEIGHT_SUM,) if arch >= 90 else sums:
+        for fresh in (True, False):
+            yield f"sum of gradients {fresh} {tile}", lambda tokens, one=(tile, fresh): add_grad_weight(*one, tokens)
 
 
 def records(arch: int) -> Iterator[dict[str, Any]]:

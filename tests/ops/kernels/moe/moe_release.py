@@ -36,6 +36,7 @@ class Layer:
         self.rows, self.offsets = zeros(pairs, dtype=torch.int32), zeros(EXPERTS + 1, dtype=torch.int32)
         self.experts = zeros(tokens, TOP_K, dtype=torch.int32)
         self.slots, self.weights = torch.zeros_like(self.experts), zeros(tokens, TOP_K, dtype=torch.float32)
+        self.total = zeros(2, HIDDEN, WIDTH, dtype=torch.float32)
         self.logits = zeros(tokens, EXPERTS, dtype=torch.float32)
 
     def calls(self) -> dict[str, Callable[[], object]]:
@@ -50,6 +51,9 @@ class Layer:
             "gradient of down": partial(grouped_linear.grad_weight, self.y, self.act, None, self.offsets, 1),
             "gradient of down, by rank": partial(
                 grouped_linear.grad_weight, self.y, self.act, None, self.offsets, 1, EXPERTS // 2
+            ),
+            "sum of gradients of down": partial(
+                grouped_linear.add_grad_weight, self.total, self.y, self.act, self.offsets, EXPERTS // 2, 1, False
             ),
             "combine": partial(combine.forward, self.y, self.weights, self.slots, self.dout),
             "total": partial(combine.total, self.y, self.slots),

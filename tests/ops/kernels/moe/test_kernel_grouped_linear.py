@@ -148,6 +148,52 @@ def test_weight_gradients_of_several_ranks_lie_together_by_rank(ranks, dtype):
     assert twin.grad_weight(dy.cpu(), x.cpu(), None, offsets.cpu(), 1, ranks).is_contiguous()
 
 
+SUM_TILES = {
+    BF16: (
+        tiles.GRAD_WEIGHT_SUM,
+        tiles.POINTER_GRAD_WEIGHT,
+        Tile("tma", 64, 32, 32, 4, 3),
+        Tile("tma", 64, 64, 16, 4, 3),
+    ),
+    torch.float32: (tiles.FLOAT32_GRAD_WEIGHT,),
+}
+
+
+@pytest.mark.parametrize("dtype", SUM_TILES)
+@pytest.mark.parametrize(("ranks", "counted"), [(2, 2), (3, 2), (6, 6), (6, 1)])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_sum_of_gradients_has_the_bits_of_adding_one_rank_after_another(dtype, ranks, counted, fresh):
+    x, dy = randn(120, 80, seed=1, dtype=dtype), randn(120, 72, seed=2, dtype=dtype)
+    _, offsets = group("skewed", 40)
+    dy[:, 5], dy[:, 6] = 0.0, -0.0
+    before = randn(EXPERTS // ranks, 72, 80, seed=3)
+    before[:, 5:9] = -0.0
+    pieces = grouped_linear.grad_weight(dy, x, None, offsets, 1, ranks).unflatten(0, (ranks, -1))
+    expected = pieces[0].float() if fresh else before + pieces[0]
+    for piece in pieces[1:counted]:
+        expected += piece
+    for tile in (None, *SUM_TILES[dtype]):
+        total = torch.full_like(before, float("nan")) if fresh else before.clone()
+        grouped_linear.add_grad_weight(total, dy, x, offsets, ranks, counted, fresh, tile=tile)
+        assert same_bits(total, expected), tile
+    of_twin = torch.full_like(before, float("nan")).cpu() if fresh else before.cpu()
+    twin.add_grad_weight(of_twin, dy.cpu(), x.cpu(), offsets.cpu(), ranks, counted, fresh)
+    torch.testing.assert_close(total.cpu(), of_twin, atol=0.4, rtol=0.02)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_sum_without_any_place_is_that_of_zeros(fresh):
+    empty, offsets = torch.empty(0, 32, dtype=BF16, device=DEVICE), group("uniform", 0)[1]
+    before = randn(EXPERTS // 2, 16, 32, seed=1)
+    before[0] = -0.0
+    total = torch.full_like(before, float("nan")) if fresh else before.clone()
+    grouped_linear.add_grad_weight(total, empty[:, :16], empty, offsets, 2, 2, fresh)
+    assert same_bits(total, torch.zeros_like(before) if fresh else before + 0.0)
+    of_twin = total.cpu().fill_(float("nan")) if fresh else before.cpu()
+    twin.add_grad_weight(of_twin, empty[:, :16].cpu(), empty.cpu(), offsets.cpu(), 2, 2, fresh)
+    assert same_bits(total.cpu(), of_twin)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_an_expert_does_not_see_what_is_not_its_own():
     """Infinities and NaN in another expert's rows and matrix, in rows of nobody, and behind the last column."""

@@ -51,6 +51,10 @@ def test_repeated_launches_give_the_bits_of_first_ones(tokens: int) -> None:
         found = [chosen, weights, slots, offsets, act, both, y, out, dy, dweights, dact, dx]
         found.append(grouped_linear.grad_weight(both, x, *gathered))
         found.append(grouped_linear.grad_weight(dy, act, None, offsets, top_k))
+        for fresh, counted in ((True, 2), (False, 2), (False, 1)):
+            total = randn(experts // 2, hidden, width, seed=seed + 5)
+            grouped_linear.add_grad_weight(total, dy, act, offsets, 2, counted, fresh)
+            found.append(total)
         return [*found, router.backward(dweights, logits, chosen, top_k, "softmax", True, 1.0)]
 
     seeds = (0, 10, 20)

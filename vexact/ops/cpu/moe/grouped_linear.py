@@ -42,6 +42,19 @@ def grad_weight(dy: Tensor, x: Tensor, rows: Tensor | None, offsets: Tensor, top
     return out.unflatten(0, (-1, ranks)).transpose(0, 1).flatten(0, 1)
 
 
+def add_grad_weight(
+    total: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, ranks: int, counted: int, fresh: bool
+) -> None:
+    """((total + g0) + g1) + ... in place, of the first ``counted`` gradients of ``grad_weight``; total (E, N, K) fp32,
+    of unknown values when ``fresh``."""
+    pieces = grad_weight(dy, x, None, offsets, 1, ranks).unflatten(0, (ranks, -1))
+    for rank, piece in enumerate(pieces[:counted]):
+        if fresh and rank == 0:
+            total.copy_(piece)
+        else:
+            total.add_(piece)
+
+
 def _experts(offsets: Tensor) -> Iterator[tuple[int, slice]]:
     """Every expert that has places, and which."""
     ends = offsets.tolist()

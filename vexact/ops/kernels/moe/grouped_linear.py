@@ -13,14 +13,14 @@ from vexact.ops.kernels.chain import overlapping
 from vexact.ops.kernels.launches import Call, Launches
 from vexact.ops.kernels.linear.launch import capability, multiprocessors, overlaps, strip_descriptor
 from vexact.ops.kernels.linear.tiles import Tile
-from vexact.ops.kernels.moe.grad_weight import grouped_grad_weight_kernel
+from vexact.ops.kernels.moe.grad_weight import grouped_grad_weight_kernel, grouped_grad_weight_sum_kernel
 from vexact.ops.kernels.moe.places import most_tiles
 from vexact.ops.kernels.moe.pointer import grouped_pointer_kernel
 from vexact.ops.kernels.moe.tiles import grad_weight_tile, product_tile
 from vexact.ops.kernels.moe.tma import grouped_tma_kernel
 from vexact.ops.kernels.sizes import cdiv, next_power_of_2
 
-_products, _grad_weights = Launches(), Launches()
+_products, _grad_weights, _sums = Launches(), Launches(), Launches()
 
 SWIZZLED_SPAN = 128  # bytes of a row that stay together in shared memory
 
@@ -86,6 +86,54 @@ def _grad_weight_call(
     }
     grid = (num_experts * cdiv(n, tile.block_m) * cdiv(k, tile.block_n),)
     return Call(grouped_grad_weight_kernel, grid, args, constants)
+
+
+def add_grad_weight(
+    total: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    ranks: int,
+    counted: int,
+    fresh: bool,
+    *,
+    tile: Tile | None = None,
+) -> None:
+    """Adds what :func:`grad_weight` gives of the first ``counted`` of the ``ranks``, ((total + g0) + g1) + ..., to
+    ``total`` (E, N, K) fp32, contiguous, in place; with ``fresh`` its values mean nothing and the sum begins with g0.
+
+    dy (P, N), x (P, K), ``offsets`` (E * ranks + 1,) by expert and rank. ``tile`` as there.
+    """
+    if dy.shape[0] == 0:
+        if fresh:
+            total.zero_()
+        else:
+            total.add_(0.0)  # -0 + 0 is +0, as for an expert without places
+        return
+    if tile is None:
+        tile = grad_weight_tile(x.dtype, _has_descriptors(dy, x), summed=True)
+    _sums(
+        (dy.shape, dy.stride(), x.shape, x.stride(), dy.dtype, x.dtype, total.shape, ranks, counted, fresh, tile),
+        _once(dy, x, total, offsets),
+        lambda: _sum_call(total, dy, x, offsets, ranks, counted, fresh, tile),
+    )
+
+
+def _sum_call(
+    total: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, ranks: int, counted: int, fresh: bool, tile: Tile
+) -> Call:
+    (num_experts, n, k), descriptors = total.shape, tile.kernel == "tma"
+    args = (
+        strip_descriptor(dy, tile.block_k, tile.block_m) if descriptors else dy,
+        strip_descriptor(x, tile.block_k, tile.block_n) if descriptors else x,
+        *(dy, x, total, offsets, n, k, dy.stride(0), x.stride(0), counted),
+    )
+    constants = {
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "DESCRIPTORS": descriptors},
+        **{"RANKS": ranks, "FRESH": fresh, "PRECISION": "ieee", **_options(tile)},
+    }
+    grid = (num_experts * cdiv(n, tile.block_m) * cdiv(k, tile.block_n),)
+    return Call(grouped_grad_weight_sum_kernel, grid, args, constants)
 
 
 def product(

@@ -30,6 +30,7 @@ GATED: Entries = (
     (LARGE, Tile("tma", 128, 128, 64, 8, 4, splits=2, waves=1)),
 )
 GRAD_WEIGHT = Tile("tma", 128, 128, 32, 4, 6)
+GRAD_WEIGHT_SUM = Tile("tma", 128, 128, 32, 8, 6)  # a sum and a gradient would not fit the registers of 4 warps
 # Before sm_90, and for strides or addresses that are not multiples of 16 bytes. They fit the shared memory of sm_80.
 POINTER: Entries = (
     (16, Tile("pointer", 16, 32, 128, 4, 4)),
@@ -54,8 +55,10 @@ def product_tile(places: int, experts: int, dtype: torch.dtype, descriptors: boo
     return first_fitting(GATED if gated else GATHERED if gather else FORWARD, average)
 
 
-def grad_weight_tile(dtype: torch.dtype, descriptors: bool) -> Tile:
-    """The tile of a weight gradient, whose places are its depth."""
+def grad_weight_tile(dtype: torch.dtype, descriptors: bool, summed: bool = False) -> Tile:
+    """The tile of a weight gradient, whose places are its depth, or of what is added to a sum of gradients."""
     if dtype == torch.float32:
         return FLOAT32_GRAD_WEIGHT
-    return GRAD_WEIGHT if descriptors else POINTER_GRAD_WEIGHT
+    if not descriptors:
+        return POINTER_GRAD_WEIGHT
+    return GRAD_WEIGHT_SUM if summed else GRAD_WEIGHT
