@@ -19,7 +19,7 @@ _LAUNCHES = {"groups": {6: 2, 700: 2, 3000: 3}}  # ranks and places; counts of m
 
 def test_the_installed_triton_is_handed_what_its_own_launch_hands_over(tmp_path: Path) -> None:
     calls = handed_over(_SCRIPT, tmp_path)
-    assert len(calls) == 3 * 13
+    assert len(calls) == 3 * 14
     for call in calls:
         name, tokens = call["name"].removesuffix(" tokens").rsplit(", ", 1)
         expected = _LAUNCHES.get(name, {}).get(int(tokens), 1)

@@ -109,7 +109,7 @@ def grouped_grad_weight_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (cols < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counted"])
 def grouped_grad_weight_sum_kernel(
     dy_desc,  # (P, N) when DESCRIPTORS
     x_desc,  # (P, K) when DESCRIPTORS
