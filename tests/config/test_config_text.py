@@ -185,6 +185,28 @@ def test_references_to_other_keys_are_followed_in_text() -> None:
     assert value("trainer.experiment_name", "run_${trainer.seed}", "trainer.seed=7") == "run_7"
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("trainer.experiment_name=???", "trainer.experiment_name=", "data.train_files=[a,'???',$x]", "trainer.seed=5"),
+        *("data.apply_chat_template_kwargs={a: {b: [1, null, .5, x]}, 3: {}}", "trainer.keep_last=null", "trainer={}"),
+        *("reward.timeout_s=1e1", "data.shuffle=false", "data.apply_chat_template_kwargs={a.b: '1:30', c: x}"),
+    ],
+)
+def test_a_reference_changes_no_other_value(override: str) -> None:
+    name = "trainer.project_name"
+    plain, referring = (load_config([override, f"{name}={text}"], checked=False) for text in ("x", "${oc.env:NAME,x}"))
+    assert repr(plain) == repr(referring)
+
+
+def test_what_one_loaded_does_not_reach_the_next() -> None:
+    override = "data.apply_chat_template_kwargs={a: {b: 1}}"
+    load_config([override], checked=False).data.apply_chat_template_kwargs["a"]["b"] = 2
+    assert load_config([override], checked=False).data.apply_chat_template_kwargs == {"a": {"b": 1}}
+    load_config([], checked=False).data.apply_chat_template_kwargs["a"] = 2
+    assert load_config([], checked=False).data.apply_chat_template_kwargs == {}
+
+
 def test_a_key_under_its_verl_name_is_the_same_key() -> None:
     ours, theirs = "trainer.keep_last", "trainer.max_actor_ckpt_to_keep"
     assert load_config([f"{theirs}=3", f"{ours}=5"], checked=False).trainer.keep_last == 5

@@ -7,7 +7,8 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
+from functools import cache
 from typing import Any, Literal
 
 from vexact.config.spelling import typographic
@@ -79,15 +80,24 @@ class Leaf:
     metadata: Mapping[str, Any]
 
 
-def leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
+@cache
+def leaves(kind: type, prefix: str = "") -> tuple[Leaf, ...]:
     """Every key below a section, in declaration order."""
-    hints = typing.get_type_hints(kind)
+    hints, defaults = _types(kind), kind()
+    found: list[Leaf] = []
     for item in dataclasses.fields(kind):
         key = f"{prefix}{item.name}"
         if dataclasses.is_dataclass(hints[item.name]):
-            yield from leaves(hints[item.name], f"{key}.")
+            found += leaves(hints[item.name], f"{key}.")
         else:
-            yield Leaf(key, hints[item.name], getattr(kind(), item.name), item.metadata)
+            found.append(Leaf(key, hints[item.name], getattr(defaults, item.name), item.metadata))
+    return tuple(found)
+
+
+@cache
+def _types(kind: type) -> Mapping[str, Any]:
+    """The type of every field; Python evaluates its text anew each time that it is asked."""
+    return typing.get_type_hints(kind)
 
 
 def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -96,7 +106,7 @@ def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     Raises:
         ConfigError: a value has the wrong type or lies outside its range.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _types(kind)
     arguments = {}
     for item in dataclasses.fields(kind):
         if item.name not in values:
@@ -115,7 +125,7 @@ def build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 def unknown_keys(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names in ``values`` that the schema does not have (a wholly unknown subtree is named by its leaves)."""
-    hints = typing.get_type_hints(kind)
+    hints = _types(kind)
     known = {item.name for item in dataclasses.fields(kind)}
     found = []
     for name, value in values.items():
@@ -265,4 +275,4 @@ def _example(key: str, hint: Any) -> str:
 
 
 def _first_key(kind: Any, key: str) -> str:
-    return next(leaves(kind, f"{key}.")).key
+    return leaves(kind, f"{key}.")[0].key

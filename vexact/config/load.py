@@ -113,12 +113,9 @@ def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, 
     Unknown keys are let through: the schema judges them, not Hydra. A text in which ``${`` starts no reference is put
     in after references are resolved, which would stop at it.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     recipe = next((value for key, value in reversed(pairs) if key == "recipe"), "")
     from_file = recipe.endswith((".yaml", ".yml"))
-    tree = yaml.safe_load(_tree(config_name, "" if from_file else recipe))
+    tree = _copied(_tree(config_name, "" if from_file else recipe))
     hints = _hints()
     settings = _once(_recipe_file(recipe, hints)) if from_file else []
     for key, text in pairs:
@@ -133,16 +130,42 @@ def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, 
             literal[ours] = value
         else:
             _put(tree, ours, value)
+    composed = tree if _is_resolved(tree) else _resolved(tree)
+    for key, value in literal.items():
+        _put(composed, key, value)
+    moved = dict.fromkeys(key for key, _ in settings if here(key) != key)
+    return composed, [f"{key} is called {here(key)} here" for key in moved]
+
+
+def _is_resolved(value: Any) -> bool:
+    """Whether OmegaConf, which takes longer than all else here, would give back what it was given."""
+    if isinstance(value, str):
+        return "${" not in value
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_resolved(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_resolved, value))
+    return value is None or isinstance(value, (bool, int, float))
+
+
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """With the values that its references stand for."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         plain = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error}".strip()) from error
     assert isinstance(plain, dict)
-    composed = {str(key): value for key, value in plain.items()}
-    for key, value in literal.items():
-        _put(composed, key, value)
-    moved = dict.fromkeys(key for key, _ in settings if here(key) != key)
-    return composed, [f"{key} is called {here(key)} here" for key in moved]
+    return {str(key): value for key, value in plain.items()}
+
+
+def _copied(value: Any) -> Any:
+    """Nested values of YAML, with mappings and lists of their own."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=1)
@@ -189,8 +212,8 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 @lru_cache(maxsize=8)
-def _tree(config_name: str, recipe: str) -> str:
-    """The files of the tree composed by Hydra, as YAML, without any override."""
+def _tree(config_name: str, recipe: str) -> Any:
+    """The files of the tree composed by Hydra, without any override and with references as they are written."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
@@ -201,7 +224,8 @@ def _tree(config_name: str, recipe: str) -> str:
         )
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        return OmegaConf.to_yaml(compose(config_name, overrides=[f"recipe={recipe}"] if recipe else []))
+        composed = compose(config_name, overrides=[f"recipe={recipe}"] if recipe else [])
+    return yaml.safe_load(OmegaConf.to_yaml(composed))
 
 
 def _recipe_file(name: str, hints: Mapping[str, Any]) -> dict[str, Any]:
