@@ -7,7 +7,8 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/submodules/veomni/.venv/bin/python}"
-if [[ ! -x "$python" ]]; then # made by the tests' script, which collects the tests and runs none
+if [[ -z "${PYTHON:-}" && ! -f "$root/submodules/veomni/.venv/.bridge" ]]; then
+  # made, or finished, by the tests' script, which collects the tests and runs none
   VEXACT_BRIDGES=keep bash "$root/submodules/ci.sh" veomni --collect-only -q >/dev/null
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -10,7 +10,8 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/submodules/verl/.venv/bin/python}"
-if [[ ! -x "$python" ]]; then # made by the tests' script, which collects the tests and runs none
+if [[ -z "${PYTHON:-}" && ! -f "$root/submodules/verl/.venv/.bridge" ]]; then
+  # made, or finished, by the tests' script, which collects the tests and runs none
   VEXACT_BRIDGES=keep bash "$root/submodules/ci.sh" verl --collect-only -q >/dev/null
 fi
 unset RAY_ADDRESS # the cluster is this run's own

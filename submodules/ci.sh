@@ -49,9 +49,12 @@ installer() { # VENV -> uv if there is one to be had, else nothing
 install_bridge() { # BRIDGE VENV: 0 when it is there with all it needs, 2 when its packages cannot be had
   local bridge="$1" venv="$2" uv="" stamp python folder="$here/$1" options=()
   stamp="$(cat "$root/pyproject.toml" "$folder/pyproject.toml" "$folder/constraints.txt" | cksum)"
-  [[ "$(cat "$venv/.bridge" 2>/dev/null)" != "$stamp" ]] || return 0
+  [[ "$(cat "$venv/.bridge" 2>/dev/null)" != "$stamp" || ! -x "$venv/bin/python" ]] || return 0
   python="$(find_python "$bridge")" || return 2
-  [[ -x "$venv/bin/python" ]] || "$python" -m venv "$venv" || return 1
+  # the stamp is there while all else is whole: without it, what made, changed or deleted the rest was interrupted
+  [[ -f "$venv/.bridge" && -x "$venv/bin/python" ]] || rm -rf "$venv" || return 1
+  rm -f "$venv/.bridge" || return 1
+  [[ -d "$venv" ]] || "$python" -m venv "$venv" || return 1
   local install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
   uv="$(installer "$venv" || true)"
   if [[ -n "$uv" ]]; then
@@ -71,6 +74,10 @@ core_tests() { # BRIDGE -> tests of the core that its other versions of packages
   printf '%s\n' tests/models tests/ops/test_hf_attention.py
   [[ "$1" == veomni && -d "$root/tests/swaps" ]] && printf '%s\n' tests/swaps
   return 0
+}
+
+delete() { # VENV
+  rm -f "$1/.bridge" && rm -rf "$1"
 }
 
 run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
@@ -118,6 +125,6 @@ for bridge in "${bridges[@]}"; do
   code=0
   run_bridge "$bridge" "$@" || code=$?
   ((code != 1)) || failed+=("$bridge")
-  [[ "$asked" != all || "${VEXACT_BRIDGES:-}" == keep || ! -d "$here/$bridge/.venv" ]] || rm -r "$here/$bridge/.venv"
+  [[ "$asked" != all || "${VEXACT_BRIDGES:-}" == keep ]] || delete "$here/$bridge/.venv"
 done
 ((${#failed[@]} == 0)) || { say "failed: ${failed[*]}"; exit 1; }

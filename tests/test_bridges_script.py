@@ -21,7 +21,7 @@ case "$*" in
   "-m venv"*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
   *"pip config"*) ;;
   *"pip install"*" uv") exit 1 ;;
-  *"pip install"*constraints.txt) exit "${PACKAGES:-0}" ;;
+  *"pip install"*constraints.txt) ${INSTALL:-exit "${PACKAGES:-0}"} ;;
   *"pip install"*) exit "${OURS:-0}" ;;
   *"pip uninstall"*) ;;
   *"pytest -q tests"*) ${TESTS:-exit 0} ;;
@@ -82,6 +82,39 @@ def test_one_bridge_keeps_its_environment(clone: Clone) -> None:
     assert "install" not in asked
     assert "pytest -q tests -k x" in asked
     assert "tests/models" not in asked
+
+
+def test_an_environment_that_is_half_made_is_made_anew(clone: Clone) -> None:
+    """What an interrupt leaves: a Python without pip or packages, whose installations fail."""
+    executable(clone.folder / "submodules" / "vllm" / ".venv" / "bin" / "python", "exit 1")
+    assert "vllm: passed after" in clone.run("vllm")
+    assert "python3.11 -m venv" in clone.log.read_text()
+
+
+@pytest.mark.parametrize("change", ["", "torch==2.14.0\n"], ids=["first", "later"])
+def test_an_interrupted_installation_is_begun_anew(clone: Clone, change: str) -> None:
+    folder, pid = clone.folder / "submodules" / "vllm", clone.folder.parent / "pid"
+    if change:
+        clone.run("vllm")
+        (folder / "constraints.txt").write_text(change)
+    hang = executable(clone.folder.parent / "hang", f'echo "$$" >"{pid}"; exec sleep 999')
+    process = clone.start("vllm", INSTALL=f"exec {hang}")
+    assert until(lambda: pid.exists() and bool(pid.read_text()))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE_S)
+    (folder / ".venv" / "of before").touch()
+    assert "vllm: passed after" in clone.run("vllm")
+    assert not (folder / ".venv" / "of before").exists()
+
+
+def test_an_environment_that_is_half_deleted_is_made_anew(clone: Clone) -> None:
+    dies = '[[ "$1" != -r* || ! -d "$2" ]] || exec kill -9 "$PPID"; exec /bin/rm "$@"'
+    stops = executable(clone.folder.parent / "bin" / "rm", dies)
+    clone.run("all", code=-signal.SIGKILL)
+    stops.unlink()
+    (clone.folder / "submodules" / "verl" / ".venv" / "of before").touch()
+    assert "verl: passed after" in clone.run("verl")
+    assert not (clone.folder / "submodules" / "verl" / ".venv" / "of before").exists()
 
 
 @pytest.mark.parametrize("bridge", ["verl", "veomni", "vllm"])
