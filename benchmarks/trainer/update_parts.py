@@ -197,13 +197,16 @@ def main() -> int:
     say(f"the last one: {staged}, {memory(device)}")
     inside = {} if arguments.only_times else looked_into(update, device)
     report = environment() | {"shape": arguments.shape, "layers": layers, "ranks": ranks, "length": length}
-    report |= {"offload": arguments.offload, "first_update": first_stages}
+    report |= {"offload": arguments.offload, "even_experts": arguments.even_experts, "first_update": first_stages}
     report |= {"rounds_s": [round(each, 3) for each in rounds], **staged, **seen}
     report |= memory(device)
     report |= {"token_budget": budget, "expert_groups": arguments.expert_groups, "sequences": len(given)}
     flops = training_flops(config, [(length // 3, length + 1 - length // 3)] * len(given))
     peak = peak_flops(device, settings.dtype)
-    report |= {"update_s": round(seconds, 4), "micro_batch_ms": round(1e3 * seconds / arguments.micro_batches, 3)}
+    report |= {
+        "update_s": round(seconds, 4),
+        "micro_batch_ms": round(1e3 * statistics.median(staged["micro_batches_s"]), 3),
+    }
     report |= {"mfu": None if peak is None else round(flops / seconds / peak / ranks, 4)}
     report |= inside
     if first_rank:

@@ -160,15 +160,15 @@ class Parts:
         return self.shape.experts is not None and self.config.actor.fsdp_config.expert_parallel_size > 1
 
     def _shared_experts(self) -> int:
-        """A group's experts of one layer, or of all that are not computed again; their gradients for every source, and
-        those of one source on their way to the ranks of the group."""
+        """A group's experts of one layer, or of all that are not computed again. Where ranks make up a group: their
+        gradients for every source, and those of one source on their way; a rank that is alone adds them at once."""
         shape, moe = self.shape, self.shape.experts
         assert moe is not None, "asked of a mixture only"
         groups = self.config.actor.fsdp_config.expert_parallel_size
         every = shape.expert_layer_parameters(moe.num_experts) - shape.expert_layer_parameters(0)
         kept = max(1, min(shape.num_expert_layers, shape.num_layers - self._recomputed))
-        travelling = 2 if groups < self.placement.trainers else 0
-        return self._width * (every + (kept + travelling) * -(-every // groups))
+        travelling = every + 2 * -(-every // groups) if groups < self.placement.trainers else 0
+        return self._width * (kept * -(-every // groups) + travelling)
 
     @property
     def _recomputed(self) -> int:
