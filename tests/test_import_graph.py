@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,15 +48,21 @@ FORBIDDEN_BELOW = {"ray", "hydra", "omegaconf", "wandb", "tensorboard"}
 RAY_USERS = {"distributed", "trainer"}
 
 
-def sources() -> Iterator[tuple[Path, str, ast.Module]]:
+@cache
+def sources() -> tuple[tuple[Path, str, ast.Module], ...]:
     """(file, the package it belongs to, its syntax tree)."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        top = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        yield path, top, ast.parse(path.read_text(encoding="utf-8"))
+    paths = sorted(PACKAGE.rglob("*.py"))
+    tops = [path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in paths]
+    return tuple((path, top, ast.parse(path.read_text(encoding="utf-8"))) for path, top in zip(paths, tops))
 
 
-def imported_modules(tree: ast.Module) -> Iterator[str]:
+@cache
+def imported_modules(tree: ast.Module) -> tuple[str, ...]:
     """Dotted names of every import, inside functions too; `from vexact import env` gives vexact.env."""
+    return tuple(_imported_modules(tree))
+
+
+def _imported_modules(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
