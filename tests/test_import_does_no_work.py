@@ -45,6 +45,15 @@ def test_command_line_starts_light() -> None:
     assert roots.isdisjoint(HEAVY)
 
 
+def test_a_model_is_built_without_a_compiler() -> None:
+    """PyTorch's takes over a second to import, in every process of a run."""
+    shape = "hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1"
+    config = f"dict(architectures=['Qwen3ForCausalLM'], vocab_size=8, head_dim=8, max_position_embeddings=8, {shape})"
+    loaded = loaded_after(f"from vexact.models import *; random_model(ModelConfig.from_hf_dict({config}), 1)")
+    assert "vexact.models.decoder" in loaded
+    assert "torch._dynamo" not in loaded
+
+
 def test_packages_patch_nothing_and_touch_no_device() -> None:
     code = (
         "import torch; "

@@ -86,7 +86,9 @@ class CausalLM(nn.Module):
         self.config = config
         self.ops = op_set(ops, attn_impl)
         self.recomputed_layers = 0  # the first so many are computed again in the backward (gradient checkpointing)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not drawn: whoever builds a model fills it, and PyTorch's draw on the meta device imports its compiler, 1 s
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(DecoderLayer(config, i, self.ops) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, self.ops)
         if not config.tie_word_embeddings:
