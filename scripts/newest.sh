@@ -30,20 +30,21 @@ fi
 say "$("$python" --version) with $newer"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$python" -m mypy --no-error-summary
-rooms=(
-  tests/config tests/data # hydra, omegaconf, pyarrow
+rooms=( # those with long tests first, so that none is left alone at the end
+  # all packages in one run, and under Ray
+  tests/test_tutorial.py tests/trainer/ranks/test_trainer_ranks.py::test_ray_gives_the_weights_of_one_process
+  tests/trainer/checkpoint tests/trainer/preflight tests/trainer/run tests/trainer/workers
+  tests/distributed/test_ray.py tests/distributed/test_remote_group.py
   # transformers, tokenizers, safetensors
   tests/models tests/prepare tests/swaps tests/ops/test_hf_attention.py tests/audit/verify tests/rollout/requests
   tests/training/test_grpo_matches_transformers.py
   tests/report tests/reward tests/serve # wandb, tensorboard, plotly; math-verify, reasoning-gym; starlette, openai
-  tests/distributed/test_ray.py tests/distributed/test_remote_group.py
-  # all of them in one run, and under Ray
-  tests/trainer/checkpoint tests/trainer/preflight tests/trainer/run tests/trainer/workers
-  tests/trainer/ranks/test_trainer_ranks.py::test_ray_gives_the_weights_of_one_process
-  tests/test_cli*.py tests/test_import_does_no_work.py tests/test_plugins.py tests/test_tutorial.py
+  tests/config tests/data # hydra, omegaconf, pyarrow
+  tests/test_cli*.py tests/test_import_does_no_work.py tests/test_plugins.py
 )
 ours=( # in those rooms, but about processes and memory of our own
   tests/reward/test_hostile_graders.py tests/reward/test_reward_pool.py tests/reward/test_sandbox.py
   tests/serve/test_serve_soak.py tests/trainer/run/test_trainer_heap.py tests/trainer/run/test_trainer_sleep.py
 )
-"$python" -m pytest -n auto --dist loadfile --max-worker-restart=0 "$@" "${ours[@]/#/--ignore=}" "${rooms[@]}"
+"$python" -m pytest -n auto --dist loadfile --max-worker-restart=0 --no-loadscope-reorder "$@" \
+  "${ours[@]/#/--ignore=}" "${rooms[@]}"

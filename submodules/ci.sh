@@ -46,13 +46,17 @@ installer() { # VENV -> uv if there is one to be had, else nothing
   limit 60 "$1/bin/python" -m pip install -q --disable-pip-version-check uv >/dev/null 2>&1 && printf '%s\n' "$1/bin/uv"
 }
 
+delete() { # VENV
+  [[ ! -d "$1" ]] || { rm -f "$1/.bridge" && rm -r "$1"; }
+}
+
 install_bridge() { # BRIDGE VENV: 0 when it is there with all it needs, 2 when its packages cannot be had
   local bridge="$1" venv="$2" uv="" stamp python folder="$here/$1" options=()
   stamp="$(cat "$root/pyproject.toml" "$folder/pyproject.toml" "$folder/constraints.txt" | cksum)"
   [[ "$(cat "$venv/.bridge" 2>/dev/null)" != "$stamp" || ! -x "$venv/bin/python" ]] || return 0
   python="$(find_python "$bridge")" || return 2
   # the stamp is there while all else is whole: without it, what made, changed or deleted the rest was interrupted
-  [[ -f "$venv/.bridge" && -x "$venv/bin/python" ]] || rm -rf "$venv" || return 1
+  [[ -f "$venv/.bridge" && -x "$venv/bin/python" ]] || delete "$venv" || return 1
   rm -f "$venv/.bridge" || return 1
   [[ -d "$venv" ]] || "$python" -m venv "$venv" || return 1
   local install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
@@ -74,10 +78,6 @@ core_tests() { # BRIDGE -> tests of the core that its other versions of packages
   printf '%s\n' tests/models tests/ops/test_hf_attention.py
   [[ "$1" == veomni && -d "$root/tests/swaps" ]] && printf '%s\n' tests/swaps
   return 0
-}
-
-delete() { # VENV
-  rm -f "$1/.bridge" && rm -rf "$1"
 }
 
 run_bridge() { # BRIDGE [PYTEST-ARGUMENT...]: 0 passed, 1 failed, 2 not run
