@@ -33,9 +33,15 @@ find_python() {
   die "no Python 3.11, 3.12 or 3.13 found; install one"
 }
 
-make_venv() { # PYTHON VENV [OPTION...]
+is_made() { [[ -x "$1/bin/python" && ! -e "$1/.vexact-unfinished" ]]; } # VENV
+
+make_venv() { # PYTHON VENV [OPTION...]; one whose making was interrupted has a python and no pip, so it starts anew
   local start="$SECONDS" python="$1" venv="$2"; shift 2
+  [[ ! -e "$venv/.vexact-unfinished" ]] || rm -r "$venv"
+  mkdir -p "$venv"
+  : >"$venv/.vexact-unfinished"
   "$python" -m venv "$@" "$venv" || die "could not create $venv; is the venv module of $python installed?"
+  rm "$venv/.vexact-unfinished"
   say "created $venv in $((SECONDS - start)) s"
 }
 
@@ -76,7 +82,7 @@ ensure_installed() { # VENV EXTRAS
 tested() { # the environment to run and test in
   local extras=tested system venv options=()
   venv="${VIRTUAL_ENV:-${VEXACT_VENV:-$root/.venv}}"
-  if [[ ! -x "$venv/bin/python" ]]; then
+  if ! is_made "$venv"; then
     system="$(find_python)"
     if has_gpu && has_cuda_torch "$system"; then
       # shellcheck disable=SC2086
@@ -102,7 +108,7 @@ newest() { # the same packages without constraints, always brought up to date
   local python venv="${VEXACT_VENV:-$root/.venv}-newest" options=()
   python="$(tested)"
   ! grep -qs 'include-system-site-packages = true' "$(dirname "$python")/../pyvenv.cfg" || options=(--system-site-packages)
-  [[ -x "$venv/bin/python" ]] || make_venv "$python" "$venv" ${options[@]+"${options[@]}"}
+  is_made "$venv" || make_venv "$python" "$venv" ${options[@]+"${options[@]}"}
   "$python" -c 'from importlib.metadata import version as v
 for name in ("torch", "triton"): print(f"{name}=={v(name)}")' >"$venv/kept.txt"
   # pip alone takes what is installed for the newest when it reaches no index

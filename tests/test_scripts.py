@@ -99,7 +99,8 @@ case "$*" in
   *find_spec*) echo "$FAKE_ABSENT" ;;
   *"-m venv"*) echo "venv $*" >>"$FAKE_LOG"; mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python"
     lent=false; [[ "$*" != *system-site* ]] || lent=true
-    echo "include-system-site-packages = $lent" >"${@: -1}/pyvenv.cfg" ;;
+    echo "include-system-site-packages = $lent" >"${@: -1}/pyvenv.cfg"
+    exit "${FAKE_VENV_CODE:-0}" ;;
   *"pip install"*--dry-run*) exit "${FAKE_INDEX_CODE:-0}" ;;
   *"pip install"*) echo "install $*" >>"$FAKE_LOG"; exit "${FAKE_INSTALL_CODE:-0}" ;;
   *"pip config"*) ;;
@@ -159,6 +160,21 @@ def test_fresh_cpu_machine_gets_a_venv_once(cpu: Machine) -> None:
     assert "--system-site-packages" not in asked
     again, asked, messages = cpu.set_up(FAKE_ABSENT="torch hydra")
     assert (again, asked, messages) == (python, "", "")
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("venv", ()), ("venv-newest", ("--newest",))])
+def test_an_environment_whose_making_was_interrupted_is_made_anew(
+    cpu: Machine, name: str, arguments: tuple[str, ...]
+) -> None:
+    if arguments:
+        cpu.set_up()
+    _, asked, _ = cpu.set_up(*arguments, code=1, FAKE_VENV_CODE="1")
+    assert asked.count("-m venv") == 1
+    assert (cpu.folder / name / "bin" / "python").exists()
+    left = executable(cpu.folder / name / "left", "")
+    assert cpu.set_up(*arguments)[1].count("-m venv") == 1
+    assert not left.exists()
+    assert "-m venv" not in cpu.set_up(*arguments)[1]
 
 
 def test_offline_gpu_machine_with_everything_installs_nothing(gpu: Machine) -> None:
