@@ -33,7 +33,7 @@ class OrderedSum:
         ``fresh``, the sum's values are unknown, and it becomes theirs. Returns the sum so far, of the shape and on the
         device of ``like``."""
         leaves, fresh = self.take(), self._total is None
-        total = torch.empty_like(like, dtype=torch.float32) if self._total is None else self._total
+        total = like.new_empty(like.shape, dtype=torch.float32) if self._total is None else self._total
         add(total, leaves, fresh)
         self._total = total
         return total
