@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _compose(pairs: list[tuple[str, str]], config_name: str) -> tuple[dict[str, 
     """
     recipe = next((value for key, value in reversed(pairs) if key == "recipe"), "")
     from_file = recipe.endswith((".yaml", ".yml"))
-    tree = _copied(_tree(config_name, "" if from_file else recipe))
+    tree = deepcopy(_tree(config_name, "" if from_file else recipe))
     hints = _hints()
     settings = _once(_recipe_file(recipe, hints)) if from_file else []
     for key, text in pairs:
@@ -159,13 +160,6 @@ def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{error}".strip()) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def _copied(value: Any) -> Any:
-    """Nested values of YAML, with mappings and lists of their own."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=1)
